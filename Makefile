@@ -1,0 +1,37 @@
+# report: the demo report in runs/demo · test: everything that must hold · test-all: also what takes longer
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+READY   = $(VENV)/.ready
+
+.PHONY: report test test-all lab site clean
+export PYTHONWARNINGS ?= ignore::DeprecationWarning
+
+report: $(READY)
+	$(BIN)/widedeep run --dataset demo --out runs/demo
+
+test: $(READY)
+	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest -m "not long"
+
+test-all: $(READY)
+	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest
+
+lab: $(READY)
+	$(BIN)/jupyter lab nbs
+
+site: $(READY)
+	@if command -v quarto >/dev/null; then PATH="$(CURDIR)/$(BIN):$$PATH" quarto render; \
+	else echo "make site needs Quarto: pip install quarto-cli, or see quarto.org/docs/get-started" >&2; exit 2; fi
+
+clean:
+	rm -rf $(VENV) _docs _proc .quarto build dist *.egg-info .pytest_cache .hypothesis
+
+# torch comes first and alone, so that nothing else pulls in another build of it
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"widedeep_nb needs Python 3.11 or newer, this is {v[0]}.{v[1]}: make PYTHON=python3.11" if v < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,124 @@
+"The contracts: splits and codes, history, ties, files, run folders, steps."
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from widedeep_nb import core, load_recommender, make_recommender
+from widedeep_nb.core import PROTOCOLS, History, Problem, Recommender, Run, Split, as_interactions, codes_of, lot, mask_seen, step, top_k
+
+ids = st.text(min_size=1, max_size=8)
+logs = st.lists(st.tuples(ids, ids, st.integers(1, 5)), min_size=3, max_size=40)
+
+
+def split_of(rows):
+    log = as_interactions(pl.DataFrame(rows, schema=["user", "item", "rating"], orient="row").with_columns(timestamp=pl.int_range(pl.len())))
+    a, b = len(log) // 2, 3 * len(log) // 4
+    return Split.of(log[:a], log[a:b], log[b:], protocol=PROTOCOLS["given"]), log
+
+
+@given(logs)
+@settings(max_examples=100, deadline=None)
+def test_codes_tell_who_is_known(rows):
+    split, log = split_of(rows)
+    for column, known in (("user", split.known_users), ("item", split.known_items)):
+        table = getattr(split, column + "s")[column]
+        assert table.n_unique() == len(table) == log[column].n_unique()
+        assert set(table[:known]) == set(log[column][: len(split.train)])                # known to training: exactly a prefix
+        again = split.refit()
+        assert set(table[: getattr(again, f"known_{column}s")]) == set(log[column][: len(split.train) + len(split.val)])
+        decoded = pl.concat([getattr(split, p) for p in core.PARTS])[column]
+        assert table[decoded.to_numpy()].to_list() == log[column].to_list()
+    assert codes_of(["\0 nobody"], split.users["user"]).to_list() == [len(split.users)]
+
+
+def test_fit_never_sees_the_test_part():
+    class Nosy(Recommender):
+        def _fit(self, split): self.rows = len(split.test)
+    split, _ = split_of([("a", "x", 1), ("b", "y", 2), ("c", "x", 3), ("a", "z", 4)])
+    assert len(split.test) and Nosy().fit(split).rows == 0
+
+
+@given(logs, st.lists(st.integers(0, 60), max_size=10))
+@settings(max_examples=100, deadline=None)
+def test_history_is_each_users_rows_in_order(rows, asked):
+    split, _ = split_of(rows)
+    taken = History.of(split.train, split.known_users).take(torch.tensor(asked, dtype=torch.int64))
+    for i, user in enumerate(asked):
+        mine = split.train.filter(pl.col("user") == user)
+        a, b = taken.ptr[i], taken.ptr[i + 1]
+        assert taken.item[a:b].tolist() == mine["item"].to_list() and taken.rating[a:b].tolist() == mine["rating"].to_list()
+    dense = taken.matrix(split.known_items).to_dense()
+    assert torch.equal(dense.sum(1).long(), torch.tensor([split.train.filter(pl.col("user") == u)["item"].n_unique() for u in asked], dtype=torch.int64))
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 4), st.integers(0, 2**31))
+@settings(max_examples=200, deadline=None)
+def test_top_k_is_a_stable_sort(m, k, levels, seed):
+    scores = torch.randint(levels, (7, m), generator=torch.Generator().manual_seed(seed)).float()
+    scores[scores == levels - 1] = -torch.inf
+    order = scores.sort(dim=1, descending=True, stable=True)
+    value, column = top_k(scores, k)
+    assert torch.equal(column, order.indices[:, :k].masked_fill(order.values[:, :k] == -torch.inf, -1))
+
+
+def test_lot_has_no_favourites():
+    "A low code or an early row has no better place than any other: mean place of the first tenth over seeds is the middle."
+    table = pl.Series([f"B{i:06d}" for i in range(1000)])
+    places = np.stack([np.argsort(lot(table, seed).numpy()) for seed in range(200)])
+    assert abs(places[:, :100].mean() - 499.5) < 4 * 1000 / 12**.5 / 20000**.5
+    assert torch.equal(lot(table, 3), lot(table, 3)) and not torch.equal(lot(table, 3), lot(table, 4))
+
+
+def test_masks_only_what_the_user_has():
+    history = History(torch.tensor([0, 2, 2]), torch.tensor([1, 4]), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+    masked = mask_seen(torch.zeros(2, 3), history, torch.tensor([4, 0, 2]))
+    assert masked.tolist() == [[-float("inf"), 0, 0], [0, 0, 0]]
+
+
+def test_names_resolve_and_wrong_ones_are_listed():
+    for name in core.RECOMMENDERS: assert make_recommender(name).name == name
+    with pytest.raises(Problem, match="known: .*damped-bias"): make_recommender("nope")
+    with pytest.raises(Problem, match="known: .*damping"): make_recommender("damped-bias", dumping=3)
+
+
+def test_run_folder(tmp_path):
+    run = Run(tmp_path / "r", dataset="demo?ratings=10", protocol="rolling")
+    assert run.protocol.windows[0] == pytest.approx((.5, .6, .7))
+    assert run.model_folder("ease").parts[-2:] == ("models", "ease") and run.model_folder("ease", 2, 0).parts[-2:] == ("cut-0", "seed-2")
+    about = json.loads((tmp_path / "r/run.json").read_text())
+    (tmp_path / "r/run.json").write_text(json.dumps(about | {"format": 0}))
+    with pytest.raises(Problem, match="another version"): Run(tmp_path / "r")
+    (tmp_path / "other").mkdir(); (tmp_path / "other/thesis.txt").write_text("mine")
+    with pytest.raises(Problem, match="something else"): Run(tmp_path / "other")
+    with pytest.raises(Problem, match="unknown protocol"): Run(tmp_path / "p", protocol="strickt")
+
+
+def test_a_failed_step_leaves_nothing_done(tmp_path):
+    @step()
+    def breaks(run): run.write("half.json", {}); raise RuntimeError
+    run = Run(tmp_path / "r")
+    with pytest.raises(RuntimeError): breaks(run)
+    assert "breaks" not in run.about["steps"]
+
+
+def test_another_setting_makes_a_step_stale(tmp_path):
+    calls = []
+    @step()
+    def counted(run, size: int = 1): calls.append((run.about["dataset"], size))
+    run = Run(tmp_path / "r", dataset="a")
+    counted(run); counted(run); counted(run, size=2); counted(run)
+    Run(tmp_path / "r", dataset="b"); counted(run)
+    assert calls == [("a", 1), ("a", 2), ("b", 2)]
+    with pytest.raises(Problem, match="known: size"): counted(run, sise=3)
+
+
+def test_weights_that_were_changed_are_refused(tmp_path):
+    split, _ = split_of([("a", "x", 1), ("b", "y", 2), ("c", "x", 3), ("a", "z", 4)])
+    make_recommender("popularity").fit(split).save(tmp_path)
+    raw = bytearray((tmp_path / "model.safetensors").read_bytes()); raw[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(raw)
+    with pytest.raises(Problem, match="not those that were saved"): load_recommender(tmp_path)

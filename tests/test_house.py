@@ -1,0 +1,93 @@
+"The rules of the house: modules in step with notebooks, chapters that import only what comes before, clean files."
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CHAPTERS = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
+APPENDICES = {"shop"}  # described after the report; reached from chapters by name only
+names = [p.stem for p in CHAPTERS]
+cells = lambda path: json.loads(path.read_text())["cells"]
+code = lambda path: [c for c in cells(path) if c["cell_type"] == "code"]
+source = lambda cell: "".join(cell["source"])
+exported = lambda path: [source(c) for c in code(path) if re.search(r"^#\|\s*export", source(c), re.M)]
+
+
+def tool(name, *args, cwd):
+    done = subprocess.run([Path(sys.executable).with_name(name), *args], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def copy_of_sources(to: Path):
+    for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, to)
+    shutil.copytree(ROOT / "nbs", to / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    (to / "widedeep_nb").mkdir()
+    shutil.copy(ROOT / "widedeep_nb/__init__.py", to / "widedeep_nb")
+
+
+def test_modules_in_step(tmp_path):
+    copy_of_sources(tmp_path)
+    tool("nbdev_export", cwd=tmp_path)
+    made = {p.name: p.read_text() for p in (tmp_path / "widedeep_nb").glob("*.py")}
+    there = {p.name: p.read_text() for p in (ROOT / "widedeep_nb").glob("*.py")}
+    assert sorted(made) == sorted(there), "a module without a chapter, or a chapter without its module: run nbdev_export"
+    assert [n for n in made if made[n] != there[n]] == [], "modules differ from their notebooks: run nbdev_export"
+
+
+def test_notebooks_clean(tmp_path):
+    copy_of_sources(tmp_path)
+    tool("nbdev_clean", cwd=tmp_path)
+    assert [p.name for p in (ROOT / "nbs").glob("*.ipynb") if p.read_text() != (tmp_path / "nbs" / p.name).read_text()] == [], "run nbdev_clean"
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=names)
+def test_imports_only_chapters_before(path):
+    "The numbers are the architecture."
+    number = {p.stem[3:]: int(p.stem[:2]) for p in CHAPTERS}
+    tree = ast.parse((ROOT / "widedeep_nb" / f"{path.stem[3:]}.py").read_text())
+    imported = [("widedeep_nb." if n.level else "") + (n.module or a.name) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names]
+    imported += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+    mine = {m.split(".")[1] for m in imported if m.startswith("widedeep_nb.")}  # nbdev writes `from .core import`
+    own = int(path.stem[:2])
+    assert [m for m in mine if m in APPENDICES or not number[m] < own] == []
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=names)
+def test_chapter_form(path):
+    all_cells = cells(path)
+    first = next(source(c) for c in all_cells if c["cell_type"] == "markdown")
+    assert re.match(r"# .+\n\n> .+", first), "a chapter opens with a title and one line that says what it is for"
+    badge = re.search(r"colab\.research\.google\.com/github/[^/]+/[^/]+/blob/main/([^)]+)\)", first)
+    assert badge and badge[1] == f"nbs/{path.name}" and (ROOT / badge[1]).exists()
+    assert len([c for c in all_cells if "parameters" in c["metadata"].get("tags", [])]) == 1
+    for text in exported(path):
+        lines = [l for l in text.splitlines() if l.strip() and not l.lstrip().startswith("#")]
+        imports = [l for l in lines if re.match(r"(from\s+\S+\s+import|import\s)", l)]
+        assert len(lines) <= 40, f"an exported cell of {len(lines)} lines: {lines[0]}"
+        assert len(imports) in (0, len(lines)), f"imports mixed with other code: {lines[0]}"
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=names)
+def test_public_functions_are_documented(path):
+    "One line of docstring and a comment for each argument."
+    text = (ROOT / "widedeep_nb" / f"{path.stem[3:]}.py").read_text()
+    lines, tree = text.splitlines(), ast.parse(text)
+    for node in [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]:
+        assert ast.get_docstring(node), f"{node.name} has no docstring"
+        if isinstance(node, ast.ClassDef): continue
+        for arg in [a for a in node.args.args + node.args.kwonlyargs if a.arg != "self"]:
+            one_line = len(node.args.args) <= 1 and node.lineno == arg.lineno
+            assert one_line or "#" in lines[arg.lineno - 1], f"{node.name}: argument {arg.arg} has no comment"
+
+
+def test_nothing_of_this_machine():
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    texts = {f: (ROOT / f).read_text() for f in files if f.endswith((".ipynb", ".py", ".md", ".json", ".yml", ".toml", ".ini", ".html"))}
+    home = re.compile(r"/(?:home|root|Users)/\w+/")
+    assert [f for f, t in texts.items() if home.search(t)] == []
