@@ -65,7 +65,7 @@ def use_theme():
     sns.set_theme(style="ticks", rc={
         "figure.figsize": (5.2, 2.9), "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8.5,
         "ytick.labelsize": 8.5, "legend.fontsize": 8.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
-        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": quiet, "axes.linewidth": .8,
+        "patch.linewidth": 0, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": quiet, "axes.linewidth": .8,
         "xtick.color": quiet, "ytick.color": quiet, "xtick.labelcolor": ink, "ytick.labelcolor": ink,
         "text.color": ink, "axes.labelcolor": ink, "axes.titlecolor": ink, "svg.fonttype": "none", "legend.frameon": False,
         "figure.constrained_layout.use": True, "axes.prop_cycle": plt.cycler(color=[COLORS[c] for c in ("hybrid", "wide", "deep", "baseline")]),
@@ -535,7 +535,7 @@ def load_recommender(
 
 Recommender._state, Recommender._restore, Recommender.save = _state, _restore, save
 
-# %% ../nbs/00_core.ipynb #a34fc7f2
+# %% ../nbs/00_core.ipynb #7056c16e
 RUN_FORMAT = 1
 
 
@@ -552,7 +552,7 @@ def versions() -> dict:
         except PackageNotFoundError: pass
     return found
 
-
+# %% ../nbs/00_core.ipynb #a34fc7f2
 class Run:
     "One run of the report: what it is about, and the files that its chapters hand over."
 
@@ -654,7 +654,7 @@ def add_metrics(
         kept = self.metrics().join(new, on=METRIC_KEY, how="anti", nulls_equal=True)
         self.write("metrics.json", pl.concat([kept, new]).to_dicts())
 
-
+# %% ../nbs/00_core.ipynb #e27fc868
 def model_folder(
     self: Run,
     name: str,  # of the recommender
