@@ -78,7 +78,8 @@ def test_public_functions_are_documented(path):
     "One line of docstring and a comment for each argument."
     text = (ROOT / "widedeep_nb" / f"{path.stem[3:]}.py").read_text()
     lines, tree = text.splitlines(), ast.parse(text)
-    for node in [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]:
+    commands = lambda n: any("command" in ast.unparse(d) for d in n.decorator_list)  # click documents these by their options
+    for node in [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_") and not commands(n)]:
         assert ast.get_docstring(node), f"{node.name} has no docstring"
         if isinstance(node, ast.ClassDef): continue
         for arg in [a for a in node.args.args + node.args.kwonlyargs if a.arg != "self"]:

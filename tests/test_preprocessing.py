@@ -7,15 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from widedeep_nb.core import PARTS, PROTOCOLS, History, Problem, as_interactions
-from widedeep_nb.preprocessing import Inputs, category_codes, core_of, damped_bias, enough, make_inputs, prepare, take_snapshot, training_inputs
+from widedeep_nb.core import PARTS, enough, PROTOCOLS, History, Problem, as_interactions
+from widedeep_nb.preprocessing import Inputs, category_codes, core_of, damped_bias, make_inputs, prepare, take_snapshot, training_inputs
 
 rows_of = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60)
 
 
-def random_log(n=600, users=25, items=15, seed=0):
+def random_log(n=600, users=25, items=15, seed=0, skew=False):
     rng = np.random.default_rng(seed)
-    return as_interactions(pl.DataFrame({"user": [f"u{i}" for i in rng.integers(0, users, n)], "item": [f"i{i}" for i in rng.integers(0, items, n)],
+    who = rng.zipf(1.3, n) % 200 if skew else rng.integers(0, users, n)
+    return as_interactions(pl.DataFrame({"user": [f"u{i}" for i in who], "item": [f"i{i}" for i in rng.integers(0, items, n)],
                                          "rating": rng.integers(1, 6, n), "timestamp": rng.integers(0, 200, n) * 10**8}).unique(["user", "item", "timestamp"], maintain_order=True))
 
 
@@ -26,7 +27,7 @@ def test_filters_against_plain_python(pairs, a, b):
     def once(rows):
         users, items = Counter(u for u, _ in rows), Counter(i for _, i in rows)
         return [(u, i) for u, i in rows if users[u] >= a and items[i] >= b]
-    assert enough(frame, a, b).rows() == once(pairs)
+    assert frame.filter(enough(a, b)).rows() == once(pairs)
     kept = pairs
     while kept != once(kept): kept = once(kept)
     assert core_of(frame, a, b).rows() == kept
@@ -56,11 +57,15 @@ def test_order_does_not_depend_on_the_file():
 
 def test_strict_counts_training_rows_only():
     "A user whose ratings all come after the cut is no reason to keep anything before it."
-    log = random_log()
+    log = random_log(900, skew=True)
     split = prepare(log)
+    assert len(split.aside) > 20 and split.refit().known_users > split.known_users
     counts = split.train.group_by("user").len()["len"], split.train.group_by("item").len()["len"]
     a = log.sort("timestamp", "user", "item")[: round(.8 * len(log))]
-    assert sorted(split.users["user"][split.train["user"].to_numpy()].to_list()) == sorted(enough(a, 5, 5)["user"].to_list())
+    assert sorted(split.users["user"][split.train["user"].to_numpy()].to_list()) == sorted(a.filter(enough(5, 5))["user"].to_list())
+    assert len(split.train) + len(split.aside) == len(a) and len(split.seen("val")) == len(a) and split.seen("val")["timestamp"].is_sorted()
+    again = split.refit()
+    assert len(again.train) == len(log.sort("timestamp", "user", "item")[: round(.9 * len(log))].filter(enough(5, 5))) and len(again.seen("test")) == round(.9 * len(log))
     assert min(counts[0].min(), counts[1].min()) >= 1 and len(split.val) == round(.9 * len(log)) - round(.8 * len(log))
 
 

@@ -189,13 +189,14 @@ def tuned(
     name: str,  # a registered baseline
     grid: list,  # settings to try, a dict each
     split: Split,  # fitted on its training part, judged on its validation part
+    most: int = 0,  # how many people are asked about at most, drawn by lot; 0: all
 ) -> tuple:  # the best settings ({}: the defaults, where nothing can be chosen), and a list of what was tried
     "Choose settings on validation: least RMSE where a model gives stars, else largest NDCG@20."
     tried = []
     for settings in grid if len(grid) > 1 and len(split.val) else []:
         model = make_recommender(name, **settings).fit(split)
         metric = "RMSE" if model.rates else "NDCG@20"
-        value = rate_rows(model, split)["RMSE"].mean() if model.rates else rank_users(model, split, ks=(20,)).users["NDCG@20"].mean()
+        value = rate_rows(model, split)["RMSE"].mean() if model.rates else rank_users(model, split, ks=(20,), most=most).users["NDCG@20"].mean()
         tried.append({"settings": settings, "metric": metric, "value": value ** .5 if model.rates and value is not None else value})
     usable = [t for t in tried if t["value"] is not None]
     best = min(usable, key=lambda t: t["value"] if t["metric"] == "RMSE" else -t["value"], default={"settings": {}})
@@ -206,11 +207,12 @@ def fit_baseline(
     run: Run,  # with splits; gets models/NAME
     name: str,  # a registered baseline
     tune: bool = True,  # choose its settings on validation; else take the defaults
+    most: int = 0,  # how many people are asked about at most, drawn by lot; 0: all
 ) -> tuple:  # fitted models by (cut, seed), and a note on each fit: settings, seconds, what was tried
     "Fit a baseline on every window of the run and keep it."
     models, notes = {}, []
     for cut, split in enumerate(run.splits()):
-        settings, tried = tuned(name, GRIDS[name], split) if tune else ({}, [])
+        settings, tried = tuned(name, GRIDS[name], split, most) if tune else ({}, [])
         started = time.perf_counter()
         models[cut, 0] = make_recommender(name, **settings).fit(split.final())
         notes.append({"model": name, "cut": cut, "settings": settings, "seconds": round(time.perf_counter() - started, 4), "tried": tried})
@@ -222,11 +224,12 @@ def on_test(
     models: dict,  # fitted recommenders by (cut, seed)
     splits: list,  # what they were fitted on, by cut
     relevants: tuple,  # each: least stars of a relevant row; None: any row
+    most: int = 0,  # how many people are asked about at most, drawn by lot; 0: all
 ) -> dict:  # rated, ranked, shown: one table each over all cuts and seeds, users by id
     "Judge a model on the test part of every window."
     tables = {"rated": [], "ranked": [], "shown": []}
     for (cut, seed), model in models.items():
-        judged = judge(model, splits[cut], "test", (5, 10, 20), relevants, ("known", "new"))
+        judged = judge(model, splits[cut], "test", (5, 10, 20), relevants, ("known", "new"), most=most)
         for name in tables:
             frame = judged[name].with_columns(cut=pl.lit(cut, pl.Int64), seed=pl.lit(seed, pl.Int64))
             tables[name].append(frame.with_columns(user=splits[cut].users["user"].gather(frame["user"])) if "user" in frame.columns else frame)
@@ -272,19 +275,20 @@ def compare(
     "Fit and judge every baseline, and the halves of the hybrid; writes models, metrics.json and compare.json."
     splits, seeds = [s.final() for s in run.splits()], run.read("training.json")["seeds"]
     hybrid = {name: run.read(f"evaluation/{name}.parquet") for name in ("rated", "ranked")}
-    relevants = (None, run.read("evaluation.json")["relevant"]) if splits[-1].has_stars else (None,)
+    asked = run.read("evaluation.json")
+    relevants, most = (None, asked["relevant"]) if splits[-1].has_stars else (None,), asked["most_users"]
     fits, left_out = [], {}
     for name in GRIDS:
-        try: models, notes = fit_baseline(run, name, tune)
+        try: models, notes = fit_baseline(run, name, tune, most)
         except Problem as e:
             left_out[name] = str(e)
             continue
         fits += notes
-        add_to_metrics(run, name, on_test(models, splits, relevants), hybrid)
+        add_to_metrics(run, name, on_test(models, splits, relevants, most), hybrid)
     for name in ABLATIONS:
         at = {(cut, seed): run.model_folder(name, seed, cut) for cut in range(len(splits)) for seed in seeds}
         if not all((folder / "model.json").exists() for folder in at.values()): continue
-        add_to_metrics(run, name, on_test({which: load_recommender(folder) for which, folder in at.items()}, splits, relevants), hybrid)
+        add_to_metrics(run, name, on_test({which: load_recommender(folder) for which, folder in at.items()}, splits, relevants, most), hybrid)
     run.write("compare.json", {"fits": fits, "left_out": left_out})
 
 # %% ../nbs/07_baselines.ipynb #cb470fed

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'LOG', 'EXTRAS', 'PROTOCOLS', 'PARTS', 'RECOMMENDERS', 'RUN_FORMAT', 'METRIC_KEY', 'METRICS', 'Problem',
-           'one_of', 'use_theme', 'as_svg', 'show_figure', 'show_table', 'say', 'as_interactions', 'Protocol',
-           'code_table', 'Split', 'encode', 'codes_of', 'History', 'lot', 'top_k', 'Recommender', 'predict',
-           'baskets_as_history', 'mask_seen', 'recommend', 'register', 'make_recommender', 'pack_text', 'unpack_text',
-           'file_sha256', 'written_whole', 'save', 'load_recommender', 'pick_device', 'versions', 'Run', 'write',
-           'read', 'save_splits', 'splits', 'metrics', 'add_metrics', 'model_folder', 'step', 'open_run']
+           'one_of', 'use_theme', 'as_svg', 'show_figure', 'show_table', 'say', 'as_interactions', 'Protocol', 'enough',
+           'code_table', 'Split', 'in_time', 'encode', 'codes_of', 'History', 'lot', 'top_k', 'as_codes', 'Recommender',
+           'predict', 'baskets_as_history', 'mask_seen', 'recommend', 'register', 'make_recommender', 'pack_text',
+           'unpack_text', 'file_sha256', 'written_whole', 'save', 'load_recommender', 'pick_device', 'versions', 'Run',
+           'write', 'read', 'save_splits', 'splits', 'metrics', 'add_metrics', 'model_folder', 'step', 'open_run']
 
 # %% ../nbs/00_core.ipynb #ccf0e92a
 import functools
@@ -161,12 +161,20 @@ PROTOCOLS = {p.name: p for p in [
     Protocol("given", 0, 0, "all", cut="given", final_fit="train", history="fit"),
 ]}
 
-# %% ../nbs/00_core.ipynb #7ebc071f
+# %% ../nbs/00_core.ipynb #6297a9a2
 PARTS = ("train", "val", "test")
 
 
+def enough(
+    min_user: int,  # least rows of a user
+    min_item: int,  # least rows of an item
+) -> pl.Expr:  # true for rows whose user and item both have enough
+    "A filter by count; both are counted once, on the rows that it is applied to."
+    return (pl.len().over("user") >= min_user) & (pl.len().over("item") >= min_item)
+
+
 def code_table(
-    parts: list,  # the three parts with ids as text
+    parts: list,  # frames with ids as text, in the order in which codes are given out
     column: str,  # "user" or "item"
     about: Optional[pl.DataFrame] = None,  # what is known of each id, a row an id
 ) -> pl.DataFrame:  # row number = code; ids by the part in which they first appear, then by rows in it, then by id
@@ -183,31 +191,32 @@ class Split:
     train: pl.DataFrame  # user, item (codes), rating, timestamp, in order of time
     val: pl.DataFrame  # the same columns; may be empty
     test: pl.DataFrame  # the same columns; may be empty
+    aside: pl.DataFrame  # earlier rows that a filter keeps from training: the shop knows them, the model did not learn from them
     users: pl.DataFrame  # row number = code; `user` is the id as the shop has it
     items: pl.DataFrame  # row number = code; `item` is the id as the shop has it
     protocol: Protocol = PROTOCOLS["strict"]  # how it was made and is judged
 
     @classmethod
-    def of(cls, train, val, test, users=None, items=None, protocol=PROTOCOLS["strict"]):
-        "Encode three frames with text ids; `users` and `items` say what is known of each id."
-        parts = [train, val, test]
-        users, items = code_table(parts, "user", users), code_table(parts, "item", items)
-        return cls(*[encode(p, users, items) for p in parts], users, items, protocol)
+    def of(cls, train, val, test, users=None, items=None, protocol=PROTOCOLS["strict"], aside=None):
+        "Encode frames with text ids; `users` and `items` say what is known of each id."
+        aside = train.clear() if aside is None else aside
+        groups = [train, pl.concat([aside, val]), test]
+        users, items = code_table(groups, "user", users), code_table(groups, "item", items)
+        return cls(*[encode(p, users, items) for p in (train, val, test, aside)], users, items, protocol)
 
     known_users = property(lambda self: int(self.train["user"].max() if len(self.train) else -1) + 1)
     known_items = property(lambda self: int(self.train["item"].max() if len(self.train) else -1) + 1)
     has_stars = property(lambda self: len(self.train) > 0 and self.train["rating"].null_count() < len(self.train))
 
     def seen(self, part: str) -> pl.DataFrame:
-        "All rows before `part`."
-        return pl.concat([getattr(self, p) for p in PARTS[:PARTS.index(part)]])
+        "All rows before `part`, learnt from or not."
+        return in_time([self.train, self.aside] + [getattr(self, p) for p in PARTS[1:PARTS.index(part)]])
 
     def refit(self) -> "Split":
-        "Train on training and validation rows, for the final fit; where the filter counts training rows, it counts both."
-        least = (self.protocol.min_user, self.protocol.min_item) if self.protocol.counted_on == "train" else (0, 0)
-        counted = self.seen("test").with_columns(by_user=pl.len().over("user"), by_item=pl.len().over("item"))[len(self.train):]
-        kept = counted.filter(pl.col("by_user") >= least[0], pl.col("by_item") >= least[1]).select(self.val.columns)
-        return replace(self, train=pl.concat([self.train, kept]), val=self.val.clear())
+        "Train on training and validation rows, for the final fit; a filter that counts training rows counts anew."
+        rows = self.seen("test")
+        kept = rows.select(enough(self.protocol.min_user, self.protocol.min_item) if self.protocol.counted_on == "train" else pl.repeat(True, pl.len())).to_series()
+        return replace(self, train=rows.filter(kept), aside=rows.filter(~kept), val=self.val.clear())
 
     def final(self) -> "Split":
         "What the model that meets the test part is fitted on, as the protocol says."
@@ -218,6 +227,14 @@ class Split:
         return replace(self, test=self.test.clear())
 
 # %% ../nbs/00_core.ipynb #e0f98a3f
+def in_time(
+    parts: list,  # frames, each in order of time
+) -> pl.DataFrame:
+    "One frame in order of time; where there is no time, one part after the other."
+    rows = pl.concat(parts)
+    return rows if sum(len(p) > 0 for p in parts) < 2 or rows["timestamp"].null_count() else rows.sort("timestamp", maintain_order=True)
+
+
 def encode(
     rows: pl.DataFrame,  # `user` and `item` as text
     users: pl.DataFrame,  # row number = code
@@ -312,6 +329,13 @@ def top_k(
     return value, column.masked_fill(value == -torch.inf, -1)
 
 # %% ../nbs/00_core.ipynb #3395f321
+def as_codes(
+    codes,  # tensor, array, series or list of whole numbers
+) -> torch.Tensor:  # int64, a copy
+    "Codes as a tensor of their own."
+    return codes.long().clone() if isinstance(codes, torch.Tensor) else torch.from_numpy(np.array(codes, dtype=np.int64))
+
+
 class Recommender:
     "The face that evaluation, comparison, serving and monitoring rely on."
     name = ""  # set by `register`
@@ -331,7 +355,7 @@ class Recommender:
     n_items = property(lambda self: len(self.item_ids))
 
     def _query(self, users, history):
-        users = torch.as_tensor(np.asarray(users), dtype=torch.int64)
+        users = as_codes(users)
         return users, self.log.take(users) if history is None else history
 
     @torch.no_grad()
@@ -343,7 +367,7 @@ class Recommender:
     ) -> torch.Tensor:  # float32 [n, m], higher is better; seen items are not masked
         "How well each item suits each user."
         users, history = self._query(users, history)
-        items = torch.arange(self.n_items) if items is None else torch.as_tensor(np.asarray(items), dtype=torch.int64)
+        items = torch.arange(self.n_items) if items is None else as_codes(items)
         return self._scores(users, history, items)
 
     def _scores(self, users, history, items):
@@ -362,12 +386,12 @@ def predict(
     "The stars that each user would give to the item beside."
     if not self.rates: raise Problem(f"{self.name} ranks but does not predict stars")
     users, history = self._query(users, history)
-    return self._predict(users, torch.as_tensor(np.asarray(items), dtype=torch.int64), history).clamp(*self.stars)
+    return self._predict(users, as_codes(items), history).clamp(*self.stars)
 
 
 Recommender.predict = predict
 
-# %% ../nbs/00_core.ipynb #6297a9a2
+# %% ../nbs/00_core.ipynb #4b35e77d
 def baskets_as_history(
     baskets: list,  # each {item id: stars} or a list of item ids
     item_ids: pl.Series,  # ids that the model knows, in order of their codes
@@ -386,12 +410,12 @@ def mask_seen(
     items: torch.Tensor,  # codes of the m columns
 ) -> torch.Tensor:  # the same scores, -inf where the user has the item
     "Take what a user has out of the running."
-    column = torch.full((int(torch.cat([items, history.item]).max()) + 1,), -1)
+    column = torch.full((int(torch.cat([items, history.item, items.new_zeros(1)]).max()) + 1,), -1)
     column[items] = torch.arange(len(items))
     place = column[history.item]
     return scores.index_put((history.owner[place >= 0], place[place >= 0]), torch.tensor(-torch.inf))
 
-# %% ../nbs/00_core.ipynb #4b35e77d
+# %% ../nbs/00_core.ipynb #f9cf3cf5
 def recommend(
     self: Recommender,  # fitted
     users,  # a user id or a list of them; or a basket, or a list of baskets
@@ -403,12 +427,12 @@ def recommend(
     users = [users] if isinstance(users, (str, dict)) else list(users)
     if k < 1 or not users: raise Problem("recommend needs at least one user or basket and k of at least 1")
     if isinstance(users[0], str):
-        names, codes = users, torch.from_numpy(codes_of(users, self.user_ids).to_numpy()).long()
+        names, codes = users, as_codes(codes_of(users, self.user_ids))
         history = self.log.take(codes)
     else:
         names, codes = [f"basket {i + 1}" for i in range(len(users))], torch.full((len(users),), self.n_users)
         history = baskets_as_history(users, self.item_ids)
-    codes_to_rank = lot(self.item_ids) if items is None else torch.from_numpy(codes_of(items, self.item_ids).unique().to_numpy()).long()
+    codes_to_rank = lot(self.item_ids) if items is None else as_codes(codes_of(items, self.item_ids).unique())
     codes_to_rank = codes_to_rank[codes_to_rank < self.n_items]
     if not len(codes_to_rank): raise Problem("none of the items to choose from is known")
     scores = self.scores(codes, history, codes_to_rank)
@@ -613,7 +637,7 @@ def read(
 
 Run.write, Run.read = write, read
 
-# %% ../nbs/00_core.ipynb #f9cf3cf5
+# %% ../nbs/00_core.ipynb #7ebc071f
 METRIC_KEY = ["dataset", "protocol", "cut", "seed", "model", "versus", "task", "split", "users", "items", "relevant", "metric"]
 METRICS = {c: pl.String for c in METRIC_KEY} | {"cut": pl.Int64, "seed": pl.Int64, "value": pl.Float64, "lo": pl.Float64, "hi": pl.Float64, "n": pl.Int64}
 
@@ -626,14 +650,13 @@ def save_splits(
     for i, split in enumerate(splits):
         place = "" if i == len(splits) - 1 else f"cuts/{i}/"
         for part in PARTS: self.write(f"{place}{part}.parquet", getattr(split, part))
-        self.write(f"{place}split/users.parquet", split.users)
-        self.write(f"{place}split/items.parquet", split.items)
+        for name in ("aside", "users", "items"): self.write(f"{place}split/{name}.parquet", getattr(split, name))
 
 
 def splits(self: Run) -> list:
     "The splits, oldest first."
     places = [f"cuts/{i}/" for i in range(len(self.protocol.windows) - 1)] + [""]
-    return [Split(*[self.read(f"{at}{name}.parquet") for name in PARTS + ("split/users", "split/items")], self.protocol) for at in places]
+    return [Split(*[self.read(f"{at}{name}.parquet") for name in PARTS + ("split/aside", "split/users", "split/items")], self.protocol) for at in places]
 
 
 def metrics(self: Run) -> pl.DataFrame:
@@ -681,7 +704,10 @@ def step(
             for need in needs: need(run)
             about = run.about
             before = about["steps"].get(f.__name__, {})
-            params = defaults | before.get("params", {}) | {k: given[k] for k in given if k in defaults or one_of(k, defaults, f"parameter of {f.__name__}")}
+            for name in given: one_of(name, defaults, f"parameter of {f.__name__}")
+            asked = {k: v for k, v in given.items() if v != defaults[k]}
+            kept = {k: v for k, v in about["parameters"].items() if k in defaults}
+            params = defaults | kept | (asked if given else before.get("params", {}))
             basis = [about["dataset"], about["protocol"], about["seed"], params, [about["steps"][n.__name__]["mark"] for n in needs], versions().get("widedeep_nb")]
             mark = hashlib.sha256(json.dumps(basis, sort_keys=True, default=str).encode()).hexdigest()[:16]
             if before.get("mark") == mark: return
@@ -701,6 +727,6 @@ def open_run(
     "The run that a chapter works on."
     if folder: return Run(folder)
     place = tempfile.TemporaryDirectory(prefix="widedeep-")
-    run = Run(Path(place.name) / "demo", dataset="demo?ratings=4000")
+    run = Run(Path(place.name) / "demo", dataset="demo?ratings=4000", parameters={"seeds": 2, "epochs": 8})
     run.keep = place  # removed with the run
     return run

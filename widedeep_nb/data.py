@@ -34,8 +34,7 @@ import matplotlib.pyplot as plt
 import polars as pl
 import pyarrow as pa
 
-from .core import (COLORS, EXTRAS, LOG, PARTS, Problem, Run, as_interactions, file_sha256, one_of, open_run,
-                              say, show_figure, show_table, step, use_theme)
+from .core import COLORS, EXTRAS, LOG, PARTS, Problem, Run, as_interactions, file_sha256, one_of, open_run, say, show_figure, show_table, step, use_theme
 
 # %% ../nbs/01_data.ipynb #a8846048
 LOG_NAMES = {

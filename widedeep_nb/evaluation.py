@@ -20,8 +20,7 @@ import polars as pl
 import torch
 from scipy.sparse import csr_matrix
 
-from .core import (COLORS, METRICS, PROTOCOLS, History, Problem, Recommender, Run, Split, as_interactions, load_recommender, lot,
-                              mask_seen, one_of, open_run, say, show_figure, show_table, step, top_k, use_theme)
+from .core import COLORS, METRICS, PROTOCOLS, History, Problem, Recommender, Run, Split, as_interactions, load_recommender, lot, mask_seen, one_of, open_run, say, show_figure, show_table, step, top_k, use_theme
 from .training import train
 
 # %% ../nbs/06_evaluation.ipynb #4fcc8f84
@@ -130,6 +129,7 @@ def ask(
     relevant: Optional[float] = None,  # least stars of a relevant row; None: any row
     items: str = "known",  # candidates: items "known" to training, or "new" ones only
     seed: int = 0,  # of the lot that settles ties
+    most: int = 0,  # how many people are asked about at most, drawn by lot; 0: all
 ) -> Question:
     "The question that a part of a split puts to every model alike."
     rows, seen = getattr(split, part), split.seen(part)
@@ -138,8 +138,11 @@ def ask(
     possible = wanted.filter(pl.col("item").cast(pl.Int64).is_in(pl.Series(candidates.numpy()).implode()))
     right = possible.join(seen, on=["user", "item"], how="anti") if split.protocol.mask_seen else possible
     users = right["user"].unique().sort()
-    asked = rows["user"].n_unique()
-    left_out = {"users": asked, "users with nothing to find": asked - len(users), "pairs": len(wanted),
+    asked, able = rows["user"].n_unique(), len(users)
+    if 0 < most < able:
+        users = users.gather(lot(split.users["user"].gather(users))[:most].numpy()).sort()
+        right = right.filter(pl.col("user").is_in(users.implode()))
+    left_out = {"users": asked, "users with nothing to find": asked - able, "users not drawn": able - len(users), "pairs": len(wanted),
                 "pairs on items that are no candidates": len(wanted) - len(possible), "pairs the user already had": len(possible) - len(right)}
     return Question(as_codes(users), candidates, right.sort("user", "item"), History.of(seen, len(split.users)), left_out)
 
@@ -249,9 +252,10 @@ def rank_users(
     relevant: Optional[float] = None,  # least stars of a relevant row; None: any row
     items: str = "known",  # candidates: items "known" to training, or "new" ones only
     seed: int = 0,  # of the lot that settles ties
+    most: int = 0,  # how many people are asked about at most, drawn by lot; 0: all
 ) -> Ranked:
     "Ranking metrics of every user who has something to find in a part."
-    question = ask(split, part, relevant, items, seed)
+    question = ask(split, part, relevant, items, seed, most)
     lists = best_lists(recommender, split, question, max(ks))
     hits, to_find = hits_of(lists, question)
     had = question.seen.take(question.users)
@@ -449,9 +453,10 @@ def judge(
     relevants: tuple = (None,),  # each: least stars of a relevant row; None: any row
     items: tuple = ("known",),  # candidates: "known" to training, "new"
     seed: int = 0,  # of the lot that settles ties
+    most: int = 0,  # how many people are asked about at most, drawn by lot; 0: all
 ) -> dict:  # rated: a row a rating; ranked: a row a user; shown: coverage and Gini; left_out: counts
     "One model measured once: the tables that all its figures are made from."
-    asked = [({"relevant": "any" if r is None else f">={r:g}", "items": "all" if i == "known" else i}, rank_users(recommender, split, part, ks, r, i, seed))
+    asked = [({"relevant": "any" if r is None else f">={r:g}", "items": "all" if i == "known" else i}, rank_users(recommender, split, part, ks, r, i, seed, most))
              for r in relevants for i in items]
     tag = lambda frame, label: frame.with_columns(pl.lit(v).alias(c) for c, v in label.items())
     return {"rated": rate_rows(recommender, split, part), "ranked": pl.concat([tag(a.users, label) for label, a in asked]),
@@ -519,13 +524,14 @@ CURVE = (1, 2, 3, 5, 10, 20)
 def measure(
     run: Run,  # with a trained wide-deep
     relevant: float = 4.0,  # stars from which an item counts as liked
+    most_users: int = 5000,  # people whose lists are judged at most, drawn by lot; 0: all
 ):
     "Judge wide-deep on the test part; writes evaluation/rated.parquet, ranked.parquet, evaluation.json and records in metrics.json."
     rated, ranked, shown, left_out, each = [], [], [], [], []
     for cut, split in enumerate(s.final() for s in run.splits()):
         for seed in run.read("training.json")["seeds"]:
             model = load_recommender(run.model_folder("wide-deep", seed, cut))
-            judged = judge(model, split, "test", CURVE, (None, relevant) if split.has_stars else (None,), ("known", "new"))
+            judged = judge(model, split, "test", CURVE, (None, relevant) if split.has_stars else (None,), ("known", "new"), most=most_users)
             tag = lambda frame: frame.with_columns(cut=pl.lit(cut, pl.Int64), seed=pl.lit(seed, pl.Int64))
             name = lambda frame: tag(frame.with_columns(user=split.users["user"].gather(frame["user"])))
             rated.append(name(judged["rated"])); ranked.append(name(judged["ranked"])); shown.append(tag(judged["shown"])); each.append((cut, seed))
@@ -533,7 +539,7 @@ def measure(
     rated, ranked, shown = pl.concat(rated), pl.concat(ranked, how="diagonal"), pl.concat(shown)
     run.write("evaluation/rated.parquet", rated)
     run.write("evaluation/ranked.parquet", ranked)
-    run.write("evaluation.json", {"relevant": relevant, "left_out": left_out})
+    run.write("evaluation.json", {"relevant": relevant, "most_users": most_users, "left_out": left_out})
     found = [shown.with_columns(task=pl.lit("ranking")), *by_seed_and_cut(rated, ranked, each)]
     run.add_metrics(pl.concat(found, how="diagonal").with_columns(model=pl.lit("wide-deep"), split=pl.lit("test"), versus=pl.lit(None, pl.String)))
 

@@ -215,19 +215,23 @@ def judge_on_validation(
 WideDeep._judge = judge_on_validation
 
 # %% ../nbs/05_training.ipynb #eaa86606
-def _inputs(self, users, items, history, who):
+def _inputs(self, users, items, history, who, about=None):
     "Features of a query; strangers and unknown items take the rows behind the known."
-    return make_inputs(self.snap, users.clamp(max=self.n_users), history, who, items.clamp(max=len(self.snap.category) - 1))
+    return make_inputs(self.snap, users.clamp(max=self.n_users), history, who, items.clamp(max=len(self.snap.category) - 1), about)
 
 
 def _predict(self, users, items, history):
     return self.net(self._inputs(users, items, history, torch.arange(len(users))))
 
 
-def _scores(self, users, history, items):
-    block = max(1, 2 ** 17 // (len(items) * max(self.hidden)) * 8)
-    blocks = torch.arange(len(users)).split(block)
-    return torch.cat([self.net(self._inputs(users[b], items[None], history.take(b), torch.arange(len(b))[:, None])) for b in blocks] or [torch.zeros(0, len(items))])
+def _scores(self, users, history, items, block=256, floats=2 ** 19):
+    scores = torch.empty(len(users), len(items))
+    for b in torch.arange(len(users)).split(block):
+        had, who = history.take(b), torch.arange(len(b))[:, None]
+        about = user_features(self.snap, had)
+        for c in torch.arange(len(items)).split(max(1, floats // (len(b) * max(self.hidden)))):
+            scores[b[0]:b[-1] + 1, c[0]:c[-1] + 1] = self.net(self._inputs(users[b], items[None, c], had, who, about))
+    return scores
 
 
 def _state(self):

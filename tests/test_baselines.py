@@ -1,0 +1,358 @@
+"The baselines against plain loops, dense algebra, another library, and figures measured on real logs."
+import os
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from widedeep_nb.baselines import ABLATIONS, GRIDS, compare, fit_baseline, overall, tuned
+from widedeep_nb.core import History, Problem, Run, Split, as_interactions, load_recommender, lot, make_recommender, mask_seen, top_k
+from widedeep_nb.data import load
+from widedeep_nb.evaluation import rank_users, rate_rows
+from widedeep_nb.preprocessing import prepare
+from widedeep_nb.training import train
+
+NAMES = ["mean", "damped-bias", "popularity", "recent-popularity", "item-knn", "ease"]
+PERSONAL = ["damped-bias", "item-knn", "ease"]
+SHARED = Path(os.environ.get("WIDEDEEP_SHARED", Path(__file__).parents[1] / "../shared")) / "data"
+real = pytest.mark.skipif(not SHARED.exists(), reason="the real logs are not here")
+
+
+def random_log(users=40, items=25, rows=400, seed=0, stars=True, times=True):
+    rng = np.random.default_rng(seed)
+    # squared: a few items are popular, most are not
+    log = {"user": [f"u{u}" for u in rng.integers(users, size=rows)], "item": [f"i{int(items * x * x)}" for x in rng.random(rows)],
+           "rating": rng.integers(1, 6, rows) if stars else None, "timestamp": np.sort(rng.integers(0, 10**11, rows)) if times else None}
+    frame = pl.DataFrame({c: v for c, v in log.items() if v is not None})
+    return as_interactions(frame.unique(["user", "item"], keep="first", maintain_order=True))
+
+
+def split_of(log, share=.8):
+    n = int(share * len(log))
+    return Split.of(log[:n], log[:0], log[n:])
+
+
+@pytest.fixture(scope="module")
+def split(): return split_of(random_log())
+
+
+def binary(split):
+    dense = np.zeros((split.known_users, split.known_items))
+    dense[split.train["user"].to_numpy(), split.train["item"].to_numpy()] = 1
+    return dense
+
+
+# ---------------------------------------------------------------- each against a slower way to the same
+
+def test_mean_is_the_mean(split):
+    want = sum(split.train["rating"].to_list()) / len(split.train)
+    assert np.allclose(make_recommender("mean").fit(split).predict([0, 5, 999], [3, 1, 999]), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("damping, passes", [(5, 10), (0, 3), (2.5, 1)])
+def test_damped_bias_is_the_plain_loop(split, damping, passes):
+    rows = [(u, i, float(r)) for u, i, r, _ in split.train.rows()]
+    users, items = np.array([0, 1, 2, split.known_users, 3]), np.array([5, 6, split.known_items, 7, 8])  # one stranger, one new item
+    mean = sum(r for *_, r in rows) / len(rows)
+    of_user, of_item = {}, {}
+    for _ in range(passes):
+        for target, own, other, mine, theirs in [(of_item, 1, 0, of_item, of_user), (of_user, 0, 1, of_user, of_item)]:
+            left = {}
+            for row in rows: left.setdefault(row[own], []).append(row[2] - mean - theirs.get(row[other], 0))
+            target.update({k: sum(v) / (len(v) + damping) for k, v in left.items()})
+    model = make_recommender("damped-bias", damping=damping, passes=passes).fit(split)
+    want = [min(max(mean + of_user.get(u, 0) + of_item.get(i, 0), 1), 5) for u, i in zip(users, items)]
+    assert np.allclose(model.predict(users, items), want, atol=1e-5)
+    assert np.allclose(model.of_user(model.log), [of_user[u] for u in range(split.known_users)], atol=1e-9)
+
+
+def test_damped_bias_leaves_out_what_has_no_stars(split):
+    model = make_recommender("damped-bias").fit(split)
+    with_gap = History(torch.tensor([0, 2]), torch.tensor([0, 1]), torch.tensor([5., torch.nan]), torch.zeros(2, dtype=torch.int64))
+    without = History(torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([5.]), torch.zeros(1, dtype=torch.int64))
+    assert torch.equal(model.of_user(with_gap), model.of_user(without)) and model.of_user(without).item() != 0
+
+
+def test_damped_bias_takes_a_new_item_in_a_basket_for_an_average_one(split):
+    model = make_recommender("damped-bias", damping=1).fit(split)
+    basket = History(torch.tensor([0, 1]), torch.tensor([split.known_items + 3]), torch.tensor([5.]), torch.tensor([0]))
+    assert np.isclose(model.of_user(basket).item(), (5 - float(model.mean)) / 2)
+
+
+def test_ease_is_the_closed_form(split):
+    X = binary(split)
+    P = np.linalg.inv(X.T @ X + 7 * np.eye(X.shape[1]))
+    B = np.eye(X.shape[1]) - P @ np.diag(1 / np.diag(P))
+    model = make_recommender("ease", lam=7).fit(split)
+    assert np.allclose(model.weight, B, atol=1e-6) and np.allclose(model.scores(np.arange(len(X))), X @ B, atol=1e-5)
+
+
+def test_ease_refuses_a_catalogue_beyond_its_memory(split):
+    with pytest.raises(Problem, match="item-knn"): make_recommender("ease", max_items=split.known_items - 1).fit(split)
+    make_recommender("ease", max_items=split.known_items).fit(split)
+
+
+@pytest.mark.parametrize("k, shrink", [(3, 0.), (5, 4.), (1000, 1.)])
+def test_item_knn_is_brute_force(split, k, shrink):
+    X = binary(split)
+    norm = np.sqrt(X.sum(0))
+    near = (X.T @ X) / (np.outer(norm, norm) + shrink)
+    np.fill_diagonal(near, 0)
+    kept = np.zeros_like(near)
+    for item, row in enumerate(near):  # the k nearest, ties to the smaller code
+        best = sorted(range(len(row)), key=lambda j: (-row[j], j))[:k]
+        kept[item, best] = row[best]
+    model = make_recommender("item-knn", k=k, shrink=shrink).fit(split)
+    assert np.allclose(model.scores(np.arange(len(X))), X @ kept, atol=1e-5)
+
+
+def test_item_knn_in_blocks_is_item_knn_at_once(split):
+    import scipy.sparse as sp
+
+    from widedeep_nb.baselines import nearest
+    have = sp.csr_array(binary(split))
+    for small, whole in zip(nearest(have, 6, 2., budget=50), nearest(have, 6, 2.)): assert torch.equal(small, whole)
+
+
+@pytest.mark.filterwarnings("ignore:Method expects CSR")
+def test_item_knn_is_implicits(split):
+    nearest_neighbours = pytest.importorskip("implicit.nearest_neighbours")
+    import scipy.sparse as sp
+    X = sp.csr_matrix(binary(split))
+    k = X.shape[1]  # with all neighbours kept, ties at the border cannot matter
+    theirs = nearest_neighbours.CosineRecommender(K=k)
+    theirs.fit(X, show_progress=False)
+    want = theirs.similarity.toarray()
+    np.fill_diagonal(want, 0)  # theirs counts an item as its own neighbour
+    assert np.allclose(make_recommender("item-knn", k=k, shrink=0).fit(split).scores(np.arange(X.shape[0])), X @ want, atol=1e-5)
+
+
+# ---------------------------------------------------------------- what is popular
+
+def test_popularity_counts_users_and_ties_fall_by_lot():
+    log = as_interactions(pl.DataFrame({"user": list("aabbccd"), "item": ["x", "y", "x", "z", "x", "y", "z"]}))
+    model = make_recommender("popularity").fit(Split.of(log, log[:0], log[:0]))
+    assert dict(zip(model.item_ids, model.weight.tolist())) == {"x": 3, "y": 2, "z": 2}
+    drawn = [model.item_ids[c] for c in lot(model.item_ids).tolist()]
+    listed = model.recommend("new", k=3)["item"].to_list()
+    assert listed[0] == "x" and listed[1:] == [i for i in drawn if i in "yz"]  # as the lot has it, whatever the code
+    codes = torch.tensor([0, 2, 1])
+    assert top_k(model.scores([0], items=codes), 3)[1].tolist() == [[0, 1, 2]]
+
+
+def test_popularity_counts_a_repeat_once():
+    log = as_interactions(pl.DataFrame({"user": list("aaab"), "item": list("xxxy")}))
+    assert make_recommender("popularity").fit(Split.of(log, log[:0], log[:0])).weight[:2].tolist() == [1, 1]
+
+
+def test_a_late_rise_changes_the_order():
+    day = 86_400_000
+    old, new = [("old", d) for d in range(10)], [("new", d) for d in range(1000, 1004)]
+    log = as_interactions(pl.DataFrame([(f"u{n}", i, d * day) for n, (i, d) in enumerate(old + new)], schema=["user", "item", "timestamp"], orient="row"))
+    split = Split.of(log, log[:0], log[:0])
+    first = lambda name, **p: make_recommender(name, **p).fit(split).recommend("stranger", k=1)["item"].item()
+    assert first("popularity") == "old" and first("recent-popularity") == "new" and first("recent-popularity", days=1e6) == "old"
+    model = make_recommender("recent-popularity", days=100).fit(split)
+    want = {"old": sum(np.exp(-(1003 - d) / 100) for d in range(10)), "new": sum(np.exp(-(1003 - d) / 100) for d in range(1000, 1004))}
+    assert np.allclose([want[i] for i in model.item_ids], model.weight[:2])
+
+
+def test_recent_popularity_without_times_is_popularity():
+    log = random_log(times=False)
+    split = split_of(pl.concat([log, log[:50]]), 1.)  # some have it twice: they count once
+    assert torch.equal(make_recommender("recent-popularity").fit(split).weight, make_recommender("popularity").fit(split).weight)
+
+
+# ---------------------------------------------------------------- strangers, new items, the history in the query
+
+@pytest.mark.parametrize("name", ["item-knn", "ease", "popularity"])
+def test_a_stranger_gets_what_is_popular(split, name):
+    stranger = [split.known_users, split.known_users + 77]
+    want = make_recommender("popularity").fit(split).scores(stranger)
+    assert torch.equal(make_recommender(name).fit(split).scores(stranger), want) and want.std() > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_new_items_are_never_an_error(split, name):
+    model = make_recommender(name).fit(split)
+    beyond = [0, model.n_items, model.n_items + 50]
+    scores = model.scores([0, 1, model.n_users + 3], items=beyond)
+    assert scores.shape == (3, 3) and scores.isfinite().all() and torch.equal(scores[:, 1], scores[:, 2])
+    assert torch.equal(scores[:, 0], model.scores([0, 1, model.n_users + 3])[:, 0])
+    if model.rates: assert model.predict([0, model.n_users], beyond[1:]).isfinite().all()
+    odd = History(torch.tensor([0, 1]), torch.tensor([model.n_items + 9]), torch.tensor([4.]), torch.tensor([0]))  # all they have is new
+    assert model.scores([model.n_users], odd).isfinite().all()
+    if name in ("item-knn", "ease"): assert torch.equal(model.scores([model.n_users], odd), model.scores([model.n_users]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_basket_like_a_known_history_scores_alike(split, name):
+    model = make_recommender(name).fit(split)
+    known = torch.arange(model.n_users)
+    basket = model.log.take(known)
+    assert torch.equal(model.scores(known + model.n_users, basket), model.scores(known))
+    if model.rates:
+        item = torch.arange(len(known)) % model.n_items
+        assert torch.equal(model.predict(known + model.n_users, item, basket), model.predict(known, item))
+
+
+@pytest.mark.parametrize("name", PERSONAL)
+def test_another_history_changes_the_scores(split, name):
+    model = make_recommender(name).fit(split)
+    assert not torch.allclose(model.scores([0], model.log.take(torch.tensor([1]))), model.scores([0]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_a_block_do_not_touch_each_other(split, name):
+    model = make_recommender(name).fit(split)
+    users, items = torch.tensor([3, model.n_users, 0, 3]), torch.tensor([4, 1, 7])
+    alone = torch.cat([model.scores([u], items=items) for u in users.tolist()])
+    assert torch.allclose(model.scores(users, items=items), alone, atol=1e-6)
+
+
+# ---------------------------------------------------------------- files, and logs that lack something
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_and_loaded(split, name, tmp_path):
+    model = make_recommender(name).fit(split)
+    model.save(tmp_path)
+    back = load_recommender(tmp_path)
+    users = [0, 5, model.n_users]
+    assert back == model and torch.equal(back.scores(users), model.scores(users))
+    assert back.recommend(["u1", "nobody"]).equals(model.recommend(["u1", "nobody"]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_stars_and_times(name):
+    split = split_of(random_log(stars=False, times=False))
+    model = make_recommender(name)
+    if not model.rates: assert model.fit(split).recommend("u1")["rank"].to_list() == list(range(1, 11))
+    else:
+        with pytest.raises(Problem, match="stars"): model.fit(split)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_rows_suffice(name):
+    log = as_interactions(pl.DataFrame({"user": ["a", "b"], "item": ["x", "y"], "rating": [5, 1], "timestamp": [1, 2]}))
+    assert make_recommender(name).fit(Split.of(log, log[:0], log[:0])).recommend("a")["item"].to_list() == ["y"]
+
+
+# ---------------------------------------------------------------- the comparison
+
+def test_tuning_keeps_the_best_and_never_sees_the_test():
+    log = random_log(rows=900)
+    split = Split.of(log[:300], log[300:350], log[350:])
+    grid = [{"damping": d} for d in (1., 20., 500.)]
+    settings, tried = tuned("damped-bias", grid, split)
+    errors = []
+    for point in grid:
+        predicted = make_recommender("damped-bias", **point).fit(split).predict(split.val["user"].to_numpy(), split.val["item"].to_numpy())
+        errors.append(float(((predicted.double().numpy() - split.val["rating"].to_numpy()) ** 2).mean() ** .5))
+    assert np.allclose([t["value"] for t in tried], errors, atol=1e-6) and settings == grid[int(np.argmin(errors))]
+    assert tuned("damped-bias", grid, split.without_test()) == (settings, tried)
+    assert tuned("damped-bias", grid, split.refit()) == ({}, [])  # no validation part: the defaults
+
+
+def test_every_grid_is_small_and_holds_the_default():
+    for name, grid in GRIDS.items():
+        default = vars(make_recommender(name))
+        assert len(grid) <= 5 and any(all(default[k] == v for k, v in point.items()) for point in grid)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = Run(tmp_path_factory.mktemp("runs") / "small", dataset="demo?ratings=4000")
+    train(run, epochs=2, seeds=2)
+    compare(run, tune=False)
+    return run
+
+
+def test_the_comparison_is_paired_and_complete(run):
+    records = run.metrics().filter(split="test", items="all", relevant="any", users="all")
+    value = lambda model, metric: overall(records.filter(pl.col("versus").is_null())).filter(model=model, metric=metric)["value"].item()
+    apart = overall(records.filter(pl.col("versus").is_not_null()))
+    for name in [*NAMES, *ABLATIONS]:
+        for metric in ("RMSE", "NDCG@20", "Precision@5"):
+            row = apart.filter(versus=name, metric=metric)
+            if metric == "RMSE" and name not in ("mean", "damped-bias", *ABLATIONS):
+                assert not len(row)
+                continue
+            assert np.isclose(row["value"].item(), value("wide-deep", metric) - value(name, metric)) and row["lo"].item() <= row["value"].item() <= row["hi"].item()
+    assert set(run.metrics()["users"]) == {"all", "warm", "cold"}
+    assert [f["model"] for f in run.read("compare.json")["fits"]] == NAMES and all(f["seconds"] > 0 for f in run.read("compare.json")["fits"])
+
+
+def test_what_is_kept_is_what_was_measured(run):
+    split = run.splits()[-1].final()
+    for name in NAMES:
+        model, fresh = load_recommender(run.model_folder(name)), make_recommender(name).fit(split)
+        assert torch.equal(model.scores([0, 1, 10**6]), fresh.scores([0, 1, 10**6]))
+    kept = run.read("evaluation/ease/ranked.parquet").filter(relevant="any", items="all")
+    recorded = run.metrics().filter(model="ease", split="test", metric="NDCG@20", users="all", items="all", relevant="any")
+    assert np.isclose(kept["NDCG@20"].mean(), recorded["value"].item()) and set(kept["user"]) <= set(split.users["user"])
+
+
+def test_a_tuned_baseline_is_refitted_on_all_rows_of_the_final_fit(run):
+    split = run.splits()[-1]
+    models, notes = fit_baseline(run, "recent-popularity")
+    settings, tried = tuned("recent-popularity", GRIDS["recent-popularity"], split)
+    assert len(tried) == 5 and notes[0]["settings"] == settings and notes[0]["tried"] == tried
+    assert torch.equal(models[0, 0].weight, make_recommender("recent-popularity", **settings).fit(split.refit()).weight)
+
+
+# ---------------------------------------------------------------- what was measured before, on real logs
+
+def lists_over(model, split, n_items, k=20, block=500):
+    "Precision@5, Recall@5, MAP@5, NDCG@20, Recall@20 of each user, of lists among the items 0..n_items-1 with all that is not test masked."
+    users = split.test["user"].unique().sort().to_numpy()
+    seen, items = History.of(split.seen("test"), len(split.users)), torch.arange(n_items)
+    lists = torch.cat([top_k(mask_seen(model.scores(u, items=items), seen.take(u), items), k)[1] for u in torch.tensor(users).long().split(block)])
+    pairs = split.test.select("user", "item").unique()
+    key = lambda user, item: user * len(split.items) + item
+    hits = np.isin(key(users.astype(np.int64)[:, None], lists.numpy()), key(pairs["user"].cast(pl.Int64).to_numpy(), pairs["item"].to_numpy()))
+    n = pairs.group_by("user").len().sort("user")["len"].to_numpy()
+    gain = 1 / np.log2(np.arange(2, k + 2))
+    at = hits[:, :5].cumsum(1) / np.arange(1, 6)
+    return users, np.stack([hits[:, :5].sum(1) / 5, hits[:, :5].sum(1) / n, (at * hits[:, :5]).sum(1) / np.minimum(n, 5),
+                            hits @ gain / gain.cumsum()[np.minimum(n, k) - 1], hits.sum(1) / n], axis=1)
+
+
+@pytest.fixture(scope="module")
+def ciao(): return prepare(load(SHARED / "ciao").interactions, "filtered-first").final()
+
+
+@real
+def test_the_log_is_the_one_that_was_measured(ciao):
+    assert (len(ciao.train) + len(ciao.test), len(ciao.users), len(ciao.items), len(ciao.test)) == (54320, 3384, 1458, 5432)
+
+
+@real
+@pytest.mark.parametrize("name, rmse", [("mean", 1.0873), ("damped-bias", .9817)])
+def test_stars_on_ciao(ciao, name, rmse):
+    rated = rate_rows(make_recommender(name).fit(ciao), ciao, "test")
+    assert len(rated) == 5432 and abs(rated["RMSE"].mean() ** .5 - rmse) < .0005
+
+
+@real
+@pytest.mark.parametrize("name, known, floor", [("popularity", False, (.0267, .0243, .0230, .0471)), ("popularity", True, (.0275, .0292, .0230, .0550)),
+                                                ("ease", True, (.0284, .0333, .0221, .0505))])
+def test_lists_on_ciao(ciao, name, known, floor):
+    model = make_recommender(name).fit(ciao)
+    users, found = lists_over(model, ciao, len(ciao.items))  # as they were measured: new items are candidates too
+    assert np.allclose(found[users < model.n_users if known else slice(None), :4].mean(0), floor, atol=.0005)
+
+
+@pytest.fixture(scope="module")
+def dense(): return prepare(load(SHARED / "electronics-dense").interactions, "given")
+
+
+@real
+@pytest.mark.parametrize("name, settings, recall, ndcg", [("popularity", {}, .0434, .0257), pytest.param("ease", {"lam": 300.}, .0754, .0487, marks=pytest.mark.long)])
+def test_lists_on_a_published_split(dense, name, settings, recall, ndcg):
+    model = make_recommender(name, **settings).fit(dense)
+    _, found = lists_over(model, dense, model.n_items)
+    assert np.allclose(found[:, [4, 3]].mean(0), (recall, ndcg), atol=.0005)
+    ours = rank_users(model, dense, "test", (20,)).users
+    assert np.allclose(ours.select("Recall@20", "NDCG@20").mean().row(0), (recall, ndcg), atol=.0005)

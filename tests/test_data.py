@@ -1,0 +1,353 @@
+"A name or a path becomes a validated log: readers, reasons, sources, names, the step."
+import gzip
+import hashlib
+import http.server
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import types
+from functools import partial
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from widedeep_nb import data
+from widedeep_nb.core import Problem, Run
+from widedeep_nb.data import DATASETS, FAULTS, SET_ASIDE, Dataset, datasets, draw_ingest, ingest, load, scale_of
+
+SHARED = Path(os.environ.get("WIDEDEEP_SHARED") or Path(__file__).parents[2] / "shared") / "data"
+T = 1_365_811_200  # a second of 2013
+
+
+def shared(name):
+    if not (SHARED / name).exists(): pytest.skip(f"{SHARED / name} is not here; set WIDEDEEP_SHARED")
+    return SHARED / name
+
+
+def dropped(loaded): return {d["reason"]: d["rows"] for d in loaded.report["dropped"] if d["rows"]}
+
+
+def log_csv(path, rows, header="user,item,rating,timestamp"):
+    path.write_text("\n".join(([header] if header else []) + rows) + "\n")
+    return path
+
+
+GOOD = [f"u{i},i{i},{1 + i % 5},{T + i}" for i in range(20)]
+
+
+# Real logs
+
+def test_ciao():
+    loaded = load(shared("ciao"))
+    assert dropped(loaded) == {"stars outside the scale": 34, "rated again later": 1433}
+    assert loaded.report["rows_read"] == 284_086 and loaded.report["kept"] == len(loaded.interactions) == 284_086 - 34 - 1433
+    assert loaded.report["users"] == 7_375 and len(loaded.items) == 105_114
+    assert loaded.report["first"].startswith("2000-05") and loaded.report["last"].startswith("2011-04")
+    assert loaded.items["category"].n_unique() == 28 and loaded.interactions.select("user", "item").is_unique().all()
+    assert loaded.report["sha256"] != load(shared("ciao/ratings.csv.gz")).report["sha256"]
+
+
+def test_ciao_keeps_the_last_rating_of_a_pair():
+    raw = pl.read_csv(shared("ciao/ratings.csv.gz"), has_header=False, new_columns=["user", "item", "rating", "time"])
+    last = raw.to_pandas().query("rating > 0").sort_values("time", kind="stable").drop_duplicates(["user", "item"], keep="last")
+    ours = load(SHARED / "ciao").interactions.sort("user", "item")
+    last = last.sort_values(["user", "item"])
+    assert ours["user"].to_list() == last["user"].tolist() and ours["rating"].to_list() == last["rating"].tolist()
+    assert (ours["timestamp"].dt.epoch("s").to_numpy() == last["time"].to_numpy()).all()
+
+
+def test_electronics_likes_become_events():
+    loaded = load(shared("electronics"))
+    raw = pl.read_csv(SHARED / "electronics/feedback.csv.gz")
+    assert loaded.report["rows_read"] == 450_771 and dropped(loaded) == {"not liked": int((raw["liked"] == 0).sum())}
+    assert loaded.interactions["rating"].null_count() == len(loaded.interactions) and not loaded.report["has_stars"]
+    assert loaded.interactions["user"].to_list() == raw.filter(liked=1)["user_id"].cast(pl.String).to_list()
+
+
+def test_electronics_dense_keeps_its_parts():
+    loaded = load(shared("electronics-dense"))
+    counts = dict(loaded.interactions["part"].value_counts().iter_rows())
+    assert counts == {"train": 244_630, "val": 33_986, "test": 68_777}
+    assert loaded.report["users"] == 20_247 and loaded.report["items"] == 11_589
+    assert loaded.report["has_parts"] and not loaded.report["has_time"] and not loaded.report["has_stars"]
+
+
+# Readers
+
+ROWS = [("007", "0132793040", 5.0, T), ("b,1", "é 2", 3.5, T + 1), ("a\"q", "00", 1.0, T + 2)]
+
+
+def write_as(kind, path):
+    frame = pl.DataFrame(ROWS, schema=["reviewerID", "asin", "overall", "unixReviewTime"], orient="row")
+    if kind == "csv": frame.write_csv(path)
+    elif kind == "tsv": frame.write_csv(path, separator="\t")
+    elif kind == "jsonl": frame.write_ndjson(path)
+    elif kind == "json": path.write_text(json.dumps(frame.to_dicts()))
+    else: frame.write_parquet(path)
+
+
+@pytest.mark.parametrize("packed", ["", "gz", "zst"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "parquet"])
+def test_every_format_and_packing(tmp_path, kind, packed):
+    path = tmp_path / f"log.{kind}"
+    write_as(kind, path)
+    if packed:
+        raw, path = path.read_bytes(), tmp_path / f"log.{kind}.{packed}"
+        with pa.CompressedOutputStream(str(path), {"gz": "gzip", "zst": "zstd"}[packed]) as f: f.write(raw)
+    log = load(path).interactions
+    assert [(u, i, r, int(t.timestamp())) for u, i, r, t in log.with_columns(log["timestamp"].dt.replace_time_zone("UTC")).rows()] == ROWS
+
+
+@pytest.mark.parametrize("names", ["user_id,parent_asin,rating,timestamp", "userId,movieId,rating,timestamp", "Customer ID,SKU,stars,date",
+                                   "user_id,business_id,stars,time", "reviewerID,asin,overall,unixReviewTime"])
+def test_known_names(tmp_path, names):
+    loaded = load(log_csv(tmp_path / "log.csv", GOOD, names))
+    assert loaded.interactions["user"].to_list() == [f"u{i}" for i in range(20)] and loaded.report["has_stars"] and loaded.report["has_time"]
+
+
+@pytest.mark.parametrize("line, row", [("A1,007,5.0,1365811200", ("A1", "007", 5, T)), ("A1,007,5.0", ("A1", "007", 5, None)), ("A1,007,1365811200", ("A1", "007", None, T)),
+                                       ("1\t007", ("1", "007", None, None)), ("A1;007;5;1365811200;more", ("A1", "007", 5, T))])
+def test_headerless(tmp_path, line, row):
+    log = load(log_csv(tmp_path / "log.csv", [line], "")).interactions
+    assert log.with_columns(pl.col("timestamp").dt.epoch("s")).rows() == [row]
+
+
+def test_ids_stay_text(tmp_path):
+    path = log_csv(tmp_path / "log.csv", ["007,0132793040,5,1365811200", " 08 ,1e5,4,1365811200", "1.0,+1,3,1365811200"])
+    assert load(path).interactions.select("user", "item").rows() == [("007", "0132793040"), ("08", "1e5"), ("1.0", "+1")]
+    typed = tmp_path / "log.parquet"
+    pl.DataFrame({"user": [1., 2.], "item": [7, 8]}).write_parquet(typed)  # a column of ids with gaps, as pandas keeps it
+    assert load(typed).interactions.select("user", "item").rows() == [("1", "7"), ("2", "8")]
+
+
+@pytest.mark.parametrize("factor, unit", [(1, "seconds"), (1_000, "milliseconds"), (1_000_000, "microseconds"), (1_000_000_000, "nanoseconds")])
+def test_unit_of_time(tmp_path, factor, unit):
+    loaded = load(log_csv(tmp_path / "log.csv", [f"u{i},i{i},{1 + i % 5},{(T + i) * factor}" for i in range(20)]))
+    assert loaded.report["time_unit"] == unit and loaded.interactions["timestamp"].dt.epoch("s").to_list() == [T + i for i in range(20)]
+
+
+@pytest.mark.parametrize("text", ["2014-05-23", "2014-05-23 00:00:00", "2014-05-23T00:00:00Z", "2014-05-23T02:00:00+02:00", "2014-05-23 00:00:00 UTC", "05 23, 2014"])
+def test_dates(tmp_path, text):
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps({"user": "a", "item": "b", "date": text}))
+    assert load(path).report["first"] == "2014-05-23T00:00:00"
+
+
+def test_typed_times(tmp_path):
+    pl.DataFrame({"user": ["a"], "item": ["b"], "time": pl.Series(["2014-05-23 02:00"]).str.to_datetime("%Y-%m-%d %H:%M", time_zone="Europe/Berlin")}).write_parquet(tmp_path / "log.parquet")
+    assert load(tmp_path / "log.parquet").report["first"] == "2014-05-23T00:00:00"
+
+
+def test_a_broken_line_of_json_costs_only_itself(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"user": "1", "item": "2"}\n\n{"user": "3", "it\n{"user": 4, "item": "05"}\n')
+    loaded = load(path)
+    assert loaded.interactions.select("user", "item").rows() == [("1", "2"), ("4", "05")] and dropped(loaded) == {FAULTS[0]: 1}
+
+
+def test_python_literals_as_amazons_metadata(tmp_path):
+    log_csv(tmp_path / "ratings.csv", GOOD)
+    with gzip.open(tmp_path / "items.json.gz", "wt") as f: f.write("{'asin': 'i0', 'title': \"It's\", 'categories': [['Electronics', 'GPS'], ['Gifts']], 'price': 3.5, 'related': {'x': ['i1']}}\n")
+    row = load(tmp_path).items.filter(item="i0").to_dicts()[0]
+    assert row == {"item": "i0", "title": "It's", "category": "Electronics > GPS", "price": 3.5}
+
+
+# Reasons
+
+@pytest.mark.parametrize("row, why", [
+    (",i1,5,1365811200", FAULTS[0]), ("u1, ,5,1365811200", FAULTS[0]), ("u1,i1,good,1365811200", FAULTS[2]), ("u1,i1,,1365811200", FAULTS[2]),
+    ("u1,i1,nan,1365811200", FAULTS[2]), ("u1,i1,0,1365811200", FAULTS[3]), ("u1,i1,11,1365811200", FAULTS[3]), ("u1,i1,5,", FAULTS[4]),
+    ("u1,i1,5,today", FAULTS[4]), ("u1,i1,5,600000000", FAULTS[5]), ("u1,i1,5,0", FAULTS[5]), ("u1,i1,5,32503680000", FAULTS[5]),
+    (",,x,", FAULTS[0]), ("u1,i1,0,600000000", FAULTS[3])])
+def test_each_fault_is_counted_once_under_the_first_reason(tmp_path, row, why):
+    loaded = load(log_csv(tmp_path / "log.csv", GOOD + [row]))
+    assert dropped(loaded) == {why: 1} and loaded.interactions["user"].to_list() == [f"u{i}" for i in range(20)]
+
+
+def test_a_day_ahead_is_a_clock_and_a_week_is_a_fault(tmp_path):
+    now = int(time.time())
+    assert dropped(load(log_csv(tmp_path / "log.csv", GOOD + [f"u1,x,5,{now + 3_600}", f"u1,y,5,{now + 7 * 86_400}"]))) == {FAULTS[5]: 1}
+
+
+def test_the_last_rating_in_time_counts(tmp_path):
+    again = [f"u1,i1,5,{T + 100}", f"u1,i1,4,{T + 50}", f"u2,i2,5,{T + 2}"]  # the latest is not the last row; a tie goes to the later row
+    loaded = load(log_csv(tmp_path / "log.csv", GOOD + again))
+    assert dropped(loaded) == {SET_ASIDE[1]: 3}
+    assert loaded.interactions.filter(pl.col("user").is_in(["u1", "u2"])).select("user", "rating").rows() == [("u1", 5), ("u2", 5)]
+
+
+def test_events_stay_beside_ratings_and_may_repeat(tmp_path):
+    rows = [f"a,x,,{T},view", f"a,x,,{T},view", f"a,x,,{T},AddToCart", f"a,x,5,{T},rating", f"a,x,3,{T + 1},rating", f"b,x,,{T},transaction",
+            f"b,x,,{T},rating", f"b,x,,{T},sneeze", f"b,y,4,{T},purchase", f"b,z,2,{T},"]
+    loaded = load(log_csv(tmp_path / "log.csv", rows, "user,item,rating,timestamp,event"))
+    assert dropped(loaded) == {FAULTS[1]: 1, FAULTS[2]: 1, SET_ASIDE[1]: 1} and loaded.report["has_events"]
+    assert loaded.interactions.select("event", "rating").rows() == [("view", None), ("view", None), ("cart", None), ("rating", 3), ("purchase", None), ("purchase", 4), ("rating", 2)]
+
+
+def test_likes_and_counts_are_events(tmp_path):
+    likes = load(log_csv(tmp_path / "likes.csv", ["a,x,1", "a,y,0", "b,x,1", "b,z,"], "user,item,liked"))
+    assert likes.interactions.rows() == [("a", "x", None, None), ("b", "x", None, None)] and dropped(likes) == {FAULTS[2]: 1, SET_ASIDE[0]: 1}
+    plays = load(log_csv(tmp_path / "plays.csv", ["a,x,1", "a,y,2000", "b,x,300"], "user,item,rating"))
+    assert plays.interactions["rating"].null_count() == 3 and not plays.report["has_stars"] and any("counts" in n for n in plays.report["notes"])
+
+
+@pytest.mark.parametrize("stars, scale", [([5, 4, 1, 3] * 10 + [0, 11], (1, 5)), ([.5, 1, 4.5, 5], (.5, 5)), ([0, 1, 5, 3] * 5, (0, 5)), ([10, 7, 1, 3], (1, 10)),
+                                          ([0, 10, 8, 9] * 5, (0, 10)), ([0, 55, 100, 80], (0, 100)), ([1, 1, 1], (0, 1))])
+def test_scales(stars, scale): assert scale_of(pl.Series(stars, dtype=pl.Float32)) == scale
+
+
+def test_no_stars_no_times(tmp_path):
+    loaded = load(log_csv(tmp_path / "log.csv", ["a,x", "a,x", "b,y"], "user,item"))
+    assert loaded.interactions.rows() == [("a", "x", None, None)] * 2 + [("b", "y", None, None)] and loaded.report["first"] is None
+    interactions, items, users = loaded
+    assert items["item"].to_list() == ["x", "y"] and users["user"].to_list() == ["a", "b"]
+
+
+def test_half_bad_is_kept_more_is_refused(tmp_path):
+    bad = [f"u{i},i{i},x,{T}" for i in range(20)]
+    assert load(log_csv(tmp_path / "log.csv", GOOD + bad)).report["kept"] == 20
+    with pytest.raises(Problem, match="21 of 41 rows are faulty.*stars missing"): load(log_csv(tmp_path / "log.csv", GOOD + bad + [",,,"]))
+
+
+# Items and users
+
+def test_tables_beside_the_log(tmp_path):
+    log_csv(tmp_path / "ratings.csv", GOOD)
+    log_csv(tmp_path / "items.csv", ['i1,"$1,299.00",A thing,2.5,"[""A"", ""B""]"', 'i1,1,twice,1,', 'x,,Nobody has it,3,C'], "item_id,price,name,weight,category")
+    log_csv(tmp_path / "users.csv", ["u1,34,01099", "u2,51,10115"], "user_id,age,place")
+    _, items, users = load(tmp_path)
+    assert items.filter(item="i1").to_dicts() == [{"item": "i1", "price": 1299., "title": "A thing", "category": "A > B", "weight": 2.5}]
+    assert len(items) == 21 and items["item"].is_unique().all() and set(items["item"]) >= {"x", "i19"}
+    assert users.schema["age"] == pl.Float64 and users.filter(user="u1")["place"].item() == "01099" and len(users) == 20
+
+
+def test_a_split_without_validation_and_pairs_in_two_parts(tmp_path):
+    log_csv(tmp_path / "train.csv", ["a,x,5", "a,x,4", "b,x,3"], "user,item,rating")
+    log_csv(tmp_path / "test.csv", ["a,x,2"], "user,item,rating")
+    assert load(tmp_path).interactions.select("user", "rating", "part").rows() == [("a", 4, "train"), ("b", 3, "train"), ("a", 2, "test")]
+
+
+# Databases
+
+def test_sqlite(tmp_path):
+    base = sqlite3.connect(tmp_path / "shop.db")
+    base.execute("CREATE TABLE log (user TEXT, sku, stars REAL, time INTEGER)")
+    base.executemany("INSERT INTO log VALUES (?, ?, ?, ?)", [("007", "01", 5, T), ("8", 2, 3.5, T), ("9", "x", 1, T)])
+    base.commit(); base.close()
+    before = (tmp_path / "shop.db").read_bytes()
+    loaded = load(f"sqlite:///{tmp_path}/shop.db?query=SELECT * FROM log WHERE stars > 1 AND sku LIKE '%'")
+    assert loaded.interactions.select("user", "item", "rating").rows() == [("007", "01", 5), ("8", "2", 3.5)]
+    with pytest.raises(Problem): load(f"sqlite:///{tmp_path}/shop.db?query=DELETE FROM log")
+    assert (tmp_path / "shop.db").read_bytes() == before
+
+
+def test_a_password_is_not_shown(monkeypatch):
+    def refuse(query, uri):
+        assert uri == "postgresql://me:hunter2@localhost/shop"
+        raise RuntimeError(f"cannot connect to {uri}\nfor some reason")
+    monkeypatch.setenv("SHOP_PASSWORD", "hunter2")
+    monkeypatch.setattr(data, "find_spec", lambda name: True)
+    monkeypatch.setattr(pl, "read_database_uri", refuse)
+    with pytest.raises(Problem, match="cannot connect to postgresql://localhost/shop$") as e: load("postgresql://me:$SHOP_PASSWORD@localhost/shop?query=SELECT 1")
+    assert "hunter2" not in str(e.value)
+
+
+# Names
+
+@pytest.fixture
+def demo(monkeypatch):
+    "The demo shop; a stand-in with the same face where its chapter is not there."
+    try: from widedeep_nb import shop  # noqa: F401
+    except ImportError:
+        def demo_shop(n_ratings=20_000, seed=0):
+            rows = pl.select(k=pl.int_range(n_ratings)).with_columns(h=pl.col("k").hash(seed))
+            log = rows.select(user=pl.format("U{}", pl.col("k") // 10), item=pl.format("0{}", pl.col("k") % 97), rating=(pl.col("h") % 5 + 1).cast(pl.Float32),
+                              timestamp=pl.from_epoch(T + pl.col("k"), "s"))
+            return types.SimpleNamespace(interactions=log, items=log.select("item").unique(maintain_order=True), users=log.select("user").unique(maintain_order=True))
+        module = types.ModuleType("widedeep_nb.shop")
+        module.demo_shop = demo_shop
+        monkeypatch.setitem(sys.modules, "widedeep_nb.shop", module)
+
+
+def test_demo_is_the_same_each_time_and_takes_options(demo):
+    one, two, other = load("demo?ratings=4000&seed=3"), load("demo?ratings=4000&seed=3"), load("demo?ratings=4000")
+    assert all(a.equals(b) for a, b in zip(one, two)) and one.report == two.report
+    assert not one.interactions["rating"].equals(other.interactions["rating"]) and one.report["sha256"] != other.report["sha256"]
+    assert one.interactions["rating"].count() >= 3_900 and other.report["sha256"] == load("demo?seed=0&ratings=4000").report["sha256"]
+
+
+def test_known_names_are_listed():
+    assert datasets()["name"].to_list() == ["demo", "electronics-2014", "electronics-2023"] and datasets()["here"][0]
+    with pytest.raises(Problem, match="known: demo, electronics-2014, electronics-2023"): load("electronics")
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    "A folder served on this machine, and an empty cache."
+    (tmp_path / "www").mkdir()
+    handler = partial(type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None}), directory=tmp_path / "www")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WIDEDEEP_CACHE", str(tmp_path / "cache"))
+    yield tmp_path / "www", f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown(); server.server_close()
+
+
+def test_download_checks_caches_and_falls_back(served, monkeypatch):
+    www, address = served
+    path = log_csv(www / "ratings.csv", GOOD)
+    right = hashlib.sha256(path.read_bytes()).hexdigest()
+    toy = Dataset("toy", 20, "none", None, (address + "gone/ratings.csv", address + "ratings.csv"), right, options={"metadata": 0})
+    monkeypatch.setitem(DATASETS, "toy", toy)
+    assert not datasets().filter(name="toy")["here"].item()
+    assert load("toy").report["kept"] == 20 and datasets().filter(name="toy")["here"].item()
+    path.unlink()
+    assert load("toy").report["sha256"] == right  # from the cache
+    log_csv(www / "ratings.csv", GOOD[1:])
+    (data.cache_of("toy") / "ratings.csv").write_text("spoilt")
+    with pytest.raises(Problem, match="HTTPError; .*not the published file"): load("toy")
+
+
+# Problems are one line
+
+@pytest.mark.parametrize("dataset", ["", "nobody", "none.csv", "no/such/folder", "demo?ratings=many", "demo?colour=1", "photo.png", "noise.csv", "empty.csv", "header.csv", "half.csv.gz",
+                                     "not.parquet", "words.txt", "list.json", "latin.csv", "empty", "two", "sqlite:///none.db?query=SELECT 1", "sqlite:///none.db", "mysql://h/db?query=SELECT 1", "noid"])
+def test_problems_are_one_line(tmp_path, monkeypatch, dataset):
+    monkeypatch.chdir(tmp_path)
+    for name, content in {"photo.png": b"\x89PNG", "noise.csv": bytes(range(256)) * 4, "empty.csv": b"", "header.csv": b"user,item,rating\n", "half.csv.gz": gzip.compress(b"user,item\n" + os.urandom(999))[:500],
+                          "not.parquet": b"PAR1", "words.txt": b"once upon a time\nthere was\n", "list.json": b"[1, 2", "latin.csv": "user,item\né,1\n".encode("latin1")}.items(): (tmp_path / name).write_bytes(content)
+    for folder in ("empty", "two", "noid"): (tmp_path / folder).mkdir()
+    for name in ("two/ratings.csv", "two/ratings.parquet", "noid/ratings.csv"): (tmp_path / name).write_bytes(b"user,item\n1,2\n")
+    (tmp_path / "noid/items.csv").write_text("colour\nred\n")
+    with pytest.raises(Problem) as e: load(dataset)
+    assert "\n" not in str(e.value) and 20 < len(str(e.value)) < 400
+
+
+# The step
+
+def test_ingest(tmp_path):
+    path = log_csv(tmp_path / "log.csv", GOOD + ["u1,i1,0,5"])
+    run = Run(tmp_path / "run", dataset=str(path))
+    ingest(run)
+    report = run.read("ingest.json")
+    assert run.about["data"] == {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "rows": 21}
+    assert len(run.read("interactions.parquet")) == report["kept"] == 20 and [d["reason"] for d in report["dropped"]] == list(FAULTS + SET_ASIDE)
+    assert len(run.read("items.parquet")) == len(run.read("users.parquet")) == 20
+    draw_ingest(report)
+
+
+def test_a_refused_log_leaves_nothing(tmp_path):
+    run = Run(tmp_path / "run", dataset=str(log_csv(tmp_path / "log.csv", [",,,"])))
+    with pytest.raises(Problem): ingest(run)
+    assert {p.name for p in run.folder.iterdir()} <= {"run.json", ".lock"} and "ingest" not in run.about["steps"]
+
+
+def test_starting_up_asks_no_network_library():
+    code = "import sys, widedeep_nb.data; sys.exit('requests' in sys.modules or 'pooch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
