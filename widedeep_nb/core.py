@@ -7,8 +7,9 @@ __all__ = ['COLORS', 'LOG', 'EXTRAS', 'PROTOCOLS', 'PARTS', 'RECOMMENDERS', 'RUN
            'one_of', 'use_theme', 'as_svg', 'show_figure', 'show_table', 'say', 'as_interactions', 'Protocol', 'enough',
            'code_table', 'Split', 'in_time', 'encode', 'codes_of', 'History', 'lot', 'top_k', 'as_codes', 'Recommender',
            'predict', 'baskets_as_history', 'mask_seen', 'recommend', 'register', 'make_recommender', 'pack_text',
-           'unpack_text', 'file_sha256', 'written_whole', 'save', 'load_recommender', 'pick_device', 'versions', 'Run',
-           'write', 'read', 'save_splits', 'splits', 'metrics', 'add_metrics', 'model_folder', 'step', 'open_run']
+           'unpack_text', 'file_sha256', 'written_whole', 'save', 'load_recommender', 'pick_device', 'versions',
+           'bare_name', 'Run', 'write', 'read', 'save_splits', 'splits', 'metrics', 'add_metrics', 'model_folder',
+           'step', 'open_run']
 
 # %% ../nbs/00_core.ipynb #ccf0e92a
 import functools
@@ -577,6 +578,13 @@ def versions() -> dict:
     return found
 
 # %% ../nbs/00_core.ipynb #a34fc7f2
+def bare_name(
+    dataset: str,  # a known name, a path or an address
+) -> str:  # what to call it: without folders, options or endings
+    "The name of a dataset, which says nothing of the machine it lies on."
+    return re.split(r"[?#]", dataset)[0].rstrip("/").split("/")[-1].split(".")[0] or "data"
+
+
 class Run:
     "One run of the report: what it is about, and the files that its chapters hand over."
 
@@ -586,7 +594,7 @@ class Run:
         **settings,  # dataset, protocol, seed, parameters: set anew in run.json
     ):
         self.folder = Path(folder).resolve()
-        if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / "run.json").exists():
+        if not (self.folder / "run.json").exists() and self.folder.exists() and any(not f.name.startswith(".") for f in self.folder.iterdir()):
             raise Problem(f"{folder} holds something else than a run; name an empty or a new folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / ".lock", timeout=60)
@@ -594,10 +602,11 @@ class Run:
             self.write("run.json", {"format": RUN_FORMAT, "dataset": "demo", "protocol": "strict", "seed": 0, "parameters": {}, "steps": {}, "chapters": {},
                                     "versions": versions(), "device": pick_device().type} | settings)
         elif settings: self.update(**settings)
-        if self.about.get("format") != RUN_FORMAT: raise Problem(f"{folder} was made by another version (format {self.about.get('format')}, here {RUN_FORMAT}); run it anew")
+        if self.about.get("format") != RUN_FORMAT: raise Problem(f"{folder} was made by another version (format {self.about.get('format')}, here {RUN_FORMAT}); name a new folder")
         one_of(self.about["protocol"], PROTOCOLS, "protocol")
 
     about = property(lambda self: self.read("run.json"))
+    data_name = property(lambda self: bare_name(self.about["dataset"]))
     seed = property(lambda self: self.about["seed"])
     protocol = property(lambda self: PROTOCOLS[self.about["protocol"]])
 

@@ -1,0 +1,47 @@
+"Every figure in the README comes from results/, and every file it names is there."
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from widedeep_nb.run import readme_table
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RESULTS = sorted((ROOT / "results").glob("*.json"))
+
+
+def test_tables_are_those_of_results():
+    block = re.search(r"<!-- figures -->\n(.*?)\n<!-- /figures -->", README, re.S)[1]
+    assert RESULTS and block == "\n\n".join(readme_table(json.loads(f.read_text())) for f in RESULTS)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
+def test_each_figure_by_itself(path):
+    "Read back from the table with no help of the code that wrote it."
+    results = json.loads(path.read_text())
+    start = README.index(f"**{results['dataset']}**")
+    table = README[start:].split("\n\n")[1]
+    assert f"protocol `{results['protocol']}`" in README[start:start + 200] and f"{results['rows']:,} rows" in README[start:start + 200]
+    wanted = {(r["model"], r["metric"], r["versus"]): r for r in results["metrics"] if (r["users"], r["items"], r["relevant"], r["split"]) == ("all", "all", "any", "test")}
+    checked = 0
+    for line in table.splitlines()[2:]:
+        model, *cells = [c.strip() for c in line.strip("|").split("|")]
+        keys = [(model, "RMSE", None), ("wide-deep", "RMSE", model), (model, "NDCG@20", None), ("wide-deep", "NDCG@20", model)]
+        for key, cell in zip(keys, cells):
+            assert bool(cell) == (key in wanted), key
+            if not cell: continue
+            found = [float(x) for x in re.findall(r"[+-]?\d+\.\d+", cell)]
+            assert found == pytest.approx([wanted[key][c] for c in ("value", "lo", "hi")], abs=5.1e-5)
+            checked += len(found)
+    assert checked > 20
+
+
+def test_no_other_figure_is_typed_into_it():
+    prose = re.sub(r"<!-- figures -->.*?<!-- /figures -->|<!-- picture -->.*?<!-- /picture -->|```.*?```", "", README, flags=re.S)
+    assert re.findall(r"\d*\.\d{3,}", prose) == []
+
+
+def test_files_it_names_exist():
+    for link in re.findall(r'\]\((?!https?:)([^)#]+)\)|src="([^"]+)"', README): assert (ROOT / (link[0] or link[1])).exists(), link
