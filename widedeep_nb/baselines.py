@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from .core import COLORS, Problem, Recommender, Run, Split, load_recommender, make_recommender, register, step
-from .evaluation import by_seed_and_cut, figures, judge, measure, rank_users, rate_rows
+from .evaluation import by_seed_and_cut, figures, judge, measure, rank_users, rate_rows, told
 from .preprocessing import damped_bias, total
 
 # %% ../nbs/07_baselines.ipynb #709b0b22
@@ -273,7 +273,7 @@ def compare(
     tune: bool = True,  # choose the settings of baselines on validation; else take their defaults
 ):
     "Fit and judge every baseline, and the halves of the hybrid; writes models, metrics.json and compare.json."
-    splits, seeds = [s.final() for s in run.splits()], run.read("training.json")["seeds"]
+    splits, trained = [s.final() for s in run.splits()], run.read("training.json")["fits"]
     hybrid = {name: run.read(f"evaluation/{name}.parquet") for name in ("rated", "ranked")}
     asked = run.read("evaluation.json")
     relevants, most = (None, asked["relevant"]) if splits[-1].has_stars else (None,), asked["most_users"]
@@ -286,9 +286,8 @@ def compare(
         fits += notes
         add_to_metrics(run, name, on_test(models, splits, relevants, most), hybrid)
     for name in ABLATIONS:
-        at = {(cut, seed): run.model_folder(name, seed, cut) for cut in range(len(splits)) for seed in seeds}
-        if not all((folder / "model.json").exists() for folder in at.values()): continue
-        add_to_metrics(run, name, on_test({which: load_recommender(folder) for which, folder in at.items()}, splits, relevants, most), hybrid)
+        models = {(f["cut"], f["seed"]): load_recommender(run.model_folder(name, f["seed"], f["cut"])) for f in trained if f["model"] == name}
+        add_to_metrics(run, name, on_test(models, splits, relevants, most), hybrid)
     run.write("compare.json", {"fits": fits, "left_out": left_out})
 
 # %% ../nbs/07_baselines.ipynb #cb470fed
@@ -319,9 +318,9 @@ def dots(
     fig, ax = plt.subplots(figsize=(5.2, .7 + .3 * len(rows)))
     colours = [shown_in(*row, worst) for row in rows.select("model", "value").rows()]
     for y, (colour, value, lo, hi) in enumerate(zip(colours, rows["value"], rows["lo"], rows["hi"])):
-        ax.plot([lo, hi], [y, y], color=colour, lw=2, solid_capstyle="round")
+        if lo is not None: ax.plot([lo, hi], [y, y], color=colour, lw=2, solid_capstyle="round")
         ax.plot(value, y, "o", color=colour, ms=6)
-        ax.annotate(f"{value:.3f}", (hi, y), (5, 0), textcoords="offset points", va="center", color=colour)
+        ax.annotate(f"{value:.3f}", (value if hi is None else hi, y), (5, 0), textcoords="offset points", va="center", color=colour)
     if np.isfinite(worst): ax.axvline(worst, color=COLORS["baseline"], lw=.8, ls=":")
     ax.set(yticks=range(len(rows)), yticklabels=rows["model"], ylim=(len(rows) - .4, -.6), xlabel=metric)
     ax.tick_params(axis="y", length=0)
@@ -338,8 +337,8 @@ def verdict(
     "Whom wide-deep beats, and whom it does not."
     rows = records.filter(pl.col("versus").is_not_null(), model="wide-deep", metric=metric, users=users, items="all", relevant="any")
     better = -1 if metric in ("RMSE", "MSE", "MAE") else 1
-    told = {"is better than": [], "is worse than": [], "cannot be told apart from": []}
+    ranks = {"is better than": [], "is worse than": [], "cannot be told apart from": []}
     for versus, value, lo, hi in rows.select("versus", "value", "lo", "hi").rows():
-        told[list(told)[2 if lo <= 0 <= hi else 0 if value * better > 0 else 1]].append(versus)
-    said = [f"{how} {', '.join(who)}" for how, who in told.items() if who]
+        ranks[list(ranks)[2 if lo is None or lo <= 0 <= hi else 0 if value * better > 0 else 1]].append(versus)
+    said = [f"{how} {', '.join(who)}" for how, who in ranks.items() if who]
     return f"In {metric}, wide-deep {'; it '.join(said)}." if said else f"In {metric} there is nothing to compare wide-deep with."

@@ -7,8 +7,8 @@ __all__ = ['RANKING', 'RATING', 'LEAST_USERS', 'NOTHING', 'USERS', 'CURVE', 'pre
            'average_precision', 'ndcg', 'reciprocal_rank', 'ranking_metrics', 'Question', 'as_codes', 'candidates_of',
            'ask', 'check_fit', 'best_lists', 'hits_of', 'category_codes', 'diversity', 'beyond_accuracy', 'Ranked',
            'rank_users', 'ndcg_by_lot', 'rate_rows', 'weights_of', 'resample', 'interval', 'bootstrap', 'paired',
-           'holm', 'gini', 'catalogue', 'sums', 'summarise', 'judge', 'shown_to', 'figures', 'evaluate', 'against_lot',
-           'measure', 'by_seed_and_cut']
+           'holm', 'gini', 'catalogue', 'sums', 'summarise', 'told', 'judge', 'shown_to', 'figures', 'evaluate',
+           'against_lot', 'measure', 'by_seed_and_cut']
 
 # %% ../nbs/06_evaluation.ipynb #f3971046
 from dataclasses import dataclass, replace
@@ -443,6 +443,18 @@ def summarise(
         columns = {c: np.where(few & (c != "value"), np.nan, v) for c, v in columns.items()}
         found.append(pl.DataFrame({"users": [name] * len(metrics), "metric": metrics} | columns | {"n": count[0].sum(0).astype(np.int64)}).fill_nan(None))
     return pl.concat(found).filter(pl.col("n") > 0) if found else NOTHING
+
+# %% ../nbs/06_evaluation.ipynb #4b8cc699
+def told(
+    value: float,  # a figure
+    lo: Optional[float] = None,  # where its interval begins; None: there is none
+    hi: Optional[float] = None,  # and ends
+    sign: str = "",  # "+" for differences
+    digits: int = 4,  # decimals
+) -> str:
+    "A figure with its interval."
+    say = lambda x: f"{x:{sign}.{digits}f}"
+    return say(value) + ("" if lo is None else f" [{say(lo)}, {say(hi)}]")
 
 # %% ../nbs/06_evaluation.ipynb #0615fd5c
 def judge(

@@ -10,9 +10,9 @@ __all__ = ['READERS', 'HIDDEN', 'OPTION', 'FOLDED', 'OUTSIDE', 'MAIN', 'HYBRIDS'
            'ChapterFailed', 'explain', 'run_chapter', 'run_report', 'shown_cells', 'formula', 'address', 'PageText',
            'PageExporter', 'fold_together', 'body_of', 'test_figures', 'surely', 'advice', 'join', 'verdict', 'winners',
            'who_wins', 'facts', 'title_of', 'style', 'page', 'write_page', 'site_filter', 'with_outputs', 'results_of',
-           'compact', 'told', 'readme_table', 'rewrite_readme', 'between', 'publish', 'load_model', 'read_basket',
-           'most_taken', 'suggest', 'bench', 'cli', 'run_command', 'existing_run', 'datasets_command',
-           'recommend_command', 'bench_command', 'publish_command', 'site_filter_command', 'main']
+           'compact', 'readme_table', 'rewrite_readme', 'between', 'publish', 'load_model', 'read_basket', 'most_taken',
+           'suggest', 'bench', 'cli', 'run_command', 'existing_run', 'datasets_command', 'recommend_command',
+           'bench_command', 'publish_command', 'site_filter_command', 'main']
 
 # %% ../nbs/17_run.ipynb #70a0da2f
 import ast
@@ -57,6 +57,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import widedeep_nb
 from .core import COLORS, PROTOCOLS, Problem, Recommender, Run, as_svg, load_recommender, lot, one_of, open_run, pick_device, say, top_k, use_theme, versions, written_whole, bare_name
+from .evaluation import told
 from .baselines import ABLATIONS, dots, overall
 from .training import our_epoch, plain_epoch
 from .data import DATASETS, datasets
@@ -488,7 +489,7 @@ def surely(
     turned = rows.select(model="versus", versus="model", lo=-pl.col("hi"), hi=-pl.col("lo"))
     found = pl.concat([rows, turned]).filter((pl.col("model") == model) & (pl.col("versus") == versus))
     better = pl.col("hi") < 0 if metric == "RMSE" else pl.col("lo") > 0
-    return len(found) > 0 and found.select(better.all()).item()
+    return len(found) > 0 and found.select(better.fill_null(False).all()).item()
 
 # %% ../nbs/17_run.ipynb #8bb2669e
 def advice(
@@ -676,15 +677,6 @@ def compact(
     return head.replace('"metrics": []', f'"metrics": [\n{records}\n ]') + "\n"
 
 # %% ../nbs/17_run.ipynb #e0e4e959
-def told(
-    record: Optional[dict],  # value, lo, hi
-    sign: str = "",  # "+" for differences
-) -> str:
-    "A figure with its interval."
-    if not record: return ""
-    return f"{record['value']:{sign}.4f}" + ("" if record["lo"] is None else f" [{record['lo']:{sign}.4f}, {record['hi']:{sign}.4f}]")
-
-
 def readme_table(
     results: dict,  # of one run
 ) -> str:  # Markdown
@@ -693,7 +685,8 @@ def readme_table(
     own = {(r["model"], r["metric"]): r for r in rows if r["versus"] is None}
     apart = {(r["versus"], r["metric"]): r for r in rows if r["versus"] is not None}
     ranked = sorted({m for m, _ in own}, key=lambda m: -own.get((m, "NDCG@20"), {"value": 0})["value"])
-    lines = [[m, told(own.get((m, "RMSE"))), told(apart.get((m, "RMSE")), "+"), told(own.get((m, "NDCG@20"))), told(apart.get((m, "NDCG@20")), "+")] for m in ranked]
+    written = lambda r, sign="": told(r["value"], r["lo"], r["hi"], sign) if r else ""
+    lines = [[m] + [written(of.get((m, metric)), sign) for metric in ("RMSE", "NDCG@20") for of, sign in ((own, ""), (apart, "+"))] for m in ranked]
     head = ["model", "RMSE", "wide-deep minus it", "NDCG@20", "wide-deep minus it"]
     synthetic = " (synthetic)" if results["dataset"] == "demo" else ""
     return (f"**{results['dataset']}**{synthetic}, protocol `{results['protocol']}`, {results['rows']:,} rows, measured on {DEVICES.get(results['device'], results['device'])}:\n\n"

@@ -1,0 +1,83 @@
+"The whole report, as a person would run it."
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["-p", "seeds=1", "-p", "epochs=3"]
+
+
+def widedeep(*args, cwd=ROOT):
+    return subprocess.run([Path(sys.executable).with_name("widedeep"), *map(str, args)], cwd=cwd, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+
+
+def run_report(folder, *args):
+    done = widedeep("run", "--out", folder, *QUICK, *args)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    done = run_report(folder, "--dataset", "demo?ratings=3000")
+    assert f"{folder.name}/index.html" in done.stdout and re.search(r"\[1/9\].*\n(.*\n)*.*\[9/9\]", done.stdout)
+    return folder
+
+
+def test_page_is_one_file_with_everything(report):
+    page = (report / "index.html").read_text()
+    assert "synthetic" in page and page.count("<section") == 9
+    outside = re.findall(r"""(?:src|data|poster)=["']?(https?:[^"' >]+)|url\((https?:[^)]+)|@import|<link[^>]+href|<script[^>]+src""", page)
+    assert outside == []
+    assert page.count("<figure") >= 15 and "Traceback (most" not in page
+    assert not re.search(r"(?:/home|/root|/tmp)/\w+", re.sub(r"<details.*?</details>", "", page, flags=re.S))
+
+
+def test_every_figure_of_the_contract_is_there(report):
+    records = pl.DataFrame(json.loads((report / "metrics.json").read_text()), infer_schema_length=None)
+    assert set(records["model"]) == {"wide-deep", "wide-alone", "deep-alone", "mean", "damped-bias", "popularity", "recent-popularity", "item-knn", "ease"}
+    assert set(records["users"]) == {"all", "warm", "cold"} and set(records["task"]) == {"rating", "ranking"} and set(records["split"]) == {"test"}
+    whole = records.filter(pl.col("lo").is_not_null(), pl.col("versus").is_null())
+    assert whole.select((pl.col("lo") <= pl.col("value")).all() & (pl.col("value") <= pl.col("hi")).all()).item()
+    about = json.loads((report / "run.json").read_text())
+    assert {c["status"] for c in about["chapters"].values()} == {"done"} and about["data"]["sha256"]
+
+
+def test_asking_the_run(report):
+    user = pl.read_parquet(report / "split/users.parquet")["user"][0]
+    items = pl.read_parquet(report / "split/items.parquet")["item"][:2].to_list()
+    for who in (["--user", user], ["--user", "nobody"], ["--basket", f"{items[0]}:5,{items[1]}"]):
+        for model in ([], ["--model", "wide-deep"]):
+            done = widedeep("recommend", report, *who, "-k", 5, "--json", *model)
+            assert done.returncode == 0, done.stderr
+            told = json.loads(done.stdout)
+            assert len(told["items"]) == 5 and (who[0] != "--basket" or not {i["item"] for i in told["items"]} & set(items))
+
+
+@pytest.mark.long
+def test_same_seed_same_figures(report, tmp_path):
+    run_report(tmp_path / "again", "--dataset", "demo?ratings=3000")
+    one, two = [(f / "metrics.json").read_text() for f in (report, tmp_path / "again")]
+    assert one == two
+    run_report(tmp_path / "again", "--dataset", "demo?ratings=3000", "--seed", "1")
+    pick = lambda text: [r["value"] for r in json.loads(text) if r["model"] == "wide-deep" and r["metric"] == "RMSE" and r["versus"] is None]
+    assert pick((tmp_path / "again/metrics.json").read_text()) != pick(one)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name,args,stars", [("ciao", ["--protocol", "filtered-first"], True), ("ciao", ["--protocol", "rolling"], True),
+                                             ("electronics-dense", [], False), ("electronics", ["-p", "most_users=300"], False)])
+def test_real_logs(shared, tmp_path, name, args, stars):
+    run_report(tmp_path / "run", "--dataset", shared / name, *args)
+    records = pl.DataFrame(json.loads((tmp_path / "run/metrics.json").read_text()), infer_schema_length=None)
+    assert ("rating" in set(records["task"])) == stars and "ranking" in set(records["task"])
+    dropped = {d["reason"]: d["rows"] for d in json.loads((tmp_path / "run/ingest.json").read_text())["dropped"] if d["rows"]}
+    if name == "ciao": assert sorted(dropped.values()) == [34, 1433]
+    if not stars: assert "no stars" in (tmp_path / "run/index.html").read_text()
