@@ -145,7 +145,7 @@ def draw_architecture(
         ax.text(x + w / 2, y + .78, name, ha="center", va="center", fontsize=8.5, weight="bold")
         ax.text(x + w / 2, y + .3, below, ha="center", va="center", fontsize=7.5)
         return x + w / 2
-    def arrow(a, b, colour): ax.add_patch(FancyArrowPatch(a, b, arrowstyle="-|>", mutation_scale=8, color=colour, shrinkA=2, shrinkB=4))
+    def arrow(a, b, colour): ax.add_patch(FancyArrowPatch(a, b, arrowstyle="-|>", mutation_scale=8, lw=1.2, color=colour, shrinkA=2, shrinkB=4))
     w, d, q = COLORS["wide"], COLORS["deep"], COLORS["baseline"]
     inputs = [box(.1, .2, 2.9, "features", "user, item, category", q), box(3.5, .2, 2.9, "ids", "some hidden", q), box(6.9, .2, 2.9, "crosses", "user x category, ...", q)]
     wide = box(5.3, 3.1, 4.5, "wide: a sum of weights", size[("wide", "cross-products")], w)

@@ -533,7 +533,7 @@ def winners(
         models = test_figures(run, metric).filter(pl.col("versus").is_null())
         if not len(models): continue
         fig = dots(models, f"{metric} on the test part, {'stars, lower' if metric == 'RMSE' else 'higher'} is better")
-        fig.axes[0].set_title(f"{models['model'][0]} {wins}")
+        fig.axes[0].set_title(f"{next((m for m in models['model'] if m not in ABLATIONS), models['model'][0])} {wins}")
         yield task, fig
 
 
