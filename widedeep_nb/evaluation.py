@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['RANKING', 'RATING', 'LEAST_USERS', 'NOTHING', 'USERS', 'CURVE', 'precision', 'recall', 'hit_rate',
-           'average_precision', 'ndcg', 'reciprocal_rank', 'ranking_metrics', 'Question', 'as_codes', 'candidates_of',
-           'ask', 'check_fit', 'best_lists', 'hits_of', 'category_codes', 'diversity', 'beyond_accuracy', 'Ranked',
-           'rank_users', 'ndcg_by_lot', 'rate_rows', 'weights_of', 'resample', 'interval', 'bootstrap', 'paired',
-           'holm', 'gini', 'catalogue', 'sums', 'summarise', 'told', 'judge', 'shown_to', 'figures', 'evaluate',
-           'against_lot', 'measure', 'by_seed_and_cut']
+           'average_precision', 'ndcg', 'reciprocal_rank', 'ranking_metrics', 'Question', 'candidates_of', 'ask',
+           'check_fit', 'best_lists', 'hits_of', 'diversity', 'beyond_accuracy', 'Ranked', 'rank_users', 'ndcg_by_lot',
+           'rate_rows', 'weights_of', 'resample', 'interval', 'bootstrap', 'paired', 'holm', 'gini', 'catalogue',
+           'sums', 'summarise', 'told', 'judge', 'shown_to', 'figures', 'evaluate', 'against_lot', 'measure',
+           'by_seed_and_cut']
 
 # %% ../nbs/06_evaluation.ipynb #f3971046
 from dataclasses import dataclass, replace
@@ -20,7 +20,8 @@ import polars as pl
 import torch
 from scipy.sparse import csr_matrix
 
-from .core import COLORS, METRICS, PROTOCOLS, History, Problem, Recommender, Run, Split, as_interactions, load_recommender, lot, mask_seen, one_of, open_run, say, show_figure, show_table, step, top_k, use_theme
+from .core import COLORS, METRICS, PROTOCOLS, History, Problem, Recommender, Run, Split, as_codes, as_interactions, load_recommender, lot, mask_seen, one_of, open_run, say, show_figure, show_table, step, top_k, use_theme
+from .preprocessing import category_codes
 from .training import train
 
 # %% ../nbs/06_evaluation.ipynb #4fcc8f84
@@ -103,13 +104,6 @@ class Question:
     left_out: dict  # what was counted and left out
 
 
-def as_codes(
-    column: pl.Series,  # codes
-) -> torch.Tensor:  # int64, the same codes
-    "A column of codes as a tensor of its own."
-    return torch.tensor(column.to_numpy(), dtype=torch.int64)
-
-
 def candidates_of(
     split: Split,  # three parts
     part: str,  # "val" or "test"
@@ -189,17 +183,6 @@ def hits_of(
     return hits, torch.bincount(torch.searchsorted(question.users, user), minlength=len(question.users))
 
 # %% ../nbs/06_evaluation.ipynb #27e5a383
-def category_codes(
-    items: pl.DataFrame,  # row number = code
-) -> Optional[torch.Tensor]:  # int64 [items], -1 where it is not known; None without categories
-    "The category of each item as a number; the first where an item has several."
-    if "category" not in items.columns: return None
-    category = items["category"]
-    if isinstance(category.dtype, pl.List): category = category.list.first()
-    codes = as_codes(category.cast(pl.String).rank("dense").cast(pl.Int64).fill_null(-1))
-    return codes if (codes >= 0).any() else None
-
-
 def diversity(
     lists: torch.Tensor,  # int64 [n, k], codes of items, -1 for none
     category: torch.Tensor,  # int64 [items], -1 where it is not known
@@ -228,8 +211,8 @@ def beyond_accuracy(
     usual = torch.zeros(len(lists), dtype=torch.float64).index_add(0, owner, count[had.item]) / had.ptr.diff()
     found = {f"Novelty@{k}": mean(-(count.clamp(min=1) / max(split.known_users, 1)).log2()[at]),   # an item of nobody counts as one of a single person
              f"PopularityLift@{k}": (mean(count[at]) - usual) / usual.nanmean()}
-    category = category_codes(split.items)
-    if category is not None: found[f"Diversity@{k}"] = diversity(lists, category)
+    category = category_codes(split.items)[0] - 1          # chapter 03 counts from one; here -1 is an item without
+    if (category >= 0).any(): found[f"Diversity@{k}"] = diversity(lists, category)
     if "price" in split.items.columns and split.items["price"].dtype.is_numeric():
         price = torch.tensor(split.items["price"].cast(pl.Float64).fill_null(0).to_numpy())
         if price.any(): found[f"Revenue@{k}"] = (price[at] * hits).sum(1)
