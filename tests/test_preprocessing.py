@@ -141,3 +141,14 @@ def test_damped_bias_reproduces_the_floor(ciao):
     rmse = lambda p: float((p - r).square().mean().sqrt())
     assert sum(len(getattr(ciao, p)) for p in PARTS) == 54_320 and len(ciao.users) == 3_384 and len(ciao.items) == 1_458 and len(ciao.test) == 5_432
     assert rmse(mean) == pytest.approx(1.0873, abs=5e-4) and rmse((mean + by_user[u.long()] + by_item[i.long()]).clamp(1, 5)) == pytest.approx(.9817, abs=5e-4)
+
+
+def test_a_run_keeps_the_filter_that_was_used(tmp_path):
+    "On a sparse log `strict` does without its filter, in the final fit of a run too."
+    from widedeep_nb.core import Run
+    log = random_log(500).with_columns(user=pl.format("u{}", pl.int_range(pl.len()) // 2))
+    split = prepare(log)
+    run = Run(tmp_path / "run")
+    run.save_splits([split])
+    back = run.splits()[0]
+    assert back.protocol == split.protocol and back.protocol.min_user == 1 and len(back.final().train) == len(split.train) + len(split.val)

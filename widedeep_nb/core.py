@@ -660,12 +660,15 @@ def save_splits(
         place = "" if i == len(splits) - 1 else f"cuts/{i}/"
         for part in PARTS: self.write(f"{place}{part}.parquet", getattr(split, part))
         for name in ("aside", "users", "items"): self.write(f"{place}split/{name}.parquet", getattr(split, name))
+        self.write(f"{place}split/protocol.json", asdict(split.protocol))
 
 
 def splits(self: Run) -> list:
     "The splits, oldest first."
     places = [f"cuts/{i}/" for i in range(len(self.protocol.windows) - 1)] + [""]
-    return [Split(*[self.read(f"{at}{name}.parquet") for name in PARTS + ("split/aside", "split/users", "split/items")], self.protocol) for at in places]
+    tables = PARTS + ("split/aside", "split/users", "split/items")
+    protocol = lambda at: Protocol(**{k: tuple(map(tuple, v)) if k == "windows" else v for k, v in self.read(f"{at}split/protocol.json").items()})
+    return [Split(*[self.read(f"{at}{name}.parquet") for name in tables], protocol(at)) for at in places]
 
 
 def metrics(self: Run) -> pl.DataFrame:
