@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['COLORS', 'LOG', 'EXTRAS', 'PROTOCOLS', 'PARTS', 'RECOMMENDERS', 'RUN_FORMAT', 'METRIC_KEY', 'METRICS', 'Problem',
            'one_of', 'use_theme', 'as_svg', 'show_figure', 'show_table', 'say', 'as_interactions', 'Protocol', 'enough',
-           'code_table', 'Split', 'in_time', 'encode', 'codes_of', 'History', 'lot', 'top_k', 'as_codes', 'Recommender',
-           'predict', 'baskets_as_history', 'mask_seen', 'recommend', 'register', 'make_recommender', 'pack_text',
-           'unpack_text', 'file_sha256', 'written_whole', 'save', 'load_recommender', 'pick_device', 'versions',
-           'bare_name', 'Run', 'write', 'read', 'save_splits', 'splits', 'metrics', 'add_metrics', 'model_folder',
-           'step', 'open_run']
+           'code_table', 'Split', 'in_time', 'recoded', 'encode', 'codes_of', 'History', 'lot', 'top_k', 'as_codes',
+           'Recommender', 'predict', 'baskets_as_history', 'asked_for', 'mask_seen', 'recommend', 'register',
+           'make_recommender', 'pack_text', 'unpack_text', 'file_sha256', 'written_whole', 'save', 'load_recommender',
+           'pick_device', 'versions', 'bare_name', 'Run', 'write', 'read', 'save_splits', 'splits', 'metrics',
+           'add_metrics', 'model_folder', 'step', 'open_run']
 
 # %% ../nbs/00_core.ipynb #ccf0e92a
 import functools
@@ -217,7 +217,7 @@ class Split:
         "Train on training and validation rows, for the final fit; a filter that counts training rows counts anew."
         rows = self.seen("test")
         kept = rows.select(enough(self.protocol.min_user, self.protocol.min_item) if self.protocol.counted_on == "train" else pl.repeat(True, pl.len())).to_series()
-        return replace(self, train=rows.filter(kept), aside=rows.filter(~kept), val=self.val.clear())
+        return recoded(replace(self, train=rows.filter(kept), aside=rows.filter(~kept), val=self.val.clear()))
 
     def final(self) -> "Split":
         "What the model that meets the test part is fitted on, as the protocol says."
@@ -227,13 +227,28 @@ class Split:
         "All that `fit` is ever given."
         return replace(self, test=self.test.clear())
 
-# %% ../nbs/00_core.ipynb #e0f98a3f
+# %% ../nbs/00_core.ipynb #3395f321
 def in_time(
     parts: list,  # frames, each in order of time
 ) -> pl.DataFrame:
     "One frame in order of time; where there is no time, one part after the other."
     rows = pl.concat(parts)
     return rows if sum(len(p) > 0 for p in parts) < 2 or rows["timestamp"].null_count() else rows.sort("timestamp", maintain_order=True)
+
+
+def recoded(
+    split: Split,  # whose training rows may have changed
+) -> Split:  # the same with new codes
+    "Give out codes anew, those whom training knows first; otherwise in the old order."
+    frames = {p: getattr(split, p) for p in (*PARTS, "aside")}
+    tables = {}
+    for column, table in (("user", split.users), ("item", split.items)):
+        known = pl.int_range(len(table), eager=True).is_in(split.train[column].unique().cast(pl.Int64).implode())
+        order = pl.concat([known.arg_true(), (~known).arg_true()])
+        code = order.arg_sort().cast(pl.Int32)
+        frames = {p: f.with_columns(code.gather(f[column]).alias(column)) for p, f in frames.items()}
+        tables[column + "s"] = table[order]
+    return replace(split, **frames, **tables)
 
 
 def encode(
@@ -329,7 +344,7 @@ def top_k(
     column = column.gather(1, by_value)
     return value, column.masked_fill(value == -torch.inf, -1)
 
-# %% ../nbs/00_core.ipynb #3395f321
+# %% ../nbs/00_core.ipynb #a34fc7f2
 def as_codes(
     codes,  # tensor, array, series or list of whole numbers
 ) -> torch.Tensor:  # int64, a copy
@@ -369,7 +384,7 @@ class Recommender:
         "How well each item suits each user."
         users, history = self._query(users, history)
         items = torch.arange(self.n_items) if items is None else as_codes(items)
-        return self._scores(users, history, items)
+        return self._scores(users, history, items) if len(users) and len(items) else torch.zeros(len(users), len(items))
 
     def _scores(self, users, history, items):
         n, m = len(users), len(items)
@@ -392,7 +407,7 @@ def predict(
 
 Recommender.predict = predict
 
-# %% ../nbs/00_core.ipynb #4b35e77d
+# %% ../nbs/00_core.ipynb #f9cf3cf5
 def baskets_as_history(
     baskets: list,  # each {item id: stars} or a list of item ids
     item_ids: pl.Series,  # ids that the model knows, in order of their codes
@@ -403,6 +418,20 @@ def baskets_as_history(
     rows = pl.DataFrame(flat, schema={"user": pl.Int64, "item": pl.String, "rating": pl.Float32}, orient="row")
     rows = rows.with_columns(item=codes_of(rows["item"], item_ids), timestamp=pl.lit(now, pl.Int64)).filter(pl.col("item") < len(item_ids))
     return History.of(rows, len(baskets))
+
+
+def asked_for(
+    self: Recommender,  # fitted
+    users,  # as for `recommend`
+) -> tuple:  # names, codes int64 [n], and the histories that fit saw or that the baskets are
+    "Whom a list is asked for."
+    users = [users] if isinstance(users, (str, dict)) else list(users)
+    if users and all(isinstance(u, str) for u in users):
+        codes = as_codes(codes_of(users, self.user_ids))
+        if len(users) > 1 and (codes >= self.n_users).all() and set(users) <= set(self.item_ids): raise Problem("these are items, not users; a basket of them is a list within the list: [[...]]")
+        return users, codes, self.log.take(codes)
+    if not users or not all(isinstance(u, (dict, list, tuple)) for u in users): raise Problem("recommend takes user ids as text, or baskets: {item: stars} or lists of item ids")
+    return [f"basket {i + 1}" for i in range(len(users))], torch.full((len(users),), self.n_users), baskets_as_history(users, self.item_ids)
 
 
 def mask_seen(
@@ -416,29 +445,30 @@ def mask_seen(
     place = column[history.item]
     return scores.index_put((history.owner[place >= 0], place[place >= 0]), torch.tensor(-torch.inf))
 
-# %% ../nbs/00_core.ipynb #f9cf3cf5
+# %% ../nbs/00_core.ipynb #7ebc071f
 def recommend(
     self: Recommender,  # fitted
-    users,  # a user id or a list of them; or a basket, or a list of baskets
+    users,  # a user id or a list of them; a basket {item id: stars}, or a list of baskets (each such a dict, or a list of item ids)
     k: int = 10,  # length of each list
     filter_seen: bool = True,  # leave out what the user has
     items: Optional[list] = None,  # ids to choose from; default: all that fit saw
+    history: Optional[History] = None,  # what is known of each user by now; default: what fit saw, or the basket
 ) -> pl.DataFrame:  # user, item, score, rank: ids as the shop has them, best first
     "The k best items for each user or basket."
-    users = [users] if isinstance(users, (str, dict)) else list(users)
-    if k < 1 or not users: raise Problem("recommend needs at least one user or basket and k of at least 1")
-    if isinstance(users[0], str):
-        names, codes = users, as_codes(codes_of(users, self.user_ids))
-        history = self.log.take(codes)
-    else:
-        names, codes = [f"basket {i + 1}" for i in range(len(users))], torch.full((len(users),), self.n_users)
-        history = baskets_as_history(users, self.item_ids)
-    codes_to_rank = lot(self.item_ids) if items is None else as_codes(codes_of(items, self.item_ids).unique())
-    codes_to_rank = codes_to_rank[codes_to_rank < self.n_items]
-    if not len(codes_to_rank): raise Problem("none of the items to choose from is known")
-    scores = self.scores(codes, history, codes_to_rank)
-    value, column = top_k(mask_seen(scores, history, codes_to_rank) if filter_seen else scores, k)
-    rows = pl.DataFrame({"user": np.repeat(names, value.shape[1]), "item": self.item_ids[codes_to_rank[column].flatten().numpy()],
+    names, codes, known = asked_for(self, users)
+    history = known if history is None else history
+    if k < 1: raise Problem(f"a list has at least one place, not {k}")
+    if ((history.rating < self.stars[0]) | (history.rating > self.stars[1])).any(): raise Problem(f"stars go from {self.stars[0]:g} to {self.stars[1]:g} here")
+    candidates = lot(self.item_ids) if items is None else as_codes(codes_of(items, self.item_ids).unique())
+    candidates = candidates[candidates < self.n_items]
+    if not len(candidates): raise Problem("none of the items to choose from is known")
+    lists = []
+    for b in torch.arange(len(codes)).split(1024):
+        had = history.take(b)
+        scores = self.scores(codes[b], had, candidates)
+        lists.append(top_k(mask_seen(scores, had, candidates) if filter_seen else scores, k))
+    value, column = (torch.cat(parts) for parts in zip(*lists))
+    rows = pl.DataFrame({"user": np.repeat(names, value.shape[1]), "item": self.item_ids[candidates[column].flatten().numpy()],
                          "score": value.flatten().numpy(), "rank": np.tile(np.arange(1, value.shape[1] + 1), len(names)), "listed": (column >= 0).flatten().numpy()})
     return rows.filter("listed").drop("listed")
 
@@ -577,7 +607,7 @@ def versions() -> dict:
         except PackageNotFoundError: pass
     return found
 
-# %% ../nbs/00_core.ipynb #a34fc7f2
+# %% ../nbs/00_core.ipynb #4b35e77d
 def bare_name(
     dataset: str,  # a known name, a path or an address
 ) -> str:  # what to call it: without folders, options or endings
@@ -594,15 +624,17 @@ class Run:
         **settings,  # dataset, protocol, seed, parameters: set anew in run.json
     ):
         self.folder = Path(folder).resolve()
-        if not (self.folder / "run.json").exists() and self.folder.exists() and any(not f.name.startswith(".") for f in self.folder.iterdir()):
+        try: self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise Problem(f"{folder} cannot be a run folder ({e.strerror}); name another") from None
+        if not (self.folder / "run.json").exists() and any(not f.name.startswith(".") for f in self.folder.iterdir()):
             raise Problem(f"{folder} holds something else than a run; name an empty or a new folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / ".lock", timeout=60)
         if not (self.folder / "run.json").exists():
             self.write("run.json", {"format": RUN_FORMAT, "dataset": "demo", "protocol": "strict", "seed": 0, "parameters": {}, "steps": {}, "chapters": {},
-                                    "versions": versions(), "device": pick_device().type} | settings)
-        elif settings: self.update(**settings)
-        if self.about.get("format") != RUN_FORMAT: raise Problem(f"{folder} was made by another version (format {self.about.get('format')}, here {RUN_FORMAT}); name a new folder")
+                                    "versions": versions(), "device": pick_device().type})
+        made = self.about.get("format") if isinstance(self.about, dict) else None
+        if made != RUN_FORMAT: raise Problem(f"{folder} was made by another version (format {made}, here {RUN_FORMAT}); name a new folder")
+        if settings: self.update(**settings)
         one_of(self.about["protocol"], PROTOCOLS, "protocol")
 
     about = property(lambda self: self.read("run.json"))
@@ -646,7 +678,7 @@ def read(
 
 Run.write, Run.read = write, read
 
-# %% ../nbs/00_core.ipynb #7ebc071f
+# %% ../nbs/00_core.ipynb #e0f98a3f
 METRIC_KEY = ["dataset", "protocol", "cut", "seed", "model", "versus", "task", "split", "users", "items", "relevant", "metric"]
 METRICS = {c: pl.String for c in METRIC_KEY} | {"cut": pl.Int64, "seed": pl.Int64, "value": pl.Float64, "lo": pl.Float64, "hi": pl.Float64, "n": pl.Int64}
 
@@ -681,12 +713,12 @@ def add_metrics(
     self: Run,
     frame: pl.DataFrame,  # columns of METRICS; dataset, protocol and seed are filled in where missing
 ):
-    "Add figures to metrics.json; the same measurement made again replaces the old one."
+    "Add figures to metrics.json; all that was said before of the same model, or the same two, makes way."
     about = self.about
     have = {"dataset": about["dataset"], "protocol": about["protocol"], "seed": about["seed"], "cut": 0, "versus": None}
     new = frame.with_columns([pl.lit(v).alias(c) for c, v in have.items() if c not in frame.columns]).select([pl.col(c).cast(t) for c, t in METRICS.items()])
     with self.locked():
-        kept = self.metrics().join(new, on=METRIC_KEY, how="anti", nulls_equal=True)
+        kept = self.metrics().join(new, on=["dataset", "protocol", "model", "versus", "split"], how="anti", nulls_equal=True)
         self.write("metrics.json", pl.concat([kept, new]).to_dicts())
 
 # %% ../nbs/00_core.ipynb #e27fc868

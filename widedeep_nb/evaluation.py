@@ -280,7 +280,7 @@ def rate_rows(
     error = pl.col("predicted") - pl.col("rating")
     predicted = pl.Series("predicted", torch.cat([torch.empty(0, dtype=torch.float64)] + predicted).numpy())
     return rows.with_columns(predicted, pl.col("rating").cast(pl.Float64), n_seen=seen.ptr.diff()[user].numpy()).with_columns(
-        warm=pl.col("n_seen") > 0, warm_item=pl.col("item").is_in(split.train["item"].unique().implode()), RMSE=error**2, MSE=error**2, MAE=error.abs())
+        warm=pl.col("n_seen") > 0, warm_item=pl.col("item").is_in(split.seen(part)["item"].unique().implode()), RMSE=error**2, MSE=error**2, MAE=error.abs())
 
 # %% ../nbs/06_evaluation.ipynb #e27b580f
 def weights_of(

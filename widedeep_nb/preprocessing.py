@@ -31,9 +31,10 @@ def rows_that_count(
 
 def in_order(
     log: pl.DataFrame,  # interactions
-) -> pl.DataFrame:  # oldest first; without timestamps the order of the file stands for time
+) -> pl.DataFrame:  # oldest first; without timestamps in an order drawn by lot
     "Order by (timestamp, user, item, row): a total order, the same on every engine."
-    return log if log["timestamp"].null_count() == len(log) else log.sort("timestamp", "user", "item", maintain_order=True)
+    if log["timestamp"].null_count() < len(log): return log.sort("timestamp", "user", "item", maintain_order=True)
+    return log[lot((log["user"] + "\t" + log["item"]).cast(pl.String)).numpy()]
 
 # %% ../nbs/03_preprocessing.ipynb #b0dd817d
 def core_of(

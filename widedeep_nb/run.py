@@ -11,8 +11,8 @@ __all__ = ['READERS', 'HIDDEN', 'OPTION', 'FOLDED', 'OUTSIDE', 'MAIN', 'HYBRIDS'
            'PageExporter', 'fold_together', 'body_of', 'test_figures', 'surely', 'advice', 'join', 'verdict', 'winners',
            'who_wins', 'facts', 'title_of', 'style', 'page', 'write_page', 'site_filter', 'with_outputs', 'results_of',
            'compact', 'readme_table', 'rewrite_readme', 'between', 'publish', 'load_model', 'read_basket', 'most_taken',
-           'suggest', 'bench', 'cli', 'run_command', 'existing_run', 'datasets_command', 'recommend_command',
-           'bench_command', 'publish_command', 'site_filter_command', 'main']
+           'rows_of', 'as_history', 'suggest', 'bench', 'cli', 'run_command', 'existing_run', 'datasets_command',
+           'recommend_command', 'bench_command', 'publish_command', 'site_filter_command', 'main']
 
 # %% ../nbs/17_run.ipynb #70a0da2f
 import ast
@@ -56,8 +56,9 @@ from pygments.formatters import HtmlFormatter
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import widedeep_nb
-from .core import COLORS, PROTOCOLS, Problem, Recommender, Run, as_svg, load_recommender, lot, one_of, open_run, pick_device, say, top_k, use_theme, versions, written_whole, bare_name
+from .core import COLORS, PROTOCOLS, Problem, Recommender, Run, as_svg, load_recommender, lot, one_of, open_run, pick_device, say, top_k, use_theme, versions, written_whole, bare_name, codes_of, History
 from .evaluation import told
+from .preprocessing import in_order, rows_that_count
 from .baselines import ABLATIONS, dots, overall
 from .training import our_epoch, plain_epoch
 from .data import DATASETS, datasets
@@ -744,9 +745,11 @@ def load_model(
     "A fitted model of a run."
     known = sorted(p.parent.name for p in (run.folder / "models").glob("*/model.json"))
     if not known: raise Problem(f"{run.folder} has no fitted model; run the chapters on training and baselines")
-    best = [m for m in test_figures(run, "NDCG@20").filter(pl.col("versus").is_null())["model"] if m in known]
-    usual = next(m for m in (*best, *HYBRIDS, *known) if m in known)
-    return load_recommender(run.model_folder(one_of(name, known, "model") if name else usual))
+    best = test_figures(run, "NDCG@20").filter(pl.col("versus").is_null(), ~pl.col("model").is_in(ABLATIONS))["model"]
+    name = one_of(name, known, "model") if name else next(m for m in (*best, *HYBRIDS, *known) if m in known)
+    fitted = load_recommender(run.model_folder(name))
+    fitted.name = name
+    return fitted
 
 # %% ../nbs/17_run.ipynb #32eb6d5c
 def read_basket(
@@ -768,6 +771,25 @@ def most_taken(
     return pl.DataFrame({"item": model.item_ids[order[column[0]].numpy()], "score": value[0].numpy(), "rank": list(range(1, value.shape[1] + 1))})
 
 # %% ../nbs/17_run.ipynb #40eeb93a
+def rows_of(
+    run: Run,  # with a log
+    user: str,  # id, as the shop has it
+) -> pl.DataFrame:  # the user's rows, oldest first
+    "What the shop knows of a user by now."
+    log = run.folder / "interactions.parquet"
+    return in_order(rows_that_count(pl.read_parquet(log)).filter(user=user)) if user and log.exists() else pl.DataFrame()
+
+
+def as_history(
+    rows: pl.DataFrame,  # of one user, with ids as text
+    item_ids: pl.Series,  # ids that the model knows, in order of their codes
+) -> History:  # of that user
+    "A user's rows as a history; items that the model does not know are left out."
+    if not len(rows): return History.of(pl.DataFrame(schema={"user": pl.Int64, "item": pl.Int32, "rating": pl.Float32, "timestamp": pl.Datetime("ms")}), 1)
+    coded = rows.with_columns(user=pl.lit(0), item=codes_of(rows["item"], item_ids)).filter(pl.col("item") < len(item_ids))
+    return History.of(coded, 1)
+
+# %% ../nbs/17_run.ipynb #b74167ac
 def suggest(
     run: Run,  # with fitted models
     user: str = "",  # id, as the shop has it
@@ -778,11 +800,12 @@ def suggest(
     "A list for a user or a basket."
     if bool(user) == bool(basket): raise Problem("recommend needs either --user ID or --basket ITEM:STARS,ITEM,...")
     fitted, things = load_model(run, model), read_basket(basket) if basket else {}
-    unknown = [i for i in things if i not in fitted.item_ids]
-    stranger = user not in fitted.user_ids if user else len(unknown) == len(things)
-    note = f"user {user} is a stranger to {fitted.name}; this is what is popular" if user and stranger else \
+    unknown, mine = [i for i in things if i not in fitted.item_ids], rows_of(run, user)
+    stranger = not len(mine) if user else len(unknown) == len(things)
+    note = f"nobody called {user} is in the log; this is what is popular" if user and stranger else \
         f"{fitted.name} knows nothing of {join(unknown)}" + ("; this is what is popular" if stranger else "") if unknown else ""
-    found = most_taken(fitted, k) if stranger else fitted.recommend(user or things, k).drop("user")
+    history = as_history(mine, fitted.item_ids) if user else None
+    found = most_taken(fitted, k) if stranger else fitted.recommend(user or things, k, history=history).drop("user")
     table = run.folder / "items.parquet"
     about = pl.read_parquet(table) if table.exists() else pl.DataFrame({"item": []}, schema={"item": pl.String})
     if "title" in about.columns: found = found.join(about.select("item", "title").unique("item"), on="item", how="left", maintain_order="left")
