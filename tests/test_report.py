@@ -73,7 +73,7 @@ def test_same_seed_same_figures(report, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name,args,stars", [("ciao", ["--protocol", "filtered-first"], True), ("ciao", ["--protocol", "rolling"], True),
-                                             ("electronics-dense", [], False), ("electronics", ["-p", "most_users=300"], False)])
+                                             ("electronics-dense", ["-p", "tune=False"], False), ("electronics", ["-p", "most_users=300", "-p", "tune=False"], False)])
 def test_real_logs(shared, tmp_path, name, args, stars):
     run_report(tmp_path / "run", "--dataset", shared / name, *args)
     records = pl.DataFrame(json.loads((tmp_path / "run/metrics.json").read_text()), infer_schema_length=None)

@@ -21,7 +21,7 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from widedeep_nb.core import RECOMMENDERS, Problem, Recommender, Run, Split, as_interactions, register
-from widedeep_nb.run import (READERS, bare_name, chapters_in, given_values, main, opened, page, plan_run, read_basket, read_parameters, site_filter, verdict, who_wins)
+from widedeep_nb.run import (READERS, bare_name, chapters_in, given_values, main, opened, page, plan_run, read_basket, read_parameters, site_filter, suggest, verdict, who_wins)
 
 ROOT = Path(__file__).parents[1]
 REAL = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
@@ -314,7 +314,7 @@ def test_recommend(tmp_path, capsys, monkeypatch):
     code, found = ask("--user", "ann")
     assert code == 0 and [(r["item"], r["title"], r["rank"]) for r in found["items"]] == [("cam", "A camera", 1)] and found["note"] == ""
     _, found = ask("--user", "zoe", "-k", "2")
-    assert "stranger" in found["note"] and {r["item"] for r in found["items"]} == {"007", "bag"}
+    assert "nobody called" in found["note"] and {r["item"] for r in found["items"]} == {"007", "bag"}
     _, found = ask("--basket", "007:5,hat")
     assert "hat" in found["note"] and {r["item"] for r in found["items"]} == {"bag", "cam"}
     assert widedeep("recommend", run.folder, "--user", "zoe") == 0
@@ -403,3 +403,15 @@ def test_badges_point_at_the_notebook_itself(path):
 
 def test_names_of_datasets_say_nothing_of_the_machine():
     assert [bare_name(d) for d in ("demo?ratings=4000", "/data/me/ratings.csv.gz", "postgresql://me:secret@host/shop?query=SELECT a/b")] == ["demo", "ratings", "shop"]
+
+
+def test_a_known_user_is_no_stranger_though_the_filter_took_all_they_did(tmp_path):
+    "The log knows more than the model was fitted on: nothing that a user has is recommended."
+    from widedeep_nb.core import Split, as_interactions, make_recommender
+    log = as_interactions(pl.DataFrame({"user": ["ann", "ann", "bob", "eve"], "item": ["cam", "bag", "cam", "pen"], "timestamp": [1, 2, 3, 4]}))
+    run = Run(tmp_path / "run")
+    run.write("interactions.parquet", log)
+    make_recommender("popularity").fit(Split.of(log[:3], log[:0], log[3:])).save(run.model_folder("popularity"))   # eve's row came after the fit
+    told = suggest(run, user="bob", k=2)
+    assert [r["item"] for r in told["items"]] == ["bag"] and told["note"] == ""
+    assert suggest(run, user="eve", k=2)["note"] == "" and "nobody called zoe" in suggest(run, user="zoe", k=2)["note"]

@@ -781,11 +781,10 @@ def rows_of(
 
 
 def as_history(
-    rows: pl.DataFrame,  # of one user, with ids as text
+    rows: pl.DataFrame,  # of one user, at least one, with ids as text
     item_ids: pl.Series,  # ids that the model knows, in order of their codes
 ) -> History:  # of that user
     "A user's rows as a history; items that the model does not know are left out."
-    if not len(rows): return History.of(pl.DataFrame(schema={"user": pl.Int64, "item": pl.Int32, "rating": pl.Float32, "timestamp": pl.Datetime("ms")}), 1)
     coded = rows.with_columns(user=pl.lit(0), item=codes_of(rows["item"], item_ids)).filter(pl.col("item") < len(item_ids))
     return History.of(coded, 1)
 
@@ -801,10 +800,10 @@ def suggest(
     if bool(user) == bool(basket): raise Problem("recommend needs either --user ID or --basket ITEM:STARS,ITEM,...")
     fitted, things = load_model(run, model), read_basket(basket) if basket else {}
     unknown, mine = [i for i in things if i not in fitted.item_ids], rows_of(run, user)
-    stranger = not len(mine) if user else len(unknown) == len(things)
+    stranger = not len(mine) and user not in fitted.user_ids if user else len(unknown) == len(things)
     note = f"nobody called {user} is in the log; this is what is popular" if user and stranger else \
         f"{fitted.name} knows nothing of {join(unknown)}" + ("; this is what is popular" if stranger else "") if unknown else ""
-    history = as_history(mine, fitted.item_ids) if user else None
+    history = as_history(mine, fitted.item_ids) if len(mine) else None
     found = most_taken(fitted, k) if stranger else fitted.recommend(user or things, k, history=history).drop("user")
     table = run.folder / "items.parquet"
     about = pl.read_parquet(table) if table.exists() else pl.DataFrame({"item": []}, schema={"item": pl.String})
