@@ -174,11 +174,12 @@ class WideDeep(Recommender):
     weight_decay: float = .01
     negatives: int = 2  # items drawn beside each row where there are no stars
     seed: int = 0
+    checkpoint = None  # a file to keep the state of training in, and to go on from
 
     def _build(self):
         return WideAndDeep(self.n_users, self.n_items, len(self.snap.x_category), self.parts, self.embedding, tuple(self.hidden), self.dropout, self.hide, self.output if self.rates and self.stars[0] < self.stars[1] else "linear", self.stars)
 
-    def _fit(self, split, checkpoint=None):
+    def _fit(self, split):
         self.rates = split.has_stars
         category = torch.cat([category_codes(split.items)[0], torch.zeros(1, dtype=torch.int64)])  # the last: an item in no table
         negatives = 0 if self.rates else self.negatives
@@ -190,7 +191,7 @@ class WideDeep(Recommender):
         if net.deep: net.deep.standardise(x)
         loss = "mse" if self.rates else "logistic"
         pace = {k: getattr(self, k) for k in ("epochs", "patience", "batch_size", "seed", "lr", "lr_ids", "weight_decay")}
-        self.net, self.curve = fit_network(net, (*x.pack(), y), self._judge(split, loss, negatives), loss, checkpoint=checkpoint, note=f"{self.name} ({self.parts}, seed {self.seed})", **pace)
+        self.net, self.curve = fit_network(net, (*x.pack(), y), self._judge(split, loss, negatives), loss, checkpoint=self.checkpoint, note=f"{self.name} ({self.parts}, seed {self.seed})", **pace)
         self.net.cpu()
 
 # %% ../nbs/05_training.ipynb #c191ed6b
@@ -257,14 +258,21 @@ VARIANTS = {"wide-deep": "both", "wide-alone": "wide", "deep-alone": "deep"}
 def fit_final(
     split: Split,  # one cut of a run
     folder: Path,  # where the fitted recommender goes
+    work: Path,  # where the states of both fits are kept meanwhile
     **params,  # of WideDeep
-) -> list:  # the curve of the first fit
+) -> dict:  # seconds, and the curve of the first fit
     "Choose the number of passes on validation, then fit as the protocol says and save."
-    chosen = WideDeep(**params).fit(split)
-    best = len(chosen.curve) if not len(split.val) else 1 + int(np.argmin([row["val"] for row in chosen.curve]))
-    final = split.final()
-    (chosen if final is split else WideDeep(**params | {"epochs": best}).fit(final)).save(folder)
-    return chosen.curve
+    started, final = time.perf_counter(), split.final()
+    chosen = WideDeep(**params)
+    chosen.checkpoint = work / "choice.safetensors"
+    curve = chosen.fit(split).curve
+    if final is not split:
+        best = len(curve) if not len(split.val) else 1 + int(np.argmin([row["val"] for row in curve]))
+        chosen = WideDeep(**params | {"epochs": best})
+        chosen.checkpoint = work / "final.safetensors"
+        chosen.fit(final)
+    chosen.save(folder)
+    return {"seconds": round(time.perf_counter() - started, 2), "curve": curve}
 
 
 @step(preprocess)
@@ -287,9 +295,9 @@ def train(
     for cut, split in enumerate(run.splits()):
         for name, parts in VARIANTS.items():
             for seed in range(seeds if parts == "both" else min(seeds, 2)):
-                started = time.perf_counter()
-                curve = fit_final(split, run.model_folder(name, seed, cut), parts=parts, seed=first + seed, **pace)
-                report.append({"model": name, "cut": cut, "seed": seed, "seconds": round(time.perf_counter() - started, 2), "curve": curve})
+                key, folder = f"{name}-{cut}-{seed}", run.model_folder(name, seed, cut)
+                fit = run.once(key, lambda: fit_final(split, folder, run.work / key, parts=parts, seed=first + seed, **pace))
+                report.append({"model": name, "cut": cut, "seed": seed} | fit)
     run.write("training.json", {"seeds": list(range(seeds)), "fits": report})
 
 # %% ../nbs/05_training.ipynb #54ace12c
