@@ -760,26 +760,29 @@ def step(
     def wrap(f):
         defaults = {k: p.default for k, p in inspect.signature(f).parameters.items() if p.default is not p.empty}
 
-        @functools.wraps(f)
-        def do(run, **given):
-            for need in needs: need(run)
-            about = run.about
+        def plan(about, given):
             before = about["steps"].get(f.__name__, {})
             for name in given: one_of(name, defaults, f"parameter of {f.__name__}")
             asked = {k: v for k, v in given.items() if v != defaults[k]}
             kept = {k: v for k, v in about["parameters"].items() if k in defaults}
             params = defaults | kept | (asked if given else before.get("params", {}))
-            earlier = [about.get("data"), *[about["steps"][n.__name__]["mark"] for n in needs]] if needs else []
+            earlier = [about.get("data"), *[about["steps"].get(n.__name__, {}).get("mark") for n in needs]] if needs else []
             basis = [about["dataset"], about["protocol"], about["seed"], params, earlier, versions().get("widedeep_nb")]
             mark = hashlib.sha256(json.dumps(basis, sort_keys=True, default=str).encode()).hexdigest()[:16]
-            if before.get("mark") == mark: return
+            return params, mark, before.get("mark") == mark
+
+        @functools.wraps(f)
+        def do(run, **given):
+            for need in needs: need(run)
+            params, mark, done = plan(run.about, given)
+            if done: return
             with run.locked():
                 started, run.work = time.perf_counter(), run.folder / ".work" / f"{f.__name__}-{mark}"
                 f(run, **params)
                 done = {"mark": mark, "params": params, "seconds": round(time.perf_counter() - started, 3)}
                 run.update(steps=run.about["steps"] | {f.__name__: done})
                 shutil.rmtree(run.folder / ".work", ignore_errors=True)
-        do.needs = needs
+        do.is_done = lambda about: all(n.is_done(about) for n in needs) and plan(about, {})[2]  # by what run.json says, or would say
         return do
     return wrap
 

@@ -6,13 +6,14 @@
 __all__ = ['READERS', 'HIDDEN', 'OPTION', 'FOLDED', 'OUTSIDE', 'MAIN', 'HYBRIDS', 'COMPARED_IN', 'DEVICES', 'INK', 'NIGHT',
            'GLOW', 'LOOK', 'PUBLISHED', 'find_notebooks', 'chapters_in', 'choose_chapters', 'Parameter',
            'parameters_of', 'read_parameters', 'read_value', 'given_values', 'values_for', 'OwnKernel', 'execute',
-           'place_of', 'usual_protocol', 'Plan', 'plan_run', 'steps_of', 'opened', 'mark_of', 'is_done',
-           'ChapterFailed', 'explain', 'run_chapter', 'run_report', 'shown_cells', 'formula', 'address', 'PageText',
-           'PageExporter', 'fold_together', 'body_of', 'test_figures', 'surely', 'advice', 'join', 'verdict', 'winners',
-           'who_wins', 'facts', 'title_of', 'style', 'page', 'write_page', 'site_filter', 'with_outputs', 'results_of',
-           'compact', 'readme_table', 'rewrite_readme', 'between', 'publish', 'load_model', 'read_basket', 'most_taken',
-           'rows_of', 'as_history', 'suggest', 'bench', 'cli', 'run_command', 'existing_run', 'datasets_command',
-           'recommend_command', 'bench_command', 'publish_command', 'site_filter_command', 'main']
+           'place_of', 'usual_protocol', 'Plan', 'plan_run', 'steps_of', 'read_log', 'move_in', 'clean', 'opened',
+           'mark_of', 'is_done', 'ChapterFailed', 'explain', 'run_chapter', 'run_report', 'shown_cells', 'formula',
+           'address', 'PageText', 'PageExporter', 'fold_together', 'body_of', 'test_figures', 'surely', 'advice',
+           'join', 'verdict', 'winners', 'who_wins', 'facts', 'title_of', 'style', 'page', 'write_page', 'site_filter',
+           'with_outputs', 'results_of', 'compact', 'readme_table', 'rewrite_readme', 'between', 'publish',
+           'load_model', 'read_basket', 'most_taken', 'rows_of', 'as_history', 'suggest', 'bench', 'cli', 'run_command',
+           'existing_run', 'datasets_command', 'recommend_command', 'bench_command', 'publish_command',
+           'site_filter_command', 'main']
 
 # %% ../nbs/17_run.ipynb #70a0da2f
 import ast
@@ -24,6 +25,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -58,7 +60,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import widedeep_nb
 from .core import COLORS, PROTOCOLS, Problem, Recommender, Run, as_svg, load_recommender, lot, one_of, open_run, pick_device, say, top_k, use_theme, versions, written_whole, bare_name, codes_of, History
 from .evaluation import told
-from .preprocessing import in_order, rows_that_count
+from .preprocessing import in_order, preprocess, rows_that_count
 from .baselines import ABLATIONS, dots, overall
 from .training import our_epoch, plain_epoch
 from .data import DATASETS, datasets
@@ -130,11 +132,14 @@ def read_value(
     parameter: Parameter,  # what is declared
     text: str,  # what was given
 ):  # the value, of the declared type
-    "Read a given value as the type that its parameter declares."
+    "Read a given value as the type that its parameter declares; not below the least that its comment names."
     kind = parameter.type.removeprefix("Optional[").removesuffix("]").removesuffix(" | None")
     if kind != parameter.type and text.lower() in ("", "none", "null", "~"): return None
-    try: return READERS[kind](text)
+    try: value = READERS[kind](text)
     except (ValueError, KeyError): raise Problem(f"{parameter.name}={text} is no {parameter.type}") from None
+    least = re.search(r"at least (\d[\d.]*\d|\d)", parameter.comment)
+    if least and not value >= float(least[1]): raise Problem(f"{parameter.name}={text} is too little; it is at least {least[1]}")
+    return value
 
 # %% ../nbs/17_run.ipynb #a3ba2291
 def given_values(
@@ -226,6 +231,11 @@ class Plan:
     everything: bool  # are these all chapters?
     resume: bool  # leave what is done already?
 
+    @property
+    def has_log(self) -> bool:
+        "Do these chapters work on a log?"
+        return any("ingest" in steps_of(p) for p in self.chapters[0].parent.glob("01_*.ipynb"))
+
 # %% ../nbs/17_run.ipynb #c0dda996
 def plan_run(
     out: str = "",  # run folder; empty: runs/ and the name of the data
@@ -265,23 +275,71 @@ def steps_of(
     functions = [n for cell in cells for n in ast.parse(cell).body if isinstance(n, ast.FunctionDef)]
     return [f.name for f in functions if any(ast.unparse(d).startswith("step(") for d in f.decorator_list)]
 
+# %% ../nbs/17_run.ipynb #9b4c8ea0
+def read_log(
+    run: Run,  # that will have the log
+    settings: dict,  # dataset, protocol, seed, parameters
+) -> Run:  # in a hidden folder of it: interactions, items, users and the parts
+    "Read, check and cut the log beside the run, of which nothing is touched before all is sound."
+    place = run.folder / ".new"
+    shutil.rmtree(place, ignore_errors=True)
+    beside = Run(place, **settings)
+    preprocess(beside)
+    return beside
+
+
+def move_in(
+    run: Run,  # gets the files and the steps
+    beside: Run,  # from `read_log`; gone after it
+):
+    "Move a log that was read into its run; whoever is killed meanwhile finds no such step done."
+    for path in [p for p in beside.folder.rglob("[!.]*") if p.is_file() and p.name != "run.json"]:
+        target = run.folder / path.relative_to(beside.folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    run.update(data=beside.about["data"], steps=run.about["steps"] | beside.about["steps"])
+    shutil.rmtree(beside.folder)
+
 # %% ../nbs/17_run.ipynb #d071e9ed
+def clean(
+    run: Run,  # that nobody is working on
+    work: bool,  # also the pieces of a step that was not finished?
+):
+    "Remove what a run that was killed has left half-written."
+    with run.locked():
+        for left in [p for p in run.folder.rglob(".*-*.*") if p.is_file() and ".work" not in p.parts]: left.unlink()
+        if work: shutil.rmtree(run.folder / ".work", ignore_errors=True)
+
+
 @contextmanager
 def opened(
     plan: Plan,  # what is asked for
+    tell: Callable = click.echo,  # gets a line when a log was read
 ):
-    "The plan's run, which nobody else runs meanwhile; where nothing is resumed, it has forgotten what the chosen chapters did."
-    run = Run(plan.folder) if (plan.folder / "run.json").exists() else Run(plan.folder, **plan.settings)
+    "The plan's run, with its log, which nobody else runs meanwhile; where nothing is resumed, it has forgotten what the chosen chapters did."
+    new = not (plan.folder / "run.json").exists()
+    run = Run(plan.folder, **plan.settings) if new else Run(plan.folder)
     try: lock = FileLock(run.folder / ".run.lock", timeout=0).acquire()
     except Timeout: raise Problem(f"{run.folder} is being run already; wait for that run, or name another folder with --out") from None
     with lock:
-        about = run.about
+        clean(run, work=not plan.resume)
         own = {name for path in plan.chapters for name in [path.stem, *steps_of(path)]}
-        keep = lambda entries: {} if plan.everything else {k: v for k, v in entries.items() if k not in own}
-        anew = {} if plan.resume else {"steps": keep(about["steps"]), "chapters": keep(about["chapters"])}
-        run.update(**plan.settings, **anew, versions=versions(), device=pick_device().type)
+        keep = lambda entries: entries if plan.resume else {} if plan.everything else {k: v for k, v in entries.items() if k not in own}
+        about = run.about | plan.settings | {"versions": versions(), "device": pick_device().type}
+        about |= {name: keep(about[name]) for name in ("steps", "chapters")}
+        beside = None
+        try:
+            if plan.has_log and not preprocess.is_done(about): beside = read_log(run, plan.settings)
+        except Problem:
+            shutil.rmtree(run.folder if new else run.folder / ".new")
+            raise
+        if beside: about["steps"] = {k: v for k, v in about["steps"].items() if k not in ("ingest", "preprocess")}
+        run.update(**about)
+        if beside:
+            move_in(run, beside)
+            log, seconds = run.read("ingest.json"), sum(run.about["steps"][s]["seconds"] for s in ("ingest", "preprocess"))
+            tell(f"{'the log':<28} {seconds:7.1f} s   {log['kept']:,} of {log['rows_read']:,} rows stay")
         if plan.everything and not plan.resume: (run.folder / "metrics.json").unlink(missing_ok=True)
-        for left in (run.folder / "notebooks").glob(".*.ipynb"): left.unlink()  # half-written by a run that was killed
         yield run
 
 # %% ../nbs/17_run.ipynb #8ae2661d
@@ -294,7 +352,7 @@ def mark_of(
     about = run.about
     before = [c["mark"] for stem, c in sorted(about["chapters"].items()) if stem < path.stem and c["status"] == "done"]
     text = [c.source for c in nbformat.read(path, 4).cells]
-    basis = [about["dataset"], about["protocol"], about["seed"], about["versions"].get("widedeep_nb"), values, text, before]
+    basis = [about["dataset"], about.get("data"), about["protocol"], about["seed"], about["versions"].get("widedeep_nb"), values, text, before]
     return hashlib.sha256(json.dumps(basis, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 # %% ../nbs/17_run.ipynb #cf8681eb
@@ -348,7 +406,7 @@ def run_report(
     tell: Callable = click.echo,  # gets a line a chapter
 ) -> Run:  # with its page written
     "Run the chosen chapters in order, and write the page whatever comes of it."
-    with opened(plan) as run:
+    with opened(plan, tell) as run:
         try:
             for i, path in enumerate(plan.chapters, 1):
                 title, values = f"[{i}/{len(plan.chapters)}] {path.stem.replace('_', ' ', 1)}", plan.values[path.stem]
@@ -805,8 +863,7 @@ def suggest(
         f"{fitted.name} knows nothing of {join(unknown)}" + ("; this is what is popular" if stranger else "") if unknown else ""
     history = as_history(mine, fitted.item_ids) if len(mine) else None
     found = most_taken(fitted, k) if stranger else fitted.recommend(user or things, k, history=history).drop("user")
-    table = run.folder / "items.parquet"
-    about = pl.read_parquet(table) if table.exists() else pl.DataFrame({"item": []}, schema={"item": pl.String})
+    about = run.read("items.parquet") if (run.folder / "items.parquet").exists() else pl.DataFrame({"item": []}, schema={"item": pl.String})
     if "title" in about.columns: found = found.join(about.select("item", "title").unique("item"), on="item", how="left", maintain_order="left")
     columns = [c for c in ("rank", "item", "title", "score") if c in found.columns]
     return {"model": fitted.name, "note": note, "items": found.select(columns).to_dicts()}

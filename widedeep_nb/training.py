@@ -274,7 +274,7 @@ def fit_final(
     chosen.save(folder)
     return {"seconds": round(time.perf_counter() - started, 2), "curve": curve}
 
-
+# %% ../nbs/05_training.ipynb #76fb0c19
 @step(preprocess)
 def train(
     run: Run,  # gets models/ and training.json
