@@ -307,6 +307,6 @@ def test_on_ciao_it_fails_as_measured(ciao):
 @pytest.mark.long
 def test_readings_on_ciao(shared):
     from widedeep_nb.data import load
-    log = load(shared / "ciao")[0]
+    log, *_ = load(shared / "ciao")
     assert sizes(READINGS["both counted on the raw log"](log, 20)) == {"rows": 54_320, "users": 3_384, "items": 1_458}
     assert sizes(users_then_items(log, 20))["items"] < 1_458 and threshold(log) == 20
