@@ -229,7 +229,15 @@ def test_list_figures_are_those_of_the_printed_loop(split, masked):
 def test_seen_items_are_listed_unless_masked(split):
     free, masked = [list_figures([make_recommender("popularity").fit(split)], split, every_item(split), m)["Precision@5"].mean() for m in (False, True)]
     assert free != masked
-    assert len(every_item(split, most=7).users) == 7 and len(every_item(split).candidates) == len(split.items)
+    assert len(every_item(split, most=7).users) == 7
+
+
+def test_every_item_of_the_log_may_be_listed():
+    "Those that training never met, too."
+    split = split_of(log_of(300, late=50), test=60)
+    question = every_item(split)
+    assert sorted(question.candidates.tolist()) == list(range(len(split.items))) and len(split.items) > split.known_items + 40
+    assert question.users.tolist() == sorted(set(split.test["user"])) and len(question.right) == len(split.test)
 
 
 # ---------------------------------------------------------------- the step
