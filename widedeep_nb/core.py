@@ -482,6 +482,7 @@ RECOMMENDERS = {
     "popularity": "widedeep_nb.baselines:Popularity", "recent-popularity": "widedeep_nb.baselines:RecentPopularity",
     "item-knn": "widedeep_nb.baselines:ItemKNN", "ease": "widedeep_nb.baselines:EASE",
     "wide-deep": "widedeep_nb.training:WideDeep",
+    "wide-deep-as-reported": "widedeep_nb.original:AsReported",
 }
 
 
