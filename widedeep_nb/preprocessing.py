@@ -312,8 +312,8 @@ def days_before(
     now: torch.Tensor,  # int64, the moment of the question, broadcasts
     time: torch.Tensor,  # int64 [events], 0 where there is none
 ) -> torch.Tensor:  # float64 [events]
-    "How long before now each event was; an event without a time is now."
-    return torch.where((time == 0) | (clock[1] == 0), 0, now - time).double() / DAY
+    "How long before now each event was, at most since the log began; an event without a time is now."
+    return torch.where((time == 0) | (clock[1] == 0), 0, now - time.clamp(min=clock[0])).double() / DAY
 
 # %% ../nbs/03_preprocessing.ipynb #4538a634
 def star_statistics(
@@ -465,9 +465,9 @@ def training_inputs(
     "Features of every training row from the rows before it."
     draw = torch.Generator().manual_seed(seed)
     edges = np.unique(np.linspace(len(rows) * warm_up, len(rows), blocks + 1).round().astype(int))
-    most, made = float(rows["rating"].max() or 5), []
+    made = []
     for a, b in zip(edges[:-1], edges[1:]):
-        log = History.of(rows[:a], n_users)
+        log, most = History.of(rows[:a], n_users), float(rows["rating"][:a].max() or 5)
         users, who = torch.unique(torch.tensor(rows["user"][a:b].to_numpy()).long(), return_inverse=True)
         item = torch.cat([torch.tensor(rows["item"][a:b].to_numpy()).long(), torch.randint(n_items, ((b - a) * negatives,), generator=draw)])
         y = torch.tensor(rows["rating"][a:b].fill_null(float("nan")).to_numpy()) if not negatives else (torch.arange(len(item)) < b - a).float()
