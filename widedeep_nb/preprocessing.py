@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['CUTS', 'DAY', 'YEAR', 'FEATURES', 'rows_that_count', 'in_order', 'placed', 'core_of', 'cut_by_time',
            'cut_last_events', 'cut_as_given', 'filtered', 'relaxed', 'one_cut', 'prepare', 'preprocess', 'describe',
-           'known_shares', 'total', 'damped_bias', 'recency_and_frequency', 'category_codes', 'brand_codes', 'code_of',
-           'bucket', 'feature_names', 'Snapshot', 'spread_and_top', 'days_before', 'star_statistics', 'take_snapshot',
-           'Inputs', 'in_each_kind', 'time_features', 'user_features', 'make_inputs', 'training_inputs']
+           'known_shares', 'draw_timeline', 'draw_known', 'total', 'damped_bias', 'recency_and_frequency',
+           'category_codes', 'brand_codes', 'code_of', 'bucket', 'feature_names', 'Snapshot', 'spread_and_top',
+           'days_before', 'star_statistics', 'take_snapshot', 'Inputs', 'in_each_kind', 'time_features',
+           'user_features', 'make_inputs', 'training_inputs', 'rank_correlation']
 
 # %% ../nbs/03_preprocessing.ipynb #139b65f9
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import torch
+from scipy.stats import rankdata
 
 from .core import *
 from .data import ingest
@@ -176,6 +178,49 @@ def known_shares(
         user, item = [asked[c].is_in(seen[c].unique().implode()) for c in ("user", "item")]
         rows.append({"part": part, "both known": (user & item).mean(), "new user": (~user & item).mean(), "new item": (user & ~item).mean(), "both new": (~user & ~item).mean()})
     return pl.DataFrame(rows).with_columns(pl.exclude("part").cast(pl.Float64).fill_null(0))
+
+# %% ../nbs/03_preprocessing.ipynb #984a1cea
+def draw_timeline(
+    ax: plt.Axes,  # to draw on
+    parts: pl.DataFrame,  # rows of `describe`, of one or several cuts
+) -> bool:  # do the parts of a cut follow one another in time?
+    "The parts as bars along time: a lane a cut where they follow one another, else a lane a part; along rows where there is no time."
+    parts = parts.filter(pl.col("rows") > 0)
+    if parts["from"].null_count() or parts["from"].min() == parts["to"].max():
+        end = pl.col("rows").cum_sum().over("cut")
+        parts = parts.with_columns((end - pl.col("rows")).alias("from"), end.alias("to"))
+        ax.set(xlabel="rows, in an order drawn by lot")
+    else: parts = parts.with_columns(pl.col("from", "to").str.to_datetime())
+    follow = (parts["from"] >= parts.select(pl.col("to").shift().over("cut"))["to"]).fill_null(True).all()
+    lanes = parts["cut"] if follow else pl.int_range(len(parts), eager=True)
+    tone = {"train": COLORS["baseline"], "val": COLORS["wide"], "test": COLORS["hybrid"]}
+    for lane, row in zip(lanes, parts.iter_rows(named=True)):
+        ax.barh(lane, row["to"] - row["from"], left=row["from"], color=tone[row["part"]], height=.6)
+        if lane or not follow: continue
+        where, side = {"train": (row["from"] + (row["to"] - row["from"]) / 2, "center"), "val": (row["to"], "right"), "test": (row["from"], "left")}[row["part"]]
+        ax.annotate(row["part"], (where, -.35), (0, 2), textcoords="offset points", ha=side, va="bottom", fontsize=8.5, color=tone[row["part"]], weight="bold")
+    ticks = [f"cut {c + 1}" for c in sorted(set(lanes))] if follow else parts["part"].to_list()
+    ax.set(yticks=range(len(ticks)) if len(ticks) > 1 else [], ylim=(max(lanes) + .4, -.9 if follow else -.4))
+    ax.set_yticks(ax.get_yticks(), ticks if len(ticks) > 1 else [])
+    ax.tick_params(left=False), ax.spines["left"].set_visible(False)
+    return follow
+
+# %% ../nbs/03_preprocessing.ipynb #ad161fab
+def draw_known(
+    ax: plt.Axes,  # to draw on
+    shares: pl.DataFrame,  # rows of `known_shares`
+):
+    "Who is asked about: a bar for each part, from both known to both new."
+    left = np.zeros(len(shares))
+    for name, colour in zip(shares.columns[1:], [COLORS["baseline"], "#e8a75a", "#9c88d8", COLORS["alarm"]]):
+        width = shares[name].to_numpy() * 100
+        ax.barh(shares["part"].to_list(), width, left=left, color=colour, height=.62)
+        for y in np.flatnonzero(width > 14):
+            text = f"{name} {width[y]:.0f} %" if width[y] > 24 else f"{name}\n{width[y]:.0f} %"
+            ax.annotate(text, (left[y] + width[y] / 2, y), ha="center", va="center", fontsize=7.5, color="white" if name in ("both known", "both new") else "black")
+        left += width
+    ax.set(xlabel="share of the part's rows, %", xlim=(0, 100)), ax.invert_yaxis()
+    ax.tick_params(left=False), ax.spines["left"].set_visible(False)
 
 # %% ../nbs/03_preprocessing.ipynb #2a99fe67
 def total(
@@ -473,3 +518,23 @@ def training_inputs(
         y = torch.tensor(rows["rating"][a:b].fill_null(float("nan")).to_numpy()) if not negatives else (torch.arange(len(item)) < b - a).float()
         made.append((make_inputs(take_snapshot(log, category, n_items, most, brand, features), users, log.take(users), who.repeat(1 + negatives), item), y))
     return Inputs(*[torch.cat([getattr(x, k) for x, _ in made]) for k in Inputs.__dataclass_fields__]), torch.cat([y for _, y in made])
+
+# %% ../nbs/03_preprocessing.ipynb #186bd58f
+def rank_correlation(
+    x: torch.Tensor,  # float [rows, features]
+    y: torch.Tensor,  # float [rows]
+    owner: torch.Tensor,  # int64 [rows], whose row; drawn as a whole
+    draws: int = 500,  # of the bootstrap
+    seed: int = 0,  # of its draws
+) -> np.ndarray:  # [3, features]: rank correlation and the ends of its 95 % interval; NaN for a feature that never changes
+    "Spearman's correlation of each feature with `y`; ranks are given once."
+    ranks = rankdata(torch.column_stack([x, y]).numpy(), axis=0) / len(y) - .5
+    a, b, n = ranks[:, :-1], ranks[:, -1:], int(owner.max()) + 1
+    sums = np.zeros((n, 6, a.shape[1]))
+    np.add.at(sums, owner.numpy(), np.stack([np.broadcast_to(m, a.shape) for m in (np.ones_like(b), a, b, a * a, b * b, a * b)], 1))
+    present = sums[:, 0, 0] > 0
+    times = np.random.default_rng(seed).multinomial(present.sum(), np.full(present.sum(), 1 / present.sum()), draws)
+    rows, *means = np.tensordot(np.vstack([np.ones(present.sum()), times]), sums[present], 1).transpose(1, 0, 2)
+    a, b, aa, bb, ab = [m / rows for m in means]
+    with np.errstate(invalid="ignore", divide="ignore"): found = (ab - a * b) / np.sqrt(np.where(aa - a * a > 1e-12, aa - a * a, np.nan) * (bb - b * b))
+    return np.stack([found[0], *np.quantile(found[1:], (.025, .975), axis=0)])
