@@ -7,10 +7,11 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from scipy.stats import spearmanr
 from hypothesis import assume, given, settings, strategies as st
 
 from widedeep_nb.core import PARTS, enough, PROTOCOLS, History, Problem, Protocol, as_interactions
-from widedeep_nb.preprocessing import FEATURES, Inputs, brand_codes, category_codes, core_of, damped_bias, feature_names, make_inputs, prepare, take_snapshot, training_inputs
+from widedeep_nb.preprocessing import FEATURES, Inputs, brand_codes, category_codes, core_of, damped_bias, feature_names, make_inputs, prepare, rank_correlation, take_snapshot, training_inputs
 
 rows_of = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60)
 
@@ -316,6 +317,20 @@ def test_brand_codes_against_plain_python(brands, known, most):
     count = Counter(b for b in brands[:known] if b)
     frequent = sorted(count, key=lambda b: (-count[b], b))[:most]
     assert names == ["unknown"] + frequent and codes.tolist() == [frequent.index(b) + 1 if b in frequent else 0 for b in brands]
+
+
+def test_rank_correlation_against_scipy():
+    "The value is Spearman's; who always says the same three times over makes the interval no narrower."
+    rng = np.random.default_rng(0)
+    y = torch.from_numpy(rng.integers(1, 6, 90)).float()
+    x = torch.column_stack([y + torch.from_numpy(rng.normal(0, 3, 90)), torch.from_numpy(rng.integers(0, 3, 90)), torch.zeros(90)])
+    value, lo, hi = rank_correlation(x, y, torch.arange(90))
+    assert value[:2] == pytest.approx([spearmanr(x[:, i], y).statistic for i in (0, 1)], abs=1e-9) and np.isnan(value[2])
+    thrice = rank_correlation(x.repeat(3, 1), y.repeat(3), torch.arange(90).repeat(3))
+    careless = rank_correlation(x.repeat(3, 1), y.repeat(3), torch.arange(270))
+    width = lambda r: float((r[2] - r[1])[0])
+    assert thrice[0][:2] == pytest.approx(value[:2], abs=1e-9) and width(thrice) == pytest.approx(hi[0] - lo[0], rel=.05) and width(careless) < .7 * width(thrice)
+    assert lo[0] < value[0] < hi[0]
 
 
 def test_packing_and_strangers():
