@@ -16,7 +16,6 @@ from typing import Optional, Union
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import polars as pl
 import torch
 from scipy.stats import rankdata
@@ -43,7 +42,7 @@ def in_order(
 def placed(
     log: pl.DataFrame,  # interactions
 ) -> pl.DataFrame:  # rows with a time, where any has one
-    "A row without a time, among others that have one, is neither past nor future: it is set aside."
+    "Leave out the rows that cannot be put in order."
     return log.filter(pl.col("timestamp").is_not_null()) if log["timestamp"].null_count() < len(log) else log
 
 # %% ../nbs/03_preprocessing.ipynb #b0dd817d
