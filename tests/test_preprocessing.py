@@ -10,7 +10,7 @@ import torch
 from scipy.stats import spearmanr
 from hypothesis import assume, given, settings, strategies as st
 
-from widedeep_nb.core import PARTS, enough, PROTOCOLS, History, Problem, Protocol, as_interactions
+from widedeep_nb.core import PARTS, enough, PROTOCOLS, History, Problem, Protocol, as_interactions, load_recommender, make_recommender
 from widedeep_nb.preprocessing import FEATURES, Inputs, brand_codes, category_codes, core_of, damped_bias, feature_names, make_inputs, prepare, rank_correlation, take_snapshot, training_inputs
 
 rows_of = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60)
@@ -317,6 +317,25 @@ def test_brand_codes_against_plain_python(brands, known, most):
     count = Counter(b for b in brands[:known] if b)
     frequent = sorted(count, key=lambda b: (-count[b], b))[:most]
     assert names == ["unknown"] + frequent and codes.tolist() == [frequent.index(b) + 1 if b in frequent else 0 for b in brands]
+
+
+def test_a_model_with_all_features(tmp_path):
+    "It is saved and comes back, answers pairs and grids alike, and hears of a new event and of its time."
+    log = random_log(1500)
+    items = pl.DataFrame({"item": [f"i{i}" for i in range(15)], "category": ["A", "B", "C"] * 5, "brand": ["Ox", "Yak", None] * 5})
+    split = prepare(log, items=items)
+    with pytest.raises(Problem, match="unknown group of features 'tmie'; known: stars, time"): make_recommender("wide-deep", features=("tmie",)).fit(split)
+    model = make_recommender("wide-deep", epochs=12, lr=.02, features=ALL).fit(split)
+    assert model.net.deep.user_mean.shape == (8,) and not torch.equal(model.net.deep.user_layer.weight[:, 4:8], torch.zeros(32, 4))
+    model.save(tmp_path)
+    back, users = load_recommender(tmp_path), torch.arange(9)
+    grid = model.scores(users)
+    assert torch.equal(back.scores(users), grid) and tuple(back.features) == ALL
+    pairs = model.predict(users.repeat_interleave(model.n_items), torch.arange(model.n_items).repeat(9)).view(9, -1)
+    assert torch.allclose(grid.clamp(*model.stars), pairs, atol=1e-5)
+    told = [History.of(pl.concat([split.train.filter(user=0), split.train.filter(user=0)[-1:].with_columns(pl.col("timestamp") + pl.duration(days=d))]), 1) for d in (1, 900)]
+    soon, late = [model.scores([0], h)[0] for h in told]
+    assert not torch.allclose(soon, late, atol=1e-4) and torch.isfinite(model.scores([model.n_users])).all()
 
 
 def test_rank_correlation_against_scipy():
