@@ -1,14 +1,17 @@
 "Filters count what they say, cuts keep time apart, features know the past only."
+import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from scipy.stats import spearmanr
+from hypothesis import assume, given, settings, strategies as st
 
-from widedeep_nb.core import PARTS, enough, PROTOCOLS, History, Problem, as_interactions
-from widedeep_nb.preprocessing import Inputs, category_codes, core_of, damped_bias, make_inputs, prepare, take_snapshot, training_inputs
+from widedeep_nb.core import PARTS, enough, PROTOCOLS, History, Problem, Protocol, as_interactions, load_recommender, make_recommender
+from widedeep_nb.preprocessing import FEATURES, Inputs, brand_codes, category_codes, core_of, damped_bias, feature_names, make_inputs, prepare, rank_correlation, take_snapshot, training_inputs
 
 rows_of = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60)
 
@@ -33,26 +36,142 @@ def test_filters_against_plain_python(pairs, a, b):
     assert core_of(frame, a, b).rows() == kept
 
 
-@pytest.mark.parametrize("name", [n for n in PROTOCOLS if n != "given"])
-def test_no_training_row_is_later_than_a_test_row(name):
-    log = random_log(4000)
-    splits = prepare(log, name)
-    splits = splits if isinstance(splits, list) else [splits]
-    assert len(splits) == len(PROTOCOLS[name].windows)
-    for split in splits:
-        assert len(split.test)
-        if PROTOCOLS[name].cut == "time":
-            assert split.train["timestamp"].max() <= split.test["timestamp"].min() and split.seen("test")["timestamp"].max() <= split.test["timestamp"].min()
-        else:
-            last = lambda part, f: getattr(split, part).group_by("user").agg(f(pl.col("timestamp"))).sort("user")["timestamp"]
-            assert (last("train", pl.Expr.max) <= last("test", pl.Expr.min)).all() and (last("val", pl.Expr.max) <= last("test", pl.Expr.min)).all()
+@st.composite
+def logs(draw, names=tuple(PROTOCOLS), parts=False):
+    "A small log with ties in time, rows without a time, pairs that come again, few users; a protocol with thresholds that bite."
+    rows = draw(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4), st.integers(1, 5), st.one_of(st.none(), st.integers(1, 12))), min_size=12, max_size=70, unique_by=lambda r: (r[0], r[1], r[3])))
+    user, item, rating, time = zip(*rows)
+    log = as_interactions(pl.DataFrame({"user": [f"u{x}" for x in user], "item": [f"i{x}" for x in item], "rating": rating, "timestamp": time}, schema_overrides={"timestamp": pl.Int64}))
+    protocol = PROTOCOLS[draw(st.sampled_from(names))]
+    if protocol.cut == "given": return log.with_columns(part=pl.Series(draw(st.lists(st.sampled_from(PARTS), min_size=len(rows), max_size=len(rows))), dtype=pl.Enum(PARTS))), protocol
+    return log, replace(protocol, min_user=draw(st.integers(1, 4)), min_item=draw(st.integers(1, 4)))
 
 
-def test_order_does_not_depend_on_the_file():
-    log = random_log()
-    one, two = prepare(log, "rolling"), prepare(log.sample(fraction=1, shuffle=True, seed=3), "rolling")
-    for a, b in zip(one, two):
-        for part in PARTS: assert getattr(a, part).equals(getattr(b, part))
+def splits_of(log, protocol):
+    "What `prepare` gives, as a list; logs that it refuses are not of interest here."
+    try: splits = prepare(log, protocol)
+    except Problem: assume(False)
+    return splits if isinstance(splits, list) else [splits]
+
+
+def as_text(split, part):
+    "Rows of a part as the shop has them."
+    rows = getattr(split, part)
+    return rows.with_columns(user=split.users["user"].gather(rows["user"]), item=split.items["item"].gather(rows["item"])).select("user", "item", "rating", "timestamp").rows()
+
+
+def placed(log, protocol):
+    "Plain Python: the rows that can be put in order, in order where there is a time."
+    rows = log.select("user", "item", "rating", "timestamp").rows()
+    if protocol.cut == "given" or all(r[3] is None for r in rows): return rows
+    return sorted((r for r in rows if r[3] is not None), key=lambda r: (r[3], r[0], r[1]))
+
+
+def kept_by(rows, a, b, again):
+    "Plain Python: rows whose user has `a` rows and whose item has `b`, counted once or until nothing changes."
+    users, items = Counter(r[0] for r in rows), Counter(r[1] for r in rows)
+    left = [r for r in rows if users[r[0]] >= a and items[r[1]] >= b]
+    return left if not again or left == rows else kept_by(left, a, b, again)
+
+
+@given(logs())
+@settings(max_examples=300, deadline=None)
+def test_protocols_do_what_they_say(made):
+    "Against plain Python: which rows are kept, where they are cut, and that nothing to be learnt is later than what is asked."
+    log, protocol = made
+    splits, rows = splits_of(log, protocol), placed(log, protocol)
+    timed = len({r[3] for r in rows}) > 1
+    if protocol.counted_on != "train": rows = kept_by(rows, protocol.min_user, protocol.min_item, protocol.counted_on == "core")
+    assert len(splits) == len(protocol.windows)
+    for split, window in zip(splits, protocol.windows):
+        train, val, test, aside = [as_text(split, p) for p in (*PARTS, "aside")]
+        ends = [round(round(w, 6) * len(rows)) for w in window] if protocol.cut == "time" else [None, None, None]
+        assert Counter(train + aside + val + test) == Counter(rows[:ends[2]])           # nothing twice, nothing lost
+        if protocol.cut == "time" and timed:
+            assert (val, test) == (rows[ends[0]:ends[1]], rows[ends[1]:ends[2]])
+            assert max(r[3] for r in train + aside) <= min(r[3] for r in val + test) and max(r[3] for r in train + aside + val) <= min(r[3] for r in test)
+        if protocol.counted_on == "train":
+            before = train + aside
+            want = kept_by(before, protocol.min_user, protocol.min_item, False)
+            sparse = len(want) < .1 * len(before)
+            assert (split.protocol.min_user == 1) == (sparse or protocol.min_user == 1) and Counter(train) == Counter(before if sparse else want)
+        else: assert not aside and split.protocol == protocol
+        if protocol.cut == "leave-one-out":
+            for user in {r[0] for r in rows}:
+                own = [r for r in (rows if timed else train + val + test) if r[0] == user]
+                assert [r for p in (train, val, test) for r in p if r[0] == user] == own
+                assert ([r for r in val if r[0] == user], [r for r in test if r[0] == user]) == (own[-2:-1], own[-1:])
+        if protocol.cut == "given":
+            for part in PARTS: assert Counter(as_text(split, part)) == Counter(log.filter(pl.col("part") == part).select("user", "item", "rating", "timestamp").rows())
+
+
+@given(logs(names=("rolling",)))
+@settings(max_examples=50, deadline=None)
+def test_rolling_windows_meet(made):
+    "Each row of the last 40 % is asked about once, and each window learns from all before it."
+    splits = splits_of(*made)
+    asked = [r for s in splits for r in as_text(s, "test")]
+    last = [r for p in PARTS for r in as_text(splits[-1], p)]
+    assert len(splits) == 4 and asked == last[len(last) - len(asked):]
+    for s in splits:
+        seen = [r for p in ("train", "val") for r in as_text(s, p)]
+        assert seen == last[:len(seen)] and as_text(s, "test") == last[len(seen):len(seen) + len(s.test)]
+
+
+@given(logs(), st.randoms(use_true_random=False))
+@settings(max_examples=150, deadline=None)
+def test_order_does_not_depend_on_the_file(made, chance):
+    "Shuffled rows give the same parts, row by row, ties in time broken by user, then item."
+    log, protocol = made
+    assume(log.select(log.select("user", "item").is_duplicated().any() & (log["timestamp"].n_unique() < 2)).item() is False)  # by lot, a pair that comes twice is a tie
+    where = list(range(len(log)))
+    chance.shuffle(where)
+    for a, b in zip(splits_of(log, protocol), splits_of(log[where], protocol)):
+        assert a.users.equals(b.users) and a.items.equals(b.items)
+        for part in (*PARTS, "aside"):
+            x, y = getattr(a, part), getattr(b, part)
+            assert x.equals(y) or protocol.cut == "given" and Counter(x.rows()) == Counter(y.rows())
+
+
+@given(logs())
+@settings(max_examples=150, deadline=None)
+def test_codes_begin_with_the_known(made):
+    "Ids that training knows have the first codes, before and after the final fit."
+    log, protocol = made
+    for split in splits_of(log, protocol):
+        for s in (split, split.final(), split.refit()):
+            for column, known, table in (("user", s.known_users, s.users), ("item", s.known_items, s.items)):
+                assert sorted(s.train[column].unique().to_list()) == list(range(known)) and table[column].n_unique() == len(table)
+        again = split.refit()
+        if protocol.counted_on != "train": assert Counter(as_text(again, "train")) == Counter(as_text(split, "train") + as_text(split, "val"))
+        assert as_text(again, "test") == as_text(split, "test") and not len(again.val)
+        if again.train["timestamp"].null_count() == 0 and protocol.cut == "time": assert again.train["timestamp"].is_sorted()
+
+
+def test_each_window_has_its_own_filter():
+    "An early window that is too sparse for the filter does not switch it off for the later ones."
+    log = pl.concat([random_log(400).with_columns(user=pl.format("{}x{}", "user", pl.int_range(pl.len()))), random_log(2000, users=10).with_columns(timestamp=pl.col("timestamp") + pl.duration(days=4000))])
+    early, late = prepare(log, Protocol("two", 5, 5, windows=((.1, .12, .15), (.8, .9, 1.))))
+    assert (early.protocol.min_user, late.protocol.min_user) == (1, 5)
+
+
+def test_what_cannot_be_done_is_said_in_one_line():
+    log = random_log(60)
+    one = log.with_columns(user=pl.lit("a"), item=pl.format("i{}", pl.int_range(pl.len())))
+    for bad, protocol, message in ((log[:0], "strict", "no training rows of the 0"), (log[:1], "strict", "no test rows of the 1"), (one, "filtered-first", "none of 60 rows has a user with 20 ratings and an item with 20"),
+                                   (one, "leave-one-out", "none of 60 .* 5"), (one, Protocol("mine", 1, 1, "all", windows=((0., .5, 1.),)), "'mine' leaves no training rows"), (one, replace(PROTOCOLS["strict"], cut="tmie"), "unknown cut 'tmie'; known: time"),
+                                   (log.with_columns(part=pl.lit(None, pl.Enum(PARTS))), "given", "60 rows name no part; each is one of train, val, test"), (log, "given", "train.* and test")):
+        with pytest.raises(Problem, match=message) as said: prepare(bad, protocol)
+        assert "\n" not in str(said.value)
+    split = prepare(one)                                                       # one user: there is a past and a future all the same
+    assert (len(split.train), len(split.val), len(split.test), split.protocol.min_user) == (48, 6, 6, 1)
+
+
+def test_one_moment_for_all_is_no_order():
+    "Where all times are equal the order is drawn by lot: the end of the log is not the end of the alphabet."
+    log = random_log(600, items=60).with_columns(timestamp=pl.lit(10**9).cast(pl.Datetime("ms"))).unique(["user", "item"], maintain_order=True)
+    split = prepare(log, Protocol("plain", 0, 0))
+    assert split.test["user"].n_unique() > 10 and split.test["user"].is_in(split.train["user"].implode()).all()
 
 
 def test_strict_counts_training_rows_only():
@@ -76,27 +195,33 @@ def test_given_parts_and_no_val():
     with pytest.raises(Problem, match="train.* and test"): prepare(random_log(100), "given")
 
 
-def test_features_do_not_see_the_future():
-    "Whatever comes later may change: features of earlier rows stay the same, bit for bit."
-    log = random_log()
-    split = prepare(log, PROTOCOLS["given"].__class__("plain", 0, 0, windows=((.9, .95, 1.),)))
-    train, sizes = split.train, (split.known_users, split.known_items)
-    category = torch.arange(len(split.items)) % 3
-    x, y = training_inputs(train, category, *sizes, blocks=9, warm_up=.1)
-    edge = len(train) // 2
-    rng = np.random.default_rng(1)
-    later = train[edge:].with_columns(rating=pl.Series(rng.integers(1, 6, len(train) - edge), dtype=pl.Float32), item=pl.Series(rng.permutation(train["item"][edge:].to_numpy()), dtype=pl.Int32))
-    z, _ = training_inputs(pl.concat([train[:edge], later]), category, *sizes, blocks=9, warm_up=.1)
-    same = edge - round(.1 * len(train))
-    for field in ("x_user", "x_item", "x_cross", "mean", "activity", "popularity"):
-        a, b = getattr(x, field), getattr(z, field)
-        assert torch.equal(a[:same], b[:same]), field
-        if field != "activity": assert not torch.equal(a[same:], b[same:]), field  # who is active did not change
+PLAIN = Protocol("plain", 0, 0, windows=((.9, .95, 1.),))
+ALL = tuple(FEATURES)
+event = st.tuples(st.integers(0, 4), st.integers(0, 5), st.sampled_from([1., 2., 3., 4., 5., None]), st.integers(1, 900))
+
+
+def as_rows(events):
+    "Training rows as a split has them; time in days."
+    return pl.DataFrame(events, schema={"user": pl.Int32, "item": pl.Int32, "rating": pl.Float32, "timestamp": pl.Int64}, orient="row").with_columns((pl.col("timestamp") * 86_400_000).cast(pl.Datetime("ms")))
+
+
+@given(st.lists(event, min_size=1, max_size=30), st.lists(event, max_size=30), st.lists(event, max_size=30), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_features_do_not_see_the_future(past, future, other, timed):
+    "Whatever comes later may change, vanish or grow, with items that nobody has seen: features of what was before stay the same, bit for bit."
+    past, future, other = [sorted(e, key=lambda e: e[3]) for e in (past, future, other)]
+    later = lambda events, new: [(u, i + new, stars, past[-1][3] + day) for u, i, stars, day in events]
+    category, brand, n = torch.arange(9) % 3, torch.arange(9) % 4, len(past)
+    made = []
+    for events in (past + later(future, 0), past + later(other, 3)):
+        rows = as_rows(events) if timed else as_rows(events).with_columns(timestamp=pl.lit(None, pl.Datetime("ms")))
+        made.append(training_inputs(rows, category, 5, 9, blocks=len(rows), warm_up=0., brand=brand, features=ALL)[0])   # a block a row
+    for field in Inputs.__dataclass_fields__: assert torch.equal(getattr(made[0], field)[:n], getattr(made[1], field)[:n]), field
 
 
 def test_a_row_does_not_see_its_own_stars():
     log = random_log(300)
-    split = prepare(log, PROTOCOLS["given"].__class__("plain", 0, 0, windows=((.9, .95, 1.),)))
+    split = prepare(log, PLAIN)
     sizes = split.known_users, split.known_items
     x, _ = training_inputs(split.train, torch.zeros(len(split.items), dtype=torch.int64), *sizes, blocks=500)
     flipped = split.train.with_columns(rating=pl.when(pl.int_range(pl.len()) == len(split.train) - 1).then(6 - pl.col("rating")).otherwise("rating"))
@@ -106,7 +231,7 @@ def test_a_row_does_not_see_its_own_stars():
 
 def test_features_against_plain_python():
     log = random_log(300)
-    split = prepare(log, PROTOCOLS["given"].__class__("plain", 0, 0, windows=((.9, .95, 1.),)))
+    split = prepare(log, PLAIN)
     category = torch.arange(len(split.items)) % 3
     full = History.of(split.train, split.known_users)
     snap = take_snapshot(full, category, split.known_items)
@@ -123,9 +248,113 @@ def test_features_against_plain_python():
     assert x.x_cross[0].tolist() == pytest.approx([sum(kind) / (len(kind) + 5), np.log1p(len(kind))], abs=1e-5)
 
 
+YEAR = 365.25
+
+
+def recency_frequency_age(days, now, start):
+    "Plain Python; `days` of the events of one user or item, None for an event without a time."
+    days = [now if d is None else max(d, start) for d in days]
+    first, last = (min(days), max(days)) if days else (now, start)
+    return math.log1p(now - last), math.log1p(30 * len(days) / (max(days) - first + 30 if days else 30)), math.log1p(now - first)
+
+
+def of_its_kind(events, mean, kind, k):
+    "Plain Python: damped deviation from the mean of all stars on items of kind `k`."
+    stars = [s - mean for _, i, s, _ in events if kind[i] == k and s is not None]
+    return sum(stars) / (sum(kind[i] == k for _, i, _, _ in events) + 20)
+
+
+@given(st.lists(event, min_size=1, max_size=40), st.lists(st.tuples(st.integers(0, 7), st.one_of(st.none(), st.integers(1, 1500))), max_size=6), st.integers(0, 4), st.integers(0, 7))
+@settings(max_examples=200, deadline=None)
+def test_features_of_time_and_brand_against_plain_python(events, extra, user, item):
+    "A user's own log, going on after the snapshot or with a basket at its end; items 6 and 7 are not known to training."
+    events = sorted(events, key=lambda e: e[3])
+    category, brand = [0, 1, 2, 0, 1, 2, 0, 1], [0, 1, 1, 2, 2, 3, 3, 0]
+    snap = take_snapshot(History.of(as_rows(events), 5), torch.tensor(category), 6, 5., torch.tensor(brand), ALL)
+    own = [(i, s, t) for u, i, s, t in events if u == user] + [(i, None, t) for i, t in extra]
+    history = History.of(as_rows([(0, i, s, t) for i, s, t in own]), 1)
+    x = make_inputs(snap, torch.tensor([user]), history, torch.tensor([0]), torch.tensor([item]))
+    of_user, of_item, of_both = [dict(zip(names, values[0].tolist())) for names, values in zip(feature_names(ALL), (x.x_user, x.x_item, x.x_cross))]
+    start, end = events[0][3], events[-1][3]
+    now = max([end] + [t for _, _, t in own if t is not None])
+    recency, frequency, _ = recency_frequency_age([t for _, _, t in own], now, start)
+    assert (of_user["recency"], of_user["frequency"]) == pytest.approx((recency, frequency), abs=1e-5)
+    recency, frequency, age = recency_frequency_age([t for _, i, _, t in events if i == item], end, start)
+    assert (of_item["recency"], of_item["frequency"], of_item["age"]) == pytest.approx((recency, frequency, age), abs=1e-5)
+    there = [now if t is None else t for i, _, t in own if category[i] == category[item]]
+    assert of_both["recency in the category"] == pytest.approx(math.log1p(now - max(there + [start])), abs=1e-5)
+    season = (math.sin(2 * math.pi * now / YEAR), math.cos(2 * math.pi * now / YEAR)) if end - start >= YEAR else (0, 0)
+    assert (of_user["sine of the season"], of_user["cosine of the season"]) == pytest.approx(season, abs=1e-5)
+    stars = [s for _, _, s, _ in events if s is not None]
+    mean = sum(stars) / len(stars) if stars else 0
+    assert of_item["deviation of its brand"] == pytest.approx(of_its_kind(events, mean, brand, brand[item]), abs=1e-5)
+    left = [(i, 0. if s is None else s - mean - float(snap.deviation[min(i, 6)]) - of_user["deviation"]) for i, s, _ in own]
+    with_brand = [(r, own[k][1]) for k, (i, r) in enumerate(left) if brand[i] == brand[item]]
+    assert of_both["deviation with the brand"] == pytest.approx(sum(r for r, s in with_brand if s is not None) / (len(with_brand) + 5), abs=1e-5)
+    assert of_both["log events with the brand"] == pytest.approx(math.log1p(len(with_brand)), abs=1e-5)
+
+
+def test_without_times_or_brands_the_features_are_zero():
+    log = random_log(300)
+    for column, groups in (("timestamp", ("time", "season")), ("brand", ("brand",))):
+        split = prepare(log.with_columns(pl.lit(None, pl.Datetime("ms")).alias("timestamp")) if column == "timestamp" else log, PLAIN)
+        category, brand = category_codes(split.items)[0], brand_codes(split.items, split.known_items)[0]
+        x, _ = training_inputs(split.train, category, split.known_users, split.known_items, brand=brand, features=groups)
+        plain, _ = training_inputs(split.train, category, split.known_users, split.known_items)
+        for side, chosen, basic in zip(("x_user", "x_item", "x_cross"), feature_names(groups), feature_names()):
+            columns, n = getattr(x, side), len(basic)
+            assert torch.equal(columns[:, :n], getattr(plain, side)) and columns.shape[1] == len(chosen) and not columns[:, n:].any()
+        late = History.of(as_rows([(0, 1, 4., 10**4)]), 1)                    # a query that knows a time, asked of a log that does not
+        if column == "timestamp":
+            asked = make_inputs(take_snapshot(History.of(split.train, split.known_users), category, split.known_items, features=groups), torch.tensor([0]), late, torch.tensor([0]), torch.tensor([1]))
+            assert not asked.x_user[:, 4:].any() and not asked.x_item[:, 6:].any()
+
+
+@given(st.lists(st.one_of(st.none(), st.sampled_from("abcdef")), min_size=1, max_size=40), st.integers(0, 40), st.integers(1, 4))
+@settings(max_examples=100, deadline=None)
+def test_brand_codes_against_plain_python(brands, known, most):
+    codes, names = brand_codes(pl.DataFrame({"brand": brands}, schema={"brand": pl.String}), known, most)
+    count = Counter(b for b in brands[:known] if b)
+    frequent = sorted(count, key=lambda b: (-count[b], b))[:most]
+    assert names == ["unknown"] + frequent and codes.tolist() == [frequent.index(b) + 1 if b in frequent else 0 for b in brands]
+
+
+def test_a_model_with_all_features(tmp_path):
+    "It is saved and comes back, answers pairs and grids alike, and hears of a new event and of its time."
+    log = random_log(1500)
+    items = pl.DataFrame({"item": [f"i{i}" for i in range(15)], "category": ["A", "B", "C"] * 5, "brand": ["Ox", "Yak", None] * 5})
+    split = prepare(log, items=items)
+    with pytest.raises(Problem, match="unknown group of features 'tmie'; known: stars, time"): make_recommender("wide-deep", features=("tmie",)).fit(split)
+    model = make_recommender("wide-deep", epochs=12, lr=.02, features=ALL).fit(split)
+    assert model.net.deep.user_mean.shape == (8,) and not torch.equal(model.net.deep.user_layer.weight[:, 4:8], torch.zeros(32, 4))
+    model.save(tmp_path)
+    back, users = load_recommender(tmp_path), torch.arange(9)
+    grid = model.scores(users)
+    assert torch.equal(back.scores(users), grid) and tuple(back.features) == ALL
+    pairs = model.predict(users.repeat_interleave(model.n_items), torch.arange(model.n_items).repeat(9)).view(9, -1)
+    assert torch.allclose(grid.clamp(*model.stars), pairs, atol=1e-5)
+    told = [History.of(pl.concat([split.train.filter(user=0), split.train.filter(user=0)[-1:].with_columns(pl.col("timestamp") + pl.duration(days=d))]), 1) for d in (1, 900)]
+    soon, late = [model.scores([0], h)[0] for h in told]
+    assert not torch.allclose(soon, late, atol=1e-4) and torch.isfinite(model.scores([model.n_users])).all()
+
+
+def test_rank_correlation_against_scipy():
+    "The value is Spearman's; who always says the same three times over makes the interval no narrower."
+    rng = np.random.default_rng(0)
+    y = torch.from_numpy(rng.integers(1, 6, 90)).float()
+    x = torch.column_stack([y + torch.from_numpy(rng.normal(0, 3, 90)), torch.from_numpy(rng.integers(0, 3, 90)), torch.zeros(90)])
+    value, lo, hi = rank_correlation(x, y, torch.arange(90))
+    assert value[:2] == pytest.approx([spearmanr(x[:, i], y).statistic for i in (0, 1)], abs=1e-9) and np.isnan(value[2])
+    thrice = rank_correlation(x.repeat(3, 1), y.repeat(3), torch.arange(90).repeat(3))
+    careless = rank_correlation(x.repeat(3, 1), y.repeat(3), torch.arange(270))
+    width = lambda r: float((r[2] - r[1])[0])
+    assert thrice[0][:2] == pytest.approx(value[:2], abs=1e-9) and width(thrice) == pytest.approx(hi[0] - lo[0], rel=.05) and width(careless) < .7 * width(thrice)
+    assert lo[0] < value[0] < hi[0]
+
+
 def test_packing_and_strangers():
     log = random_log(300).with_columns(rating=pl.lit(None, pl.Float32))
-    split = prepare(log, PROTOCOLS["given"].__class__("plain", 0, 0, windows=((.9, .95, 1.),)))
+    split = prepare(log, PLAIN)
     category, names = category_codes(split.items)
     x, y = training_inputs(split.train, category, split.known_users, split.known_items, negatives=2)
     back = Inputs.unpack(*x.pack())

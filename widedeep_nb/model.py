@@ -44,12 +44,12 @@ def zero_layer(
 class Wide(nn.Module):
     "A sum of weights: of user, item, features and cross-products (Cheng et al., 2016)."
 
-    def __init__(self, n_users: int, n_items: int, n_categories: int, places: int = 2 ** 20):
+    def __init__(self, n_users: int, n_items: int, n_categories: int, features: tuple = (), places: int = 2 ** 20):
         super().__init__()
         self.user, self.item = zeros(n_users + 1), zeros(n_items + 1)
         self.n_categories = n_categories
         self.cross = nn.ModuleList(zeros(min(n, places)) for n in ((n_users + 1) * n_categories, n_categories * BUCKETS, n_categories * BUCKETS, BUCKETS * BUCKETS))
-        self.x_user, self.x_item, self.x_cross = [nn.Parameter(torch.zeros(len(f))) for f in (USER_FEATURES, ITEM_FEATURES, CROSS_FEATURES)]
+        self.x_user, self.x_item, self.x_cross = [nn.Parameter(torch.zeros(len(f))) for f in feature_names(features)]
         with torch.no_grad(): self.x_user[0] = self.x_item[0] = 1.
 
     def crosses(self, x: Inputs) -> list:
@@ -69,11 +69,11 @@ class Wide(nn.Module):
 class Deep(nn.Module):
     "Embeddings and features through a ReLU network (Cheng et al., 2016; Covington et al., 2016)."
 
-    def __init__(self, n_users: int, n_items: int, n_categories: int, embedding: int = 4, hidden: tuple = (32, 16), dropout: float = .2):
+    def __init__(self, n_users: int, n_items: int, n_categories: int, embedding: int = 4, hidden: tuple = (32, 16), dropout: float = .2, features: tuple = ()):
         super().__init__()
         self.user, self.item, self.category = nn.Embedding(n_users + 1, embedding), nn.Embedding(n_items + 1, embedding), nn.Embedding(n_categories, 4)
         for table in (self.user, self.item, self.category): nn.init.normal_(table.weight, std=.01)
-        sizes = [len(f) for f in (USER_FEATURES, ITEM_FEATURES, CROSS_FEATURES)]
+        sizes = [len(f) for f in feature_names(features)]
         for side, n in zip(("user", "item", "cross"), sizes):
             self.register_buffer(f"{side}_mean", torch.zeros(n)), self.register_buffer(f"{side}_scale", torch.ones(n))
         self.user_layer = nn.Linear(sizes[0] + embedding, hidden[0])
@@ -98,11 +98,11 @@ class WideAndDeep(nn.Module):
     "Mean plus wide plus deep, linear or through a scaled sigmoid (Cheng et al., 2016)."
 
     def __init__(self, n_users: int, n_items: int, n_categories: int, parts: str = "both", embedding: int = 4, hidden: tuple = (32, 16),
-                 dropout: float = .2, hide: float = .5, output: str = "linear", stars: tuple = (1., 5.)):
+                 dropout: float = .2, hide: float = .5, output: str = "linear", stars: tuple = (1., 5.), features: tuple = ()):
         super().__init__()
         one_of(parts, ("both", "wide", "deep"), "part of the model"), one_of(output, ("linear", "sigmoid"), "output")
-        self.wide = Wide(n_users, n_items, n_categories) if parts != "deep" else None
-        self.deep = Deep(n_users, n_items, n_categories, embedding, hidden, dropout) if parts != "wide" else None
+        self.wide = Wide(n_users, n_items, n_categories, features) if parts != "deep" else None
+        self.deep = Deep(n_users, n_items, n_categories, embedding, hidden, dropout, features) if parts != "wide" else None
         self.n_users, self.n_items, self.hide, self.output, self.stars = n_users, n_items, hide, output, stars
 
     def hidden(self, x: Inputs) -> Inputs:

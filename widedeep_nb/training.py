@@ -47,16 +47,16 @@ def batch_of(
 def train_epoch(
     net: nn.Module,  # takes Inputs
     optimiser: torch.optim.Optimizer,  # of its weights
-    data: tuple,  # codes, numbers (see `Inputs.pack`) and targets, on the device
+    data: tuple,  # what `Inputs.pack` gives, and targets, on the device
     loss: Callable,  # of predictions and targets
     batch_size: int,  # rows a step
 ) -> float:  # mean loss of the pass
     "One pass over the rows in random order."
     net.train()
-    codes, x, y = data
+    *x, y = data
     spent = torch.zeros((), device=y.device)
     for rows in torch.randperm(len(y), device=y.device).split(batch_size):
-        cost = loss(net(Inputs.unpack(codes[rows], x[rows])), y[rows])
+        cost = loss(net(Inputs.unpack(*[t[rows] for t in x])), y[rows])
         optimiser.zero_grad(set_to_none=True)
         cost.backward()
         optimiser.step()
@@ -125,7 +125,7 @@ def load_checkpoint(
 # %% ../nbs/05_training.ipynb #b125f3c3
 def fit_network(
     net: nn.Module,  # takes Inputs
-    data: tuple,  # codes, numbers and targets of the training rows
+    data: tuple,  # what `Inputs.pack` gives, and targets, of the training rows
     judge: Optional[Callable] = None,  # of the averaged model, lower is better; None: train all epochs
     loss: str = "mse",  # one of LOSSES
     epochs: int = 30,  # most passes
@@ -146,7 +146,7 @@ def fit_network(
         if checkpoint and checkpoint.exists(): load_checkpoint(progress, checkpoint)
         for epoch in tqdm(range(len(progress.curve) + 1, epochs + 1), desc=note, leave=False, mininterval=1):
             if judge and len(progress.curve) - progress.best >= patience: break
-            cost = train_epoch(net, progress.optimiser, data, LOSSES[one_of(loss, LOSSES, "loss")], batch_of(len(data[2]), batch_size))
+            cost = train_epoch(net, progress.optimiser, data, LOSSES[one_of(loss, LOSSES, "loss")], batch_of(len(data[-1]), batch_size))
             if epoch <= average_from: progress.mean.n_averaged.zero_()
             progress.mean.update_parameters(net)
             progress.curve.append({"epoch": epoch, "train": cost, "val": judge(progress.mean.module.eval()) if judge else None})
@@ -173,18 +173,19 @@ class WideDeep(Recommender):
     lr_ids: float = .0001  # of rows of tables
     weight_decay: float = .01
     negatives: int = 2  # items drawn beside each row where there are no stars
+    features: tuple = ()  # groups of FEATURES beside the statistics of stars and counts: "time", "brand", "season"
     seed: int = 0
     checkpoint = None  # a file to keep the state of training in, and to go on from
 
     def _build(self):
-        return WideAndDeep(self.n_users, self.n_items, len(self.snap.x_category), self.parts, self.embedding, tuple(self.hidden), self.dropout, self.hide, self.output if self.rates and self.stars[0] < self.stars[1] else "linear", self.stars)
+        return WideAndDeep(self.n_users, self.n_items, int(self.snap.sizes[0]), self.parts, self.embedding, tuple(self.hidden), self.dropout, self.hide, self.output if self.rates and self.stars[0] < self.stars[1] else "linear", self.stars, tuple(self.features))
 
     def _fit(self, split):
         self.rates = split.has_stars
-        category = torch.cat([category_codes(split.items)[0], torch.zeros(1, dtype=torch.int64)])  # the last: an item in no table
+        category, brand = [torch.cat([codes, codes.new_zeros(1)]) for codes in (category_codes(split.items)[0], brand_codes(split.items, self.n_items)[0])]  # the last: an item in no table
         negatives = 0 if self.rates else self.negatives
-        x, y = training_inputs(split.train, category, self.n_users, self.n_items, negatives=negatives, seed=self.seed)
-        self.snap = take_snapshot(self.log, category, self.n_items, self.stars[1])
+        x, y = training_inputs(split.train, category, self.n_users, self.n_items, negatives=negatives, seed=self.seed, brand=brand, features=self.features)
+        self.snap = take_snapshot(self.log, category, self.n_items, self.stars[1], brand, self.features)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             net = self._build()
@@ -209,9 +210,9 @@ def judge_on_validation(
     item = torch.cat([item, torch.randint(self.n_items, (len(item) * negatives,), generator=draw)])
     y = (torch.arange(len(item)) < len(user)).float() if negatives else torch.tensor(split.val["rating"].to_numpy())
     x = make_inputs(self.snap, users.clamp(max=self.n_users), self.log.take(users), who.repeat(1 + negatives), item)
-    codes, numbers, y = [t.to(pick_device()) for t in (*x.pack(), y)]
+    *x, y = [t.to(pick_device()) for t in (*x.pack(), y)]
     measure = lambda z: LOSSES[loss](z.clamp(*self.stars) if loss == "mse" else z, y)
-    return lambda net: float(measure(torch.no_grad()(net)(Inputs.unpack(codes, numbers))))
+    return lambda net: float(measure(torch.no_grad()(net)(Inputs.unpack(*x))))
 
 
 WideDeep._judge = judge_on_validation
