@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 import torch
 
-from widedeep_nb.baselines import ABLATIONS, GRIDS, compare, fit_baseline, overall, tuned
-from widedeep_nb.core import History, Problem, Run, Split, as_interactions, load_recommender, lot, make_recommender, mask_seen, top_k
+from widedeep_nb.baselines import ABLATIONS, EASE, GRIDS, RANKERS, agreement, compare, fit_baseline, overall, protocols, tuned
+from widedeep_nb.core import PROTOCOLS, History, Problem, Run, Split, as_interactions, load_recommender, lot, make_recommender, mask_seen, top_k
 from widedeep_nb.data import load
 from widedeep_nb.evaluation import rank_users, rate_rows
 from widedeep_nb.preprocessing import prepare
@@ -300,6 +300,49 @@ def test_a_tuned_baseline_is_refitted_on_all_rows_of_the_final_fit(run):
     settings, tried = tuned("recent-popularity", GRIDS["recent-popularity"], split)
     assert len(tried) == 5 and notes[0]["settings"] == settings and notes[0]["tried"] == tried
     assert torch.equal(models[0, 0].weight, make_recommender("recent-popularity", **settings).fit(split.refit()).weight)
+
+
+# ---------------------------------------------------------------- one log, several protocols
+
+def test_tau_counts_pairs_that_changed_places():
+    rng = np.random.default_rng(0)
+    rows = [(p, f"m{m}", v) for p in "ab" for m, v in enumerate(rng.permutation(7).tolist())]
+    a, b = ([v for p, _, v in rows if p == q] for q in "ab")
+    kept = [np.sign(a[i] - a[j]) * np.sign(b[i] - b[j]) for i in range(7) for j in range(i)]
+    tau = agreement(pl.DataFrame(rows[::-1], schema=["protocol", "model", "value"], orient="row"))
+    assert np.isclose(tau["tau"].item(), np.mean(kept)) and 0 < abs(np.mean(kept)) < 1
+
+
+def test_each_protocol_is_itself(run):
+    protocols(run)
+    told, log = run.read("protocols.json"), run.read("interactions.parquet")
+    figures = pl.DataFrame(told["figures"])
+    assert figures["protocol"].unique(maintain_order=True).to_list() == [p for p in PROTOCOLS if p != "given"] and figures["model"].to_list() == list(RANKERS) * 5
+    assert [(x["protocol"], x["model"]) for x in told["left_out"]] == [("given", None)] and "part" in told["left_out"][0]["why"]
+    found = lambda protocol, model: figures.filter(protocol=protocol, model=model)
+    measured = run.metrics().filter(pl.col("versus").is_null(), split="test", metric="NDCG@20", users="all", items="all", relevant="any")
+    for model in RANKERS:  # the run's own protocol, as the comparison measured it
+        assert np.isclose(found("strict", model)["value"].item(), measured.filter(model=model)["value"].item())
+    reported = prepare(log, "as-reported")
+    assert len(reported.val) == 0 and not reported.protocol.mask_seen
+    mean = lambda split: rank_users(make_recommender("ease").fit(split), split, "test", (20,)).users["NDCG@20"].mean()
+    assert np.isclose(found("as-reported", "ease")["value"].item(), mean(reported))
+    assert not np.isclose(found("as-reported", "ease")["value"].item(), found("filtered-first", "ease")["value"].item())  # the same rows, masked
+    last = prepare(log, "leave-one-out")
+    assert found("leave-one-out", "popularity")["n"].item() == len(last.test.join(last.train, on="item", how="semi").join(last.seen("test"), on=["user", "item"], how="anti"))
+    windows = [s.final() for s in prepare(log, "rolling")]
+    lists = pl.concat([rank_users(make_recommender("item-knn").fit(s), s, "test", (20,)).users for s in windows])
+    assert len(windows) == 4 and np.isclose(found("rolling", "item-knn")["value"].item(), lists["NDCG@20"].mean()) and found("rolling", "item-knn")["n"].item() == len(lists)
+
+
+def test_a_model_that_refuses_is_left_out_with_its_reason(tmp_path, monkeypatch):
+    def refuse(self, have): raise Problem("too large")
+    monkeypatch.setattr(EASE, "_learn", refuse)
+    small = Run(tmp_path / "refused", dataset="demo?ratings=3000")
+    protocols(small)
+    told = small.read("protocols.json")
+    assert {(x["model"], x["why"]) for x in told["left_out"] if x["protocol"] != "given"} == {("ease", "too large")}
+    assert {x["model"] for x in told["figures"]} == set(RANKERS) - {"ease"}
 
 
 # ---------------------------------------------------------------- what was measured before, on real logs
