@@ -14,7 +14,7 @@ __all__ = ['BIG', 'GRIDS', 'ABLATIONS', 'RANKERS', 'rated', 'Mean', 'DampedBias'
 import time
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Callable, Optional
+from typing import Callable, Iterable, Optional
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -249,7 +249,8 @@ class Neighbours(FromHistory, DampedBias):
     shrink: float = 10.  # added to the denominator of the cosine
     similarity: str = "pearson"  # for stars: "pearson" of the deviations, or "cosine" of who rated what
     k_stars: int = 50  # neighbours that stars are predicted from
-    shrink_stars: float = 10.  # the same for stars
+    shrink_stars: float = 10.  # as `shrink`, for stars
+    doubt: float = 1.  # nearness added to that of the neighbours, as if they had no deviation
     rates = property(lambda self: hasattr(self, "of_item"))
 
     def _fit(self, split):
@@ -268,7 +269,7 @@ class Neighbours(FromHistory, DampedBias):
             mine = ((who >= b[0]) & (who <= b[-1]) & (items < self.n_items)).nonzero()[:, 0]
             at = (np.array(who[mine] - b[0]), np.array(items[mine]))  # copies: scipy wants to own them
             pull, weight = [m.tocsr()[at] for m in self._pull(*deviations(self, history.take(b)))]
-            stars[mine] += torch.from_numpy(np.divide(pull, weight, out=np.zeros(len(mine)), where=weight > 0)).float()
+            stars[mine] += torch.from_numpy(np.divide(pull, weight + self.doubt, out=np.zeros(len(mine)), where=weight > 0)).float()
         return stars
 
 
@@ -348,7 +349,7 @@ class EASE(FromHistory):
 @dataclass
 class SVD(FromHistory):
     "Truncated singular value decomposition of who has what: PureSVD (Cremonesi, Koren and Turrin, 2010)."
-    factors: int = 32  # singular values kept
+    factors: int = 16  # singular values kept
 
     def _learn(self, have):
         have, least = have.astype(np.float64), min(have.shape)
@@ -393,7 +394,7 @@ def regress(
 class FunkSVD(DampedBias):
     "Damped bias plus a product of factors (Funk, 2006), by alternating ridge regressions (Koren et al., 2009)."
     factors: int = 8  # numbers a person and a thing
-    lam: float = .2  # penalty, for each rating
+    lam: float = .4  # penalty, for each rating
     sweeps: int = 15  # times that people, then things are solved
     seed: int = 0  # of where the things start
 
@@ -422,7 +423,7 @@ class ALS(FromHistory):
     "Weighted factors of who has what, by alternating ridge regressions (Hu, Koren and Volinsky, 2008)."
     factors: int = 32  # numbers a person and a thing
     alpha: float = 10.  # how much more is believed of what one has
-    lam: float = 10.  # penalty
+    lam: float = 50.  # penalty
     sweeps: int = 10  # times that people, then things are solved
     seed: int = 0  # of where the things start
 
@@ -450,7 +451,7 @@ class ById(FromHistory):
 class BPR(ById):
     "Matrix factorisation by Bayesian personalised ranking (Rendle et al., 2009), from the package implicit."
     factors: int = 32  # numbers a person and a thing
-    passes: int = 100  # over the rows
+    passes: int = 30  # over the rows
     lr: float = .05  # learning rate
     lam: float = .01  # penalty
     seed: int = 0
@@ -556,13 +557,13 @@ GRIDS = {  # for each metric that the model is made for, the settings to try; th
     "recent-popularity": {"NDCG@20": [{"days": d} for d in (365., 30., 90., 180., 1095.)]},
     "association-rules": {"NDCG@20": [{"measure": m, "support": n} for m, n in (("confidence", 2), ("confidence", 5), ("lift", 2), ("lift", 5))]},
     "user-knn": {"NDCG@20": [{"k": k, "shrink": s} for k, s in ((100, 10.), (100, 0.), (300, 10.))],
-                 "RMSE": [{"similarity": "pearson", "shrink_stars": s} for s in (10., 50.)] + [{"similarity": "cosine"}]},
+                 "RMSE": [{"similarity": m, "doubt": d} for m, d in (("pearson", 1.), ("pearson", 5.), ("cosine", 1.), ("cosine", 5.))]},
     "item-knn": {"NDCG@20": [{"k": k, "shrink": s} for k, s in ((100, 10.), (20, 10.), (20, 100.), (100, 100.), (500, 100.))],
-                 "RMSE": [{"similarity": "pearson", "shrink_stars": s} for s in (10., 50.)] + [{"similarity": "cosine"}]},
-    "svd": {"NDCG@20": [{"factors": f} for f in (32, 4, 8, 16, 64)]},
-    "funk-svd": {"RMSE": [{"lam": lam} for lam in (.2, .05, .1, .4)]},
-    "als": {"NDCG@20": [{"factors": f, "lam": lam} for f, lam in ((32, 10.), (8, 10.), (16, 50.), (32, 50.))]},
-    "bpr": {"NDCG@20": [{"factors": f, "passes": n} for f, n in ((32, 100), (8, 100), (32, 30))]},
+                 "RMSE": [{"similarity": m, "doubt": d} for m, d in (("pearson", 1.), ("pearson", 5.), ("cosine", 1.), ("cosine", 5.))]},
+    "svd": {"NDCG@20": [{"factors": f} for f in (16, 4, 8, 32, 64)]},
+    "funk-svd": {"RMSE": [{"lam": lam} for lam in (.4, .1, .2, .8)]},
+    "als": {"NDCG@20": [{"factors": f, "lam": lam} for f, lam in ((32, 50.), (32, 10.), (32, 200.), (8, 50.))]},
+    "bpr": {"NDCG@20": [{"factors": f, "passes": n} for f, n in ((32, 30), (32, 10), (32, 100), (8, 30))]},
     "ease": {"NDCG@20": [{"lam": lam} for lam in (200., 50., 100., 500., 1000.)]},
     "neumf": {"NDCG@20": [{"epochs": n} for n in (10, 5, 20)]},
 }
@@ -708,13 +709,12 @@ def shown_in(
 def dots(
     rows: pl.DataFrame,  # model, value, lo, hi; best first
     metric: str,  # name of the axis
-    floor: Optional[float] = None,  # a line beyond which a model has failed
-    higher: bool = False,  # is more better?
+    floor: Optional[float] = None,  # a dotted line
+    failed: Iterable[str] = (),  # models shown in red
 ) -> plt.Figure:  # a dot and an interval a model, labelled with its name and figure
     "Who wins, with intervals."
     fig, ax = plt.subplots(figsize=(5.2, .7 + .3 * len(rows)))
-    failed = lambda value: floor is not None and (value < floor if higher else value > floor)
-    colours = [shown_in(model, failed(value)) for model, value in rows.select("model", "value").rows()]
+    colours = [shown_in(model, model in failed) for model in rows["model"]]
     for y, (colour, value, lo, hi) in enumerate(zip(colours, rows["value"], rows["lo"], rows["hi"])):
         if lo is not None: ax.plot([lo, hi], [y, y], color=colour, lw=2, solid_capstyle="round")
         ax.plot(value, y, "o", color=colour, ms=6)
@@ -764,14 +764,17 @@ def at_what_cost(
 ) -> plt.Figure:
     "Quality against seconds; the frontier named."
     rows = rows.sort("seconds", "value", descending=[False, True]).with_columns(front=pl.col("value") > pl.col("value").cum_max().shift(1).fill_null(-1))
-    fig, ax = plt.subplots(figsize=(5.2, 3.2))
-    for model, value, lo, hi, seconds, front in rows.select("model", "value", "lo", "hi", "seconds", "front").rows():
-        colour = shown_in(model)
+    fig, ax = plt.subplots(figsize=(5.2, 3.4))
+    lowest, step, middle = -np.inf, rows["value"].max() / 18, (rows["seconds"].min() * rows["seconds"].max()) ** .5
+    for model, value, lo, hi, seconds, front in rows.sort("value").select("model", "value", "lo", "hi", "seconds", "front").rows():
+        colour, named = shown_in(model), front or model == "wide-deep"
         if lo is not None: ax.plot([seconds, seconds], [lo, hi], color=colour, lw=1, alpha=.5)
-        ax.plot(seconds, value, "o", color=colour, ms=6, alpha=1 if front or colour != COLORS["baseline"] else .4)
-        if front or model == "wide-deep": ax.annotate(model, (seconds, value), (-5, 5), textcoords="offset points", ha="right", color=COLORS["ink"] if colour == COLORS["baseline"] else colour)
+        ax.plot(seconds, value, "o", color=colour, ms=6, alpha=1 if named or colour != COLORS["baseline"] else .4)
+        if not named: continue
+        lowest, left = max(value, lowest + step), seconds > middle                       # names are kept apart, and within the frame
+        ax.annotate(model, (seconds, lowest), (-7 if left else 7, 0), textcoords="offset points", ha="right" if left else "left", va="center", color=COLORS["ink"] if colour == COLORS["baseline"] else colour)
     ax.set(xscale="log", xlabel="seconds of one fit (log scale)", ylabel=metric)
-    ax.margins(x=.22)
+    ax.margins(x=.1)
     return fig
 
 # %% ../nbs/07_baselines.ipynb #dd3ae4bc
