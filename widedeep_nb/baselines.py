@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['BIG', 'GRIDS', 'ABLATIONS', 'RANKERS', 'rated', 'Mean', 'DampedBias', 'takers', 'Popularity', 'RecentPopularity',
-           'as_csr', 'FromHistory', 'nearest', 'rules', 'AssociationRules', 'cosine', 'pearson', 'deviations',
-           'one_each', 'Neighbours', 'as_matrix', 'ItemKNN', 'UserKNN', 'EASE', 'SVD', 'regress', 'FunkSVD', 'ALS',
-           'ById', 'BPR', 'NeuMFNet', 'fit_sampled', 'NeuMF', 'on_validation', 'tuned', 'fit_baseline', 'on_test',
-           'differences', 'add_to_metrics', 'compare', 'overall', 'shown_in', 'dots', 'told_apart', 'what_follows',
-           'at_what_cost', 'agreement', 'under', 'protocols', 'heat', 'agreement_in_words']
+           'as_csr', 'FromHistory', 'nearest', 'rules', 'AssociationRules', 'cosine', 'entries', 'pearson',
+           'deviations', 'one_each', 'Neighbours', 'as_matrix', 'ItemKNN', 'UserKNN', 'EASE', 'SVD', 'regress',
+           'FunkSVD', 'ALS', 'ById', 'BPR', 'NeuMFNet', 'fit_sampled', 'NeuMF', 'on_validation', 'tuned',
+           'fit_baseline', 'on_test', 'differences', 'add_to_metrics', 'compare', 'overall', 'shown_in', 'dots',
+           'told_apart', 'what_follows', 'at_what_cost', 'agreement', 'under', 'protocols', 'heat',
+           'agreement_in_words']
 
 # %% ../nbs/07_baselines.ipynb #a16daf78
 import time
@@ -125,6 +126,9 @@ class FromHistory(Recommender):
         self.popularity = takers(have)
         self._learn(as_csr(have))
 
+    def _restore(self, state):
+        super()._restore({k: v.clone() for k, v in state.items()})  # laid out in memory as after fit, so that sums round alike
+
     def _scores(self, users, history, items):
         have = history.matrix(self.n_items)
         scores = F.pad(self._from(have), (0, 1))
@@ -202,6 +206,15 @@ def cosine(
     return lambda block, other, own, both: both / (norm[other] * norms[block][own] + shrink)
 
 
+def entries(
+    table: sp.sparray,  # [n, m]
+    row: np.ndarray,  # int [k]
+    column: np.ndarray,  # int [k]
+) -> np.ndarray:  # float [k]
+    "What stands at some places of a sparse table."
+    return table.tocsr()[row, column] if len(row) else np.zeros(0)  # scipy makes no array of no places
+
+
 def pearson(
     left: tuple,  # 0/1 [m, n], and the deviations there
     asked: tuple,  # the same, [m, q]
@@ -210,7 +223,7 @@ def pearson(
     "Shrunk correlation of deviations over what two columns have in common (Koren, 2010)."
     (have, x), (wanted, y) = [[m.tocsc() for m in pair] for pair in (left, asked)]
     def alike(block, other, own, both):
-        of = lambda a, b: (a.T @ b[:, block]).tocsr()[other, own]
+        of = lambda a, b: entries(a.T @ b[:, block], other, own)
         norm = np.sqrt(of(x.power(2), wanted) * of(have, y.power(2)))
         return np.divide(of(x, y), norm, out=np.zeros(len(norm)), where=norm > 0) * (both - 1) / np.maximum(both - 1 + shrink, 1e-9)
     return alike
@@ -267,8 +280,8 @@ class Neighbours(FromHistory, DampedBias):
         stars, (who, history) = DampedBias._predict(self, users, items, history), one_each(users, history)
         for b in torch.arange(len(history)).split(block):
             mine = ((who >= b[0]) & (who <= b[-1]) & (items < self.n_items)).nonzero()[:, 0]
-            at = (np.array(who[mine] - b[0]), np.array(items[mine]))  # copies: scipy wants to own them
-            pull, weight = [m.tocsr()[at] for m in self._pull(*deviations(self, history.take(b)))]
+            at = ((who[mine] - b[0]).numpy().copy(), items[mine].numpy().copy())  # scipy wants arrays of its own
+            pull, weight = [entries(m, *at) for m in self._pull(*deviations(self, history.take(b)))]
             stars[mine] += torch.from_numpy(np.divide(pull, weight + self.doubt, out=np.zeros(len(mine)), where=weight > 0)).float()
         return stars
 
@@ -461,7 +474,7 @@ class BPR(ById):
         except ImportError: raise Problem("bpr needs the package implicit: pip install 'widedeep_nb[baselines]'") from None
         model = BayesianPersonalizedRanking(self.factors, self.lr, self.lam, iterations=self.passes, num_threads=1, random_state=self.seed)
         model.fit(sp.csr_matrix(have), show_progress=False)
-        self.user, self.item = torch.from_numpy(model.user_factors), torch.from_numpy(model.item_factors)  # the last number is the thing's bias
+        self.user, self.item = torch.tensor(model.user_factors), torch.tensor(model.item_factors)  # the last number is the thing's bias
 
     def _of(self, users): return self.user[users] @ self.item.T
 
@@ -474,12 +487,12 @@ class BPR(ById):
 class NeuMFNet(nn.Module):
     "GMF and MLP side by side (He et al., 2017); the MLP's first layer is written as a part for people and a part for things."
 
-    def __init__(self, n_users: int, n_items: int, d: int, hidden: tuple):
+    def __init__(self, n_users: int, n_items: int, d: int):
         super().__init__()
         self.user, self.item, self.user_deep, self.item_deep = tables = [nn.Embedding(n, d) for n in (n_users, n_items) * 2]
         for table in tables: nn.init.normal_(table.weight, std=.01)
-        self.user_layer, self.item_layer = nn.Linear(d, hidden[0]), nn.Linear(d, hidden[0], bias=False)
-        self.rest = nn.Sequential(nn.ReLU(), *[m for a, b in zip(hidden, hidden[1:]) for m in (nn.Linear(a, b), nn.ReLU())], nn.Linear(hidden[-1], 1))
+        self.user_layer, self.item_layer = nn.Linear(d, 2 * d), nn.Linear(d, 2 * d, bias=False)
+        self.rest = nn.Sequential(nn.ReLU(), nn.Linear(2 * d, d), nn.ReLU(), nn.Linear(d, 1))
         self.product = nn.Linear(d, 1, bias=False)
 
     def forward(self, user: torch.Tensor, item: torch.Tensor) -> torch.Tensor:
@@ -515,8 +528,7 @@ def fit_sampled(
 @dataclass
 class NeuMF(ById):
     "Neural matrix factorisation (He et al., 2017), without pre-training."
-    embedding: int = 16  # numbers a person and a thing, in each of two tables
-    hidden: tuple = (32, 16)  # sizes of the MLP's layers
+    embedding: int = 16  # numbers a person and a thing, in each of two tables; the MLP's layers have twice and once as many
     epochs: int = 10  # passes over the rows
     negatives: int = 4  # items drawn beside each row
     lr: float = .003
@@ -531,11 +543,11 @@ class NeuMF(ById):
             torch.manual_seed(self.seed)
             self.net = fit_sampled(self._build(), user, item, self.n_items, self.epochs, self.negatives, self.lr)
 
-    def _build(self): return NeuMFNet(self.n_users, self.n_items, self.embedding, tuple(self.hidden))
+    def _build(self): return NeuMFNet(self.n_users, self.n_items, self.embedding)
 
     def _of(self, users, floats=2**21):
         items = torch.arange(self.n_items)[None]
-        blocks = users.split(max(1, floats // (self.n_items * max(self.hidden))))
+        blocks = users.split(max(1, floats // (2 * self.embedding * self.n_items)))
         return torch.cat([torch.empty(0, self.n_items)] + [self.net(b[:, None], items) for b in blocks if len(b)])
 
     def _from(self, have): return self.popularity[:-1].expand(len(have), -1)
