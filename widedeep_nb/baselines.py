@@ -580,7 +580,7 @@ GRIDS = {  # for each metric that the model is made for, the settings to try; th
     "neumf": {"NDCG@20": [{"epochs": n} for n in (10, 5, 20)]},
 }
 
-
+# %% ../nbs/07_baselines.ipynb #aff3ea44
 def on_validation(
     model: Recommender,  # fitted on the training part
     split: Split,  # judged on its validation part
