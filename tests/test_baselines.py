@@ -359,6 +359,16 @@ def test_a_basket_like_a_known_history_scores_alike(split, name):
         assert torch.equal(model.predict(known + model.n_users, item, basket), model.predict(known, item))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_lists_for_baskets_and_strangers(split, name):
+    model = make_recommender(name).fit(split)
+    full = model.recommend([{"i0": 5, "i1": None, "no such thing": 1}, ["i2"], ["no such thing"], []], k=4)
+    assert full["rank"].to_list() == [1, 2, 3, 4] * 4 and full["score"].is_finite().all()
+    had = dict(full.group_by("user").agg("item").rows())
+    assert not {"i0", "i1"} & set(had["basket 1"]) and "i2" not in had["basket 2"] and had["basket 3"] == had["basket 4"]
+    assert model.recommend(["nobody", "u1"], k=2)["user"].to_list() == ["nobody"] * 2 + ["u1"] * 2
+
+
 @pytest.mark.parametrize("name", PERSONAL)
 def test_another_history_changes_the_scores(split, name):
     model = make_recommender(name).fit(split)
@@ -438,6 +448,14 @@ def test_a_big_log_is_tuned_with_less(split, monkeypatch):
     monkeypatch.setattr("widedeep_nb.baselines.BIG", 100)
     log = random_log(rows=900)
     assert len(tuned("ease", GRIDS["ease"], Split.of(log[:300], log[300:350], log[350:]))[1]) == 2
+
+
+def test_what_follows_is_what_the_intervals_say():
+    row = dict(model="wide-deep", users="all", items="all", relevant="any")
+    say = lambda metric, *rows: what_follows(pl.DataFrame([row | {"metric": metric, "versus": v, "value": (lo + hi) / 2, "lo": lo, "hi": hi} for v, lo, hi in rows]))
+    assert say("RMSE", ("mean", -.3, -.1), ("funk-svd", -.2, -.1)) == "To predict stars, wide-deep beats 2 of 2 baselines and loses to 0; it has earned its place here."
+    assert say("NDCG@20", ("mean", .1, .3), ("ease", -.2, -.1), ("als", -.5, -.4)).endswith("beats 1 of 3 baselines and loses to 2; as it stands, use als instead.")
+    assert "simpler" in say("NDCG@20", ("mean", .1, .3), ("ease", -.2, .1)) and say("NDCG@20", ("wide-alone", -2., -1.)) == ""
 
 
 @pytest.fixture(scope="module")

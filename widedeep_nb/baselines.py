@@ -784,7 +784,8 @@ def at_what_cost(
         ax.plot(seconds, value, "o", color=colour, ms=6, alpha=1 if named or colour != COLORS["baseline"] else .4)
         if not named: continue
         lowest, left = max(value, lowest + step), seconds > middle                       # names are kept apart, and within the frame
-        ax.annotate(model, (seconds, lowest), (-7 if left else 7, 0), textcoords="offset points", ha="right" if left else "left", va="center", color=COLORS["ink"] if colour == COLORS["baseline"] else colour)
+        ax.annotate(model, (seconds, value), (seconds * (.6 if left else 1.7), lowest), ha="right" if left else "left", va="center", color=COLORS["ink"] if colour == COLORS["baseline"] else colour,
+                    arrowprops={"arrowstyle": "-", "color": COLORS["baseline"], "lw": .5})
     ax.set(xscale="log", xlabel="seconds of one fit (log scale)", ylabel=metric)
     ax.margins(x=.1)
     return fig
