@@ -8,12 +8,12 @@ __all__ = ['BIG', 'GRIDS', 'ABLATIONS', 'RANKERS', 'rated', 'Mean', 'DampedBias'
            'deviations', 'one_each', 'Neighbours', 'as_matrix', 'ItemKNN', 'UserKNN', 'EASE', 'SVD', 'regress',
            'FunkSVD', 'ALS', 'ById', 'BPR', 'NeuMFNet', 'fit_sampled', 'NeuMF', 'on_validation', 'tuned',
            'fit_baseline', 'on_test', 'differences', 'add_to_metrics', 'compare', 'overall', 'shown_in', 'dots',
-           'told_apart', 'what_follows', 'at_what_cost', 'agreement', 'under', 'protocols', 'heat',
+           'told_apart', 'what_follows', 'worth', 'at_what_cost', 'agreement', 'under', 'protocols', 'heat',
            'agreement_in_words']
 
 # %% ../nbs/07_baselines.ipynb #a16daf78
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Callable, Iterable, Optional
 
@@ -769,23 +769,29 @@ def what_follows(
             else "nothing beats it, but what it cannot be told apart from is simpler."))
     return " ".join(said)
 
-# %% ../nbs/07_baselines.ipynb #a1303375
+# %% ../nbs/07_baselines.ipynb #32810007
+def worth(
+    rows: pl.DataFrame,  # model, value, lo, seconds; more is better
+) -> str:  # a model
+    "The quickest of those that are about as good as the best."
+    best = rows.sort("value").row(-1, named=True)
+    return rows.filter(pl.col("value") >= (best["value"] if best["lo"] is None else best["lo"])).sort("seconds")["model"][0]
+
+
 def at_what_cost(
     rows: pl.DataFrame,  # model, value, lo, hi, seconds
     metric: str,  # name of the axis; more is better
 ) -> plt.Figure:
-    "Quality against seconds; the frontier named."
-    rows = rows.sort("seconds", "value", descending=[False, True]).with_columns(front=pl.col("value") > pl.col("value").cum_max().shift(1).fill_null(-1))
-    fig, ax = plt.subplots(figsize=(5.2, 3.4))
-    lowest, step, middle = -np.inf, rows["value"].max() / 18, (rows["seconds"].min() * rows["seconds"].max()) ** .5
-    for model, value, lo, hi, seconds, front in rows.sort("value").select("model", "value", "lo", "hi", "seconds", "front").rows():
-        colour, named = shown_in(model), front or model == "wide-deep"
+    "Quality against seconds; named are the best, the quickest that is about as good, and the hybrid."
+    rows, middle = rows.sort("seconds"), (rows["seconds"].min() * rows["seconds"].max()) ** .5
+    best, quick, named = rows.sort("value").row(-1, named=True), worth(rows), {}
+    for model, side in ((quick, -9), (best["model"], 9), ("wide-deep", 9)): named[model] = side
+    fig, ax = plt.subplots(figsize=(5.2, 3.2))
+    for model, value, lo, hi, seconds in rows.select("model", "value", "lo", "hi", "seconds").rows():
+        colour, left = shown_in(model), seconds > middle
         if lo is not None: ax.plot([seconds, seconds], [lo, hi], color=colour, lw=1, alpha=.5)
-        ax.plot(seconds, value, "o", color=colour, ms=6, alpha=1 if named or colour != COLORS["baseline"] else .4)
-        if not named: continue
-        lowest, left = max(value, lowest + step), seconds > middle                       # names are kept apart, and within the frame
-        ax.annotate(model, (seconds, value), (seconds * (.6 if left else 1.7), lowest), ha="right" if left else "left", va="center", color=COLORS["ink"] if colour == COLORS["baseline"] else colour,
-                    arrowprops={"arrowstyle": "-", "color": COLORS["baseline"], "lw": .5})
+        ax.plot(seconds, value, "o", color=colour, ms=6, alpha=1 if model in named or colour != COLORS["baseline"] else .4)
+        if model in named: ax.annotate(model, (seconds, value), (-6 if left else 6, named[model]), textcoords="offset points", ha="right" if left else "left", va="center", color=COLORS["ink"] if colour == COLORS["baseline"] else colour)
     ax.set(xscale="log", xlabel="seconds of one fit (log scale)", ylabel=metric)
     ax.margins(x=.1)
     return fig
@@ -814,7 +820,8 @@ def under(
     "One model under one protocol."
     lists = []
     for split in (s.final() for s in splits):
-        users = rank_users(make_recommender(name).fit(split), split, "test", (20,), most=most).users
+        unrated = replace(split, train=split.train.with_columns(rating=pl.lit(None, pl.Float32)))   # lists are all that is asked for
+        users = rank_users(make_recommender(name).fit(unrated), unrated, "test", (20,), most=most).users
         lists.append(users.select(pl.Series("user", split.users["user"].gather(users["user"])), "NDCG@20"))
     found = summarise([pl.concat(lists)], ["NDCG@20"], {"all": pl.lit(True)}).drop("users", "metric")
     if not len(found): raise Problem("nobody in the test part has anything to find")
