@@ -5,17 +5,23 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import scipy.sparse as sp
 import torch
 
-from widedeep_nb.baselines import ABLATIONS, GRIDS, compare, fit_baseline, overall, tuned
-from widedeep_nb.core import History, Problem, Run, Split, as_interactions, load_recommender, lot, make_recommender, mask_seen, top_k
+from widedeep_nb.baselines import (ABLATIONS, EASE, GRIDS, RANKERS, agreement, compare, cosine, deviations, fit_baseline, nearest, on_validation, overall, protocols, regress, tuned,
+                                   what_follows)
+from widedeep_nb.core import PROTOCOLS, History, Problem, Run, Split, as_interactions, load_recommender, lot, make_recommender, mask_seen, top_k
 from widedeep_nb.data import load
 from widedeep_nb.evaluation import rank_users, rate_rows
 from widedeep_nb.preprocessing import prepare
 from widedeep_nb.training import train
 
-NAMES = ["mean", "damped-bias", "popularity", "recent-popularity", "item-knn", "ease"]
-PERSONAL = ["damped-bias", "item-knn", "ease"]
+NAMES = list(GRIDS)
+BY_STARS = ["mean", "damped-bias", "funk-svd"]  # need stars
+RATING = [*BY_STARS, "user-knn", "item-knn"]  # predict them where there are any
+BY_NUMBER = ["bpr", "neumf"]  # know a user by the code, not by the history
+PERSONAL = [name for name in NAMES if name not in ("mean", "popularity", "recent-popularity", *BY_NUMBER)]
+FROM_HISTORY = [name for name in PERSONAL if name not in BY_STARS]
 SHARED = Path(os.environ.get("WIDEDEEP_SHARED", Path(__file__).parents[1] / "../shared")) / "data"
 real = pytest.mark.skipif(not SHARED.exists(), reason="the real logs are not here")
 
@@ -109,17 +115,14 @@ def test_item_knn_is_brute_force(split, k, shrink):
 
 
 def test_item_knn_in_blocks_is_item_knn_at_once(split):
-    import scipy.sparse as sp
-
-    from widedeep_nb.baselines import nearest
     have = sp.csr_array(binary(split))
-    for small, whole in zip(nearest(have, 6, 2., budget=50), nearest(have, 6, 2.)): assert torch.equal(small, whole)
+    alike = cosine(have, have, 2.)
+    for small, whole in zip(nearest(have, 6, alike, budget=50), nearest(have, 6, alike)): assert torch.equal(small, whole)
 
 
 @pytest.mark.filterwarnings("ignore:Method expects CSR")
 def test_item_knn_is_implicits(split):
     nearest_neighbours = pytest.importorskip("implicit.nearest_neighbours")
-    import scipy.sparse as sp
     X = sp.csr_matrix(binary(split))
     k = X.shape[1]  # with all neighbours kept, ties at the border cannot matter
     theirs = nearest_neighbours.CosineRecommender(K=k)
@@ -127,6 +130,168 @@ def test_item_knn_is_implicits(split):
     want = theirs.similarity.toarray()
     np.fill_diagonal(want, 0)  # theirs counts an item as its own neighbour
     assert np.allclose(make_recommender("item-knn", k=k, shrink=0).fit(split).scores(np.arange(X.shape[0])), X @ want, atol=1e-5)
+
+
+@pytest.mark.parametrize("measure, support", [("confidence", 2), ("lift", 1), ("lift", 3)])
+def test_association_rules_are_counted(split, measure, support):
+    baskets = [set(items) for items in split.train.group_by("user").agg("item")["item"].to_list()]
+    count = lambda *items: sum(set(items) <= basket for basket in baskets)
+    model = make_recommender("association-rules", measure=measure, support=support, k=1000).fit(split)
+    for user in (0, 7, 20):
+        basket = set(split.train.filter(user=user)["item"].to_list())
+        scores = model.scores([user])[0]
+        for item in range(model.n_items):
+            strengths = [count(own, item) / count(own) / (count(item) / len(baskets) if measure == "lift" else 1) for own in basket if own != item and count(own, item) >= support]
+            assert np.isclose(scores[item], max(strengths, default=0), atol=1e-6)
+
+
+@pytest.mark.parametrize("k, shrink", [(4, 0.), (9, 3.)])
+def test_user_knn_is_brute_force(split, k, shrink):
+    X = binary(split)
+    norm = np.sqrt(X.sum(1))
+    near = (X @ X.T) / (np.outer(norm, norm) + shrink)
+    kept = np.zeros_like(near)
+    for user, row in enumerate(near):
+        best = sorted(range(len(row)), key=lambda v: (-row[v], v))[:k]
+        kept[user, best] = row[best]
+    assert np.allclose(make_recommender("user-knn", k=k, shrink=shrink).fit(split).scores(np.arange(len(X))), kept @ X, atol=1e-5)
+
+
+def surprises(rows, algorithm):
+    "An algorithm of Surprise, fitted on rows of user, item, stars."
+    surprise = pytest.importorskip("surprise")
+    import pandas as pd
+    data = surprise.Dataset.load_from_df(pd.DataFrame(rows, columns=["user", "item", "rating"]), surprise.Reader(rating_scale=(-100, 100)))
+    return algorithm(surprise).fit(data.build_full_trainset())
+
+
+@pytest.mark.parametrize("name", ["item-knn", "user-knn"])
+@pytest.mark.parametrize("shrink", [0., 20.])
+def test_stars_of_neighbours_are_surprises(split, name, shrink):
+    options = dict(sim_options={"name": "pearson_baseline", "user_based": name == "user-knn", "shrinkage": shrink}, bsl_options={"method": "als", "n_epochs": 10, "reg_u": 5, "reg_i": 5})
+    theirs = surprises(split.train.select("user", "item", "rating").rows(), lambda s: s.KNNBaseline(k=10**6, min_k=1, verbose=False, **options))
+    have = set(split.train.select("user", "item").rows())
+    pairs = [(u, i) for u in range(0, split.known_users + 1) for i in range(0, split.known_items + 1) if (u, i) not in have]
+    want = np.array([theirs.predict(u, i, clip=False).est for u, i in pairs])
+    model = make_recommender(name, k_stars=10**6, shrink_stars=shrink, doubt=0.).fit(split)
+    ours, bias = model.predict(*zip(*pairs)), make_recommender("damped-bias").fit(split).predict(*zip(*pairs))
+    assert np.allclose(ours, want.clip(1, 5), atol=1e-4) and (ours - bias).abs().max() > .5
+
+
+def test_doubt_and_cosine_for_stars_by_hand(split):
+    model = make_recommender("item-knn", similarity="cosine", k_stars=5, shrink_stars=1., doubt=2.).fit(split)
+    X, (_, left) = binary(split), deviations(model, model.log)
+    norm = np.sqrt(X.sum(0))
+    near = (X.T @ X) / (np.outer(norm, norm) + 1)
+    np.fill_diagonal(near, 0)
+    bias, pulls = make_recommender("damped-bias").fit(split), []
+    for user in range(8):
+        item = int(np.flatnonzero(X[user] == 0)[user])
+        best = sorted(range(len(near)), key=lambda j: (-near[item, j], j))[:5]
+        pulls.append(sum(near[item, j] * left.toarray()[user, j] for j in best) / (sum(near[item, j] * X[user, j] for j in best) + 2))
+        assert np.isclose(model.predict([user], [item]).item(), np.clip(float(bias.mean + bias.of_user(bias.log)[user] + bias.of_item[item]) + pulls[-1], 1, 5), atol=1e-5)
+    assert np.count_nonzero(pulls) > 4
+
+
+@pytest.mark.parametrize("factors", [3, 12, -1, 1000])
+def test_svd_is_numpys(split, factors):
+    X = binary(split)
+    if factors < 0: factors += X.shape[1]  # all but one
+    u, s, v = np.linalg.svd(X, full_matrices=False)
+    s[factors:] = 0
+    assert np.allclose(make_recommender("svd", factors=factors).fit(split).scores(np.arange(len(X))), u * s @ v, atol=1e-4)
+
+
+@pytest.mark.parametrize("budget", [1, 300, 2**22])
+def test_regress_is_a_ridge_regression_a_row(budget):
+    rng = np.random.default_rng(0)
+    rows = sp.random_array((30, 20), density=.2, rng=rng, format="csr")
+    table, penalty = rng.normal(size=(20, 3)), rng.uniform(.5, 2, 30)
+    common = .3 * table.T @ table
+    want = []
+    for row, lam in zip(rows.toarray(), penalty):
+        x = table[row != 0]
+        want.append(np.linalg.solve(1.7 * x.T @ x + common + lam * np.eye(3), x.T @ row[row != 0]))
+    found = regress(rows, torch.tensor(table).float(), torch.tensor(penalty).float(), 1.7, .3, budget)
+    assert np.allclose(found, want, atol=1e-4) and np.abs(want).max() > .1
+
+
+def test_funk_svd_reaches_the_objective_of_surprises_svd(split):
+    lam, f = .1, 2
+    model = make_recommender("funk-svd", factors=f, lam=lam, sweeps=200).fit(split)
+    left = deviations(model, model.log)[1].tocoo()
+    rows = list(zip(left.row.tolist(), left.col.tolist(), left.data.tolist()))
+    def cost(p, q):
+        return sum((e - p[u] @ q[i]) ** 2 + lam * (p[u] @ p[u] + q[i] @ q[i]) for u, i, e in rows)
+    theirs = []
+    for seed in range(6):
+        svd = surprises(rows, lambda s: s.SVD(n_factors=f, biased=False, n_epochs=2000, lr_all=.005, reg_all=lam, random_state=seed))
+        to = lambda inner, n: np.array([inner(c) for c in range(n)])
+        theirs.append(cost(svd.pu[to(svd.trainset.to_inner_uid, model.n_users)], svd.qi[to(svd.trainset.to_inner_iid, model.n_items)]))
+    ours = min(cost(m._solve(left.tocsr(), m.item).double().numpy(), m.item.double().numpy())
+               for m in [make_recommender("funk-svd", factors=f, lam=lam, sweeps=200, seed=seed).fit(split) for seed in range(6)])
+    # both are local searches of the same objective, each the best of six starts
+    assert abs(ours / min(theirs) - 1) < .01 and ours < .9 * sum(e * e for *_, e in rows)
+
+
+def test_als_is_implicits(split):
+    als = pytest.importorskip("implicit.cpu.als")
+    X, alpha, lam, f = binary(split), 4., 3., 5
+    model = make_recommender("als", factors=f, alpha=alpha, lam=lam, sweeps=3).fit(split)
+    theirs = als.AlternatingLeastSquares(factors=f, regularization=lam, alpha=1 + alpha, iterations=3, use_cg=False, num_threads=1)
+    theirs.item_factors = (.01 * torch.randn(X.shape[1], f, generator=torch.Generator().manual_seed(0))).numpy()
+    theirs.user_factors = np.zeros((len(X), f), np.float32)
+    theirs.fit(sp.csr_matrix(X, dtype=np.float32), show_progress=False)
+    again = theirs.recalculate_user(np.arange(len(X)), sp.csr_matrix(X, dtype=np.float32))  # theirs ends with the items
+    assert np.allclose(model.scores(np.arange(len(X))), again @ theirs.item_factors.T, atol=1e-3) and model.scores([0]).std() > .05
+
+
+def test_bpr_twice_is_the_same_and_learns(split):
+    first, second, other = (make_recommender("bpr", passes=300, seed=seed).fit(split).scores(np.arange(split.known_users)) for seed in (0, 0, 1))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    X = binary(split).astype(bool)
+    right = [(row[has][:, None] > row[~has]).float().mean() for row, has in zip(first, torch.from_numpy(X))]
+    assert np.mean(right) > .9  # of what a person has and has not, most pairs are in order
+
+
+def test_a_newcomer_of_bpr_is_the_mean_of_the_basket(split):
+    model = make_recommender("bpr").fit(split)
+    basket = History(torch.tensor([0, 2]), torch.tensor([4, 1]), torch.full((2,), torch.nan), torch.zeros(2, dtype=torch.int64))
+    item = model.item.numpy()
+    assert np.allclose(model.scores([model.n_users], basket)[0], item[:, :-1] @ item[[4, 1], :-1].mean(0) + item[:, -1], atol=1e-5)
+
+
+def test_without_implicit_bpr_says_what_to_install(split, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "implicit.cpu.bpr", None)
+    with pytest.raises(Problem, match="baselines"): make_recommender("bpr").fit(split)
+
+
+def test_neumf_is_two_networks_side_by_side(split):
+    model = make_recommender("neumf", epochs=3).fit(split)
+    net, user, item = model.net, torch.arange(6), torch.arange(4, 10)
+    with torch.no_grad():
+        both = torch.cat([net.user_deep(user), net.item_deep(item)], 1)  # the paper's one layer over both
+        first = both @ torch.cat([net.user_layer.weight, net.item_layer.weight], 1).T + net.user_layer.bias
+        second = first.relu() @ net.rest[1].weight.T + net.rest[1].bias
+        want = torch.cat([net.user(user) * net.item(item), second.relu()], 1) @ torch.cat([net.product.weight, net.rest[3].weight], 1)[0] + net.rest[3].bias
+    assert torch.allclose(model.scores(user)[user, item], want, atol=1e-5) and want.std() > 1e-3
+
+
+@pytest.mark.parametrize("name, settings", [("user-knn", {"max_users": 10}), ("neumf", {"max_examples": 1000})])
+def test_what_would_take_too_long_is_refused(split, name, settings):
+    with pytest.raises(Problem, match="max_"): make_recommender(name, **settings).fit(split)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in BY_NUMBER])
+def test_other_codes_for_users_change_nothing(name):
+    log = random_log()
+    other = log.with_columns(user="v" + pl.col("user").str.reverse())
+    ours, theirs = split_of(log), split_of(other)
+    a, b = (make_recommender(name).fit(s) for s in (ours, theirs))
+    code = {u: c for c, u in enumerate(theirs.users["user"])}
+    moved = torch.tensor([code["v" + u[::-1]] for u in a.user_ids])
+    assert not torch.equal(moved, torch.arange(a.n_users)) and a.item_ids.equals(b.item_ids)
+    assert torch.allclose(a.scores(torch.arange(a.n_users)), b.scores(moved), atol=1e-4)
 
 
 # ---------------------------------------------------------------- what is popular
@@ -167,7 +332,7 @@ def test_recent_popularity_without_times_is_popularity():
 
 # ---------------------------------------------------------------- strangers, new items, the history in the query
 
-@pytest.mark.parametrize("name", ["item-knn", "ease", "popularity"])
+@pytest.mark.parametrize("name", [*FROM_HISTORY, *BY_NUMBER, "popularity"])
 def test_a_stranger_gets_what_is_popular(split, name):
     stranger = [split.known_users, split.known_users + 77]
     want = make_recommender("popularity").fit(split).scores(stranger)
@@ -184,10 +349,10 @@ def test_new_items_are_never_an_error(split, name):
     if model.rates: assert model.predict([0, model.n_users], beyond[1:]).isfinite().all()
     odd = History(torch.tensor([0, 1]), torch.tensor([model.n_items + 9]), torch.tensor([4.]), torch.tensor([0]))  # all they have is new
     assert model.scores([model.n_users], odd).isfinite().all()
-    if name in ("item-knn", "ease"): assert torch.equal(model.scores([model.n_users], odd), model.scores([model.n_users]))
+    if name in [*FROM_HISTORY, *BY_NUMBER]: assert torch.equal(model.scores([model.n_users], odd), model.scores([model.n_users]))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in BY_NUMBER])
 def test_a_basket_like_a_known_history_scores_alike(split, name):
     model = make_recommender(name).fit(split)
     known = torch.arange(model.n_users)
@@ -196,6 +361,16 @@ def test_a_basket_like_a_known_history_scores_alike(split, name):
     if model.rates:
         item = torch.arange(len(known)) % model.n_items
         assert torch.equal(model.predict(known + model.n_users, item, basket), model.predict(known, item))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_lists_for_baskets_and_strangers(split, name):
+    model = make_recommender(name).fit(split)
+    full = model.recommend([{"i0": 5, "i1": None, "no such thing": 1}, ["i2"], ["no such thing"], []], k=4)
+    assert full["rank"].to_list() == [1, 2, 3, 4] * 4 and full["score"].is_finite().all()
+    had = dict(full.group_by("user").agg("item").rows())
+    assert not {"i0", "i1"} & set(had["basket 1"]) and "i2" not in had["basket 2"] and had["basket 3"] == had["basket 4"]
+    assert model.recommend(["nobody", "u1"], k=2)["user"].to_list() == ["nobody"] * 2 + ["u1"] * 2
 
 
 @pytest.mark.parametrize("name", PERSONAL)
@@ -228,7 +403,7 @@ def test_saved_and_loaded(split, name, tmp_path):
 def test_without_stars_and_times(name):
     split = split_of(random_log(stars=False, times=False))
     model = make_recommender(name)
-    if not model.rates: assert model.fit(split).recommend("u1")["rank"].to_list() == list(range(1, 11))
+    if name not in BY_STARS: assert model.fit(split).recommend("u1")["rank"].to_list() == list(range(1, 11)) and not model.rates
     else:
         with pytest.raises(Problem, match="stars"): model.fit(split)
 
@@ -244,13 +419,14 @@ def test_two_rows_suffice(name):
 def test_tuning_keeps_the_best_and_never_sees_the_test():
     log = random_log(rows=900)
     split = Split.of(log[:300], log[300:350], log[350:])
-    grid = [{"damping": d} for d in (1., 20., 500.)]
+    points = [{"damping": d} for d in (1., 20., 500.)]
+    grid = {"RMSE": points}
     settings, tried = tuned("damped-bias", grid, split)
     errors = []
-    for point in grid:
+    for point in points:
         predicted = make_recommender("damped-bias", **point).fit(split).predict(split.val["user"].to_numpy(), split.val["item"].to_numpy())
         errors.append(float(((predicted.double().numpy() - split.val["rating"].to_numpy()) ** 2).mean() ** .5))
-    assert np.allclose([t["value"] for t in tried], errors, atol=1e-6) and settings == grid[int(np.argmin(errors))]
+    assert np.allclose([t["value"] for t in tried], errors, atol=1e-6) and settings == points[int(np.argmin(errors))]
     assert tuned("damped-bias", grid, split.without_test()) == (settings, tried)
     assert tuned("damped-bias", grid, split.refit()) == ({}, [])  # no validation part: the defaults
 
@@ -258,7 +434,32 @@ def test_tuning_keeps_the_best_and_never_sees_the_test():
 def test_every_grid_is_small_and_holds_the_default():
     for name, grid in GRIDS.items():
         default = vars(make_recommender(name))
-        assert len(grid) <= 5 and any(all(default[k] == v for k, v in point.items()) for point in grid)
+        for points in grid.values(): assert 1 < len(points) <= 5 and points[0].items() <= default.items()
+
+
+def test_a_model_for_both_tasks_is_tuned_for_each(split):
+    both = Split.of(*[p.with_columns(split.users["user"].gather(p["user"]).alias("user"), split.items["item"].gather(p["item"]).alias("item")) for p in (split.train[:180], split.train[180:], split.test)])
+    grid = {"NDCG@20": [{"k": 1}, {"k": 30}], "RMSE": [{"doubt": 100.}, {"doubt": .1}]}
+    chosen, tried = tuned("item-knn", grid, both)
+    value = lambda metric, **settings: on_validation(make_recommender("item-knn", **settings).fit(both), both, metric)
+    assert [t["value"] for t in tried] == [value("NDCG@20", k=1), value("NDCG@20", k=30), value("RMSE", doubt=100.), value("RMSE", doubt=.1)]
+    assert chosen == {"k": 1 if tried[0]["value"] > tried[1]["value"] else 30, "doubt": 100. if tried[2]["value"] < tried[3]["value"] else .1}
+    log = random_log(rows=900, stars=False)  # without stars there is nothing to tune them by
+    assert set(tuned("item-knn", grid, Split.of(log[:300], log[300:350], log[350:]))[0]) == {"k"}
+
+
+def test_a_big_log_is_tuned_with_less(split, monkeypatch):
+    monkeypatch.setattr("widedeep_nb.baselines.BIG", 100)
+    log = random_log(rows=900)
+    assert len(tuned("ease", GRIDS["ease"], Split.of(log[:300], log[300:350], log[350:]))[1]) == 2
+
+
+def test_what_follows_is_what_the_intervals_say():
+    row = dict(model="wide-deep", users="all", items="all", relevant="any")
+    say = lambda metric, *rows: what_follows(pl.DataFrame([row | {"metric": metric, "versus": v, "value": (lo + hi) / 2, "lo": lo, "hi": hi} for v, lo, hi in rows]))
+    assert say("RMSE", ("mean", -.3, -.1), ("funk-svd", -.2, -.1)) == "To predict stars, wide-deep beats 2 of 2 baselines and loses to 0; it has earned its place here."
+    assert say("NDCG@20", ("mean", .1, .3), ("ease", -.2, -.1), ("als", -.5, -.4)).endswith("beats 1 of 3 baselines and loses to 2; as it stands, use als instead.")
+    assert "simpler" in say("NDCG@20", ("mean", .1, .3), ("ease", -.2, .1)) and say("NDCG@20", ("wide-alone", -2., -1.)) == ""
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +477,7 @@ def test_the_comparison_is_paired_and_complete(run):
     for name in [*NAMES, *ABLATIONS]:
         for metric in ("RMSE", "NDCG@20", "Precision@5"):
             row = apart.filter(versus=name, metric=metric)
-            if metric == "RMSE" and name not in ("mean", "damped-bias", *ABLATIONS):
+            if metric == "RMSE" and name not in (*RATING, *ABLATIONS):
                 assert not len(row)
                 continue
             assert np.isclose(row["value"].item(), value("wide-deep", metric) - value(name, metric)) and row["lo"].item() <= row["value"].item() <= row["hi"].item()
@@ -300,6 +501,49 @@ def test_a_tuned_baseline_is_refitted_on_all_rows_of_the_final_fit(run):
     settings, tried = tuned("recent-popularity", GRIDS["recent-popularity"], split)
     assert len(tried) == 5 and notes[0]["settings"] == settings and notes[0]["tried"] == tried
     assert torch.equal(models[0, 0].weight, make_recommender("recent-popularity", **settings).fit(split.refit()).weight)
+
+
+# ---------------------------------------------------------------- one log, several protocols
+
+def test_tau_counts_pairs_that_changed_places():
+    rng = np.random.default_rng(0)
+    rows = [(p, f"m{m}", v) for p in "ab" for m, v in enumerate(rng.permutation(7).tolist())]
+    a, b = ([v for p, _, v in rows if p == q] for q in "ab")
+    kept = [np.sign(a[i] - a[j]) * np.sign(b[i] - b[j]) for i in range(7) for j in range(i)]
+    tau = agreement(pl.DataFrame(rows[::-1], schema=["protocol", "model", "value"], orient="row"))
+    assert np.isclose(tau["tau"].item(), np.mean(kept)) and 0 < abs(np.mean(kept)) < 1
+
+
+def test_each_protocol_is_itself(run):
+    protocols(run)
+    told, log = run.read("protocols.json"), run.read("interactions.parquet")
+    figures = pl.DataFrame(told["figures"])
+    assert figures["protocol"].unique(maintain_order=True).to_list() == [p for p in PROTOCOLS if p != "given"] and figures["model"].to_list() == list(RANKERS) * 5
+    assert [(x["protocol"], x["model"]) for x in told["left_out"]] == [("given", None)] and "part" in told["left_out"][0]["why"]
+    found = lambda protocol, model: figures.filter(protocol=protocol, model=model)
+    measured = run.metrics().filter(pl.col("versus").is_null(), split="test", metric="NDCG@20", users="all", items="all", relevant="any")
+    for model in RANKERS:  # the run's own protocol, as the comparison measured it
+        assert np.isclose(found("strict", model)["value"].item(), measured.filter(model=model)["value"].item())
+    reported = prepare(log, "as-reported")
+    assert len(reported.val) == 0 and not reported.protocol.mask_seen
+    mean = lambda split: rank_users(make_recommender("ease").fit(split), split, "test", (20,)).users["NDCG@20"].mean()
+    assert np.isclose(found("as-reported", "ease")["value"].item(), mean(reported))
+    assert not np.isclose(found("as-reported", "ease")["value"].item(), found("filtered-first", "ease")["value"].item())  # the same rows, masked
+    last = prepare(log, "leave-one-out")
+    assert found("leave-one-out", "popularity")["n"].item() == len(last.test.join(last.train, on="item", how="semi").join(last.seen("test"), on=["user", "item"], how="anti"))
+    windows = [s.final() for s in prepare(log, "rolling")]
+    lists = pl.concat([rank_users(make_recommender("item-knn").fit(s), s, "test", (20,)).users for s in windows])
+    assert len(windows) == 4 and np.isclose(found("rolling", "item-knn")["value"].item(), lists["NDCG@20"].mean()) and found("rolling", "item-knn")["n"].item() == len(lists)
+
+
+def test_a_model_that_refuses_is_left_out_with_its_reason(tmp_path, monkeypatch):
+    def refuse(self, have): raise Problem("too large")
+    monkeypatch.setattr(EASE, "_learn", refuse)
+    small = Run(tmp_path / "refused", dataset="demo?ratings=3000")
+    protocols(small)
+    told = small.read("protocols.json")
+    assert {(x["model"], x["why"]) for x in told["left_out"] if x["protocol"] != "given"} == {("ease", "too large")}
+    assert {x["model"] for x in told["figures"]} == set(RANKERS) - {"ease"}
 
 
 # ---------------------------------------------------------------- what was measured before, on real logs

@@ -9,6 +9,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from widedeep_nb.baselines import GRIDS
+
 ROOT = Path(__file__).parents[1]
 QUICK = ["-p", "seeds=1", "-p", "epochs=3"]
 
@@ -42,7 +44,7 @@ def test_page_is_one_file_with_everything(report):
 
 def test_every_figure_of_the_contract_is_there(report):
     records = pl.DataFrame(json.loads((report / "metrics.json").read_text()), infer_schema_length=None)
-    assert set(records["model"]) == {"wide-deep", "wide-alone", "deep-alone", "mean", "damped-bias", "popularity", "recent-popularity", "item-knn", "ease", "wide-deep-as-reported"}
+    assert set(records["model"]) == {"wide-deep", "wide-alone", "deep-alone", "wide-deep-as-reported", *GRIDS}
     assert set(records["users"]) == {"all", "warm", "cold"} and set(records["task"]) == {"rating", "ranking"} and set(records["split"]) == {"test"}
     whole = records.filter(pl.col("lo").is_not_null(), pl.col("versus").is_null())
     assert whole.select((pl.col("lo") <= pl.col("value")).all() & (pl.col("value") <= pl.col("hi")).all()).item()

@@ -480,7 +480,15 @@ Recommender.recommend = recommend
 RECOMMENDERS = {
     "mean": "widedeep_nb.baselines:Mean", "damped-bias": "widedeep_nb.baselines:DampedBias",
     "popularity": "widedeep_nb.baselines:Popularity", "recent-popularity": "widedeep_nb.baselines:RecentPopularity",
-    "item-knn": "widedeep_nb.baselines:ItemKNN", "ease": "widedeep_nb.baselines:EASE",
+    "association-rules": "widedeep_nb.baselines:AssociationRules",
+    "user-knn": "widedeep_nb.baselines:UserKNN",
+    "item-knn": "widedeep_nb.baselines:ItemKNN",
+    "svd": "widedeep_nb.baselines:SVD",
+    "funk-svd": "widedeep_nb.baselines:FunkSVD",
+    "als": "widedeep_nb.baselines:ALS",
+    "bpr": "widedeep_nb.baselines:BPR",
+    "ease": "widedeep_nb.baselines:EASE",
+    "neumf": "widedeep_nb.baselines:NeuMF",
     "wide-deep": "widedeep_nb.training:WideDeep",
     "wide-deep-as-reported": "widedeep_nb.original:AsReported",
 }
