@@ -11,7 +11,7 @@ import yaml
 from bs4 import BeautifulSoup
 
 from widedeep_nb.core import COLORS
-from widedeep_nb.run import GLOW, execute, pages_in, site_filter
+from widedeep_nb.run import GLOW, body_of, execute, pages_in, site_filter, style
 
 ROOT = Path(__file__).parents[1]
 SITE = yaml.safe_load((ROOT / "_quarto.yml").read_text())
@@ -201,6 +201,14 @@ def test_result_pages_say_what_results_say(path, tmp_path):
     assert execute(path, tmp_path / path.name, {}) is None
     said = lambda p: [(o.data.get("text/markdown") or o.data.get("text/plain")) for o in outputs(p) if "data" in o]
     assert said(tmp_path / path.name) == said(path)
+
+
+def test_result_pages_fit_desk_and_telephone(tmp_path, fits):
+    "In the clothes of the report's page: Quarto's are not at hand."
+    for path in RESULT_PAGES:
+        file = tmp_path / f"{path.stem}.html"
+        file.write_text(f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{style()}</style><div class="layout"><main>{body_of(path)}</main></div>')
+        fits(file)
 
 
 def test_colours_of_the_night():
