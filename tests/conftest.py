@@ -1,4 +1,6 @@
 import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,45 @@ def ciao(shared):
     from widedeep_nb.preprocessing import prepare
     log, items, users, *_ = load(shared / "ciao")
     return prepare(log, "filtered-first", items, users)
+
+
+@pytest.fixture
+def look():
+    "A browser that opens a file at desk and telephone width, by day and by night, and says what it sees."
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium: pytest.skip("needs chromium")
+    sync = pytest.importorskip("playwright.sync_api")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+
+        def see(file):
+            "For each width and scheme: how far the page reaches, its colours, pictures that are empty or cut off, what it asked the network for."
+            for width, scheme in [(w, s) for w in (1280, 360) for s in ("light", "dark")]:
+                page, asked = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme), []
+                page.on("request", lambda r: asked.append(r.url) if not r.url.startswith(("file:", "data:")) else None)
+                page.goto(Path(file).as_uri())
+                seen = page.evaluate("""() => ({reach: document.scrollingElement.scrollWidth, paper: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color,
+                    figures: document.querySelectorAll('svg, img').length,
+                    bad: [...document.querySelectorAll('svg, img, table caption')].filter(e => { const b = e.getBoundingClientRect(); return e.checkVisibility() && (b.width < 20 || b.height < 8 || b.right > innerWidth + 1) }).map(e => e.outerHTML.slice(0, 80))})""")
+                page.close()
+                yield {"width": width, "scheme": scheme, "asked": asked} | seen
+
+        yield see
+        browser.close()
+
+
+def light_of(colour):
+    "How light a colour of a browser is, 0 to 1."
+    return sum(int(c) for c in re.findall(r"\d+", colour)[:3]) / 765
+
+
+@pytest.fixture
+def fits(look):
+    "Assert that a page fits, day and night, desk and telephone."
+    def check(file):
+        for seen in look(file):
+            assert seen["reach"] <= seen["width"] and seen["bad"] == [] and seen["asked"] == [], (str(file), seen)
+            day = seen["scheme"] == "light"
+            assert (light_of(seen["paper"]) > .9 and light_of(seen["ink"]) < .3) if day else (light_of(seen["paper"]) < .2 and light_of(seen["ink"]) > .8), seen
+    return check

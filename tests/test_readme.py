@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from widedeep_nb.run import readme_table
+from widedeep_nb.run import published, readme_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -14,7 +14,7 @@ RESULTS = sorted((ROOT / "results").glob("*.json"))
 
 def test_tables_are_those_of_results():
     block = re.search(r"<!-- figures -->\n(.*?)\n<!-- /figures -->", README, re.S)[1]
-    assert RESULTS and block == "\n\n".join(readme_table(json.loads(f.read_text())) for f in RESULTS)
+    assert RESULTS and block == "\n\n".join(map(readme_table, published(ROOT / "results").values()))
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)

@@ -42,6 +42,9 @@ def test_page_is_one_file_with_everything(report):
     assert not re.search(r"(?:/home|/root|/tmp)/\w+", re.sub(r"<details.*?</details>", "", page, flags=re.S))
 
 
+def test_page_fits_desk_and_telephone_by_day_and_by_night(report, fits): fits(report / "index.html")
+
+
 def test_every_figure_of_the_contract_is_there(report):
     records = pl.DataFrame(json.loads((report / "metrics.json").read_text()), infer_schema_length=None)
     assert set(records["model"]) == {"wide-deep", "wide-alone", "deep-alone", "wide-deep-as-reported", *GRIDS}

@@ -338,8 +338,8 @@ def test_datasets(capsys):
 # --- the site's filter and publishing
 
 def labelled(label="fig-a"):
-    data = {"text/html": f'<figure id="{label}"><svg>x</svg><figcaption>It "grows".</figcaption></figure>'}
-    return new_output("display_data", data, metadata={"widedeep": {"label": label, "caption": 'It "grows".', "alt": "A line."}})
+    data = {"text/html": f'<figure id="{label}"><svg>x</svg><figcaption>It "grows" by $2.</figcaption></figure>'}
+    return new_output("display_data", data, metadata={"widedeep": {"label": label, "caption": 'It "grows" by $2.', "alt": "A line."}})
 
 
 def test_site_filter_as_a_command():
@@ -350,10 +350,11 @@ def test_site_filter_as_a_command():
     done = subprocess.run([sys.executable, "-m", "widedeep_nb.run", "site-filter"], input=nbformat.writes(nb), capture_output=True, text=True, cwd=ROOT / "nbs")
     assert done.returncode == 0 and done.stderr == ""
     figure, two, three = json.loads(done.stdout)["cells"]
-    assert figure["source"] == ["#| label: fig-a\n", '#| fig-cap: "It \\"grows\\"."\n', '#| fig-alt: "A line."\n', "#| code-fold: true\n", "f()"]
-    assert len(figure["outputs"]) == 1 and "".join(figure["outputs"][0]["data"]["text/html"]) == "<svg>x</svg>"
-    assert two["source"][:2] == ["#| label: tbl-b\n", '#| tbl-cap: "All."\n'] and "".join(two["outputs"][0]["data"]["text/html"]) == '<div class="wd-table"><table class="wd"><tr></tr></table></div>'
-    assert three["source"] == ["h()"] and "figcaption" in "".join(three["outputs"][0]["data"]["text/html"])
+    assert figure["source"] == ["#| code-fold: true\n", "f()"] and [c["source"] for c in (two, three)] == [["g()"], ["h()"]]
+    texts = ["".join(o["data"]["text/markdown"]) for c in (figure, two, three) for o in c["outputs"]]
+    assert texts[0] == '::: {#fig-a}\n\n````{=html}\n<svg>x</svg>\n````\n\nIt "grows" by \\$2.\n\n:::\n'
+    assert '<div class="wd-table"><table class="wd"><tr></tr></table></div>' in texts[1] and texts[1].endswith("\n````\n\nAll.\n\n:::\n")
+    assert [t.splitlines()[0] for t in texts] == ["::: {#fig-a}", "::: {#tbl-b}", "::: {#fig-c}", "::: {#fig-d}"]  # several in one cell
 
 
 @pytest.mark.parametrize("path", REAL, ids=lambda p: p.stem)
@@ -364,19 +365,23 @@ def test_site_filter_leaves_no_directive_of_nbdev(path):
             assert isinstance(options, dict) and not set(options) & {"export", "eval", "hide", "default_exp"}
 
 
-def test_publish(nbs, tmp_path, capsys):
-    shutil.copy(ROOT / "settings.ini", tmp_path)
-    chapter(nbs, "02_third", "", new_code_cell("import sys\nprint('warned', file=sys.stderr)\nprint(out)\nobject()"))
-    before = {p.name: nbformat.read(p, 4) for p in nbs.glob("*.ipynb")}
-    out = tmp_path / "runs/mine"
-    log = tmp_path / "private" / "ratings.csv"
-    log.parent.mkdir()
-    log.write_text("user,item,rating,timestamp\n")
-    assert widedeep("run", "--out", out, "--notebooks", nbs, "--dataset", log) == 0
+def finished(nbs, out, *words):
+    "A run of the small chapters, with a figure and a log."
+    shutil.copy(ROOT / "settings.ini", nbs.parent)
+    assert widedeep("run", "--out", out, "--notebooks", nbs, *words) == 0
     run = Run(out)
     run.add_metrics(records(("popularity", None, .2, .1, .3)))
     run.write("interactions.parquet", pl.DataFrame({"user": ["a"], "item": ["b"], "timestamp": [None]}))
-    assert widedeep("publish", out, "--notebooks", nbs) == 0
+    return run
+
+
+def test_publish(nbs, tmp_path, capsys):
+    chapter(nbs, "02_third", "", new_code_cell("import sys\nprint('warned', file=sys.stderr)\nprint(out)\nobject()"))
+    nbformat.write(new_notebook(cells=[new_code_cell("from widedeep_nb.run import published\nprint([(n, r['metrics'][0]['value']) for n, r in published('../results').items()])")]), nbs / "discussion.ipynb")
+    nbformat.write(new_notebook(cells=[new_code_cell("n: int = 1  # a number", metadata={"tags": ["parameters"]}), new_code_cell("1 / 0")]), nbs / "driver.ipynb")
+    before = {p.name: nbformat.read(p, 4) for p in nbs.glob("*.ipynb")}
+    finished(nbs, tmp_path / "runs/mine", "--dataset", "demo?ratings=4000")
+    assert widedeep("publish", tmp_path / "runs/mine", "--notebooks", nbs) == 0
     for path in nbs.glob("*.ipynb"):
         after, old = nbformat.read(path, 4), before[path.name]
         assert [(c.id, c.source, c.metadata.get("tags")) for c in after.cells] == [(c.id, c.source, c.metadata.get("tags")) for c in old.cells]
@@ -384,13 +389,28 @@ def test_publish(nbs, tmp_path, capsys):
         assert str(tmp_path) not in path.read_text()
     shown = nbformat.read(nbs / "02_third.ipynb", 4).cells[-1].outputs
     assert shown[0].text == "runs/mine\n" and shown[1].data["text/plain"] == "<object>"
-    results = json.loads((tmp_path / "results/mine.json").read_text())
-    assert results["dataset"] == results["metrics"][0]["dataset"] == "ratings" and results["rows"] == 1 and results["metrics"][0]["value"] == .2
-    assert set(results["seconds"]) == {"00_first", "01_second", "02_third"} and {"protocol", "seed", "device", "versions"} < set(results) and str(tmp_path) not in json.dumps(results)
+    results = json.loads((tmp_path / "results/demo-strict.json").read_text())
+    assert results["dataset"] == results["metrics"][0]["dataset"] == "demo" and results["rows"] == 1 and results["metrics"][0]["value"] == .2
+    assert set(results["seconds"]) == {"00_first", "01_second", "02_third"} and {"protocol", "seed", "device", "versions", "log", "parts"} < set(results) and str(tmp_path) not in json.dumps(results)
+    assert nbformat.read(nbs / "discussion.ipynb", 4).cells[0].outputs[0].text == "[('demo-strict', 0.2)]\n"
+    assert nbformat.read(nbs / "driver.ipynb", 4).cells[1].outputs == []
     text = (nbs / "01_second.ipynb").read_text()
     (nbs / "01_second.ipynb").write_text(text.replace("as asked", "as you like"))
     capsys.readouterr()
-    assert widedeep("publish", out, "--notebooks", nbs) == 2 and "01_second has changed since the run" in capsys.readouterr().err
+    assert widedeep("publish", tmp_path / "runs/mine", "--notebooks", nbs) == 2 and "01_second has changed since the run" in capsys.readouterr().err
+
+
+def test_of_a_real_log_only_figures_are_published(nbs, tmp_path):
+    log = tmp_path / "private/ratings.csv"
+    log.parent.mkdir()
+    log.write_text("user,item,rating,timestamp\n")
+    run = finished(nbs, tmp_path / "runs/mine", "--dataset", log)
+    before = {p.name: p.read_text() for p in nbs.glob("*.ipynb")}
+    run.write("ingest.json", {"kept": 1, "notes": ["of user a"]})
+    assert widedeep("publish", run.folder, "--notebooks", nbs) == 0
+    assert [n for n, c in {p.name: nbformat.read(p, 4) for p in nbs.glob("*.ipynb")}.items() for c in c.cells if c.get("outputs")] == [] and set(before) == {p.name for p in nbs.glob("*.ipynb")}
+    text = (tmp_path / "results/ratings-strict.json").read_text()
+    assert json.loads(text)["log"]["kept"] == 1 and "of user a" not in text and str(tmp_path) not in text
 
 
 # --- the real notebooks

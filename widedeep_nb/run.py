@@ -9,9 +9,10 @@ __all__ = ['READERS', 'HIDDEN', 'OPTION', 'FOLDED', 'OUTSIDE', 'MAIN', 'HYBRIDS'
            'place_of', 'usual_protocol', 'Plan', 'plan_run', 'steps_of', 'read_log', 'move_in', 'clean', 'opened',
            'mark_of', 'is_done', 'ChapterFailed', 'explain', 'run_chapter', 'run_report', 'shown_cells', 'formula',
            'address', 'PageText', 'PageExporter', 'fold_together', 'body_of', 'test_figures', 'surely', 'advice',
-           'join', 'verdict', 'winners', 'who_wins', 'facts', 'title_of', 'style', 'page', 'write_page', 'site_filter',
-           'with_outputs', 'results_of', 'compact', 'readme_table', 'rewrite_readme', 'between', 'publish',
-           'load_model', 'read_basket', 'most_taken', 'rows_of', 'as_history', 'suggest', 'bench', 'cli', 'run_command',
+           'join', 'verdict', 'winners', 'who_wins', 'facts', 'title_of', 'style', 'page', 'write_page', 'as_div',
+           'site_filter', 'with_outputs', 'results_of', 'compact', 'published', 'figures_of', 'readme_table',
+           'rewrite_readme', 'between', 'pages_in', 'execute_pages', 'chapters_with_outputs', 'publish', 'load_model',
+           'read_basket', 'most_taken', 'rows_of', 'as_history', 'suggest', 'bench', 'cli', 'run_command',
            'existing_run', 'datasets_command', 'recommend_command', 'bench_command', 'publish_command',
            'site_filter_command', 'main']
 
@@ -28,6 +29,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import tokenize
 from contextlib import contextmanager
@@ -58,7 +60,7 @@ from pygments.formatters import HtmlFormatter
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import widedeep_nb
-from .core import COLORS, PROTOCOLS, Problem, Recommender, Run, as_svg, load_recommender, lot, one_of, open_run, pick_device, say, top_k, use_theme, versions, written_whole, bare_name, codes_of, History
+from .core import COLORS, METRICS, PROTOCOLS, Problem, Recommender, Run, as_svg, load_recommender, lot, one_of, open_run, pick_device, say, top_k, use_theme, versions, written_whole, bare_name, codes_of, History
 from .evaluation import told
 from .preprocessing import in_order, preprocess, rows_that_count
 from .baselines import ABLATIONS, dots, overall
@@ -642,7 +644,7 @@ nav ol{list-style:none;margin:0;padding:0;display:flex;flex-wrap:wrap;gap:.15rem
 nav{padding:.6rem 0;border-bottom:1px solid var(--line)} h1,h2,h3,h4{line-height:1.25;margin:2.2em 0 .6em} h1{font-size:1.9rem;margin-top:1.2em} h2{font-size:1.55rem} h3{font-size:1.2rem} h4{font-size:1.02rem}
 section{border-top:1px solid var(--line);margin-top:3.5rem} section .cell:first-child h2{margin-top:1.2em} blockquote{margin:0 0 1em;color:var(--quiet);font-size:1.05rem}
 dl{display:flex;flex-wrap:wrap;gap:.5rem 1.6rem;margin:1rem 0} dt{font-size:.8rem;color:var(--quiet)} dd{margin:0;font-weight:600} .verdict{font-size:1.15rem;border-left:4px solid var(--link);padding-left:.9rem}
-figure{margin:1.4rem 0} figure svg,img{display:block;max-width:100%;height:auto} figcaption,caption{color:var(--quiet);font-size:.9rem;text-align:left;padding:.4rem 0}
+figure{margin:1.4rem 0} figure svg,img{display:block;max-width:100%;height:auto} figcaption,caption{color:var(--quiet);font-size:.9rem;text-align:left;padding:.4rem 0} caption{position:sticky;left:0;max-width:calc(100vw - 2rem)}
 pre{background:var(--tint);padding:.7rem .9rem;overflow-x:auto;border-radius:4px;font-size:.82rem;line-height:1.45;margin:.5rem 0} code{font-size:.9em} .output_area pre{background:none;border-left:3px solid var(--line)}
 pre.error{border-left:3px solid var(--alarm);color:var(--alarm);white-space:pre-wrap} details.code summary{color:var(--quiet);font-size:.8rem;cursor:pointer} .output_html,.rendered_html,.wd-table{overflow-x:auto;max-width:100%}
 table{border-collapse:collapse;font-size:.87rem;font-variant-numeric:tabular-nums;border:0} .wd-table table{min-width:min(100%,26rem)} th,td{border:0;padding:.3rem .7rem .3rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top} math[display=block]{overflow-x:auto;overflow-y:hidden;margin:1rem 0}
@@ -681,20 +683,25 @@ def write_page(
     with written_whole(run.folder / "index.html") as p: p.write_text(page(run))
     return run.folder / "index.html"
 
-# %% ../nbs/17_run.ipynb #e9d568e6
+# %% ../nbs/17_run.ipynb #fbc1f924
+def as_div(
+    output: nbformat.NotebookNode,  # of `show_figure` or `show_table`
+) -> nbformat.NotebookNode:  # the same in Markdown
+    "A labelled output as Quarto's cross-reference div."
+    about = output.metadata["widedeep"]
+    bare = re.sub(rf"</?figure[^>]*>|<(figcaption|caption)>.*?</\1>| id=\"{about['label']}\"", "", output.data["text/html"], flags=re.S)
+    caption = re.sub(r"([\\`*_{}\[\]<>#|~^$@])", r"\\\1", about["caption"])
+    text = f"::: {{#{about['label']}}}\n\n````{{=html}}\n{bare}\n````\n\n{caption}\n\n:::\n"
+    return nbformat.v4.new_output("display_data", {"text/markdown": text}, metadata={"widedeep": about})
+
+
 def site_filter(
     nb: nbformat.NotebookNode,  # as it lies in nbs/
 ) -> nbformat.NotebookNode:  # as Quarto wants it
     "A notebook in Quarto's terms."
     nb.cells = shown_cells(nb, options=True)
     for cell in nb.cells:
-        labelled = [o for o in cell.get("outputs", []) if "widedeep" in o.get("metadata", {})]
-        if len(labelled) != 1: continue  # Quarto labels cells, not outputs: several keep their own captions
-        about, data = labelled[0].metadata["widedeep"], labelled[0].data
-        kind = about["label"].split("-")[0]
-        options = {"label": about["label"], f"{kind}-cap": about["caption"]} | ({"fig-alt": about["alt"]} if "alt" in about else {})
-        cell.source = "".join(f"#| {k}: {v if k == 'label' else json.dumps(v, ensure_ascii=False)}\n" for k, v in options.items()) + cell.source
-        data["text/html"] = re.sub(rf"</?figure[^>]*>|<(figcaption|caption)>.*?</\1>| id=\"{about['label']}\"", "", data["text/html"], flags=re.S)
+        if cell.cell_type == "code": cell.outputs = [as_div(o) if "widedeep" in o.get("metadata", {}) else o for o in cell.outputs]
     return nb
 
 # %% ../nbs/17_run.ipynb #fcdc6dbc
@@ -722,8 +729,11 @@ def results_of(
 ) -> dict:  # for results/NAME.json
     "The main figures of a run, over all its seeds and windows, and what they were computed with."
     about, log = run.about, run.folder / "interactions.parquet"
+    said = {name: run.read(f"{name}.json") if (run.folder / f"{name}.json").exists() else {} for name in ("ingest", "eda", "preprocessing")}
+    of_log = {k: said["ingest"].get(k) for k in ("rows_read", "kept", "users", "items", "dropped", "first", "last", "has_stars")}
     figures = overall(run.metrics().filter(pl.col("metric").is_in(PUBLISHED))).with_columns(dataset=pl.lit(run.data_name))
     return {"dataset": run.data_name, "rows": pl.scan_parquet(log).select(pl.len()).collect().item() if log.exists() else None} | {k: about[k] for k in ("protocol", "seed", "device", "versions")} | {
+        "log": of_log, "summary": said["eda"].get("summary", {}), "parts": said["preprocessing"].get("parts", []),
         "seconds": {stem: c["seconds"] for stem, c in sorted(about["chapters"].items())}, "metrics": figures.to_dicts()}
 
 
@@ -734,6 +744,25 @@ def compact(
     records = ",\n".join("  " + json.dumps(r) for r in results["metrics"])
     head = json.dumps(results | {"metrics": []}, indent=1)
     return head.replace('"metrics": []', f'"metrics": [\n{records}\n ]') + "\n"
+
+# %% ../nbs/17_run.ipynb #af4dc5d6
+def published(
+    folder: Path,  # results/ of a checkout
+) -> dict:  # name of the file -> results; real logs first, the demo last
+    "The figures of all published runs."
+    return {f.stem: json.loads(f.read_text()) for f in sorted(Path(folder).glob("*.json"), key=lambda f: (f.stem.startswith("demo"), f.stem))}
+
+
+def figures_of(
+    results: dict,  # of one run
+    metric: str,  # one of `PUBLISHED`
+    users: str = "all",  # or warm or cold
+    items: str = "all",  # or warm or new
+) -> pl.DataFrame:  # as `test_figures`: best first
+    "One metric of a published run, for one group."
+    picked = dict(metric=metric, split="test", users=users, items=items, relevant="any")
+    found = overall(pl.DataFrame(results["metrics"], schema=METRICS).filter([pl.col(c) == v for c, v in picked.items()]))
+    return found.filter(pl.col("value").is_finite()).sort("value", descending=metric not in ("RMSE", "MAE", "Gini@20"))
 
 # %% ../nbs/17_run.ipynb #e0e4e959
 def readme_table(
@@ -758,9 +787,9 @@ def rewrite_readme(
     "Write tables and pictures of all published runs between the README's marks."
     readme = results.parent / "README.md"
     if not readme.exists(): return
-    files = sorted(results.glob("*.json"))
-    text = between(readme.read_text(), "figures", "\n\n".join(readme_table(json.loads(f.read_text())) for f in files))
-    pictures = sorted(p for f in files for p in results.glob(f"{f.stem}-*.png") if not f.stem.startswith("demo"))
+    runs = published(results)
+    text = between(readme.read_text(), "figures", "\n\n".join(map(readme_table, runs.values())))
+    pictures = sorted(p for name in runs for p in results.glob(f"{name}-ra*.png") if not name.startswith("demo"))
     text = between(text, "picture", "\n".join(f'<img src="results/{p.name}" width="49%" alt="Models with 95 % intervals, {p.stem.replace("-", " ")}; the same figures stand in the table below.">' for p in pictures))
     with written_whole(readme) as p: p.write_text(text)
 
@@ -773,26 +802,54 @@ def between(
     "Replace what stands between two marks."
     return re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}{new}\n{m[2]}", text, flags=re.S)
 
+# %% ../nbs/17_run.ipynb #031367af
+def pages_in(
+    folder: Path,  # of notebooks
+) -> list:  # their paths
+    "The pages that are made from published figures."
+    return [p for p in sorted(Path(folder).glob("[!0-9]*.ipynb")) if not read_parameters(p)]
+
+
+def execute_pages(
+    notebooks: Path,  # nbs/ of the checkout; results/ lies beside it
+):
+    "Make the pages anew from results/, their outputs with them."
+    with tempfile.TemporaryDirectory() as folder:
+        for path in pages_in(notebooks):
+            if error := execute(path, Path(folder) / path.name, {}): raise explain(error, path)
+            made = with_outputs(nbformat.read(path, 4), nbformat.read(Path(folder) / path.name, 4), Path(folder))
+            with written_whole(path) as p: nbformat.write(made, p)
+
 # %% ../nbs/17_run.ipynb #85db4d9e
+def chapters_with_outputs(
+    run: Run,  # whose chapters are done
+    notebooks: Path,  # nbs/ of the checkout
+) -> dict:  # path -> notebook to write there; nothing, where the log is not the demo's
+    "The chapters as they are to be published."
+    done, ready = [stem for stem, c in sorted(run.about["chapters"].items()) if c["status"] == "done"], {}
+    if not done: raise Problem(f"{run.folder} has no finished chapter to publish; run it first")
+    if run.about["dataset"].split("?")[0] != "demo": return ready
+    for path in (Path(notebooks) / f"{stem}.ipynb" for stem in done):
+        try: ready[path] = with_outputs(nbformat.read(path, 4), nbformat.read(run.folder / "notebooks" / path.name, 4), run.folder)
+        except (Problem, FileNotFoundError) as e: raise Problem(f"chapter {path.stem} {e if isinstance(e, Problem) else 'is missing'}") from None
+    return ready
+
+
 def publish(
     run: Run,  # whose chapters are done
     notebooks: Path,  # nbs/ of the checkout; results/ lies beside it
 ) -> Path:  # the file of figures
-    "Put a run's outputs into the notebooks and its figures into results/."
-    done = [stem for stem, c in sorted(run.about["chapters"].items()) if c["status"] == "done"]
-    if not done: raise Problem(f"{run.folder} has no finished chapter to publish; run it first")
-    ready, target = {}, Path(notebooks).parent / "results" / f"{run.folder.name}.json"
-    for path in (Path(notebooks) / f"{stem}.ipynb" for stem in done):
-        try: ready[path] = with_outputs(nbformat.read(path, 4), nbformat.read(run.folder / "notebooks" / path.name, 4), run.folder)
-        except (Problem, FileNotFoundError) as e: raise Problem(f"chapter {path.stem} {e if isinstance(e, Problem) else 'is missing'}") from None
+    "Put a run's figures into results/ and what quotes them, and, of a run on the demo shop, its outputs into the notebooks."
+    ready, target = chapters_with_outputs(run, notebooks), Path(notebooks).parent / "results" / f"{run.data_name}-{run.protocol.name}.json"
     for path, nb in ready.items():
         with written_whole(path) as p: nbformat.write(nb, p)
-    subprocess.run([sys.executable, "-c", "from nbdev.clean import nbdev_clean; nbdev_clean()"], cwd=Path(notebooks).parent, check=True)
     with written_whole(target) as p: p.write_text(compact(results_of(run)))
     for task, fig in winners(run):
         with written_whole(target.with_name(f"{target.stem}-{task}.png")) as p: fig.savefig(p, dpi=200, facecolor="white", bbox_inches="tight")
         plt.close(fig)
     rewrite_readme(target.parent)
+    execute_pages(notebooks)
+    subprocess.run([sys.executable, "-c", "from nbdev.clean import nbdev_clean; nbdev_clean()"], cwd=Path(notebooks).parent, check=True)
     return target
 
 # %% ../nbs/17_run.ipynb #83932e13
@@ -956,8 +1013,8 @@ def bench_command(as_json):
 @click.argument("folder", metavar="RUN")
 @click.option("--notebooks", default="", hidden=True)
 def publish_command(folder, notebooks):
-    "Put the outputs of RUN into nbs/ and its figures into results/."
-    click.echo(f"{publish(existing_run(folder), Path(notebooks or find_notebooks()))} and the notebooks are written")
+    "Put the figures of RUN into results/ and, of a run on the demo shop, its outputs into nbs/."
+    click.echo(f"{publish(existing_run(folder), Path(notebooks or find_notebooks()))} is written, and what quotes it")
 
 
 @cli.command("site-filter", hidden=True)
