@@ -24,7 +24,7 @@ from torch import nn
 from .baselines import on_test
 from .core import COLORS, PROTOCOLS, History, Problem, Recommender, Run, Split, as_codes, enough, lot, make_recommender, pick_device, register, step
 from .evaluation import Question, best_lists, bootstrap, by_seed_and_cut, hits_of, paired, precision, rate_rows, recall, summarise
-from .preprocessing import known_shares, prepare, preprocess, rows_that_count
+from .preprocessing import prepare, preprocess, rows_that_count
 from .training import PlainWideDeep
 
 # %% ../nbs/19_original.ipynb #7309a7a3
@@ -406,7 +406,6 @@ def autopsy(
     run.write("original.json", {
         "stars": True, "timed": rows["timestamp"].null_count() < len(rows), "asked": least, "least": used, "seeds": seeds,
         "counts": {name: sizes(reading(rows, used)) for name, reading in READINGS.items()}, "train": len(first.train), "test": len(first.test), "batch": AsReported.batch_size,
-        "known": known_shares(first).filter(part="test").drop("part").to_dicts()[0],
         "offset": {name: [float(m.net.offset) for m in models] for name, models in done.models.items()}, "mean stars": float(first.train["rating"].mean()), "rate": AsReported.lr,
         "losses": [row | {"seed": m.seed} for m in done.models["as printed"] for row in m.curve],
         "epochs": done.epochs | {"on the test part": [best_epoch(m) for m in done.models["as printed"]]},
