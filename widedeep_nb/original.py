@@ -24,7 +24,7 @@ from torch import nn
 from .baselines import on_test
 from .core import COLORS, PROTOCOLS, History, Problem, Recommender, Run, Split, as_codes, enough, lot, make_recommender, pick_device, register, step
 from .evaluation import Question, best_lists, bootstrap, by_seed_and_cut, hits_of, paired, precision, rate_rows, recall, summarise
-from .preprocessing import known_shares, prepare, preprocess, rows_that_count
+from .preprocessing import prepare, preprocess, rows_that_count
 from .training import PlainWideDeep
 
 # %% ../nbs/19_original.ipynb #7309a7a3
@@ -48,7 +48,7 @@ def recipe_start(
     net.offset.data += offset_start
     return net
 
-
+# %% ../nbs/19_original.ipynb #41c8be50
 def recipe_epoch(
     net: PlainWideDeep,  # being trained
     optimiser: torch.optim.Optimizer,  # of its weights
@@ -104,7 +104,7 @@ class AsReported(Recommender):
             self.watched.append(predicted.cpu())
             if seen is None or seen < best: best, self.kept = seen or 0, deepcopy(self.net.state_dict())
 
-# %% ../nbs/19_original.ipynb #31735217
+# %% ../nbs/19_original.ipynb #56d7f294
 @torch.no_grad()
 def predict_unclipped(
     self: AsReported,  # fitted
@@ -116,7 +116,7 @@ def predict_unclipped(
     stars = self._predict(as_codes(users), as_codes(items), history)
     return stars.clamp(*self.stars) if self.clip else stars
 
-
+# %% ../nbs/19_original.ipynb #31735217
 def _predict(self, users, items, history): return self.net(*self._rows(users, items))
 
 
@@ -145,7 +145,7 @@ def at_best(
     other.net.load_state_dict(self.kept)
     return other
 
-
+# %% ../nbs/19_original.ipynb #0b7295b8
 def _state(self): return {f"net.{k}": v for k, v in self.net.state_dict().items()}
 
 
@@ -168,7 +168,7 @@ def users_then_items(
 
 READINGS = {"both counted on the raw log": lambda rows, least: rows.filter(enough(least, least)), "users first, then items": users_then_items}
 
-
+# %% ../nbs/19_original.ipynb #04707004
 def sizes(rows: pl.DataFrame) -> dict:
     "What a filter leaves."
     return {"rows": len(rows), "users": rows["user"].n_unique(), "items": rows["item"].n_unique()}
@@ -185,7 +185,7 @@ def threshold(
     fits = lambda least: all(sizes(reading(rows, least))[what] >= n for reading in READINGS.values() for what, n in ENOUGH.items())
     return next((least for least in (asked, 10, 5, 2) if least <= asked and fits(least)), 1)
 
-
+# %% ../nbs/19_original.ipynb #a01962f3
 def nearest_reading(
     counts: dict,  # reading: rows, users, items
 ) -> str:  # the reading whose counts are nearest to those reported, by the sum of absolute logarithms of their ratios
@@ -204,7 +204,7 @@ def in_set_order(
     walk = torch.tensor([list(set(row)) for row in labels.tolist()])  # nobody knows this order but Python
     return (walk[:, :, None] == labels[:, None, :]).long().argmax(2)
 
-
+# %% ../nbs/19_original.ipynb #f4666c22
 DIVISORS = {"min(K, relevant)": lambda hits, relevant: relevant.clamp(1, hits.shape[1]), "relevant": lambda hits, relevant: relevant.clamp(min=1),
             "hits": lambda hits, relevant: hits.sum(1).clamp(min=1)}
 
@@ -218,7 +218,7 @@ def average_precision_over(
     at = hits.double().cumsum(1) / torch.arange(1, hits.shape[1] + 1)
     return (at * hits).sum(1) / DIVISORS[divisor](hits, relevant)
 
-# %% ../nbs/19_original.ipynb #7cdb89cf
+# %% ../nbs/19_original.ipynb #62dc1798
 STARTS = {"as printed": {}, "biases start at 0": {"bias_start": 0.}, "+ offset starts at the mean": {"bias_start": 0., "offset_at_mean": True},
           "+ embeddings start near 0": {"bias_start": 0., "offset_at_mean": True, "embedding_start": .01}}
 MENDED = "+ embeddings start near 0"
@@ -230,7 +230,7 @@ def watching(
     "What the original takes for validation."
     return replace(split, val=split.test)
 
-
+# %% ../nbs/19_original.ipynb #f2710852
 def honest_epochs(
     split: Split,  # its training rows are read, no others
     **params,  # of AsReported
@@ -240,7 +240,7 @@ def honest_epochs(
     curve = AsReported(**params).fit(replace(split, train=split.train[:n], val=split.train[n:])).curve
     return 1 + int(np.argmin([row["watched"] for row in curve]))
 
-
+# %% ../nbs/19_original.ipynb #7cdb89cf
 @dataclass
 class Trained:
     "All that is trained: lists over the random starts."
@@ -285,7 +285,7 @@ def best_epoch(
     "The epoch that did best on what it watched."
     return 1 + int(np.argmin([row["watched"] for row in model.curve]))
 
-
+# %% ../nbs/19_original.ipynb #253cd858
 def star_figures(
     arms: dict,  # from `star_arms`
 ) -> tuple:  # RMSE by arm and group of rows; differences of each arm to the recipe as printed, on the same rows
@@ -310,7 +310,7 @@ def every_item(
         right = right.filter(pl.col("user").is_in(users.implode()))
     return Question(as_codes(users), lot(split.items["item"]), right, History.of(split.train, len(split.users)), {})
 
-
+# %% ../nbs/19_original.ipynb #6b9af8b9
 def list_figures(
     models: list,  # one a random start
     split: Split,  # that they were fitted on
@@ -349,7 +349,7 @@ def told_of(
     "A figure with its interval, as a record."
     return {"arm": arm, "metric": metric} | {k: float(v[0]) for k, v in zip(("value", "lo", "hi"), bootstrap(values))} | {"n": values.shape[1]}
 
-
+# %% ../nbs/19_original.ipynb #a2b8c8e9
 def list_arms(
     trained: Trained,  # trained
     most: int = 0,  # how many people are asked about at most, drawn by lot; 0: all
@@ -374,7 +374,7 @@ def as_reported_split(
     rows = READINGS[reading](rows_that_count(log).drop("part", strict=False), least)
     return prepare(rows, replace(PROTOCOLS["as-reported"], min_user=0, min_item=0), items, users)
 
-
+# %% ../nbs/19_original.ipynb #1cb4fcfb
 def second_reading(
     split: Split,  # of the other reading of the filter
     seeds: range,  # random starts
@@ -406,7 +406,6 @@ def autopsy(
     run.write("original.json", {
         "stars": True, "timed": rows["timestamp"].null_count() < len(rows), "asked": least, "least": used, "seeds": seeds,
         "counts": {name: sizes(reading(rows, used)) for name, reading in READINGS.items()}, "train": len(first.train), "test": len(first.test), "batch": AsReported.batch_size,
-        "known": known_shares(first).filter(part="test").drop("part").to_dicts()[0],
         "offset": {name: [float(m.net.offset) for m in models] for name, models in done.models.items()}, "mean stars": float(first.train["rating"].mean()), "rate": AsReported.lr,
         "losses": [row | {"seed": m.seed} for m in done.models["as printed"] for row in m.curve],
         "epochs": done.epochs | {"on the test part": [best_epoch(m) for m in done.models["as printed"]]},
