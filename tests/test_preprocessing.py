@@ -148,6 +148,17 @@ def test_codes_begin_with_the_known(made):
         if again.train["timestamp"].null_count() == 0 and protocol.cut == "time": assert again.train["timestamp"].is_sorted()
 
 
+@pytest.mark.parametrize("name, parts", {"strict": [(1600, 200, 200)], "filtered-first": [(1600, 200, 200)], "as-reported": [(1800, 0, 200)], "leave-one-out": [(1960, 20, 20)],
+                                         "rolling": [(1000, 200, 200), (1200, 200, 200), (1400, 200, 200), (1600, 200, 200)], "given": [(1000, 600, 400)]}.items())
+def test_sizes_of_the_parts_by_hand(name, parts):
+    "2,000 rows of 20 users on 10 items, none too rare for any filter."
+    row = pl.int_range(2000, eager=True)
+    log = as_interactions(pl.DataFrame({"user": "u" + (row % 20).cast(pl.String), "item": "i" + (row // 7 % 10).cast(pl.String), "rating": row % 5 + 1, "timestamp": row * 10**8,
+                                        "part": ["train"] * 1000 + ["val"] * 600 + ["test"] * 400}))
+    splits = prepare(log, name)
+    assert [tuple(len(getattr(s, p)) for p in PARTS) for s in (splits if isinstance(splits, list) else [splits])] == parts
+
+
 def test_each_window_has_its_own_filter():
     "An early window that is too sparse for the filter does not switch it off for the later ones."
     log = pl.concat([random_log(400).with_columns(user=pl.format("{}x{}", "user", pl.int_range(pl.len()))), random_log(2000, users=10).with_columns(timestamp=pl.col("timestamp") + pl.duration(days=4000))])
