@@ -785,7 +785,7 @@ def at_what_cost(
     "Quality against seconds; named are the best, the quickest that is about as good, and the hybrid."
     rows, middle = rows.sort("seconds"), (rows["seconds"].min() * rows["seconds"].max()) ** .5
     best, quick, named = rows.sort("value").row(-1, named=True), worth(rows), {}
-    for model, side in ((quick, -9), (best["model"], 9), ("wide-deep", 9)): named[model] = side
+    for model, side in ((quick, -9), (best["model"], 9), ("wide-deep", -11)): named[model] = side
     fig, ax = plt.subplots(figsize=(5.2, 3.2))
     for model, value, lo, hi, seconds in rows.select("model", "value", "lo", "hi", "seconds").rows():
         colour, left = shown_in(model), seconds > middle
@@ -861,7 +861,7 @@ def heat(
     for row, column in zip(*np.nonzero(~np.isnan(grid))):
         value = grid[row, column]
         # nearly the ink, but not the ink: on a dark page it must stay dark, for the squares stay light
-        ax.text(column + .5, row - .5, f"{value:+.2f}", ha="center", va="center", color="#ffffff" if value < -.6 else "#1f2934")
+        ax.text(column + .5, row - .5, f"{value:+.2f}", ha="center", va="center", color="#ffffff" if value < -.8 else "#1f2934")
     n = len(names) - 1
     ax.set(xticks=np.arange(n) + .5, xticklabels=names[:-1], yticks=np.arange(n) + .5, yticklabels=names[1:], ylim=(n, 0))
     ax.tick_params(length=0)
