@@ -2,6 +2,7 @@
 import ast
 import json
 import re
+import shutil
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -201,6 +202,24 @@ def test_result_pages_say_what_results_say(path, tmp_path):
     assert execute(path, tmp_path / path.name, {}) is None
     said = lambda p: [(o.data.get("text/markdown") or o.data.get("text/plain")) for o in outputs(p) if "data" in o]
     assert said(tmp_path / path.name) == said(path)
+
+
+@pytest.mark.long
+@each(RESULT_PAGES)
+def test_result_pages_hold_for_other_runs_too(path, tmp_path):
+    "A log without stars, times and strangers, and one log under two protocols."
+    runs = {f.stem: json.loads(f.read_text()) for f in (ROOT / "results").glob("*.json")}
+    bare = json.loads(json.dumps(runs["demo-strict"])) | {"dataset": "bare", "protocol": "given"}
+    bare["log"] |= {"has_stars": False, "first": None, "last": None}
+    bare["summary"] |= dict.fromkeys(["first", "last", "stars_mean", "stars_sd", "new_user", "new_item", "new_either"])
+    bare["metrics"] = [r for r in bare["metrics"] if r["task"] == "ranking" and r["users"] != "cold"]
+    runs |= {"bare-given": bare, "demo-rolling": runs["demo-strict"] | {"protocol": "rolling"}}
+    for folder in ("nbs", "results"): (tmp_path / folder).mkdir()
+    for stem, run in runs.items(): (tmp_path / "results" / f"{stem}.json").write_text(json.dumps(run))
+    shutil.copy(path, tmp_path / "nbs")
+    assert execute(tmp_path / "nbs" / path.name, tmp_path / "done.ipynb", {}) is None
+    labels = [o.metadata.widedeep.label for o in outputs(tmp_path / "done.ipynb") if "widedeep" in o.get("metadata", {})]
+    assert labels and len(labels) == len(set(labels)) and set(re.findall(r"@((?:fig|tbl)-[\w-]*\w)", markdown(tmp_path / "done.ipynb"))) <= set(labels)
 
 
 def test_result_pages_fit_desk_and_telephone(tmp_path, fits):

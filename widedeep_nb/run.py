@@ -748,9 +748,11 @@ def compact(
 # %% ../nbs/17_run.ipynb #af4dc5d6
 def published(
     folder: Path,  # results/ of a checkout
-) -> dict:  # name of the file -> results; real logs first, the demo last
+) -> dict:  # name of the file -> results; real logs first, the demo last; `name` tells several runs on one log apart
     "The figures of all published runs."
-    return {f.stem: json.loads(f.read_text()) for f in sorted(Path(folder).glob("*.json"), key=lambda f: (f.stem.startswith("demo"), f.stem))}
+    runs = {f.stem: json.loads(f.read_text()) for f in sorted(Path(folder).glob("*.json"), key=lambda f: (f.stem.startswith("demo"), f.stem))}
+    logs = [r["dataset"] for r in runs.values()]
+    return {n: r | {"name": r["dataset"] + f" {r['protocol']}" * (logs.count(r["dataset"]) > 1)} for n, r in runs.items()}
 
 
 def figures_of(
