@@ -731,7 +731,7 @@ def results_of(
     about, log = run.about, run.folder / "interactions.parquet"
     said = {name: run.read(f"{name}.json") if (run.folder / f"{name}.json").exists() else {} for name in ("ingest", "eda", "preprocessing")}
     of_log = {k: said["ingest"].get(k) for k in ("rows_read", "kept", "users", "items", "dropped", "first", "last", "has_stars")}
-    figures = overall(run.metrics().filter(pl.col("metric").is_in(PUBLISHED))).with_columns(dataset=pl.lit(run.data_name))
+    figures = overall(run.metrics().filter(pl.col("metric").is_in(PUBLISHED), protocol=run.protocol.name)).with_columns(dataset=pl.lit(run.data_name))
     return {"dataset": run.data_name, "rows": pl.scan_parquet(log).select(pl.len()).collect().item() if log.exists() else None} | {k: about[k] for k in ("protocol", "seed", "device", "versions")} | {
         "log": of_log, "summary": said["eda"].get("summary", {}), "parts": said["preprocessing"].get("parts", []),
         "seconds": {stem: c["seconds"] for stem, c in sorted(about["chapters"].items())}, "metrics": figures.to_dicts()}
