@@ -42,12 +42,12 @@ CASES = {
     "no item": ("log.csv", lambda d: csv(SOUND.rename({"item": "colour"})), [], "no column for the item"),
     "mostly bad": ("log.csv", lambda d: csv(SOUND.with_columns(pl.lit("much").alias("rating"))), [], "rows"),
     "one user": ("log.csv", lambda d: csv(SOUND.with_columns(pl.lit("me").alias("user")).unique("item", maintain_order=True)), [], "user"),
-    "a filter that leaves nothing": ("log.csv", lambda d: csv(SOUND.head(60)), ["--protocol", "filtered-first"], "leaves"),
+    "a filter that leaves nothing": ("log.csv", lambda d: csv(SOUND.head(60)), ["--protocol", "filtered-first"], "none of 57 rows"),
     "no parts": ("log.csv", lambda d: csv(SOUND), ["--protocol", "given"], "train.*"),
     "cut off Parquet": ("log.parquet", lambda d: parquet(d)[:-40], [], "log.parquet"),
     "Parquet of noise": ("log.parquet", lambda d: parquet(d)[:100] + os.urandom(4000) + parquet(d)[-300:], [], "log.parquet"),
     "cut off gzip": ("log.csv.gz", lambda d: __import__("gzip").compress(csv(SOUND))[:-200], [], "log.csv.gz"),
-    "no gzip at all": ("log.csv.gz", lambda d: csv(SOUND), [], "log.csv.gz"),
+    "noise in gzip's clothes": ("log.csv.gz", lambda d: b"\x1f\x8b\x08" + os.urandom(3000), [], "log.csv.gz"),
     "a database": ("log.csv", lambda d: b"SQLite format 3\0" + bytes(4000), [], "log.csv"),
 }
 

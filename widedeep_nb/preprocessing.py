@@ -132,6 +132,8 @@ def prepare(
     "From a log to training, validation and test parts."
     protocol = protocol if isinstance(protocol, Protocol) else PROTOCOLS[one_of(protocol, PROTOCOLS, "protocol")]
     counted = rows_that_count(interactions)
+    for side in ("user", "item"):
+        if counted[side].n_unique() == 1 < len(counted): raise Problem(f"all {len(counted):,} rows are of one {side}, '{counted[side][0]}'; a recommender needs several to learn from")
     rows = filtered(in_order(counted if protocol.cut == "given" else placed(counted)), protocol)
     if len(counted) and not len(rows):
         raise Problem(f"none of {len(counted):,} rows has a user with {protocol.min_user} ratings and an item with {protocol.min_item}, as protocol '{protocol.name}' asks; 'strict' does without a filter where a log is sparse")

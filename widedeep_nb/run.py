@@ -65,7 +65,7 @@ from .evaluation import told
 from .preprocessing import in_order, preprocess, rows_that_count
 from .baselines import ABLATIONS, dots, overall
 from .training import our_epoch, plain_epoch
-from .data import DATASETS, datasets
+from .data import DATASETS, datasets, fingerprint
 
 # %% ../nbs/17_run.ipynb #fe745034
 def find_notebooks() -> Path:  # the folder nbs/ of a checkout
@@ -329,9 +329,9 @@ def opened(
         keep = lambda entries: entries if plan.resume else {} if plan.everything else {k: v for k, v in entries.items() if k not in own}
         about = run.about | plan.settings | {"versions": versions(), "device": pick_device().type}
         about |= {name: keep(about[name]) for name in ("steps", "chapters")}
-        beside = None
+        beside, same = None, fingerprint(about["dataset"]) in (None, about.get("data", {}).get("sha256"))
         try:
-            if plan.has_log and not preprocess.is_done(about): beside = read_log(run, plan.settings)
+            if plan.has_log and not (same and preprocess.is_done(about)): beside = read_log(run, plan.settings)
         except Problem:
             shutil.rmtree(run.folder if new else run.folder / ".new")
             raise
