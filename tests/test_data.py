@@ -1,16 +1,13 @@
 "A name or a path becomes a validated log: readers, reasons, sources, names, the step."
 import gzip
 import hashlib
-import http.server
 import json
 import os
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 import types
-from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -19,7 +16,7 @@ import pytest
 
 from widedeep_nb import data
 from widedeep_nb.core import Problem, Run
-from widedeep_nb.data import DATASETS, FAULTS, SET_ASIDE, Dataset, datasets, draw_ingest, ingest, load, scale_of
+from widedeep_nb.data import FAULTS, SET_ASIDE, datasets, draw_ingest, ingest, load, scale_of
 
 SHARED = Path(os.environ.get("WIDEDEEP_SHARED") or Path(__file__).parents[2] / "shared") / "data"
 T = 1_365_811_200  # a second of 2013
@@ -285,33 +282,6 @@ def test_demo_is_the_same_each_time_and_takes_options(demo):
 def test_known_names_are_listed():
     assert datasets()["name"].to_list() == ["demo", "electronics-2014", "electronics-2023"] and datasets()["here"][0]
     with pytest.raises(Problem, match="known: demo, electronics-2014, electronics-2023"): load("electronics")
-
-
-@pytest.fixture
-def served(tmp_path, monkeypatch):
-    "A folder served on this machine, and an empty cache."
-    (tmp_path / "www").mkdir()
-    handler = partial(type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None}), directory=tmp_path / "www")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("WIDEDEEP_CACHE", str(tmp_path / "cache"))
-    yield tmp_path / "www", f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown(); server.server_close()
-
-
-def test_download_checks_caches_and_falls_back(served, monkeypatch):
-    www, address = served
-    path = log_csv(www / "ratings.csv", GOOD)
-    right = hashlib.sha256(path.read_bytes()).hexdigest()
-    toy = Dataset("toy", 20, "none", None, (address + "gone/ratings.csv", address + "ratings.csv"), right, options={"metadata": 0})
-    monkeypatch.setitem(DATASETS, "toy", toy)
-    assert not datasets().filter(name="toy")["here"].item()
-    assert load("toy").report["kept"] == 20 and datasets().filter(name="toy")["here"].item()
-    path.unlink()
-    assert load("toy").report["sha256"] == right  # from the cache
-    log_csv(www / "ratings.csv", GOOD[1:])
-    (data.cache_of("toy") / "ratings.csv").write_text("spoilt")
-    with pytest.raises(Problem, match="answers 404; .*not the published file"): load("toy")
 
 
 # Problems are one line
