@@ -10,10 +10,10 @@ __all__ = ['LOG_NAMES', 'ITEM_NAMES', 'USER_NAMES', 'KINDS', 'PACKED', 'BROKEN',
            'parquet_of', 'frame_table', 'readable', 'scan', 'unit_of_time', 'are_dates', 'time_number', 'scale_of',
            'id_text', 'typed', 'large', 'as_log', 'impossible', 'rated_again', 'tests_for', 'judge_rows', 'is_stars',
            'Loaded', 'Source', 'validate', 'complete', 'report_on', 'line_of', 'holds_json', 'described', 'as_table',
-           'numbers', 'sum_of', 'from_files', 'files_in', 'from_database', 'ask', 'without_password', 'ask_sqlite',
-           'Dataset', 'cache_of', 'cached', 'is_whole', 'why_failed', 'announcement', 'fetch', 'options_of',
-           'sum_of_drawn', 'from_name', 'find', 'read_log', 'load', 'fingerprint', 'datasets', 'ingest', 'draw_ingest',
-           'share_of']
+           'numbers', 'sum_of', 'from_files', 'files_in', 'from_database', 'ask', 'no_answer', 'without_password',
+           'ask_sqlite', 'Dataset', 'cache_of', 'cached', 'is_whole', 'why_failed', 'announcement', 'fetch',
+           'options_of', 'sum_of_drawn', 'from_name', 'find', 'read_log', 'load', 'fingerprint', 'datasets', 'ingest',
+           'draw_ingest', 'share_of']
 
 # %% ../nbs/01_data.ipynb #6723d196
 import ast
@@ -715,8 +715,7 @@ def from_database(
     try:
         table = ask_sqlite(Path(where.split(":///", 1)[-1]), query) if engine == "sqlite" else frame_table(ask(engine, where, query))
         log = as_log(table, place / "log.parquet", given)
-    except (sqlite3.Error, sqlite3.Warning, RuntimeError, OSError, TypeError, pl.exceptions.PolarsError) as e:
-        raise Problem(f"the {engine} database does not answer: {one_line(without_password(str(e).strip().splitlines()[0]))}") from None
+    except (sqlite3.Error, sqlite3.Warning) as e: raise no_answer(engine, e) from None
     return Source(*log, file_sha256(place / "log.parquet"))
 
 
@@ -726,9 +725,20 @@ def ask(
     query: str,  # SQL
 ) -> pl.DataFrame:  # the answer
     "Ask a database through its ADBC driver where that is installed, else through ConnectorX."
-    if find_spec(f"adbc_driver_{engine}"): return pl.read_database_uri(query, address, engine="adbc")
-    if find_spec("connectorx"): return pl.read_database_uri(query, address)
-    raise Problem(f"reading from {engine} needs connectorx: pip install connectorx")
+    through = "adbc" if find_spec(f"adbc_driver_{engine}") else "connectorx"
+    if through == "connectorx" and not find_spec("connectorx"): raise Problem(f"reading from {engine} needs connectorx: pip install connectorx")
+    try: return pl.read_database_uri(query, address, engine=through)
+    except (KeyboardInterrupt, SystemExit): raise
+    except BaseException as e: raise no_answer(engine, e) from None  # each driver has errors of its own, panics among them
+
+
+def no_answer(
+    engine: str,  # such as postgresql
+    error: BaseException,  # what it says
+) -> Problem:
+    "What a database says instead of an answer, in one line and without a password."
+    said = str(error).strip() or type(error).__name__
+    return Problem(f"the {engine} database does not answer: {one_line(without_password(said.splitlines()[0]))}")
 
 
 def without_password(text: str) -> str:
@@ -981,7 +991,7 @@ def draw_ingest(
     "The rows that came in, those that stay, and why the others do not."
     lost = [d | {"color": COLORS["alarm" if d["fault"] else "baseline"]} for d in report["dropped"] if d["rows"]]
     read, kept, n = report["rows_read"], report["kept"], len(lost)
-    fig, axes = plt.subplots(1 + bool(n), 1, figsize=(5.2, .95 + .28 * n + .35 * bool(n)), height_ratios=[1.1] + [.6 + n] * bool(n), squeeze=False)
+    fig, axes = plt.subplots(1 + bool(n), 1, figsize=(5.2, .75 + .28 * n + .55 * bool(n)), height_ratios=[1.1] + [.6 + n] * bool(n), squeeze=False)
     whole, why = axes[0, 0], axes[-1, 0]
     whole.barh(0, kept, color=COLORS["ink"], alpha=.75)
     for fault, color in ((False, "baseline"), (True, "alarm")):
@@ -995,7 +1005,7 @@ def draw_ingest(
     for y, d in enumerate(lost):
         text = f"{d['rows']:,}  {d['reason']}" + ("" if d["fault"] else " (sound, set aside)")
         why.annotate(text, (d["rows"], y), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
-    why.set(xlim=(0, 2.6 * max(d["rows"] for d in lost)), ylim=(n - .4, -.6), yticks=[], xticks=[])
+    why.set(xlim=(0, 3 * max(d["rows"] for d in lost)), ylim=(n - .4, -.6), yticks=[], xticks=[])
     why.set_xlabel(f"rows left out: {read - report['kept']:,}", loc="left")
     why.spines["bottom"].set_visible(False)
     return fig
