@@ -10,13 +10,14 @@ __all__ = ['LOG_NAMES', 'ITEM_NAMES', 'USER_NAMES', 'KINDS', 'PACKED', 'BROKEN',
            'parquet_of', 'frame_table', 'readable', 'scan', 'unit_of_time', 'are_dates', 'time_number', 'scale_of',
            'id_text', 'typed', 'large', 'as_log', 'impossible', 'rated_again', 'tests_for', 'judge_rows', 'is_stars',
            'Loaded', 'Source', 'validate', 'complete', 'report_on', 'line_of', 'holds_json', 'described', 'as_table',
-           'numbers', 'sum_of', 'from_files', 'files_in', 'from_database', 'ask', 'without_password', 'ask_sqlite',
-           'Dataset', 'cache_of', 'cached', 'is_whole', 'fetch', 'announcement', 'why_failed', 'options_of',
-           'sum_of_drawn', 'from_name', 'find', 'read_log', 'load', 'fingerprint', 'datasets', 'ingest', 'draw_ingest',
-           'share_of']
+           'numbers', 'sum_of', 'from_files', 'files_in', 'from_database', 'ask', 'no_answer', 'without_password',
+           'ask_sqlite', 'Dataset', 'cache_of', 'cached', 'is_whole', 'why_failed', 'announcement', 'fetch',
+           'options_of', 'sum_of_drawn', 'from_name', 'find', 'read_log', 'load', 'fingerprint', 'datasets', 'ingest',
+           'draw_ingest', 'share_of']
 
 # %% ../nbs/01_data.ipynb #6723d196
 import ast
+import codecs
 import csv
 import gzip
 import hashlib
@@ -144,7 +145,7 @@ def headerless(
 
 # %% ../nbs/01_data.ipynb #cf76a7d1
 BROKEN = ("a broken line", "too few or too many fields")
-BLOCK = 1 << 22  # bytes that are taken apart at once, and the longest row
+BLOCK = 1 << 20  # bytes that are taken apart at once, and the longest row
 
 
 @dataclass
@@ -179,21 +180,21 @@ def csv_frames(
     numbers = [str(i) for i in range(width)]
     read = pc.ReadOptions(column_names=numbers, skip_rows=skip, block_size=BLOCK)
     parse = pc.ParseOptions(delimiter=separator, newlines_in_values=True, invalid_row_handler=odd)
-    convert = pc.ConvertOptions(include_columns=list(dict.fromkeys(wanted.values())), column_types=dict.fromkeys(numbers, pa.binary()))
+    convert = pc.ConvertOptions(include_columns=list(dict.fromkeys(wanted.values())), column_types=dict.fromkeys(numbers, pa.large_string()))
     with opened(path) as f:
-        try: batches = pc.open_csv(f, read, parse, convert)
+        try: batches = pc.open_csv(as_unicode(f), read, parse, convert)
         except pa.ArrowInvalid as e:
             if re.search("Empty CSV|either file is too short", str(e)): return
             raise
-        for batch in batches: yield pl.DataFrame({name: as_unicode(batch[number]) for name, number in wanted.items()})
+        for batch in batches: yield pl.DataFrame({name: pl.from_arrow(batch[number]) for name, number in wanted.items()})
 
 
 def as_unicode(
-    column: pa.Array,  # bytes
-) -> pl.Series:  # text
-    "Bytes as text; where they are no UTF-8 with a mark in their place."
-    try: return pl.from_arrow(column.cast(pa.large_string()))
-    except pa.ArrowInvalid: return pl.Series([v.decode("utf-8", "replace") for v in column.to_pylist()], dtype=pl.String)
+    source: io.BufferedReader,  # bytes
+) -> pa.NativeFile:  # the same as UTF-8; where it was none with a mark in its place
+    "Bytes that are text throughout."
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
+    return pa.TransformInputStream(pa.PythonFile(source), lambda raw: decoder.decode(memoryview(raw)).encode())
 
 # %% ../nbs/01_data.ipynb #fb60b074
 def csv_table(
@@ -299,7 +300,7 @@ class readable:
     def __enter__(self): pass
     def __exit__(self, kind, error, trace):
         if isinstance(error, Problem) or not isinstance(error, self.wrong): return
-        what = "a row is longer than 4 MB, or a quote is never closed" if "straddling" in str(error) else (str(error) or kind.__name__).splitlines()[0]
+        what = "a row is longer than 1 MB, or a quote is never closed" if "straddling" in str(error) else (str(error) or kind.__name__).splitlines()[0]
         raise Problem(f"{one_line(str(self.path))} cannot be read ({one_line(what)}); it should be a whole table in UTF-8") from None
 
 
@@ -714,8 +715,7 @@ def from_database(
     try:
         table = ask_sqlite(Path(where.split(":///", 1)[-1]), query) if engine == "sqlite" else frame_table(ask(engine, where, query))
         log = as_log(table, place / "log.parquet", given)
-    except (sqlite3.Error, sqlite3.Warning, RuntimeError, OSError, TypeError, pl.exceptions.PolarsError) as e:
-        raise Problem(f"the {engine} database does not answer: {one_line(without_password(str(e).strip().splitlines()[0]))}") from None
+    except (sqlite3.Error, sqlite3.Warning) as e: raise no_answer(engine, e) from None
     return Source(*log, file_sha256(place / "log.parquet"))
 
 
@@ -725,9 +725,20 @@ def ask(
     query: str,  # SQL
 ) -> pl.DataFrame:  # the answer
     "Ask a database through its ADBC driver where that is installed, else through ConnectorX."
-    if find_spec(f"adbc_driver_{engine}"): return pl.read_database_uri(query, address, engine="adbc")
-    if find_spec("connectorx"): return pl.read_database_uri(query, address)
-    raise Problem(f"reading from {engine} needs connectorx: pip install connectorx")
+    through = "adbc" if find_spec(f"adbc_driver_{engine}") else "connectorx"
+    if through == "connectorx" and not find_spec("connectorx"): raise Problem(f"reading from {engine} needs connectorx: pip install connectorx")
+    try: return pl.read_database_uri(query, address, engine=through)
+    except (KeyboardInterrupt, SystemExit): raise
+    except BaseException as e: raise no_answer(engine, e) from None  # each driver has errors of its own, panics among them
+
+
+def no_answer(
+    engine: str,  # such as postgresql
+    error: BaseException,  # what it says
+) -> Problem:
+    "What a database says instead of an answer, in one line and without a password."
+    said = str(error).strip() or type(error).__name__
+    return Problem(f"the {engine} database does not answer: {one_line(without_password(said.splitlines()[0]))}")
 
 
 def without_password(text: str) -> str:
@@ -785,7 +796,7 @@ DATASETS = {
         tuple(u + "raw/meta_categories/meta_Electronics.jsonl.gz" for u in UCSD), options={"metadata": 0}),
 }
 
-# %% ../nbs/01_data.ipynb #57883a7e
+# %% ../nbs/01_data.ipynb #1c558260
 PATIENCE = 30  # seconds that a server may say nothing
 
 
@@ -805,14 +816,36 @@ def cached(
     files = [cache_of(name) / u.rsplit("/", 1)[1] for u in urls]
     return next(filter(Path.exists, files), None)
 
-
+# %% ../nbs/01_data.ipynb #d8057909
 def is_whole(
     path: Path,  # a file of JSON or Python literals, packed with gzip
 ):
     "Read a packed file through; raise where it is none or ends early."
     with gzip.open(path) as f:
-        if f.read(1) not in b"{[": raise ValueError("not the published file")
+        if f.read(1) not in (b"{", b"["): raise ValueError("not the published file")
         while f.read(BLOCK): pass
+
+
+def why_failed(
+    error: Exception,  # of a download
+) -> str:
+    "Why a download failed, in a few words."
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status: return f"it answers {status}"
+    if "Timeout" in type(error).__name__ or "timed out" in str(error): return "no answer in time"
+    if "IncompleteRead" in str(error) or isinstance(error, EOFError): return "the file ends early"
+    if isinstance(error, (ValueError, zlib.error, gzip.BadGzipFile)): return "not the published file"
+    return type(error).__name__
+
+# %% ../nbs/01_data.ipynb #8a904850
+def announcement(
+    name: str,  # of a dataset
+    url: str,  # of the file that is wanted
+) -> str:
+    "What one should know before a download starts."
+    d, what = DATASETS[name], "its table of items, "
+    if url in d.urls: what = f"about {d.rows:,} rows, {f'{d.size / 1e6:,.0f} MB' if d.size else 'size not published'}, "
+    return f"{name}: {d.what}; {what}licence: {d.licence}; will be kept in {cache_of(name)}"
 
 
 def fetch(
@@ -836,28 +869,6 @@ def fetch(
         try: return Path(pooch.retrieve(url, f"sha256:{sha256}" if sha256 else None, url.rsplit("/", 1)[1], cache_of(name), downloader=download))
         except (OSError, ValueError, EOFError, zlib.error) as e: failed.append(f"{url.split('/')[2]}: {why_failed(e)}")
     raise Problem(f"{name} could not be downloaded ({'; '.join(failed)}); try again, or put the file into {cache_of(name)}")
-
-
-def announcement(
-    name: str,  # of a dataset
-    url: str,  # of the file that is wanted
-) -> str:
-    "What one should know before a download starts."
-    d, what = DATASETS[name], "its table of items, "
-    if url in d.urls: what = f"about {d.rows:,} rows, {f'{d.size / 1e6:,.0f} MB' if d.size else 'size not published'}, "
-    return f"{name}: {d.what}; {what}licence: {d.licence}; will be kept in {cache_of(name)}"
-
-
-def why_failed(
-    error: Exception,  # of a download
-) -> str:
-    "Why a download failed, in a few words."
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status: return f"it answers {status}"
-    if "Timeout" in type(error).__name__ or "timed out" in str(error): return "no answer in time"
-    if "IncompleteRead" in str(error) or isinstance(error, EOFError): return "the file ends early"
-    if isinstance(error, (ValueError, zlib.error, gzip.BadGzipFile)): return "not the published file"
-    return type(error).__name__
 
 # %% ../nbs/01_data.ipynb #1182e044
 def options_of(
@@ -980,7 +991,7 @@ def draw_ingest(
     "The rows that came in, those that stay, and why the others do not."
     lost = [d | {"color": COLORS["alarm" if d["fault"] else "baseline"]} for d in report["dropped"] if d["rows"]]
     read, kept, n = report["rows_read"], report["kept"], len(lost)
-    fig, axes = plt.subplots(1 + bool(n), 1, figsize=(5.2, .95 + .28 * n + .35 * bool(n)), height_ratios=[1.1] + [.6 + n] * bool(n), squeeze=False)
+    fig, axes = plt.subplots(1 + bool(n), 1, figsize=(5.2, .75 + .28 * n + .55 * bool(n)), height_ratios=[1.1] + [.6 + n] * bool(n), squeeze=False)
     whole, why = axes[0, 0], axes[-1, 0]
     whole.barh(0, kept, color=COLORS["ink"], alpha=.75)
     for fault, color in ((False, "baseline"), (True, "alarm")):
@@ -994,7 +1005,7 @@ def draw_ingest(
     for y, d in enumerate(lost):
         text = f"{d['rows']:,}  {d['reason']}" + ("" if d["fault"] else " (sound, set aside)")
         why.annotate(text, (d["rows"], y), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
-    why.set(xlim=(0, 2.6 * max(d["rows"] for d in lost)), ylim=(n - .4, -.6), yticks=[], xticks=[])
+    why.set(xlim=(0, 3 * max(d["rows"] for d in lost)), ylim=(n - .4, -.6), yticks=[], xticks=[])
     why.set_xlabel(f"rows left out: {read - report['kept']:,}", loc="left")
     why.spines["bottom"].set_visible(False)
     return fig
