@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['LOG_NAMES', 'ITEM_NAMES', 'USER_NAMES', 'KINDS', 'PACKED', 'BROKEN', 'BLOCK', 'UNITS', 'DATES', 'SCALES', 'EVENTS',
-           'TYPED', 'FAULTS', 'SET_ASIDE', 'REASON', 'SNAP', 'UCSD', 'DATASETS', 'PATIENCE', 'plain', 'find_columns',
-           'read_mapping', 'choose_columns', 'one_line', 'kind_of', 'is_number', 'headerless', 'Table', 'opened',
-           'csv_frames', 'as_unicode', 'csv_table', 'records', 'parsed', 'as_text', 'json_table', 'parquet_table',
-           'parquet_of', 'frame_table', 'readable', 'scan', 'unit_of_time', 'are_dates', 'time_number', 'scale_of',
-           'id_text', 'typed', 'large', 'as_log', 'impossible', 'rated_again', 'tests_for', 'judge_rows', 'is_stars',
-           'Loaded', 'Source', 'validate', 'complete', 'report_on', 'line_of', 'holds_json', 'described', 'as_table',
-           'numbers', 'sum_of', 'from_files', 'files_in', 'from_database', 'ask', 'no_answer', 'without_password',
-           'ask_sqlite', 'Dataset', 'cache_of', 'cached', 'is_whole', 'why_failed', 'announcement', 'fetch',
-           'options_of', 'sum_of_drawn', 'from_name', 'find', 'read_log', 'load', 'fingerprint', 'datasets', 'ingest',
-           'draw_ingest', 'share_of']
+           'TYPED', 'NOTHING', 'FAULTS', 'SET_ASIDE', 'REASON', 'SNAP', 'UCSD', 'DATASETS', 'PATIENCE', 'plain',
+           'find_columns', 'read_mapping', 'choose_columns', 'one_line', 'kind_of', 'is_number', 'headerless', 'Table',
+           'opened', 'csv_frames', 'as_unicode', 'csv_table', 'records', 'parsed', 'as_text', 'json_table',
+           'parquet_table', 'parquet_of', 'frame_table', 'readable', 'scan', 'unit_of_time', 'are_dates', 'time_number',
+           'scale_of', 'id_text', 'typed', 'large', 'as_log', 'impossible', 'rated_again', 'tests_for', 'judge_rows',
+           'is_stars', 'Loaded', 'Source', 'validate', 'complete', 'report_on', 'line_of', 'holds_json', 'described',
+           'as_table', 'numbers', 'sum_of', 'from_files', 'files_in', 'from_database', 'ask', 'no_answer',
+           'without_password', 'ask_sqlite', 'Dataset', 'cache_of', 'cached', 'is_whole', 'why_failed', 'announcement',
+           'fetch', 'options_of', 'sum_of_drawn', 'from_name', 'find', 'read_log', 'load', 'fingerprint', 'datasets',
+           'ingest', 'draw_ingest', 'share_of']
 
 # %% ../nbs/01_data.ipynb #6723d196
 import ast
@@ -205,7 +205,8 @@ def csv_table(
     with opened(path) as f: start = f.read(1 << 16)
     if b"\0" in start: raise Problem(f"{path} is no text in UTF-8; save it as CSV in UTF-8")
     lines = re.split("\r\n|\r|\n", start.decode("utf-8-sig", "replace"))
-    skip, line = next(((i, l) for i, l in enumerate(lines) if l.strip()), (0, ""))
+    skip, line = next(((i, l) for i, l in enumerate(lines) if l.strip()), (0, None))
+    if line is None: raise Problem(f"{path} is empty; it should be a table with a row for each event")
     separator = max((",", "\t", ";", "|", "::"), key=line.count)
     fields = next(csv.reader([line], delimiter=separator[0]), [])
     first = fields[::len(separator)]
@@ -356,10 +357,10 @@ SCALES = ((1, 5), (.5, 5), (0, 5), (1, 10), (0, 10), (0, 100))
 
 
 def scale_of(
-    log: pl.LazyFrame,  # with numbers in `rating`, nulls where there are none
+    log: pl.LazyFrame,  # with numbers in `rating`, null or NaN where there are none
 ) -> Optional[tuple]:  # lowest and highest; (0, 1): liked or not; (0, inf): a count; None: no stars
     "The scale that ratings are on."
-    stars = pl.col("rating")
+    stars = pl.col("rating").fill_nan(None)
     facts = dict(n=stars.count(), low=stars.min(), high=stars.max(), liked=((stars == 0) | (stars == 1)).sum(), part=(stars % 1 != 0).sum())
     outside = {f"{low:g} to {high:g}": (~stars.is_between(low, high)).sum() for low, high in SCALES}
     seen = log.select(**facts, **outside).collect(engine="streaming").row(0, named=True)
@@ -387,16 +388,18 @@ def id_text(
 
 # %% ../nbs/01_data.ipynb #a2c5cfa9
 TYPED = {"user": pl.String, "item": pl.String, "rating": pl.Float32, "timestamp": pl.Float64, "kind": pl.String}
+NOTHING = ("nan", "null", "none", "na", "n/a", r"\n", "-")  # how a table says that a rating is not there
 
 
 def typed(
     frame: pl.DataFrame,  # some rows of a log: user, item, and as far as they are there rating, timestamp, kind
     dates: bool,  # are its times dates?
 ) -> pl.DataFrame:  # the same with the types of `TYPED`
-    "Give the columns of a log their types; null is what cannot be read."
+    "Give the columns of a log their types; null is what cannot be read, and NaN a rating that was given but is no number."
     read = [id_text(c, frame.schema[c]).alias(c) for c in ("user", "item")]
     stars = pl.col("rating").cast(pl.Float32, strict=False)
-    if "rating" in frame.columns: read.append(pl.when(stars.is_finite()).then(stars).alias("rating"))
+    words = frame.schema.get("rating") == pl.String and ~pl.col("rating").str.to_lowercase().is_in(NOTHING)
+    if "rating" in frame.columns: read.append(pl.when(stars.is_finite()).then(stars).when(words).then(float("nan")).alias("rating"))
     if "timestamp" in frame.columns: read.append(time_number(frame.schema["timestamp"], dates).alias("timestamp"))
     if "kind" in frame.columns: read.append(pl.col("kind").cast(pl.String))
     return frame.select(read)
@@ -469,7 +472,9 @@ def tests_for(
 ) -> dict:  # reason -> expression that is true where it fits, in order
     "What is asked of each row of a log."
     has = {c: pl.col(c).is_not_null() for c in ("user", "item", "rating", "timestamp", "kind", "event")}
-    rated = pl.lit(scale is not None) & (has["rating"] | ~has["kind"] | (pl.col("event") == "rating"))  # a view needs no stars
+    words = pl.col("rating").is_nan().fill_null(False)
+    has["rating"] &= ~words
+    rated = (pl.lit(scale is not None) | words) & (has["rating"] | ~has["kind"] | (pl.col("event") == "rating"))  # a view needs no stars
     return dict(zip(REASON.categories[len(BROKEN):], [
         ~(has["user"] & has["item"]),
         pl.any_horizontal(pl.col("user", "item").str.contains("\ufffd", literal=True)),
@@ -493,7 +498,7 @@ def judge_rows(
     log = log.with_row_index("row").with_columns([pl.lit(None, t).alias(c) for c, t in absent.items()]).with_columns(event=event)
     scale, timed = scale_of(log), log.select(pl.col("timestamp").count()).collect(engine="streaming").item() > 0
     fits = [pl.when(test).then(pl.lit(why, REASON)) for why, test in tests_for(scale, timed).items()]
-    log = log.with_columns(reason=pl.coalesce(fits))
+    log = log.with_columns(reason=pl.coalesce(fits), rating=pl.col("rating").fill_nan(None))
     if is_stars(scale):
         again = rated_again(log.filter(pl.col("reason").is_null() & pl.col("rating").is_not_null()))
         late = pl.lit(SET_ASIDE[1], REASON)
