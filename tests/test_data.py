@@ -129,6 +129,7 @@ PUBLISHED = {  # the first lines of the files as they are published
     "amazon-2014.json": '{"reviewerID": "A2SUAM1J3GNN3B", "asin": "0000013714", "reviewerName": "J. McDonald", "helpful": [2, 3], "reviewText": "I bought this...", "overall": 5.0, "summary": "Heavenly", "unixReviewTime": 1252800000, "reviewTime": "09 13, 2009"}',
     "amazon-2018.json": '{"overall": 5.0, "verified": true, "reviewTime": "09 13, 2009", "reviewerID": "A2SUAM1J3GNN3B", "asin": "0000013714", "style": {"Format:": " Hardcover"}, "reviewText": "...", "unixReviewTime": 1252800000, "image": ["https://x"]}',
     "amazon-2018.csv": "item,user,rating,timestamp\n0000013714,A2SUAM1J3GNN3B,5.0,1252800000",
+    "amazon-2018-bare.csv": "0000013714,A2SUAM1J3GNN3B,5.0,1252800000",
     "amazon-2023.jsonl": '{"rating": 5.0, "title": "Such", "text": "This", "images": [], "asin": "B00YQ6X8EO", "parent_asin": "0000013714", "user_id": "A2SUAM1J3GNN3B", "timestamp": 1252800000000, "helpful_vote": 0, "verified_purchase": true}',
     "amazon-2023.csv": "user_id,parent_asin,rating,timestamp,history\nA2SUAM1J3GNN3B,0000013714,5.0,1252800000000,",
     "movielens.csv": "userId,movieId,rating,timestamp\nA2SUAM1J3GNN3B,0000013714,5.0,1252800000",
