@@ -400,17 +400,21 @@ def test_publish(nbs, tmp_path, capsys):
     assert widedeep("publish", tmp_path / "runs/mine", "--notebooks", nbs) == 2 and "01_second has changed since the run" in capsys.readouterr().err
 
 
-def test_of_a_real_log_only_figures_are_published(nbs, tmp_path):
+def test_rows_of_a_real_log_are_never_published(nbs, tmp_path):
+    for n, tags in (("02_third", ["rows"]), ("03_fourth", [])): chapter(nbs, n, "", new_code_cell("print('user a')", metadata={"tags": tags}))
+    shown = lambda stem: nbformat.read(nbs / f"{stem}.ipynb", 4).cells[-1].outputs[0]
     log = tmp_path / "private/ratings.csv"
     log.parent.mkdir()
     log.write_text("user,item,rating,timestamp\n")
     run = finished(nbs, tmp_path / "runs/mine", "--dataset", log)
-    before = {p.name: p.read_text() for p in nbs.glob("*.ipynb")}
     run.write("ingest.json", {"kept": 1, "notes": ["of user a"]})
     assert widedeep("publish", run.folder, "--notebooks", nbs) == 0
-    assert [n for n, c in {p.name: nbformat.read(p, 4) for p in nbs.glob("*.ipynb")}.items() for c in c.cells if c.get("outputs")] == [] and set(before) == {p.name for p in nbs.glob("*.ipynb")}
+    assert "not published" in shown("02_third").data["text/markdown"] and "user a" not in (nbs / "02_third.ipynb").read_text().split('"outputs"')[-1].split('"source"')[0]
+    assert shown("03_fourth").text == "user a\n"
     text = (tmp_path / "results/ratings-strict.json").read_text()
     assert json.loads(text)["log"]["kept"] == 1 and "of user a" not in text and str(tmp_path) not in text
+    run.update(dataset="demo")
+    assert widedeep("publish", run.folder, "--notebooks", nbs) == 0 and shown("02_third").text == "user a\n"
 
 
 # --- the real notebooks
