@@ -591,10 +591,10 @@ def winners(
     "Who ranks best, and who predicts stars best."
     use_theme()
     for metric, (task, _, wins) in MAIN.items():
-        models = test_figures(run, metric).filter(pl.col("versus").is_null())
+        models = test_figures(run, metric).filter(pl.col("versus").is_null(), ~pl.col("model").is_in(ABLATIONS))
         if not len(models): continue
         fig = dots(models, f"{metric} on the test part, {'stars, lower' if metric == 'RMSE' else 'higher'} is better")
-        fig.axes[0].set_title(f"{next((m for m in models['model'] if m not in ABLATIONS), models['model'][0])} {wins}")
+        fig.axes[0].set_title(f"{models['model'][0]} {wins}")
         yield task, fig
 
 
