@@ -4,10 +4,10 @@ import polars as pl
 import pytest
 import torch
 
-from widedeep_nb.core import PROTOCOLS, History, as_interactions, load_recommender, make_recommender
+from widedeep_nb.core import PROTOCOLS, History, as_interactions, load_recommender, make_loss, make_recommender
 from widedeep_nb.model import WideAndDeep
 from widedeep_nb.preprocessing import category_codes, damped_bias, make_inputs, prepare, take_snapshot, training_inputs
-from widedeep_nb.training import LOSSES, WideDeep, fit_network
+from widedeep_nb.training import WideDeep, fit_network
 
 
 def made_log(n=3000, stars=True, seed=0):
@@ -106,8 +106,8 @@ def test_resumes_bit_for_bit(tmp_path):
 
 
 def test_losses_by_hand():
-    assert LOSSES["mse"](torch.tensor([4., 2.]), torch.tensor([5., 2.])) == .5
-    assert float(LOSSES["logistic"](torch.tensor([2.]), torch.tensor([1.]))) == pytest.approx(np.log1p(np.exp(-2)))
+    assert make_loss("mse")(torch.tensor([4., 2.]), torch.tensor([5., 2.])) == .5
+    assert float(make_loss("logistic")(torch.tensor([2.]), torch.tensor([1.]))) == pytest.approx(np.log1p(np.exp(-2)))
 
 
 @pytest.mark.long

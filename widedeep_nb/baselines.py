@@ -28,7 +28,7 @@ from scipy.sparse.linalg import svds
 from scipy.stats import kendalltau
 from torch import nn
 
-from .core import COLORS, PROTOCOLS, History, Problem, Recommender, Run, Split, load_recommender, make_recommender, one_of, pick_device, register, step
+from .core import COLORS, LOSSES, PROTOCOLS, History, Problem, Recommender, Run, Split, load_recommender, make_recommender, one_of, pick_device, register, step
 from .data import ingest
 from .evaluation import by_seed_and_cut, figures, judge, measure, rank_users, rate_rows, summarise, told
 from .preprocessing import damped_bias, prepare, total
@@ -713,8 +713,8 @@ def shown_in(
     model: str,  # name
     failed: bool = False,  # is it on the wrong side of what knows nobody?
 ) -> str:  # a colour
-    "The colour of a model: failures red, the hybrid and its halves their own, baselines grey."
-    own = {"wide-deep": "hybrid", "wide-alone": "wide", "deep-alone": "deep"}.get(model, "baseline")
+    "The colour of a model: failures red, the hybrid (trained with whatever loss) and its halves their own, baselines grey."
+    own = {"wide-alone": "wide", "deep-alone": "deep"}.get(model, "hybrid" if model in ("wide-deep", *(f"wide-deep-{loss}" for loss in LOSSES)) else "baseline")
     return COLORS["alarm" if failed else own]
 
 

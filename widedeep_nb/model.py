@@ -85,7 +85,7 @@ class Deep(nn.Module):
     def standardise(self, x: Inputs):
         "Take mean and scale of the features from training inputs."
         for side in ("user", "item", "cross"):
-            scale, mean = torch.std_mean(getattr(x, f"x_{side}"), 0)
+            scale, mean = torch.std_mean(getattr(x, f"x_{side}").flatten(0, -2), 0)
             getattr(self, f"{side}_mean").copy_(mean), getattr(self, f"{side}_scale").copy_(scale.nan_to_num(0).clamp(min=1e-6))
 
     def forward(self, x: Inputs) -> torch.Tensor:

@@ -8,7 +8,8 @@ __all__ = ['CUTS', 'DAY', 'YEAR', 'FEATURES', 'rows_that_count', 'in_order', 'pl
            'known_shares', 'draw_timeline', 'draw_known', 'total', 'damped_bias', 'recency_and_frequency',
            'category_codes', 'brand_codes', 'code_of', 'bucket', 'feature_names', 'Snapshot', 'spread_and_top',
            'days_before', 'star_statistics', 'take_snapshot', 'Inputs', 'in_each_kind', 'time_features',
-           'user_features', 'make_inputs', 'training_inputs', 'rank_correlation']
+           'user_features', 'make_inputs', 'moments', 'joined', 'training_inputs', 'draw_lists', 'training_lists',
+           'rank_correlation']
 
 # %% ../nbs/03_preprocessing.ipynb #139b65f9
 from dataclasses import dataclass, replace
@@ -421,12 +422,14 @@ class Inputs:
     x_cross: torch.Tensor  # float32 [..., features of both]
 
     def pack(self) -> tuple:
-        "Four tensors a row long, codes int64 [rows, 5] and three of numbers: four look-ups a batch instead of nine."
+        "Four tensors a row long, codes int64 [rows, 5] and three of numbers: four look-ups a batch instead of nine; lists stay as they are."
+        if self.item.dim() > 1: return tuple(vars(self).values())
         return torch.stack([self.user, self.item, self.category, self.activity, self.popularity], 1), torch.cat([self.mean[:, None], self.x_user], 1), self.x_item, self.x_cross
 
     @classmethod
-    def unpack(cls, codes: torch.Tensor, x_user: torch.Tensor, x_item: torch.Tensor, x_cross: torch.Tensor) -> "Inputs":
+    def unpack(cls, codes: torch.Tensor, x_user: torch.Tensor, x_item: torch.Tensor, x_cross: torch.Tensor, *lists: torch.Tensor) -> "Inputs":
         "The inverse of `pack`, for any rows of it; makes views only."
+        if lists: return cls(codes, x_user, x_item, x_cross, *lists)
         return cls(*codes.unbind(1), x_user[:, 0], x_user[:, 1:], x_item, x_cross)
 
 # %% ../nbs/03_preprocessing.ipynb #2da793ef
@@ -496,29 +499,87 @@ def make_inputs(
     return Inputs(users[who], known, kind, activity[who], snap.popularity[known], snap.mean.float().expand(who.shape), x_user[who], snap.x_item[items], x_cross)
 
 # %% ../nbs/03_preprocessing.ipynb #9bfa0dc5
-def training_inputs(
+def moments(
     rows: pl.DataFrame,  # training rows in order of time, with codes
     category: torch.Tensor,  # int64 [all items]
     n_users: int,  # codes that training knows
     n_items: int,  # codes that training knows
     blocks: int = 40,  # moments at which the past is looked at
     warm_up: float = .1,  # share of the rows that serves as past only
-    negatives: int = 0,  # for each row, how many items drawn at random beside it
-    seed: int = 0,  # of that draw
     brand: Optional[torch.Tensor] = None,  # int64 [all items]
     features: tuple = (),  # groups beside "stars"
-) -> tuple:  # Inputs of the later rows; their ratings, or with negatives 1 for a row and 0 for a draw
-    "Features of every training row from the rows before it."
-    draw = torch.Generator().manual_seed(seed)
+):  # yields a block of rows, the log before it, and of `make_inputs` the snapshot, users, histories and who is asked about
+    "Blocks of training rows, each with what was known before it."
     edges = np.unique(np.linspace(len(rows) * warm_up, len(rows), blocks + 1).round().astype(int))
-    made = []
     for a, b in zip(edges[:-1], edges[1:]):
         log, most = History.of(rows[:a], n_users), float(rows["rating"][:a].max() or 5)
         users, who = torch.unique(torch.tensor(rows["user"][a:b].to_numpy()).long(), return_inverse=True)
-        item = torch.cat([torch.tensor(rows["item"][a:b].to_numpy()).long(), torch.randint(n_items, ((b - a) * negatives,), generator=draw)])
-        y = torch.tensor(rows["rating"][a:b].fill_null(float("nan")).to_numpy()) if not negatives else (torch.arange(len(item)) < b - a).float()
-        made.append((make_inputs(take_snapshot(log, category, n_items, most, brand, features), users, log.take(users), who.repeat(1 + negatives), item), y))
+        yield rows[a:b], log, take_snapshot(log, category, n_items, most, brand, features), users, log.take(users), who
+
+
+def joined(
+    made: list,  # pairs of Inputs and what is learnt from them
+) -> tuple:  # the same, one after the other
+    "Blocks put together."
     return Inputs(*[torch.cat([getattr(x, k) for x, _ in made]) for k in Inputs.__dataclass_fields__]), torch.cat([y for _, y in made])
+
+
+def training_inputs(
+    rows: pl.DataFrame,  # training rows in order of time, with codes
+    category: torch.Tensor,  # int64 [all items]
+    n_users: int,  # codes that training knows
+    n_items: int,  # codes that training knows
+    negatives: int = 0,  # for each row, how many items drawn at random beside it
+    seed: int = 0,  # of that draw
+    **past,  # blocks, warm_up, brand, features: as for `moments`
+) -> tuple:  # Inputs of the later rows; their ratings, or with negatives 1 for a row and 0 for a draw
+    "Features of every training row from the rows before it."
+    draw, made = torch.Generator().manual_seed(seed), []
+    for block, _, snap, users, history, who in moments(rows, category, n_users, n_items, **past):
+        item = torch.cat([torch.tensor(block["item"].to_numpy()).long(), torch.randint(n_items, (len(block) * negatives,), generator=draw)])
+        y = torch.tensor(block["rating"].fill_null(float("nan")).to_numpy()) if not negatives else (torch.arange(len(item)) < len(block)).float()
+        made.append((make_inputs(snap, users, history, who.repeat(1 + negatives), item), y))
+    return joined(made)
+
+# %% ../nbs/03_preprocessing.ipynb #8b0c3cde
+def draw_lists(
+    taken: torch.Tensor,  # int64 [rows]
+    count: torch.Tensor,  # int64 [n_items], how often each item has been taken
+    negatives: int,  # items drawn beside each row, with replacement; -1: all others, once
+    alpha: float,  # drawn in proportion to (1 + count) to this power
+    draw: torch.Generator,  # of the draws
+) -> tuple:  # items int64 [rows, 1 + n], the taken one first; log-probabilities float32 [rows, 1 + n] with which each was drawn
+    "Beside each item others, and how likely they were."
+    n = len(count)
+    if n < 2: raise Problem("a list needs two items to choose between, and this log has one")
+    if negatives < 0:
+        others = torch.arange(n - 1).expand(len(taken), -1)
+        others, log_q = others + (others >= taken[:, None]), torch.full(others.shape, -np.log(n - 1))
+    else:
+        q = (1. + count).double() ** alpha / ((1. + count).double() ** alpha).sum()
+        others = torch.multinomial(q, len(taken) * negatives, True, generator=draw).view(-1, negatives)
+        while (same := others == taken[:, None]).any(): others[same] = torch.multinomial(q, int(same.sum()), True, generator=draw)
+        log_q = q[others].log() - torch.log1p(-q[taken])[:, None]
+    return torch.cat([taken[:, None], others], 1), torch.cat([torch.zeros(len(taken), 1), log_q.float()], 1)
+
+
+def training_lists(
+    rows: pl.DataFrame,  # training rows in order of time, with codes
+    category: torch.Tensor,  # int64 [all items]
+    n_users: int,  # codes that training knows
+    n_items: int,  # codes that training knows
+    negatives: int,  # for each row, how many items beside it; -1: all
+    alpha: float = 0.,  # as for `draw_lists`
+    seed: int = 0,  # of the draw
+    every: int = 1,  # lists are made of each so many-th row; the others are past only
+    **past,  # blocks, warm_up, brand, features: as for `moments`
+) -> tuple:  # Inputs [rows, 1 or 1 + n] of the later rows; log-probabilities [rows, 1 + n]
+    "Features of every training row's item and of others beside it, from the rows before."
+    draw, made = torch.Generator().manual_seed(seed), []
+    for block, log, snap, users, history, who in moments(rows, category, n_users, n_items, **past):
+        listed, log_q = draw_lists(torch.tensor(block["item"].to_numpy()).long()[::every], torch.bincount(log.item, minlength=n_items), negatives, alpha, draw)
+        made.append((make_inputs(snap, users, history, who[::every, None], listed), log_q))
+    return joined(made)
 
 # %% ../nbs/03_preprocessing.ipynb #186bd58f
 def rank_correlation(
