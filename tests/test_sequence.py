@@ -8,10 +8,10 @@ import widedeep_nb.sequence as sequence
 from widedeep_nb.baselines import on_validation
 from widedeep_nb.core import History, Problem, Split, as_interactions, load_recommender, make_recommender
 from widedeep_nb.evaluation import rank_users
-from widedeep_nb.sequence import AttentionNet, GRUNet, OutOfOrder, by_history, cost_of_next, fit_next, last_events, look_back, out_of_order, set_aside, ties_by_lot
+from widedeep_nb.sequence import AttentionNet, GRUNet, OutOfOrder, batches_of, by_history, cost_of_next, fit_next, last_events, look_back, out_of_order, set_aside, ties_by_lot
 
 both = pytest.mark.parametrize("name", sequence.SEQUENCE)
-QUICK = dict(embedding=16, dropout=.1, batch_size=32, patience=0)
+QUICK = dict(embedding=16, dropout=.1, batch_size=128, patience=0)
 N = 9
 
 
@@ -110,6 +110,17 @@ def test_filling_up_changes_nothing():
             assert torch.isclose(cost_of_next(net, events), torch.stack(by_hand).mean(), atol=1e-6)
 
 
+def test_every_history_is_learnt_from_once_a_pass():
+    length = torch.from_numpy(np.random.default_rng(0).integers(1, 50, 300))
+    one, two = batches_of(length, 200), batches_of(length, 200)
+    assert torch.cat(one).sort()[0].tolist() == torch.cat(two).sort()[0].tolist() == list(range(300)) and not torch.equal(torch.cat(one), torch.cat(two))
+    questions = sorted(int(length[rows].sum()) for rows in one)
+    assert questions[1] > 150 and questions[-1] < 250  # what is left over makes one smaller batch
+    padded = sum(int(length[rows].max()) * len(rows) for rows in one)
+    assert padded < 1.5 * length.sum()
+    assert [rows.tolist() for rows in batches_of(length[:1], 5)] == [[0]]
+
+
 def test_drawn_items_stand_for_the_catalogue():
     for net in nets():
         events = torch.randint(N, (6, 5), generator=torch.Generator().manual_seed(0))
@@ -202,12 +213,10 @@ def test_saved_and_loaded_equal(name, tmp_path):
 def test_same_seed_same_weights_and_the_outside_is_left_alone(name):
     fit = lambda seed: make_recommender(name, **QUICK, epochs=2, seed=seed).fit(split_of(cycles())).net.state_dict()
     torch.manual_seed(1)
-    first = fit(0)
-    outside = torch.rand(1)
+    first, outside = fit(0), torch.rand(1)
     torch.manual_seed(1)
-    torch.rand(1)
-    torch.manual_seed(1)
-    assert all(torch.equal(a, b) for a, b in zip(first.values(), fit(0).values())) and torch.equal(outside, torch.rand(1))
+    assert torch.equal(outside, torch.rand(1))
+    assert all(torch.equal(a, b) for a, b in zip(first.values(), fit(0).values()))
     assert not torch.equal(first["item.weight"], fit(1)["item.weight"])
 
 

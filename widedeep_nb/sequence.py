@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SEQUENCE', 'KNOWN', 'GROUPS', 'last_events', 'ties_by_lot', 'out_of_order', 'NextItem', 'cost_of_next', 'GRUNet',
-           'look_back', 'Block', 'AttentionNet', 'one_pass', 'fit_next', 'set_aside', 'Sequence', 'GRU',
+           'look_back', 'Block', 'AttentionNet', 'batches_of', 'one_pass', 'fit_next', 'set_aside', 'Sequence', 'GRU',
            'SelfAttention', 'passes_of', 'fit_in_order', 'OutOfOrder', 'shuffled', 'in_sequence', 'worth_of_order',
-           'by_history', 'draw_by_history', 'enough_history', 'time_and_season', 'what_it_adds']
+           'by_history', 'draw_by_history', 'enough_history', 'what_is_known_of', 'time_and_season', 'what_it_adds']
 
 # %% ../nbs/09_sequence.ipynb #b0f82cc2
 import math
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from .baselines import RecentPopularity, add_to_metrics, differences, on_test, on_validation
+from .baselines import RecentPopularity, add_to_metrics, compare, differences, on_test, on_validation
 from .core import COLORS, History, Problem, Recommender, Run, Split, load_recommender, lot, make_recommender, pick_device, register, step
 from .evaluation import holm, measure, rank_users, summarise
 from .training import fit_final
@@ -150,28 +150,39 @@ class AttentionNet(NextItem):
         for block, back in zip(self.blocks, self.back): x = block(x, look_back(back, events.shape[1]))
         return self.norm(x)
 
-# %% ../nbs/09_sequence.ipynb #c8ba0e42
+# %% ../nbs/09_sequence.ipynb #6be410c9
+def batches_of(
+    length: torch.Tensor,  # int64 [n], questions in each history
+    size: int,  # questions a step, about
+) -> list:  # int64, rows
+    "Every row once, in batches of about as many questions."
+    near = length * torch.empty(len(length), device=length.device).uniform_(.8, 1.25)
+    order = near.argsort()
+    step = (length[order].cumsum(0) - 1) // size
+    parts = order.split(torch.unique_consecutive(step, return_counts=True)[1].tolist())
+    return [parts[i] for i in torch.randperm(len(parts))]
+
+# %% ../nbs/09_sequence.ipynb #8dc9c2cf
 def one_pass(
     net: NextItem,  # trained a pass further
     optimiser: torch.optim.Optimizer,  # of its weights
     events: torch.Tensor,  # int64 [n, l], codes, filled up with net.n_items; at least two in each row
-    batch_size: int = 128,  # histories a step, at most
+    batch_size: int = 1024,  # events a step
     negatives: int = 0,  # items drawn to stand for the catalogue; 0: the whole catalogue
     most: int = 2**26,  # scores held at once
-) -> float:  # mean cost of a step
+) -> float:  # mean cost of an event
     "Learn from every position of every history."
     net.train()
-    costs, batch = [], max(1, min(batch_size, most // (events.shape[1] * (negatives or net.n_items))))
-    for rows in torch.randperm(len(events), device=events.device).split(batch):
-        mine = events[rows]
-        cost = cost_of_next(net, mine[:, :int((mine < net.n_items).sum(1).max())], negatives)
+    length, total = (events < net.n_items).sum(1) - 1, 0.
+    for rows in batches_of(length, max(1, min(batch_size, most // (negatives or net.n_items)))):
+        cost = cost_of_next(net, events[rows, :int(length[rows].max()) + 1], negatives)
         optimiser.zero_grad(set_to_none=True)
         cost.backward()
         optimiser.step()
-        costs.append(cost.detach())
-    return float(torch.stack(costs).mean())
+        total += cost.detach() * length[rows].sum()
+    return float(total / length.sum())
 
-# %% ../nbs/09_sequence.ipynb #0f60321c
+# %% ../nbs/09_sequence.ipynb #09e7f987
 def fit_next(
     net: NextItem,  # left on the device, with the best weights
     events: torch.Tensor,  # int64 [n, l], codes, filled up with net.n_items; at least two in each row
@@ -197,7 +208,7 @@ def fit_next(
     net.eval()
     return curve
 
-# %% ../nbs/09_sequence.ipynb #4b122f7f
+# %% ../nbs/09_sequence.ipynb #29c64e51
 def set_aside(
     split: Split,  # whose validation part is empty
     seed: int = 0,  # of the lot
@@ -210,17 +221,17 @@ def set_aside(
     taken = rows["last"] & rows["user"].is_in(drawn.implode())
     return replace(split, train=split.train.filter(~taken), val=split.train.filter(taken))
 
-# %% ../nbs/09_sequence.ipynb #0d0d09c1
+# %% ../nbs/09_sequence.ipynb #ad140d6b
 @dataclass
 class Sequence(Recommender):
     "Scores what comes next after a history."
     embedding: int = 64  # numbers an item
     layers: int = 1  # of the network
-    dropout: float = .3
+    dropout: float = .3  # share of the numbers that are hidden in training
     length: int = 50  # events of a history that are read, the last ones
     epochs: int = 30  # most passes over the rows
     patience: int = 4  # passes without progress on validation before it stops; 0: make all passes
-    batch_size: int = 0  # histories a step; 0: by size
+    batch_size: int = 0  # events a step; 0: by size
     lr: float = .01
     negatives: int = 1000  # items drawn to stand for a catalogue larger than `whole`
     whole: int = 20_000  # largest catalogue that the softmax goes over
@@ -239,7 +250,7 @@ class Sequence(Recommender):
             torch.manual_seed(self.seed)
             self.net = self._build()
             self.curve = fit_next(self.net, events[count > 1], judge if judged else None, passes, self.patience, self.lr, f"{self.name} (seed {self.seed})",
-                                  batch_size=self.batch_size or min(max(16, int((count > 1).sum()) // 16), 128), negatives=self.negatives if self.n_items > self.whole else 0)
+                                  batch_size=self.batch_size or min(max(256, len(self.log.item) // 16), 2048), negatives=self.negatives if self.n_items > self.whole else 0)
         self.net.cpu()
 
     @property
@@ -247,7 +258,7 @@ class Sequence(Recommender):
         "The pass whose weights were kept; 0: none was made."
         return 1 + int(np.argmax([-1 if row["val"] is None else row["val"] for row in self.curve])) if any(row["val"] is not None for row in self.curve) else len(self.curve)
 
-# %% ../nbs/09_sequence.ipynb #8cc6cfd2
+# %% ../nbs/09_sequence.ipynb #d5f67fb4
 def _scores(self, users, history, items):
     events, count = last_events(history, self.n_items, self.length)
     hidden = self.net(events.to(self.net.bias.device))[torch.arange(len(count)), (count - 1).clamp(min=0)]
@@ -267,11 +278,12 @@ def _restore(self, state):
 
 Sequence._scores, Sequence._state, Sequence._restore = _scores, _state, _restore
 
-# %% ../nbs/09_sequence.ipynb #11e3ebf2
+# %% ../nbs/09_sequence.ipynb #2e0481ac
 @register("gru")
 @dataclass
 class GRU(Sequence):
     "GRU4Rec: a recurrent network over a history, with a softmax over all items (Hidasi et al., 2016)."
+    dropout: float = .5  # share of the numbers that are hidden in training
 
     def _build(self): return GRUNet(self.n_items, self.embedding, self.dropout, self.usual[:-1].clamp(min=1e-3).log(), self.layers)
 
@@ -284,7 +296,7 @@ class SelfAttention(Sequence):
 
     def _build(self): return AttentionNet(self.n_items, self.embedding, self.dropout, self.usual[:-1].clamp(min=1e-3).log(), self.layers, self.heads, self.length)
 
-# %% ../nbs/09_sequence.ipynb #328f42a6
+# %% ../nbs/09_sequence.ipynb #1d2ad68f
 SEQUENCE = ("gru", "self-attention")
 
 
@@ -318,7 +330,7 @@ def fit_in_order(
         notes += [run.once(f"{name}-{cut}-{seed}-final", lambda: fit(seed)) | ({"choice": tried[seed]} if seed < len(tried) else {}) for seed in range(min(seeds, 3))]
     return notes
 
-# %% ../nbs/09_sequence.ipynb #b41edcb0
+# %% ../nbs/09_sequence.ipynb #33fc1c6b
 class OutOfOrder(Recommender):
     "A fitted model that is told of each history what happened, but not in which order."
 
@@ -328,7 +340,7 @@ class OutOfOrder(Recommender):
 
     def _scores(self, users, history, items): return self.model._scores(users, out_of_order(history, self.seed), items)
 
-# %% ../nbs/09_sequence.ipynb #1419db65
+# %% ../nbs/09_sequence.ipynb #953d5dc9
 def shuffled(
     models: dict,  # fitted recommenders by (cut, seed)
     splits: list,  # what they were fitted on, by cut
@@ -365,7 +377,7 @@ def in_sequence(
         fits += notes
     run.write("sequence.json", {"fits": fits, "left_out": left_out})
 
-# %% ../nbs/09_sequence.ipynb #5cd860ed
+# %% ../nbs/09_sequence.ipynb #d192876d
 def worth_of_order(
     run: Run,  # with both models judged
     name: str,  # "gru" or "self-attention"
@@ -377,7 +389,7 @@ def worth_of_order(
     ours, other = [[f.filter(several, seed=s).select("user", "NDCG@20") for s in each] for f in frames]
     return summarise(ours, ["NDCG@20"], {"all": pl.lit(True)}, versus=other)
 
-# %% ../nbs/09_sequence.ipynb #a59eb238
+# %% ../nbs/09_sequence.ipynb #667b7231
 KNOWN = {name: pl.col("n_seen").is_between(low, high) for name, low, high in
          (("0", 0, 0), ("1–2", 1, 2), ("3–5", 3, 5), ("6–10", 6, 10), ("11–20", 11, 20), ("21+", 21, 10**9))}
 
@@ -401,7 +413,7 @@ def by_history(
     apart = np.where(p < .05, np.sign(rows["difference"].to_numpy()), 0).astype(int)
     return rows.select("model", pl.col("users").alias("known"), "value", "lo", "hi", "n", pl.Series("apart", apart))
 
-# %% ../nbs/09_sequence.ipynb #88dabc34
+# %% ../nbs/09_sequence.ipynb #f463b71f
 def draw_by_history(
     rows: pl.DataFrame,  # from `by_history`
     versus: str,  # the model that stands in every panel
@@ -417,12 +429,12 @@ def draw_by_history(
                 if lo is not None: ax.plot([x, x], [lo, hi], color=colour, lw=1.2, alpha=.6)
             ax.plot(at, mine["value"], "o-", color=colour, ms=3.5, lw=1.2)
         ax.annotate(name, (.03, 1), xycoords="axes fraction", va="bottom", color=COLORS["ink"], weight="bold", fontsize=8.5)
-        ax.set(xticks=range(len(groups)), xticklabels=groups)
-        ax.tick_params(axis="x", labelsize=7)
+        ax.set(xticks=range(len(groups)), xticklabels=[k.split("–")[0].rstrip("+") for k in groups])
+        ax.tick_params(axis="x", labelsize=8)
     first = rows.filter(model=versus)
     axes[0, 0].annotate(versus.replace("-", " "), (.03, .03), xycoords="axes fraction", color=COLORS["baseline"], fontsize=8)
     axes[0, 0].set(ylabel="NDCG@20 on the test part", ylim=(0, None))
-    fig.supxlabel("events known of the user", fontsize=9, color=COLORS["ink"])
+    fig.supxlabel("events known of the user, at least", fontsize=9, color=COLORS["ink"])
     return fig
 
 
@@ -430,16 +442,28 @@ def enough_history(
     rows: pl.DataFrame,  # from `by_history`
     name: str,  # of the model
     versus: str,  # the model that it was compared with
-) -> str:  # half a sentence
-    "From how many known events on a model is better."
+) -> str:  # a few words
+    "With how many known events a model is better, and with how many worse."
     mine = rows.filter(pl.col("known") != "0", model=name)
     better, worse = [mine.filter(apart=sign)["known"].to_list() for sign in (1, -1)]
-    tail = mine["known"].to_list()[len(mine) - len(better):]
-    said = [f"beats {versus} from {better[0].split('–')[0].rstrip('+')} known event{'s' * (better[0][0] != '1' or better[0][:2] == '11')} on" if better and better == tail else f"beats {versus} with {', '.join(better)} known events" if better else "",
-            f"is worse with {', '.join(worse)}" if worse else ""]
-    return f"{name} " + (" and ".join(s for s in said if s) or f"cannot be told apart from {versus} with any number of events")
+    on = bool(better) and better == mine["known"].to_list()[-len(better):]
+    said = [f"better than {versus} " + (f"from {better[0].split('–')[0].rstrip('+')} known events on" if on else f"with {', '.join(better)} known events")] if better else []
+    said += [f"worse than {versus} with {', '.join(worse)} known events"] if worse else []
+    return " and ".join(said) or f"not told apart from {versus} with any number of events"
 
-# %% ../nbs/09_sequence.ipynb #2bb0bed2
+# %% ../nbs/09_sequence.ipynb #a9d7c04a
+def what_is_known_of(
+    run: Run,  # with wide-deep measured
+    name: str,  # a baseline
+) -> Optional[pl.DataFrame]:  # as evaluation/NAME/ranked.parquet; None where the log does not allow it
+    "The lists of a baseline: chapter 07's, or those of its default settings."
+    if compare.is_done(run.about): return run.read(path) if (run.folder / (path := f"evaluation/{name}/ranked.parquet")).exists() else None
+    splits = [s.final() for s in run.splits()]
+    try: models = {(cut, 0): make_recommender(name).fit(split) for cut, split in enumerate(splits)}
+    except Problem: return None
+    return on_test(models, splits, (None,), run.read("evaluation.json")["most_users"])["ranked"]
+
+# %% ../nbs/09_sequence.ipynb #ea79698c
 GROUPS = ("time", "season")
 
 
@@ -465,7 +489,7 @@ def time_and_season(
     days = (split.train["timestamp"].max() - split.train["timestamp"].min()).days if split.train["timestamp"].null_count() < len(split.train) else None
     run.write("season.json", {"days": days, "seeds": each, "figures": found})
 
-# %% ../nbs/09_sequence.ipynb #a4727378
+# %% ../nbs/09_sequence.ipynb #c0449897
 def what_it_adds(
     row: dict,  # group, metric, value, lo, hi: with the group minus without
 ) -> str:  # half a sentence
