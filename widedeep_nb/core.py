@@ -490,6 +490,8 @@ RECOMMENDERS = {
     "bpr": "widedeep_nb.baselines:BPR",
     "ease": "widedeep_nb.baselines:EASE",
     "neumf": "widedeep_nb.baselines:NeuMF",
+    "gru": "widedeep_nb.sequence:GRU",
+    "self-attention": "widedeep_nb.sequence:SelfAttention",
     "wide-deep": "widedeep_nb.training:WideDeep",
     "wide-deep-as-reported": "widedeep_nb.original:AsReported",
 }
