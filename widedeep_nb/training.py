@@ -150,7 +150,7 @@ def fit_network(
     net.load_state_dict(progress.kept)
     return net.eval(), progress.curve
 
-# %% ../nbs/05_training.ipynb #b5f6be67
+# %% ../nbs/05_training.ipynb #54feba1a
 MOST_MEMORY = 2 * 2 ** 30  # bytes of features that lists of all items may take
 
 
@@ -173,7 +173,7 @@ def check_memory(
     needed = rows * n_items * (3 * 8 + 4 * (len(item) + len(both)))
     if needed > MOST_MEMORY: raise Problem(f"full-softmax would hold {needed / 2**30:,.1f} GB of features for {rows:,} rows of {n_items:,} items (at most {MOST_MEMORY / 2**30:.0f}); take sampled-softmax, which draws some of them")
 
-
+# %% ../nbs/05_training.ipynb #b5f6be67
 @register("wide-deep")
 @dataclass
 class WideDeep(Recommender):
