@@ -290,6 +290,8 @@ def test_a_killed_comparison_goes_on(run, monkeypatch, tmp_path):
     shutil.copytree(run.folder, tmp_path / "again")
     again, made = Run(tmp_path / "again"), []
     before = again.metrics()
+    few = dict(list(LOSSES.items())[:4])
+    monkeypatch.setattr(ranking, "LOSSES", few)
     again.update(steps={k: v for k, v in again.about["steps"].items() if k != "rank_losses"})
     def watched(*args, **params):
         if len(made) == 3 and not any(m is None for m in made): made.append(None); raise KeyboardInterrupt
@@ -298,7 +300,7 @@ def test_a_killed_comparison_goes_on(run, monkeypatch, tmp_path):
     monkeypatch.setattr(ranking, "fit_with", watched)
     with pytest.raises(KeyboardInterrupt): rank_losses(again, passes=1, negatives=2)
     rank_losses(again, passes=1, negatives=2)
-    assert [m for m in made if m] == list(LOSSES)
+    assert [m for m in made if m] == list(few)
     key = [c for c in before.columns if c not in ("value", "lo", "hi", "n")]
     assert before.sort(key).equals(again.metrics().sort(key))
 
