@@ -63,7 +63,7 @@ import widedeep_nb
 from .core import COLORS, DEVICES, METRICS, PROTOCOLS, Problem, Recommender, Run, as_svg, load_recommender, lot, one_of, open_run, pick_device, say, top_k, use_theme, versions, written_whole, bare_name, codes_of, History
 from .evaluation import told
 from .preprocessing import in_order, preprocess, rows_that_count
-from .baselines import ABLATIONS, dots, overall
+from .baselines import ABLATIONS, OURS, dots, overall
 from .training import our_epoch, plain_epoch
 from .data import DATASETS, datasets, fingerprint
 
@@ -563,7 +563,7 @@ def advice(
     best, value = models["model"][0], models["value"][0]
     ours = next((h for h in HYBRIDS if h in models["model"]), None)
     to = f"To {MAIN[metric][1]}, use {best} ({metric} {value:.4f})"
-    others = [m for m in models["model"] if m != ours]
+    others = [m for m in models["model"] if m not in OURS]
     unsure = [m for m in others if not surely(figures, metric, best, m)]
     if ours is None: return f"{to}; {HYBRIDS[-1]} has not been measured."
     if not others: return f"{to}; no baseline has been measured."
