@@ -12,9 +12,11 @@ import pytest
 
 from widedeep_nb.baselines import GRIDS
 from widedeep_nb.core import LOSSES
+from widedeep_nb.run import main
+from widedeep_nb.sequence import SEQUENCE
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["-p", "seeds=1", "-p", "epochs=3"]
+QUICK = ["-p", "seeds=1", "-p", "epochs=3", "-p", "passes=1"]
 
 
 def widedeep(*args, cwd=ROOT):
@@ -49,7 +51,7 @@ def test_page_fits_desk_and_telephone_by_day_and_by_night(report, fits): fits(re
 
 def test_every_figure_of_the_contract_is_there(report):
     records = pl.DataFrame(json.loads((report / "metrics.json").read_text()), infer_schema_length=None)
-    assert set(records["model"]) == {"wide-deep", "wide-alone", "deep-alone", "wide-deep-as-reported", *GRIDS, *(f"wide-deep-{loss}" for loss in LOSSES)}
+    assert set(records["model"]) == {"wide-deep", "wide-alone", "deep-alone", "wide-deep-as-reported", *GRIDS, *SEQUENCE, *(f"wide-deep-{loss}" for loss in LOSSES)}
     assert set(records["users"]) == {"all", "warm", "cold"} and set(records["task"]) == {"rating", "ranking"} and set(records["split"]) == {"test"}
     whole = records.filter(pl.col("lo").is_not_null(), pl.col("versus").is_null())
     assert whole.select((pl.col("lo") <= pl.col("value")).all() & (pl.col("value") <= pl.col("hi")).all()).item()
@@ -57,21 +59,20 @@ def test_every_figure_of_the_contract_is_there(report):
     assert {c["status"] for c in about["chapters"].values()} == {"done"} and about["data"]["sha256"]
 
 
-def test_asking_the_run(report):
+def test_asking_the_run(report, capsys):
     user = pl.read_parquet(report / "split/users.parquet")["user"][0]
     items = pl.read_parquet(report / "split/items.parquet")["item"][:2].to_list()
     for who in (["--user", user], ["--user", "nobody"], ["--basket", f"{items[0]}:5,{items[1]}"]):
         for model in ([], ["--model", "wide-deep"]):
-            done = widedeep("recommend", report, *who, "-k", 5, "--json", *model)
-            assert done.returncode == 0, done.stderr
-            told = json.loads(done.stdout)
+            main(["recommend", str(report), *who, "-k", "5", "--json", *model])
+            told = json.loads(capsys.readouterr().out)
             assert len(told["items"]) == 5 and (who[0] != "--basket" or not {i["item"] for i in told["items"]} & set(items))
 
 
 def test_an_early_chapter_runs_again_on_a_finished_run(report, tmp_path):
     "What later chapters have written by then does not disturb it."
     shutil.copytree(report, tmp_path / "run")
-    run_report(tmp_path / "run", "--chapters", "06")
+    assert widedeep("run", "--out", tmp_path / "run", "--chapters", "06").returncode == 0
     before, after = [json.loads((f / "metrics.json").read_text()) for f in (report, tmp_path / "run")]
     assert sorted(map(json.dumps, before)) == sorted(map(json.dumps, after))
 
