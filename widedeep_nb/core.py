@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'LOG', 'EXTRAS', 'PROTOCOLS', 'PARTS', 'RECOMMENDERS', 'LOSSES', 'POINTWISE', 'CANNOT_WRITE', 'RUN_FORMAT',
-           'DEVICES', 'METRIC_KEY', 'METRICS', 'Problem', 'one_of', 'use_theme', 'as_svg', 'show_figure', 'show_table',
-           'say', 'as_interactions', 'Protocol', 'enough', 'code_table', 'Split', 'in_time', 'recoded', 'encode',
-           'codes_of', 'History', 'lot', 'top_k', 'as_codes', 'Recommender', 'predict', 'baskets_as_history',
-           'asked_for', 'mask_seen', 'recommend', 'register', 'make_recommender', 'make_loss', 'pack_text',
-           'unpack_text', 'file_sha256', 'written_whole', 'save', 'load_recommender', 'pick_device', 'versions',
-           'bare_name', 'Run', 'write', 'read', 'once', 'save_splits', 'splits', 'metrics', 'add_metrics',
+           'DEVICES', 'METRIC_KEY', 'METRICS', 'Problem', 'one_of', 'use_theme', 'spaced', 'as_svg', 'show_figure',
+           'set_out', 'show_table', 'say', 'as_interactions', 'Protocol', 'enough', 'code_table', 'Split', 'in_time',
+           'recoded', 'encode', 'codes_of', 'History', 'lot', 'top_k', 'as_codes', 'Recommender', 'predict',
+           'baskets_as_history', 'asked_for', 'mask_seen', 'recommend', 'register', 'make_recommender', 'make_loss',
+           'pack_text', 'unpack_text', 'file_sha256', 'written_whole', 'save', 'load_recommender', 'pick_device',
+           'versions', 'bare_name', 'Run', 'write', 'read', 'once', 'save_splits', 'splits', 'metrics', 'add_metrics',
            'model_folder', 'step', 'open_run']
 
 # %% ../nbs/00_core.ipynb #ccf0e92a
@@ -20,6 +20,7 @@ import html
 import importlib
 import inspect
 import io
+import itertools
 import json
 import os
 import re
@@ -66,8 +67,8 @@ def use_theme():
     "The one quiet look of all figures."
     ink, quiet = COLORS["ink"], COLORS["baseline"]
     sns.set_theme(style="ticks", rc={
-        "figure.figsize": (5.2, 2.9), "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8.5,
-        "ytick.labelsize": 8.5, "legend.fontsize": 8.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+        "figure.figsize": (5.2, 3.), "font.size": 10.5, "axes.titlesize": 11.5, "axes.labelsize": 10.5, "xtick.labelsize": 10,
+        "ytick.labelsize": 10, "legend.fontsize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
         "patch.linewidth": 0, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": quiet, "axes.linewidth": .8,
         "xtick.color": quiet, "ytick.color": quiet, "xtick.labelcolor": ink, "ytick.labelcolor": ink,
         "text.color": ink, "axes.labelcolor": ink, "axes.titlecolor": ink, "svg.fonttype": "none", "legend.frameon": False,
@@ -75,6 +76,13 @@ def use_theme():
     })
 
 # %% ../nbs/00_core.ipynb #07176ba3
+def spaced(
+    text: str,  # of a caption, a label or a sentence
+) -> str:  # with `5 %` where it has `5%`, but not in an address
+    "A per cent sign stands off its number, on the same line, everywhere."
+    return re.sub(r"(\d) ?%(?![\dA-Fa-f]{2})", "\\1\N{NO-BREAK SPACE}%", text)
+
+
 def as_svg(
     fig: plt.Figure,  # a finished figure
     label: str,  # its name, which keeps the ids of several figures on one page apart
@@ -85,7 +93,7 @@ def as_svg(
     with plt.rc_context({"svg.hashsalt": label}):
         fig.savefig(file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
     svg = file.getvalue()
-    svg = svg[svg.index("<svg"):]
+    svg = spaced(svg[svg.index("<svg"):])
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace(COLORS["ink"], "currentColor").replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")
     svg = re.sub(r' width="([\d.]+)pt" height="[\d.]+pt"', lambda m: f' style="width:{float(m[1]) * 1.4:.0f}px;max-width:100%;height:auto"', svg, count=1)
@@ -99,6 +107,7 @@ def show_figure(
     alt: str,  # what the picture shows, for those who cannot see it
 ):
     "Show `fig` with its caption, and close it."
+    caption, alt = spaced(caption), spaced(alt)
     svg = as_svg(fig, label, alt)
     plt.close(fig)
     body = f'<figure id="{label}">{svg}<figcaption>{html.escape(caption)}</figcaption></figure>'
@@ -106,6 +115,17 @@ def show_figure(
     display({"text/html": body, "text/plain": f"[{label}] {caption}"}, metadata={"widedeep": about}, raw=True)
 
 # %% ../nbs/00_core.ipynb #544aff91
+def set_out(
+    body: str,  # a table's HTML, from pandas
+    numbers: list,  # for each column: does it hold numbers?
+) -> str:
+    "Numbers to the right; no line ends within a name, a date or an interval."
+    column = itertools.cycle(numbers)
+    body = re.sub(r"<t[hd]>", lambda cell: cell[0][:-1] + (' style="text-align:right">' if next(column) else ">"), body)
+    body = re.sub(r"<td>(?=[^\s<]*-[^\s<]*</td>)", '<td style="white-space:nowrap">', body)
+    return re.sub(r"\[([-+\d.]+), ([-+\d.]+)\]", r"[\1,&nbsp;\2]", body)
+
+
 def show_table(
     frame: Union[pl.DataFrame, pd.DataFrame],  # what to show, a row a line
     label: str,  # cross-reference label, `tbl-...`
@@ -114,8 +134,10 @@ def show_table(
 ):
     "Show a table with its caption."
     frame = frame.to_pandas() if isinstance(frame, pl.DataFrame) else frame
-    body = frame.to_html(index=False, border=0, na_rep="–", float_format=lambda x: f"{x:.{digits}f}", classes="wd", justify="left")
-    body = body.replace('class="dataframe wd">', f'class="wd" id="{label}"><caption>{html.escape(caption)}</caption>')
+    caption, kinds = spaced(caption), [frame.iloc[:, c].astype(str).str.fullmatch(r"[-+–]?[\d,.]*(e-?\d+)?(\s?%)?|nan|None|<NA>").all() for c in range(frame.shape[1])]
+    whole = {c: "{:,}".format for c, t in frame.dtypes.items() if pd.api.types.is_integer_dtype(t)}
+    body = frame.to_html(index=False, border=0, na_rep="–", float_format=lambda x: f"{x:.{digits}f}", formatters=whole, classes="wd", justify="left")
+    body = set_out(spaced(body), kinds).replace('class="dataframe wd">', f'class="wd" id="{label}"><caption>{html.escape(caption)}</caption>')
     display({"text/html": f'<div class="wd-table">{body}</div>', "text/plain": f"[{label}] {caption}\n{frame.to_string(index=False)}"},
             metadata={"widedeep": {"label": label, "caption": caption}}, raw=True)
 
@@ -124,7 +146,7 @@ def say(
     text: str,  # Markdown, its numbers filled in by the caller
 ):
     "A finding in words."
-    display(Markdown(text))
+    display(Markdown(spaced(text)))
 
 # %% ../nbs/00_core.ipynb #26e11791
 LOG = {"user": pl.String, "item": pl.String, "rating": pl.Float32, "timestamp": pl.Datetime("ms")}

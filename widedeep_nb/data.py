@@ -1015,7 +1015,7 @@ def draw_ingest(
     why.barh(range(n), [d["rows"] for d in lost], height=.7, color=[d["color"] for d in lost])
     for y, d in enumerate(lost):
         text = f"{d['rows']:,}  {d['reason']}" + ("" if d["fault"] else " (sound, set aside)")
-        why.annotate(text, (d["rows"], y), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
+        why.annotate(text, (d["rows"], y), (4, 0), textcoords="offset points", va="center", fontsize=10)
     why.set(xlim=(0, 3 * max(d["rows"] for d in lost)), ylim=(n - .4, -.6), yticks=[], xticks=[])
     why.set_xlabel(f"rows left out: {read - report['kept']:,}", loc="left")
     why.spines["bottom"].set_visible(False)

@@ -224,7 +224,7 @@ def draw_losses(
             colour = COLORS["baseline" if name == floor else "alarm" if low else "hybrid"]
             if lo is not None: ax.plot([lo, hi], [y, y], color=colour, lw=2, solid_capstyle="round")
             ax.plot(value, y, "o", color=colour, ms=5)
-            ax.annotate(f"{value:.3f}", (value if hi is None else hi, y), (4, 0), textcoords="offset points", va="center", color=colour, fontsize=8)
+            ax.annotate(f"{value:.3f}", (value if hi is None else hi, y), (4, 0), textcoords="offset points", va="center", color=colour, fontsize=9.5)
         if len(line): ax.axvline(line[0], color=COLORS["baseline"], lw=.8, ls=":")
         ax.set(yticks=range(len(rows)), yticklabels=rows["name"], ylim=(len(rows) - .4, -.6), xlabel=metric)
         ax.tick_params(axis="y", length=0)
