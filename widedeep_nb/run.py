@@ -9,7 +9,7 @@ __all__ = ['READERS', 'HIDDEN', 'OPTION', 'FOLDED', 'OUTSIDE', 'MAIN', 'HYBRIDS'
            'usual_protocol', 'Plan', 'plan_run', 'steps_of', 'read_log', 'move_in', 'clean', 'opened', 'mark_of',
            'is_done', 'ChapterFailed', 'explain', 'run_chapter', 'run_report', 'shown_cells', 'formula', 'address',
            'PageText', 'PageExporter', 'fold_together', 'body_of', 'test_figures', 'surely', 'advice', 'join',
-           'verdict', 'winners', 'who_wins', 'facts', 'title_of', 'style', 'page', 'write_page', 'as_div',
+           'verdict', 'headline', 'winners', 'who_wins', 'facts', 'title_of', 'style', 'page', 'write_page', 'as_div',
            'site_filter', 'with_outputs', 'results_of', 'compact', 'published', 'figures_of', 'readme_table',
            'rewrite_readme', 'between', 'pages_in', 'execute_pages', 'chapters_with_outputs', 'publish', 'load_model',
            'read_basket', 'most_taken', 'rows_of', 'as_history', 'suggest', 'bench', 'cli', 'run_command',
@@ -585,16 +585,30 @@ def verdict(
     return found or f"Nothing has been compared yet; chapter {COMPARED_IN} does it: widedeep run --out {os.path.relpath(run.folder)} --chapters {COMPARED_IN}"
 
 # %% ../nbs/17_run.ipynb #987713a5
+def headline(
+    figures: pl.DataFrame,  # from `test_figures`
+    metric: str,  # of `MAIN`
+) -> str:  # a title
+    "Who is first, and whether that is more than luck."
+    models = figures.filter(pl.col("versus").is_null(), ~pl.col("model").is_in(ABLATIONS))["model"]
+    best, ours = models[0], next((h for h in HYBRIDS if h in models), None)
+    others = [m for m in models if m not in OURS] if best == ours else [ours]
+    if ours is None or not others: return f"{best} {MAIN[metric][2]}"
+    sure = all(surely(figures, metric, best, m) for m in others)
+    return f"{best} {MAIN[metric][2]}, " + ("though not surely" if best == ours and not sure else f"{'' if sure else 'not '}surely better than {'every baseline' if best == ours else ours}")
+
+
 def winners(
     run: Run,  # with metrics
 ):  # yields the task and a figure
     "Who ranks best, and who predicts stars best."
     use_theme()
-    for metric, (task, _, wins) in MAIN.items():
-        models = test_figures(run, metric).filter(pl.col("versus").is_null(), ~pl.col("model").is_in(ABLATIONS))
+    for metric, (task, _, _) in MAIN.items():
+        figures = test_figures(run, metric)
+        models = figures.filter(pl.col("versus").is_null(), ~pl.col("model").is_in(ABLATIONS))
         if not len(models): continue
         fig = dots(models, f"{metric} on the test part, {'stars, lower' if metric == 'RMSE' else 'higher'} is better")
-        fig.axes[0].set_title(f"{models['model'][0]} {wins}")
+        fig.suptitle(headline(figures, metric), x=.01, ha="left", fontsize=11.5, fontweight="bold")
         yield task, fig
 
 
@@ -642,9 +656,9 @@ nav{padding:.6rem 0;border-bottom:1px solid var(--line)} h1,h2,h3,h4{line-height
 section{border-top:1px solid var(--line);margin-top:3.5rem} section .cell:first-child h2{margin-top:1.2em} blockquote{margin:0 0 1em;color:var(--quiet);font-size:1.05rem}
 dl{display:flex;flex-wrap:wrap;gap:.5rem 1.6rem;margin:1rem 0} dt{font-size:.8rem;color:var(--quiet)} dd{margin:0;font-weight:600} .verdict{font-size:1.15rem;border-left:4px solid var(--link);padding-left:.9rem}
 figure{margin:1.4rem 0} figure svg,img{display:block;max-width:100%;height:auto} figcaption,caption{color:var(--quiet);font-size:.9rem;text-align:left;padding:.4rem 0} caption{position:sticky;left:0;max-width:calc(100vw - 2rem)}
-pre{background:var(--tint);padding:.7rem .9rem;overflow-x:auto;border-radius:4px;font-size:.82rem;line-height:1.45;margin:.5rem 0} code{font-size:.9em} .output_area pre{background:none;border-left:3px solid var(--line)}
+pre{background:var(--tint);padding:.7rem .9rem;overflow-x:auto;border-radius:4px;font-size:.82rem;line-height:1.45;margin:.5rem 0} code{font-size:.9em} .output_area pre{background:none;border-left:3px solid var(--line);white-space:pre-wrap;overflow-wrap:anywhere}
 pre.error{border-left:3px solid var(--alarm);color:var(--alarm);white-space:pre-wrap} details.code summary{color:var(--quiet);font-size:.8rem;cursor:pointer} .output_html,.rendered_html,.wd-table{overflow-x:auto;max-width:100%}
-table{border-collapse:collapse;font-size:.87rem;font-variant-numeric:tabular-nums;border:0} .wd-table table{min-width:min(100%,26rem)} th,td{border:0;padding:.3rem .7rem .3rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top} math[display=block]{overflow-x:auto;overflow-y:hidden;margin:1rem 0}
+table{border-collapse:collapse;font-size:.87rem;font-variant-numeric:tabular-nums;border:0} .wd-table table{min-width:min(100%,26rem)} th,td{border:0;padding:.3rem .55rem .3rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top} .dataframe thead th{text-align:left!important} math[display=block]{overflow-x:auto;overflow-y:hidden;margin:1rem 0}
 @media (min-width:64rem){.layout{grid-template-columns:12rem minmax(0,44rem)} nav{position:sticky;top:0;align-self:start;max-height:100vh;overflow-y:auto;border:0;padding-top:2.6rem} nav ol{display:block}}
 @media print{nav,details.code{display:none}}
 """
