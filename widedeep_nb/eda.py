@@ -80,13 +80,15 @@ def show_stars(
         what = ", ".join(f"{event} ({percent(n / len(log))})" for event, n in kinds.iter_rows()) or "each says only that a user met an item"
         return say(f"No stars in this log, so there is no picture of them. Its {len(log):,} rows are events: {what}.")
     best = table.sort("rows", descending=True).row(0, named=True)
+    most = f"{best['stars']:g} star" + "s" * (best["stars"] != 1)
     fig, ax = plt.subplots(figsize=(5.2, 2.6))
     bars = ax.bar([f"{s:g}" for s in table["stars"]], table["share"], color=COLORS["baseline"], width=.7, lw=0)
-    ax.bar_label(bars, [f"{s:.0%}" if s >= .01 else "<1%" for s in table["share"]], padding=2, fontsize=8.5)
-    ax.set(title=f"{best['stars']:g} stars is the commonest rating", xlabel="stars", ylabel="share of ratings")
+    ax.bar_label(bars, [f"{s:.0%}" if s >= .01 else "<1%" for s in table["share"]], padding=2, fontsize=10)
+    ax.margins(y=.12)
+    ax.set(title=f"{most} is the commonest rating", xlabel="stars", ylabel="share of ratings")
     ax.yaxis.set_major_formatter(PercentFormatter(1, 0)); ax.yaxis.set_major_locator(MaxNLocator(4))
     mean, sd = log["rating"].mean(), log["rating"].std()
-    show_figure(fig, "fig-stars", f"{percent(best['share'])} of the ratings are {best['stars']:g} stars. The mean is {mean:.2f}"
+    show_figure(fig, "fig-stars", f"{percent(best['share'])} of the ratings are {most}. The mean is {mean:.2f}"
                 + ("." if sd is None else f" and the standard deviation {sd:.2f}, which is how far off (RMSE) a guess of the mean for everybody would be."),
                 "Bars, one for each number of stars: " + ", ".join(f"{s:g} stars {p:.0%}" for s, _, p in table.iter_rows()) + ".")
 
@@ -120,13 +122,13 @@ def show_tails(
         ax.plot(curve["n"], curve["share"], color=COLORS["ink"], lw=1.2, marker="o", ms=2.5, mew=0)
         ax.axvline(middle[side], color=COLORS["baseline"], ls=":", lw=1.2)
         left = middle[side] ** 2 > curve["n"].max()  # beyond the middle of the logarithmic axis
-        ax.annotate(f"median {middle[side]:g}", (middle[side], .02), (-4 if left else 4, 2), xycoords=("data", "axes fraction"), textcoords="offset points", ha="right" if left else "left", fontsize=8.5)
+        ax.annotate(f"median {middle[side]:g}", (middle[side], .02), (-4 if left else 4, 2), xycoords=("data", "axes fraction"), textcoords="offset points", ha="right" if left else "left", fontsize=10)
         ax.set(xscale="log", yscale="log", xlabel=f"{word} of a {side} (n, log)" if side == "user" else f"{word} of an item (n, log)", xlim=(.8, max(10, curve["n"].max()) * 1.3))
-        ax.set_title(f"{len(each[side]):,} {side}s", fontweight="normal", fontsize=9)
+        ax.set_title(counted(len(each[side]), f"{side}s"), fontweight="normal", fontsize=10.5)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}")); ax.minorticks_off()
     axes[0].set(ylabel="share with at least n (log)")
     axes[0].yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
-    fig.suptitle(f"Half of the items have at most {counted(middle['item'], word)}", x=.01, ha="left", fontsize=10, fontweight="bold")
+    fig.suptitle(f"Half of the items have at most {counted(middle['item'], word)}", x=.01, ha="left", fontsize=11.5, fontweight="bold")
     most = {side: counted(each[side].max(), word) for side in sides}
     show_figure(fig, "fig-tails", f"The median user has {counted(middle['user'], word)}, the busiest {most['user']}; "
                 f"the median item has {counted(middle['item'], word)}, the most popular {most['item']}.",
@@ -171,17 +173,17 @@ def show_lorenz(
     "Lorenz curves of items and users, each with its Gini coefficient."
     word, each = unit(log), {side: counts(log, side) for side in ("item", "user")}
     value = {side: gini(each[side]) for side in each}
-    fig, ax = plt.subplots(figsize=(5.2, 3.1))
+    fig, ax = plt.subplots(figsize=(5.2, 3.3))
     ax.plot([0, 1], [0, 1], color=COLORS["baseline"], ls=":", lw=1)
-    ax.annotate("all alike", (.9, .9), (-4, 4), textcoords="offset points", ha="right", fontsize=8.5)
-    for side, style, width, at in (("item", "-", 1.8, .78), ("user", "--", 1.3, .62)):
+    ax.annotate("all alike", (.9, .9), (-6, 4), textcoords="offset points", ha="right", fontsize=10)
+    for side, style, width in (("item", "-", 1.8), ("user", "--", 1.3)):
         curve = lorenz(each[side])
-        ax.plot(curve["ids"], curve["ratings"], color=COLORS["ink"], ls=style, lw=width)
-        ax.annotate(f"{side}s, Gini {value[side]:.2f}", (at, np.interp(at, curve["ids"], curve["ratings"])), (.04, at + .17), ha="left", va="center",
-                    arrowprops=dict(arrowstyle="-", color=COLORS["baseline"], lw=.7, shrinkB=2))
+        ax.plot(curve["ids"], curve["ratings"], color=COLORS["ink"], ls=style, lw=width, label=f"{side}s, Gini {value[side]:.2f}")
+    ax.legend(loc="upper left", handlelength=2.4, borderaxespad=.2)  # the curves may all but coincide; above the diagonal there is always room
     for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter(PercentFormatter(1, 0)); axis.set_major_locator(MaxNLocator(5))
     top = top_share(each["item"])
-    ax.set(title=f"The {head(len(each['item']))} holds {percent(top)} of the {word}", xlabel="share of items or users, least active first", ylabel=f"share of {word}", xlim=(0, 1), ylim=(0, 1))
+    fig.suptitle(f"The {head(len(each['item']))} holds {percent(top)} of the {word}", x=.01, ha="left", fontsize=11.5, fontweight="bold")
+    ax.set(xlabel="share of items or users, least active first", ylabel=f"share of {word}", xlim=(0, 1), ylim=(0, 1))
     show_figure(fig, "fig-lorenz", f"Gini is {value['item']:.2f} over items and {value['user']:.2f} over users: "
                 + direction(value["item"] - value["user"], "the items are the more unequal. ", "the users are the more unequal. ", "both are unequal alike. ", .005) +
                 f"The {head(len(each['item']))} holds {percent(top)} of the {word}.",
@@ -253,13 +255,13 @@ def show_growth(
         ax.fill_between(x, y, step="mid", color=COLORS["baseline"], alpha=.55, lw=0)
         ax.plot(x[at], y[at], "o", ms=3.5, color=COLORS["ink"])
         early = at < .8 * len(table)
-        ax.annotate(f"{y[at]:,}", (x[at], y[at]), (5 if early else -5, 1), textcoords="offset points", ha="left" if early else "right", va="bottom", fontsize=8.5)
+        ax.annotate(f"{y[at]:,}", (x[at], y[at]), (5 if early else -5, 1), textcoords="offset points", ha="left" if early else "right", va="bottom", fontsize=10)
         ax.set(ylim=(0, 1.35 * y[at]))
-        ax.set_title(f"{column if column != 'ratings' else word} a {month}", fontweight="normal", fontsize=9)
+        ax.set_title(f"{column if column != 'ratings' else word} a {month}", fontweight="normal", fontsize=10.5)
         ax.yaxis.set_major_locator(MaxNLocator(2)); ax.yaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
     time_axis(axes[-1])
     peak, half = [name(table["month"][i]) for i in (table["ratings"].arg_max(), (table["new users"].cum_sum() >= table["new users"].sum() / 2).arg_max())]
-    fig.suptitle(f"The log was busiest {'on' if every == '1d' else 'in'} {peak}", x=.01, ha="left", fontsize=10, fontweight="bold")
+    fig.suptitle(f"The log was busiest {'on' if every == '1d' else 'in'} {peak}", x=.01, ha="left", fontsize=11.5, fontweight="bold")
     late = newcomers(log)
     show_figure(fig, "fig-growth", f"Half of the users had come by {half}. Of the last tenth of the {word}, {percent(late['either'])} have a user or an item never seen before "
                 f"({percent(late['user'])} a new user, {percent(late['item'])} a new item).",
@@ -309,16 +311,16 @@ def show_categories(
     fig, axes = plt.subplots(math.ceil(len(top) / wide), wide, sharex=True, sharey=True, squeeze=False, figsize=(5.2, .7 + 1.35 * math.ceil(len(top) / wide)))
     for ax in axes.flat[len(top):]: ax.set_visible(False)
     for ax in axes.flat[len(top) - wide:len(top)]: ax.tick_params(labelbottom=True)
+    mover = top.with_columns(moved=(pl.col("late") - pl.col("early"))).sort(pl.col("moved").abs()).row(-1, named=True)
     for ax, name in zip(axes.flat, top["category"]):
         rows = shares.filter(pl.col("category") == name)
         ax.fill_between(rows["period"].to_numpy(), rows["share"], color=COLORS["baseline"], alpha=.55, lw=0)
-        ax.set_title(shorten(name, 20, placeholder="…"), fontweight="normal", fontsize=9)
+        ax.set_title(shorten(name, 18, placeholder="…"), fontweight="bold" if name == mover["category"] else "normal", fontsize=10)
         ax.yaxis.set_major_formatter(PercentFormatter(1, 0)); ax.yaxis.set_major_locator(MaxNLocator(3)); time_axis(ax)
     axes[0, 0].set(ylim=(0, None))
-    mover = top.with_columns(moved=(pl.col("late") - pl.col("early"))).sort(pl.col("moved").abs()).row(-1, named=True)
     name = shorten(mover["category"], 30, placeholder="…")
-    fig.suptitle(direction(mover["moved"], f"{name} grew", f"{name} shrank", "The largest categories hardly moved", .02), x=.01, ha="left", fontsize=10, fontweight="bold")
-    fig.supylabel(f"share of {unit(log)}", fontsize=9)
+    fig.suptitle(direction(mover["moved"], f"{name} grew", f"{name} shrank", "The largest categories hardly moved", .02), x=.01, ha="left", fontsize=11.5, fontweight="bold")
+    fig.supylabel(f"share of {unit(log)}", fontsize=10.5)
     show_figure(fig, "fig-categories", ("All" if len(top) == len(halves) else f"The largest {len(top)} of") + f" {len(halves)} categories. Of these {mover['category']} moved the most: it went from {percent(mover['early'])} "
                 f"of the {unit(log)} in the earlier half of the log to {percent(mover['late'])} in the later half.",
                 "Small areas, one for each of the largest categories: its share over time.")
@@ -353,22 +355,22 @@ def show_correlations(
     value = np.tril(users.loc[names, names], -1) + np.triu(items.loc[names, names], 1)
     fig, ax = plt.subplots(figsize=(5.2, .9 + .5 * len(names)))
     for (i, j), v in np.ndenumerate(value):
-        if i == j: ax.text(j, i, names[i].replace(" ", "\n"), ha="center", va="center", fontsize=8, fontweight="bold", linespacing=1)
+        if i == j: ax.text(j, i, names[i].replace(" ", "\n"), ha="center", va="center", fontsize=8.5, fontweight="bold", linespacing=1)
         else:
             # strength is opacity, so that the page shows through and the ink stays readable on light and on dark
             ax.add_patch(plt.Rectangle((j - .47, i - .46), .94, .92, color=to_rgba("#d98c3f" if v < 0 else "#3b82b5", .6 * abs(np.nan_to_num(v))), lw=0))
-            ax.text(j, i, "–" if np.isnan(v) else f"{round(v, 2) + 0:+.2f}", ha="center", va="center", fontsize=8.5)
+            ax.text(j, i, "–" if np.isnan(v) else f"{round(v, 2) + 0:+.2f}", ha="center", va="center", fontsize=10)
     ax.set(xlim=(-.5, len(names) - .5), ylim=(len(names) - .5, -.5), xticks=[], yticks=[])
     ax.set_xlabel("users: below the diagonal", loc="left")
-    ax.set_title("items: above the diagonal", loc="right", fontweight="normal", fontsize=9)
+    ax.set_title("items: above the diagonal", loc="right", fontweight="normal", fontsize=10.5)
     ax.spines[:].set_visible(False)
     crowd = value[1, 0]
-    title = direction(crowd, "Busy users take more popular items", "Busy users take less popular items", "Busy users take no more popular items than others" if crowd == crowd else "Too little varies to compare users")
-    fig.suptitle(title, x=.01, ha="left", fontsize=10, fontweight="bold")
+    title = direction(crowd, "Busy users take more popular items", "Busy users take less popular items", "Busy users take about as popular items as others" if crowd == crowd else "Too little varies to compare users")
+    fig.suptitle(title, x=.01, ha="left", fontsize=11.5, fontweight="bold")
     caption = "A user's count and the popularity of what they take " + direction(crowd, "rise together", "run against each other", "have little to do with each other" if crowd == crowd else "cannot be compared, because one of them is the same for all") + (f" ({crowd:+.2f})" if crowd == crowd else "")
     j = names.index("mean stars") if "mean stars" in names else 0
     if j and value[0, j] == value[0, j]:
-        caption += "; popular items have " + direction(value[0, j], "more stars", "fewer stars", "neither more nor fewer stars") + f" than rare ones ({value[0, j]:+.2f})"
+        caption += "; popular items have " + direction(value[0, j], "more stars than", "fewer stars than", "about as many stars as") + f" rare ones ({value[0, j]:+.2f})"
     show_figure(fig, "fig-correlations", caption + ".", "A square of rank correlations with a number in each cell: users below the diagonal, items above it.")
 
 # %% ../nbs/02_eda.ipynb #925e714c
