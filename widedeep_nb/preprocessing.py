@@ -195,12 +195,12 @@ def draw_timeline(
     else: parts = parts.with_columns(pl.col("from", "to").str.to_datetime())
     follow = (parts["from"] >= parts.select(pl.col("to").shift().over("cut"))["to"]).fill_null(True).all()
     lanes = parts["cut"] if follow else pl.int_range(len(parts), eager=True)
-    tone = {"train": COLORS["baseline"], "val": COLORS["wide"], "test": COLORS["hybrid"]}
+    tone = {"train": .25, "val": .5, "test": .8}  # of ink: the parts are no models, and have none of their colours
     for lane, row in zip(lanes, parts.iter_rows(named=True)):
-        ax.barh(lane, row["to"] - row["from"], left=row["from"], color=tone[row["part"]], height=.6)
+        ax.barh(lane, row["to"] - row["from"], left=row["from"], color=COLORS["ink"], alpha=tone[row["part"]], height=.6)
         if lane or not follow: continue
         where, side, gap = {"train": (row["from"] + (row["to"] - row["from"]) / 2, "center", 0), "val": (row["to"], "right", -2), "test": (row["from"], "left", 2)}[row["part"]]
-        ax.annotate(row["part"], (where, -.35), (gap, 2), textcoords="offset points", ha=side, va="bottom", fontsize=8.5, color=tone[row["part"]], weight="bold")
+        ax.annotate(row["part"], (where, -.35), (gap, 2), textcoords="offset points", ha=side, va="bottom", fontsize=10, weight="bold")
     ticks = [f"cut {c + 1}" for c in sorted(set(lanes))] if follow else parts["part"].to_list()
     ax.set(yticks=range(len(ticks)) if len(ticks) > 1 else [], ylim=(max(lanes) + .4, -.9 if follow else -.4))
     ax.set_yticks(ax.get_yticks(), ticks if len(ticks) > 1 else [])
@@ -214,11 +214,11 @@ def draw_known(
 ):
     "Who is asked about: a bar for each part, from both known to both new."
     left = np.zeros(len(shares))
-    for name, colour in zip(shares.columns[1:], [COLORS["baseline"], "#e8a75a", "#9c88d8", COLORS["alarm"]]):
+    for name, ink in zip(shares.columns[1:], (.08, .18, .3, .42)):  # the stranger the darker; the text stays readable on all, by day and by night
         width = shares[name].to_numpy() * 100
-        ax.barh(shares["part"].to_list(), width, left=left, color=colour, height=.62, label=name)
+        ax.barh(shares["part"].to_list(), width, left=left, color=COLORS["ink"], alpha=ink, height=.62, label=name)
         for y in np.flatnonzero(width > 5):
-            ax.annotate(f"{width[y]:.0f} %", (left[y] + width[y] / 2, y), ha="center", va="center", fontsize=8, color="white" if name in ("both known", "both new") else "black")
+            ax.annotate(f"{width[y]:.0f} %", (left[y] + width[y] / 2, y), ha="center", va="center", fontsize=9.5)
         left += width
     ax.legend(ncols=4, loc="lower left", bbox_to_anchor=(-.02, .98), handlelength=.8, handleheight=.8, columnspacing=1.2, handletextpad=.4)
     ax.set(xlabel="share of the part's rows, %", xlim=(0, 100)), ax.invert_yaxis()
