@@ -142,12 +142,12 @@ def draw_architecture(
     ax.set(xlim=(0, 10), ylim=(0, 8)); ax.axis("off")
     def box(x, y, w, name, below, colour):
         ax.add_patch(FancyBboxPatch((x, y), w, 1.2, boxstyle="round,pad=.08", facecolor=colour, alpha=.16, edgecolor=colour))
-        ax.text(x + w / 2, y + .78, name, ha="center", va="center", fontsize=8.5, weight="bold")
-        ax.text(x + w / 2, y + .3, below, ha="center", va="center", fontsize=7.5)
+        ax.text(x + w / 2, y + .78, name, ha="center", va="center", fontsize=10, weight="bold")
+        ax.text(x + w / 2, y + .3, below, ha="center", va="center", fontsize=8.75)
         return x + w / 2
     def arrow(a, b, colour): ax.add_patch(FancyArrowPatch(a, b, arrowstyle="-|>", mutation_scale=8, lw=1.2, color=colour, shrinkA=2, shrinkB=4))
     w, d, q = COLORS["wide"], COLORS["deep"], COLORS["baseline"]
-    inputs = [box(.1, .2, 2.9, "features", "user, item, category", q), box(3.5, .2, 2.9, "ids", "some hidden", q), box(6.9, .2, 2.9, "crosses", "user x category, ...", q)]
+    inputs = [box(.1, .2, 2.9, "features", "user, item, category", q), box(3.5, .2, 2.9, "ids", "some hidden", q), box(6.9, .2, 2.9, "crosses", "user × category, …", q)]
     wide = box(5.3, 3.1, 4.5, "wide: a sum of weights", size[("wide", "cross-products")], w)
     deep = [box(2.3, 2.5, 2.5, "embeddings", size[("deep", "tables of ids")], d), box(.2, 4.6, 4.6, "ReLU network", size[("deep", "network")], d)]
     arrow((inputs[1], 1.5), (deep[0], 2.4), d), arrow((inputs[0] - .4, 1.5), (inputs[0] - .4, 4.5), d)
