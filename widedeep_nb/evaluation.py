@@ -436,7 +436,7 @@ def told(
     digits: int = 4,  # decimals
 ) -> str:
     "A figure with its interval."
-    say = lambda x: f"{x:{sign}.{digits}f}"
+    say = lambda x: f"{round(x, digits) + 0.:{sign}.{digits}f}"  # no -0.000
     return say(value) + ("" if lo is None else f" [{say(lo)}, {say(hi)}]")
 
 # %% ../nbs/06_evaluation.ipynb #0615fd5c
