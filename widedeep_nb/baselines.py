@@ -23,7 +23,7 @@ import polars as pl
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import to_rgba
 from scipy.sparse.linalg import svds
 from scipy.stats import kendalltau
 from torch import nn
@@ -785,16 +785,21 @@ def at_what_cost(
 ) -> plt.Figure:
     "Quality against seconds; named are the best, the quickest that is about as good, and the hybrid."
     rows, middle = rows.sort("seconds"), (rows["seconds"].min() * rows["seconds"].max()) ** .5
-    best, quick, named = rows.sort("value").row(-1, named=True), worth(rows), {}
-    for model, side in ((quick, -9), (best["model"], 9), ("wide-deep", -11)): named[model] = side
-    fig, ax = plt.subplots(figsize=(5.2, 3.2))
+    best, top = rows.sort("value").row(-1, named=True)["model"], rows.select(pl.max_horizontal("value", "hi").max()).item()
+    above = rows.filter(pl.col("model").is_in([worth(rows), best])).sort((pl.col("seconds") / middle).log().abs())["model"].to_list()
+    shelf = {model: top * (1.06 + .1 * place) for place, model in enumerate(above)}  # names above all intervals, the outer the higher: no line through a name
+    fig, ax = plt.subplots(figsize=(5.2, 3.4))
     for model, value, lo, hi, seconds in rows.select("model", "value", "lo", "hi", "seconds").rows():
         colour, left = shown_in(model), seconds > middle
         if lo is not None: ax.plot([seconds, seconds], [lo, hi], color=colour, lw=1, alpha=.5)
-        ax.plot(seconds, value, "o", color=colour, ms=6, alpha=1 if model in named or colour != COLORS["baseline"] else .4)
-        if model in named: ax.annotate(model, (seconds, value), (-6 if left else 6, named[model]), textcoords="offset points", ha="right" if left else "left", va="center", color=COLORS["ink"] if colour == COLORS["baseline"] else colour)
+        ax.plot(seconds, value, "o", color=colour, ms=6, alpha=1 if model in shelf or colour != COLORS["baseline"] else .4)
+        how = dict(textcoords="offset points", ha="right" if left else "left", color=COLORS["ink"] if colour == COLORS["baseline"] else colour)
+        if model in shelf:
+            ax.plot([seconds, seconds], [hi or value, shelf[model]], color=COLORS["baseline"], lw=.7)
+            ax.annotate(model, (seconds, shelf[model]), (-3 if left else 3, 0), va="center", **how)
+        elif model == "wide-deep": ax.annotate(model, (seconds, value), (-6 if left else 6, -12), va="center", **how)
     ax.set(xscale="log", xlabel="seconds of one fit (log scale)", ylabel=metric)
-    ax.margins(x=.1)
+    ax.margins(x=.1, y=.08)
     return fig
 
 # %% ../nbs/07_baselines.ipynb #dd3ae4bc
@@ -857,16 +862,15 @@ def heat(
     place, grid = {n: i for i, n in enumerate(names)}, np.full((len(names), len(names)), np.nan)
     for one, other, value in tau.rows(): grid[place[other], place[one]] = np.nan if value is None else value
     fig, ax = plt.subplots(figsize=(5.2, .9 + .42 * len(names)))
-    colours = LinearSegmentedColormap.from_list("agreement", [COLORS["alarm"], "#ffffff", COLORS["baseline"]])
-    ax.pcolormesh(np.ma.masked_invalid(grid[1:, :-1]), cmap=colours, vmin=-1, vmax=1, edgecolors="face", linewidth=.3)
     for row, column in zip(*np.nonzero(~np.isnan(grid))):
         value = grid[row, column]
-        # nearly the ink, but not the ink: on a dark page it must stay dark, for the squares stay light
-        ax.text(column + .5, row - .5, f"{value:+.2f}", ha="center", va="center", color="#ffffff" if value < -.8 else "#1f2934")
+        # strength is opacity, so that the page shows through and the ink stays readable on light and on dark
+        ax.add_patch(plt.Rectangle((column + .02, row - .98), .96, .96, color=to_rgba(COLORS["alarm" if value < 0 else "baseline"], .1 + .45 * abs(value)), lw=0))
+        ax.text(column + .5, row - .5, f"{round(value, 2) + 0:+.2f}", ha="center", va="center")
     n = len(names) - 1
-    ax.set(xticks=np.arange(n) + .5, xticklabels=names[:-1], yticks=np.arange(n) + .5, yticklabels=names[1:], ylim=(n, 0))
+    ax.set(xticks=np.arange(n) + .5, xticklabels=names[:-1], yticks=np.arange(n) + .5, yticklabels=names[1:], xlim=(0, n), ylim=(n, 0))
     ax.tick_params(length=0)
-    plt.setp(ax.get_xticklabels(), rotation=25, ha="right", rotation_mode="anchor")
+    ax.set_xticklabels([name.replace("-", "-\n", 1) for name in names[:-1]])
     for side in ax.spines.values(): side.set_visible(False)
     return fig
 
