@@ -425,14 +425,14 @@ def chain(
     digits: int = 3,  # decimals of the figures
 ) -> plt.Figure:  # a dot and an interval an arm, its name above it
     "Steps one after the other."
-    fig, ax = plt.subplots(figsize=(5.2, .7 + .4 * len(rows)))
+    fig, ax = plt.subplots(figsize=(5.2, .7 + .5 * len(rows)))
     if floor is not None: ax.axvline(floor, color=COLORS["baseline"], lw=.8, ls=":")
     for y, (arm, value, lo, hi) in enumerate(rows.select("arm", "value", "lo", "hi").rows()):
         colour = COLORS["alarm" if arm in failed else "baseline" if arm in plain else "hybrid"]
         if lo is not None: ax.plot([lo, hi], [y, y], color=colour, lw=2, solid_capstyle="round")
         ax.plot(value, y, "o", color=colour, ms=6)
         ax.annotate(f"{value:.{digits}f}", (value if hi is None else hi, y), (5, 0), textcoords="offset points", va="center", color=colour)
-        ax.annotate(arm, (0, y), (2, 5), xycoords=ax.get_yaxis_transform(), textcoords="offset points", va="bottom", color=COLORS["ink"])
+        ax.annotate(arm, (0, y), (2, 7), xycoords=ax.get_yaxis_transform(), textcoords="offset points", va="bottom", color=COLORS["ink"])
     ax.set(yticks=[], ylim=(len(rows) - .5, -.9), xlabel=axis)
     ax.spines["left"].set_visible(False)
     ax.margins(x=.12)

@@ -428,13 +428,13 @@ def draw_by_history(
             for x, lo, hi in zip(at, mine["lo"], mine["hi"]):
                 if lo is not None: ax.plot([x, x], [lo, hi], color=colour, lw=1.2, alpha=.6)
             ax.plot(at, mine["value"], "o-", color=colour, ms=3.5, lw=1.2)
-        ax.annotate(name, (.03, 1), xycoords="axes fraction", va="bottom", color=COLORS["ink"], weight="bold", fontsize=8.5)
+        ax.annotate(name, (.03, 1), xycoords="axes fraction", va="bottom", color=COLORS["ink"], weight="bold", fontsize=10)
         ax.set(xticks=range(len(groups)), xticklabels=[k.split("–")[0].rstrip("+") for k in groups])
-        ax.tick_params(axis="x", labelsize=8)
+        ax.tick_params(axis="x", labelsize=9.5)
     first = rows.filter(model=versus)
-    axes[0, 0].annotate(versus.replace("-", " "), (.03, .03), xycoords="axes fraction", color=COLORS["baseline"], fontsize=8)
+    axes[0, 0].annotate(versus.replace("-", " "), (.03, .03), xycoords="axes fraction", color=COLORS["baseline"], fontsize=9.5)
     axes[0, 0].set(ylabel="NDCG@20 on the test part", ylim=(0, None))
-    fig.supxlabel("events known of the user, at least", fontsize=9, color=COLORS["ink"])
+    fig.supxlabel("events known of the user, at least", fontsize=10.5, color=COLORS["ink"])
     return fig
 
 
