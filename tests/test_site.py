@@ -226,7 +226,7 @@ def test_result_pages_fit_desk_and_telephone(tmp_path, fits):
     "In the clothes of the report's page: Quarto's are not at hand."
     for path in RESULT_PAGES:
         file = tmp_path / f"{path.stem}.html"
-        file.write_text(f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{style()}</style><div class="layout"><main>{body_of(path)}</main></div>')
+        file.write_text(f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{style()}</style><div class="layout"><nav></nav><main>{body_of(path)}</main></div>')
         fits(file)
 
 
