@@ -230,9 +230,25 @@ def test_the_default_is_what_it_was(split):
     assert torch.equal(two.scores([0, 5]), default.scores([0, 5]))
 
 
-def test_same_seed_same_model(split):
-    one, two, three = [make_recommender("wide-deep", loss="sampled-softmax", epochs=2, seed=s).fit(split).scores([0]) for s in (1, 1, 2)]
+def test_same_seed_same_model_other_seed_other_draws(split, monkeypatch):
+    drawn = []
+    def watched(*args, **how):
+        made = training_lists(*args, **how)
+        drawn.append(made[0].item)
+        return made
+    monkeypatch.setattr("widedeep_nb.training.training_lists", watched)
+    one, two, three = [make_recommender("wide-deep", loss="sampled-softmax", epochs=1, negatives=3, seed=s).fit(split).scores([0]) for s in (1, 1, 2)]
     assert torch.equal(one, two) and not torch.equal(one, three)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_validation_is_the_loss_on_validation_rows(split):
+    "By hand from the scores of all items: for each validation row of a known item, the surprise at it."
+    model = make_recommender("wide-deep", loss="full-softmax", epochs=1, every=10).fit(split)
+    rows = split.val.filter(pl.col("item") < split.known_items)
+    chances = torch.log_softmax(model.scores(rows["user"].to_numpy()), 1)
+    by_hand = -chances[torch.arange(len(rows)), torch.tensor(rows["item"].to_numpy()).long()].mean()
+    assert model.curve[0]["val"] == pytest.approx(float(by_hand), rel=1e-4)
 
 
 def test_what_is_wrong_is_said_in_a_line(split, tmp_path, monkeypatch):
