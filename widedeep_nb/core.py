@@ -119,10 +119,11 @@ def set_out(
     body: str,  # a table's HTML, from pandas
     numbers: list,  # for each column: does it hold numbers?
 ) -> str:
-    "Numbers to the right; no line ends within a name, a date or an interval."
+    "Numbers to the right; no line ends within a short name, a date or an interval; long texts keep a width."
     column = itertools.cycle(numbers)
     body = re.sub(r"<t[hd]>", lambda cell: cell[0][:-1] + (' style="text-align:right">' if next(column) else ">"), body)
-    body = re.sub(r"<td>(?=[^\s<]*-[^\s<]*</td>)", '<td style="white-space:nowrap">', body)
+    body = re.sub(r"<td>(?=[^\s<]*-[^\s<]*</td>)|(?<=<tr>)(\s*)<td>(?=[^<]{,24}</td>)", r'\1<td style="white-space:nowrap">', body)
+    body = re.sub(r"<td>(?=[^<]{30,}</td>)", '<td style="min-width:11rem">', body)
     return re.sub(r"\[([-+\d.]+), ([-+\d.]+)\]", r"[\1,&nbsp;\2]", body)
 
 
