@@ -10,12 +10,13 @@ export PYTHONWARNINGS ?= ignore::DeprecationWarning
 report: $(READY)
 	$(BIN)/widedeep run --dataset demo --out runs/demo
 
+# two workers of one thread each: with two they would wait for one another, six times as long
 test: $(READY)
-	$(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest -m "not long"
 
 test-all: $(READY)
-	$(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest
 
 lab: $(READY)
