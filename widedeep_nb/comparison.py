@@ -199,7 +199,8 @@ class LowPass(FromHistory):
         graph = torch.sparse_coo_tensor(np.stack(graph.coords), torch.from_numpy(graph.data).float(), graph.shape, check_invariants=False).coalesce()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            directions = torch.svd_lowrank(graph, min(self.factors, min(graph.shape)), niter=3)[2]
+            _, value, directions = torch.svd_lowrank(graph, min(self.factors, min(graph.shape)), niter=3)
+        directions = directions[:, value > 1e-4]                              # of the largest, 1; the rest is what nobody does
         taken = torch.from_numpy(taken).float()[:, None]
         self.into, self.out = directions * taken ** -.5, directions * taken ** self.lift
 
