@@ -268,3 +268,205 @@ def test_low_pass_lets_through_nothing_that_nobody_does():
     split = split_of(as_interactions(pl.DataFrame(pairs, schema=["user", "item"], orient="row")), 1, 0)
     model = make_recommender("low-pass", factors=64).fit(split)
     assert np.allclose(model.into @ model.out.T, low_pass(binary(split), 64, .4), atol=1e-3)
+
+
+# ---------------------------------------------------------------- stars
+
+def test_trees_are_scikit_learns():
+    "Deep and shallow trees side by side, on new rows and on rows at the very thresholds."
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 12, (400, 6)) / 4
+    y = x[:, 0] * x[:, 1] - (x[:, 2] > 1) + rng.normal(0, .1, 400)
+    model = make_recommender("trees", starts=3, rounds=20, leaves=9, least=5, seed=4)
+    model._learn(x, y)
+    theirs = [HistGradientBoostingRegressor(learning_rate=.05, max_iter=20, max_leaf_nodes=9, min_samples_leaf=5, l2_regularization=20., max_features=.4, random_state=4 + s).fit(x, y) for s in range(3)]
+    for rows in (x, rng.integers(-3, 16, (300, 6)) / 4, rng.normal(size=(50, 6)) * 100):
+        want = np.mean([t.predict(rows) for t in theirs], 0)
+        assert np.allclose(model._from(rows), want, rtol=0, atol=1e-12) and np.allclose(model._from(rows, block=7), want, rtol=0, atol=1e-12)
+    assert np.ptp(model._from(x)) > 1 and len(model._from(x[:0])) == 0
+
+
+def test_ridge_is_scikit_learns():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 8)) @ rng.normal(size=(8, 8)) + rng.normal(size=8) * 9
+    x[:, 3] = .1                                                # says nothing
+    y = x @ rng.normal(size=8) + rng.normal(size=300) + 2
+    for lam in (.1, 300.):
+        model = make_recommender("ridge", lam=lam)
+        model._learn(x, y)
+        mean, scale = x.mean(0), np.where(np.ptp(x, 0) > 0, x.std(0), 1.)
+        theirs = TheirRidge(lam).fit((x - mean) / scale, y)
+        new = rng.normal(size=(50, 8)) * 5
+        new[:, 3] = .1
+        for rows in (x, new): assert np.allclose(model._from(rows), theirs.predict((rows - mean) / scale), atol=1e-5)
+
+
+@pytest.mark.parametrize("name, how", [("ridge", {}), ("trees", {"least": 20})])
+@pytest.mark.parametrize("times", [True, False])
+def test_stars_from_statistics_saved_and_loaded(name, how, times, tmp_path):
+    split = split_of(random_log(times=times))
+    model = make_recommender(name, **how).fit(split)
+    ask = [*everybody(split)][:9] + [999, 999], [*range(9)] + [3, split.known_items + 5]          # a stranger, and a thing that nobody knows
+    model.save(tmp_path)
+    back = load_recommender(tmp_path)
+    stars = model.predict(*ask)
+    assert torch.equal(back.predict(*ask), stars) and torch.isfinite(stars).all() and stars.unique().numel() > 3
+    assert torch.equal(back.scores([0, 5, 999]), model.scores([0, 5, 999]))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["ridge", "trees"])
+def test_stars_from_statistics_find_what_was_planted(name):
+    "Good and bad things, kind and strict people."
+    rng = np.random.default_rng(0)
+    user, item = rng.integers(0, 60, 3000), rng.integers(0, 30, 3000)
+    stars = np.clip(np.round(3 + (item % 3 - 1) + (user % 3 - 1) * .7 + rng.normal(0, .4, 3000)), 1, 5)
+    split = split_of(as_interactions(pl.DataFrame({"user": [f"u{u}" for u in user], "item": [f"i{i}" for i in item], "rating": stars, "timestamp": np.arange(3000) * 10**7})))
+    error = lambda model: float((model.fit(split).predict(split.test["user"], split.test["item"]) - split.test["rating"].to_torch()).square().mean())
+    assert error(make_recommender(name)) < .5 * error(make_recommender("mean"))
+
+
+# ---------------------------------------------------------------- who counts how much
+
+def by_hand(parts, worth, first, steps, bags, seed):
+    "Ensemble selection in plain Python."
+    draw, found = torch.Generator().manual_seed(seed), []
+    for _ in range(bags):
+        rows = torch.randint(parts.shape[1], (parts.shape[1],), generator=draw)
+        units, path = [first] * len(parts), []
+        for _ in range(steps):
+            tried = []
+            for k in range(len(parts)):
+                with_k = [u + (j == k) for j, u in enumerate(units)]
+                blend = sum(u * part[rows] for u, part in zip(with_k, parts)) / sum(with_k)
+                tried.append((float(worth(blend, rows).mean()), with_k))
+            value, units = max(tried, key=lambda t: t[0])
+            path.append((value, units))
+        best = max(path, key=lambda p: p[0])[1]
+        found.append([u / sum(best) for u in best])
+    return [sum(w) / bags for w in zip(*found)]
+
+
+def voices(n=60, k=4, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    truth = torch.randn(n, generator=random, dtype=torch.float64)
+    return truth, truth + torch.randn(k, n, generator=random, dtype=torch.float64) * torch.linspace(.3, 1.5, k, dtype=torch.float64)[:, None]
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 99), first=st.integers(0, 2), steps=st.integers(1, 6), bags=st.integers(1, 3), k=st.integers(1, 4))
+def test_selection_is_the_plain_loop(seed, first, steps, bags, k):
+    truth, parts = voices(k=k, seed=seed)
+    worth = lambda blend, rows: -(blend - truth[rows]).square()
+    got = select(parts, worth, first, steps, bags, seed)
+    assert np.allclose(got, by_hand(parts, worth, first, steps, bags, seed), atol=1e-9)
+    assert abs(sum(got) - 1) < 1e-9 and min(got) >= first / (first * k + steps) - 1e-9
+    assert got == select(parts, worth, first, steps, bags, seed)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 99), steps=st.integers(1, 6))
+def test_a_blend_is_on_its_people_no_worse_than_the_best_alone(seed, steps):
+    "On the people drawn, and of one path: the first unit goes to the best, and the best of the path is kept."
+    truth, parts = voices(seed=seed)
+    rows = torch.randint(60, (60,), generator=torch.Generator().manual_seed(seed))
+    cost = lambda blend: float((blend[rows] - truth[rows]).square().mean())
+    weights = torch.tensor(select(parts, lambda blend, rows: -(blend - truth[rows]).square(), 0, steps, 1, seed))
+    assert cost((weights[:, None] * parts).sum(0)) <= min(map(cost, parts)) + 1e-12
+
+
+def test_the_truth_gets_everything():
+    truth, parts = voices()
+    assert select(torch.stack([parts[0], truth, parts[1]]), lambda blend, rows: -(blend - truth[rows]).square()) == [0, 1, 0]
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    "Every thing with another number of takers, so that no two are alike."
+    rng = np.random.default_rng(0)
+    rows = [(f"u{u}", f"i{i:02d}") for i in range(25) for u in rng.choice(40, 4 + i, False)]
+    rows = [rows[k] for k in rng.permutation(len(rows))]
+    log = as_interactions(pl.DataFrame(rows, schema=["user", "item"], orient="row").with_columns(timestamp=10**12 + np.arange(len(rows)) * 10**8))
+    return split_of(log, .75, .15)
+
+
+@pytest.mark.parametrize("protocol", ["strict", "as-reported", "given"])
+def test_candidates_that_are_all_items_are_the_hybrids_lists(uneven, protocol):
+    "What is chosen on is what is judged: scores, what is barred, hits and NDCG@20; lists that repeat what one has, too."
+    split = replace(uneven, protocol=PROTOCOLS[protocol])
+    weights = {"popularity": .07, "matrix, fading": .4, "neighbours": .2, "low-pass": .33}
+    models = {name: fit_part(split, name) for name in weights}
+    hybrid, question, n = make_recommender("hybrid", plan={"lists": weights, "stars": {}, "passes": {}}).fit(split), ask(split, "val"), split.known_items
+    shares, barred, hits, to_find = at_candidates(models, split, depth=n)
+    blend = sum(w * s for w, s in zip(weights.values(), shares))
+    first = (torch.arange(4 * n) % 4 == 0).expand(len(hits), -1)                                  # each item stands there four times, side by side
+    had = question.seen.take(question.users)
+    assert torch.allclose(blend[first].view(-1, n), hybrid.scores(question.users, had), atol=1e-6)
+    assert (barred[~first] == -torch.inf).all() and not hits[~first].any()                       # four parts name each item, and it counts once
+    assert torch.equal(barred[first].view(-1, n) == -torch.inf, had.matrix(n).to_dense().bool() & split.protocol.mask_seen)
+    mine = ndcg(hits.gather(1, (blend + barred).topk(20, 1)[1]), to_find, 20)
+    theirs = rank_users(hybrid, split, "val", (20,)).users
+    assert theirs["user"].to_list() == question.users.tolist() and np.allclose(theirs["NDCG@20"], mine) and mine.mean() > 0
+
+
+def test_candidates_are_what_some_part_has_first(uneven):
+    models = {name: fit_part(uneven, name) for name in ("popularity", "rules", "matrix")}
+    shares, barred, hits, to_find = at_candidates(models, uneven, depth=3)
+    question = ask(uneven, "val")
+    had, right = question.seen.take(question.users), set(question.right.select("user", "item").rows())
+    each = [shares_of(name, model, question.users, had) for name, model in models.items()]
+    seen = had.matrix(uneven.known_items).to_dense()
+    for k, user in enumerate(question.users.tolist()):
+        top = sorted({i for g in each for i in (g[k] - 1e9 * seen[k]).topk(3)[1].tolist()})
+        open_ = barred[k] == 0
+        assert torch.equal(shares[:, k, open_], torch.stack([g[k, [i for i in top if not seen[k, i]]] for g in each]))
+        assert hits[k].sum() == sum((user, i) in right for i in top) and to_find[k] == sum(u == user for u, _ in right)
+    few = at_candidates(models, uneven, most=5, depth=3)
+    assert few[0].shape[1] == 5 and len(few[3]) == 5
+
+
+def test_weights_of_lists_leave_out_what_is_small(uneven):
+    models = {name: fit_part(uneven, name) for name in ("popularity", "matrix", "neighbours", "rules", "low-pass")}
+    every, some = weigh_lists(models, uneven, 0.), weigh_lists(models, uneven, .15)
+    assert list(every) == list(models) and abs(sum(every.values()) - 1) < 1e-3
+    assert some == {n: w for n, w in every.items() if w >= .15} and len(some) < len(every)
+    shares, barred, hits, to_find = at_candidates(models, uneven)
+    worth = lambda blend, rows: torch.stack([ndcg(hits[r][(b + barred[r]).topk(20)[1]][None], to_find[r:r + 1], 20)[0] for b, r in zip(blend, rows)])
+    assert np.allclose(list(every.values()), by_hand(shares, worth, 0, 10, 8, 0), atol=.02)
+
+
+def test_weights_of_stars_are_of_kinds(split):
+    models = {"ridge": fit_part(split, "ridge"), "network 1": fit_part(split, "network 1"), "network 2": fit_part(split, "network 2")}
+    weights = weigh_stars(models, split)
+    user, item, y = [split.val[c].to_torch() for c in ("user", "item", "rating")]
+    said = {n: m.predict(user.long(), item.long(), History.of(split.seen("val"), len(split.users)).take(user.long())).double() for n, m in models.items()}
+    want = by_hand(torch.stack([said["ridge"], (said["network 1"] + said["network 2"]) / 2]), lambda blend, rows: -(blend - y[rows]).square(), 2, 10, 8, 0)
+    assert np.allclose([weights["ridge"], weights["network 1"], weights["network 2"]], [want[0], want[1] / 2, want[1] / 2], atol=1e-4)
+    assert weigh_stars({}, split) == {} and weigh_stars(models, replace(split, val=split.val.with_columns(rating=pl.lit(None, pl.Float32)))) == {}
+
+
+def ids(split, part): return sorted(zip(split.users["user"].gather(getattr(split, part)["user"]), split.items["item"].gather(getattr(split, part)["item"]), getattr(split, part)["timestamp"]))
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_carved_was_training_and_is_gone_from_it(name, seed):
+    split = split_of(random_log(seed=seed), .9, 0, name)
+    split = replace(split, val=split.val.clear(), aside=split.test[:3])
+    made = carved(split)
+    assert ids(made, "train") != [] != ids(made, "val") and sorted(ids(made, "train") + ids(made, "val")) == ids(split, "train")
+    assert len(made.test) == len(made.aside) == 0 and made.protocol == split.protocol
+    assert ids(carved(replace(split, test=split.test.clear())), "val") == ids(made, "val")       # test rows have no say
+    assert sorted(made.train["user"].unique()) == [*everybody(made)] and sorted(made.train["item"].unique()) == [*range(made.known_items)]
+    rows, n = split.train.with_columns(pl.int_range(pl.len()).alias("row")), len(split.train)
+    if split.protocol.cut == "time": assert ids(made, "val") == ids(replace(split, val=split.train[int(.9 * n):]), "val")
+    elif split.protocol.cut == "leave-one-out": assert ids(made, "val") == ids(replace(split, val=rows.filter(pl.len().over("user") > 1).group_by("user").last().select(split.train.columns)), "val")
+    else: assert .08 < len(made.val) / n < .22
+    assert carved(made) is made and carved(replace(split, val=split.train[:1])).val.equals(split.train[:1])
+
+
+def test_of_a_single_event_nothing_is_taken():
+    "Somebody must be learnt from."
+    for name in PROTOCOLS:
+        split = split_of(random_log(rows=1), 1, 0, name)
+        assert len(carved(split).train) == 1 and len(carved(split).val) == 0, name
