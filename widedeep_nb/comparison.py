@@ -268,7 +268,7 @@ class Trees(OnStatistics):
         column = lambda name, shift=False: torch.from_numpy(np.concatenate([t[name].astype(np.float64 if name in ("value", "num_threshold") else np.int64) + (b if shift else 0) for t, b in zip(trees, begin)]))
         self.root, self.feature, self.leaf = torch.from_numpy(begin[:-1].copy()), column("feature_idx"), column("is_leaf")
         self.threshold, self.value, self.left, self.right = column("num_threshold"), column("value"), column("left", True), column("right", True)
-        self.base = torch.tensor(float(np.mean([m._baseline_prediction for m in grown])))
+        self.base = torch.tensor(np.mean([m._baseline_prediction for m in grown]))
 
     def _from(self, x, block=2**12):
         x, found = torch.from_numpy(x), []
@@ -349,7 +349,7 @@ def carved(
     "Something to choose on."
     if len(split.val): return split
     rows, n = split.train, len(split.train)
-    if split.protocol.cut == "time": late = pl.int_range(n, eager=True) >= int(.9 * n)
+    if split.protocol.cut == "time": late = pl.int_range(n, eager=True) >= max(1, int(.9 * n))
     elif split.protocol.cut == "leave-one-out": late = rows.select((pl.int_range(pl.len(), 0, -1).over("user") == 1) & (pl.len().over("user") > 1)).to_series()
     else: late = pl.Series(np.random.default_rng(0).random(n) < 1 / 7)
     return recoded(replace(split, train=rows.filter(~late), val=rows.filter(late), aside=split.aside.clear(), test=split.test.clear()))
