@@ -338,7 +338,9 @@ def shares_of(
 ) -> torch.Tensor:  # float [n, n_items]
     "What one part gives to every item."
     part, n = LISTS[name], model.n_items
-    if part.half == "popular" or name in PASSES: return share(model._scores(users, history, torch.arange(n)), soft=name in PASSES)
+    if part.half == "popular" or name in PASSES:
+        given = share(model._scores(users, history, torch.arange(n)), soft=name in PASSES)
+        return given * (trust(history, n) > 0) if part.recommender in SEQUENCE else given       # to a stranger those give counts, no logits
     have = faded(history, n) if part.fading else history.matrix(n)
     return share(model._from(have)) * trust(history, n)
 
