@@ -436,11 +436,12 @@ def suits(
     split: Split,  # to be fitted on
     name: str,  # of LISTS or STARS
 ) -> bool:
-    "Has the log what a part needs? Dates are dates when they span a month; mere positions are not."
+    "Has the log what a part needs? Dates are dates when they span a month; mere positions are not. Networks need stars on every row."
     times = split.train["timestamp"]
     dated = not times.null_count() and len(times) > 0 and (times.max() - times.min()).days >= 30
-    if name == "towers" and len(split.train) * 9 * 200 > MOST_MEMORY: return False
-    return split.has_stars if name in STARS else dated or not LISTS[name].dated
+    if name == "towers" and (len(split.train) * 9 * 200 > MOST_MEMORY or split.known_items < 2): return False
+    if name in STARS: return split.has_stars and not (name.startswith("network") and pl.concat([split.train, split.val])["rating"].null_count())
+    return dated or not LISTS[name].dated
 
 
 def try_part(
