@@ -148,9 +148,6 @@ def test_wide_matrix_without_its_changes_is_ease(split):
     assert torch.allclose(plain.scores(everybody(split)), make_recommender("ease", lam=9.).fit(split).scores(everybody(split)), atol=1e-4)
 
 
-sparse = lambda m, n: arrays(np.int64, st.tuples(m, n), elements=st.integers(0, 3).map(lambda x: x * (x > 1)))
-
-
 @settings(max_examples=100, deadline=None)
 @given(shape=st.tuples(st.integers(1, 8), st.integers(1, 9)), seed=st.integers(0, 10**6), fill=st.sampled_from([.1, .5, 1.]), most=st.sampled_from([1, 2, 4, 99]), budget=st.sampled_from([1, 3, 10, 10**6]), whole=st.booleans())
 def test_strongest_is_dense_algebra(shape, seed, fill, most, budget, whole):
@@ -470,3 +467,277 @@ def test_of_a_single_event_nothing_is_taken():
     for name in PROTOCOLS:
         split = split_of(random_log(rows=1), 1, 0, name)
         assert len(carved(split).train) == 1 and len(carved(split).val) == 0, name
+
+
+# ---------------------------------------------------------------- the parts, within a budget
+
+def test_dates_are_dates_when_they_span_a_month(split):
+    spanning = lambda days: replace(split, train=split.train.with_columns(timestamp=(10**12 + pl.int_range(pl.len()) * (days * 86_400_000) // (pl.len() - 1)).cast(pl.Datetime("ms"))))
+    dated = {n for n, p in LISTS.items() if p.dated}
+    of = lambda s: {n for n in PARTS if suits(s, n)}
+    assert of(split) == of(spanning(30)) == set(PARTS) and of(spanning(29)) == set(PARTS) - dated
+    for rows in (split.train.with_columns(timestamp=None), split.train.with_columns(timestamp=pl.when(pl.int_range(pl.len()) > 0).then("timestamp"))):
+        assert of(replace(split, train=rows.cast({"timestamp": pl.Datetime("ms")}))) == set(PARTS) - dated
+    assert of(split_of(random_log(stars=False))) == set(LISTS)
+
+
+def test_parts_that_share_a_model_are_the_same_recommender():
+    assert set(MODEL) == set(PARTS) == LISTS.keys() | STARS.keys()
+    for name, model in MODEL.items():
+        assert MODEL[model] == model and (PARTS[name].recommender, PARTS[name].settings) == (PARTS[model].recommender, PARTS[model].settings)
+    assert len({MODEL[n] for n in STARS}) == len(STARS) and MODEL["matrix, fading"] == "matrix" and MODEL["newer neighbours"] == "newer neighbours"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    "Fits that take the seconds one says, and a note of each."
+    now = SimpleNamespace(seconds=0., one={}, fits=[])
+    def fit(split, name, passes=0, seed=0):
+        now.fits.append((name, passes))
+        now.seconds += now.one.get(name, 1.) * (passes or PASSES.get(name, 1))
+        return SimpleNamespace(name=PARTS[name].recommender, curve=[{"val": None}] * (passes or PASSES.get(name, 1)))
+    monkeypatch.setattr(comparison, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    monkeypatch.setattr(comparison, "fit_part", fit)
+    return now
+
+
+@pytest.mark.parametrize("seconds, passes", [(-1., None), (0., None), (39., None), (40., 3), (75., 6), (109., 9), (110., 0), (10_000., 0)])
+def test_what_learns_in_passes_gets_as_many_as_there_is_time_for(clock, split, monkeypatch, seconds, passes):
+    "One is tried; three more must fit, else it is left out; with room for all of them it stops when validation says so."
+    monkeypatch.setitem(PASSES, "gru", 10)
+    clock.one["gru"] = 10.
+    assert (try_part(split, "gru", seconds) is None) == (passes is None)
+    assert clock.fits == ([("gru", 1)] if seconds > 0 else []) + ([("gru", passes)] if passes is not None else [])
+    assert clock.seconds <= max(seconds, 10.)
+
+
+def test_what_takes_no_passes_is_fitted_while_there_is_time(clock, split):
+    assert try_part(split, "matrix", .1) and try_part(split, "matrix", 0.) is None and try_part(split, "matrix", -1.) is None
+    assert try_part(split, "popularity", -1.) and try_part(split, "ridge", -1.)
+
+
+@pytest.mark.parametrize("minutes", [0., .01, 1., 10., 60.])
+def test_choosing_keeps_to_the_minutes(clock, split, monkeypatch, minutes):
+    "A second each and ten a pass: three fifths of the minutes, beyond at most by one fit that was begun."
+    for name in PASSES: clock.one[name], PASSES[name] = 10., 2
+    monkeypatch.setattr(comparison, "weigh_lists", lambda models, split: {n: 1. for n in models})
+    monkeypatch.setattr(comparison, "weigh_stars", lambda models, split: {n: 1. for n in models})
+    plan, models = make_plan(split, minutes)
+    assert clock.seconds <= max(minutes * 36 + 10, 3) and plan["seconds"] == clock.seconds
+    assert {"popularity", "ridge"} <= set(models) and set(plan["lists"]) | set(plan["stars"]) == {n for n in PARTS if MODEL[n] in models}
+    assert set(plan["passes"]) == set(models) & set(PASSES)
+    assert (minutes < 60) or set(models) == set(MODEL.values())
+    assert minutes or set(models) == {"popularity", "ridge"}
+    begun = [name in PASSES for name, _ in clock.fits]
+    assert begun == sorted(begun)                              # the slow ones come last
+
+
+def test_the_best_pass_is_the_one_that_validation_liked():
+    of = lambda name, *values: best_pass(SimpleNamespace(name=name, curve=[{"val": v} for v in values]))
+    for name in SEQUENCE: assert of(name, .1, .3, .2) == 2
+    assert of("wide-deep", .9, .7, .8) == 2 and of("gru") == of("wide-deep") == 1
+    assert of("gru", None, None) == of("wide-deep", None, None) == 2
+
+
+# ---------------------------------------------------------------- the hybrid
+
+ALL = {"lists": {n: round(1 / (k + 1), 3) for k, n in enumerate(LISTS)}, "stars": {n: k + 1. for k, n in enumerate(STARS)}, "passes": dict.fromkeys(PASSES, 1)}
+
+
+def saved(model, tmp_path):
+    model.save(tmp_path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+    return load_recommender(tmp_path)
+
+
+def same(a, b, split):
+    "To the last digit: scores of people, strangers, baskets and new items; stars."
+    who = [*everybody(split)][:20] + [999]
+    basket = history_of([split.known_items - 1, 0], [split.known_items], [])
+    return (torch.equal(a.scores(who), b.scores(who)) and torch.equal(a.scores([999] * 3, basket), b.scores([999] * 3, basket)) and torch.equal(a.scores(who, items=[2, 999]), b.scores(who, items=[2, 999]))
+            and a.rates == b.rates and (not a.rates or torch.equal(a.predict(who, [1] * len(who)), b.predict(who, [1] * len(who)))))
+
+
+@pytest.fixture(scope="module")
+def every(split): return make_recommender("hybrid", plan=json.loads(json.dumps(ALL))).fit(split)
+
+
+@pytest.fixture(scope="module")
+def first(split): return make_recommender("hybrid").fit(split)
+
+
+def test_the_hybrid_is_the_sum_of_its_parts(every, split):
+    users, n = torch.tensor([0, 7, 30, 999]), split.known_items
+    had = every.log.take(users)
+    models = {name: fit_part(split, name, ALL["passes"].get(name, 0)) for name in PARTS}
+    total = torch.zeros(4, n, dtype=torch.float64)
+    for name, w in ALL["lists"].items():
+        part, model = LISTS[name], models[name]
+        with torch.no_grad(): alone = model._from(faded(had, n) if part.fading else had.matrix(n)).clamp(min=0) if hasattr(model, "_from") else model.scores(users)
+        given = torch.softmax(alone, 1) if name in PASSES else alone / alone.sum(1, keepdim=True).clamp(min=1e-12)
+        count = had.ptr.diff()[:, None]
+        total += w * given * (1 if part.half == "popular" or name == "towers" else (count > 0) if name in SEQUENCE else count / (count + 10))
+    assert np.allclose(every.scores(users), total, atol=1e-5)
+    assert torch.equal(every.scores(users, items=[5, 2, n, n + 9]), torch.cat([every.scores(users)[:, [5, 2]], torch.zeros(4, 2)], 1))      # a new item has no share
+    items = torch.tensor([3, 1, 0, 2])
+    stars = sum(w * models[name].predict(users, items) for name, w in ALL["stars"].items()) / sum(ALL["stars"].values())
+    assert np.allclose(every.predict(users, items), stars, atol=1e-5) and stars.min() >= 1 and stars.max() <= 5
+
+
+def test_a_stranger_gets_what_is_popular(every, split):
+    "No memory and no vector has anything to say; the towers alone know things by their kind and age."
+    nobody = history_of([], [split.known_items])
+    users = torch.tensor([999, 998])
+    for name in LISTS:
+        given = shares_of(name, every.models[MODEL[name]], users, nobody)
+        assert torch.allclose(given.sum(1), torch.ones(2) if LISTS[name].half == "popular" or name == "towers" else torch.zeros(2), atol=1e-5), name
+    popular = {n: w for n, w in ALL["lists"].items() if LISTS[n].half == "popular"}
+    lists = {n: w for n, w in ALL["lists"].items() if n != "towers"}
+    hybrid, usual = [make_recommender("hybrid", plan={"lists": l, "stars": {}, "passes": {n: 1 for n in l if n in PASSES}}) for l in (lists, popular)]
+    for model in (hybrid, usual): model.fit(split)
+    assert torch.equal(hybrid.scores(users, nobody), usual.scores(users, nobody)) and not torch.equal(hybrid.scores([0]), usual.scores([0]))
+    assert hybrid.recommend([[]], k=5)["item"].to_list() == usual.recommend([[]], k=5)["item"].to_list()
+
+
+def test_every_part_is_saved_and_loaded_to_the_last_digit(every, split, tmp_path):
+    back = saved(every, tmp_path)
+    assert same(every, back, split) and back.plan == every.plan and list(back.models) == list(every.models) and back.minutes == every.minutes
+
+
+def test_a_plan_is_json_and_is_replayed_to_the_last_digit(first, split, monkeypatch, tmp_path):
+    "On what it was chosen on: nothing is chosen anew, though there is a validation part; the sequence models make as many passes as were best."
+    plan = json.loads(json.dumps(first.plan))
+    assert plan == first.plan and set(plan) == {"lists", "stars", "passes", "seconds"} and 1 - .02 * len(LISTS) < sum(plan["lists"].values()) < 1.011 and abs(sum(plan["stars"].values()) - 1) < 1e-2
+    assert all(w >= .02 for n, w in plan["lists"].items() if n != "popularity") and set(plan["passes"]) == {n for n in PASSES if n in plan["lists"] or n in plan["stars"]}
+    monkeypatch.setattr(comparison, "make_plan", lambda *a: pytest.fail("it chose"))
+    again = make_recommender("hybrid", plan=plan).fit(split)
+    assert same(first, again, split) and again.plan == first.plan and set(again.models) == set(first.models)
+    assert same(first, saved(first, tmp_path), split)
+    final = make_recommender("hybrid", plan=plan).fit(split.final())                             # and on other rows, which have no validation part
+    assert final.plan == plan and not len(split.final().val) and torch.isfinite(final.scores(range(5))).all()
+
+
+@pytest.mark.parametrize("name", sorted(PASSES))
+def test_more_passes_than_are_best_are_replayed_too(name, split, monkeypatch):
+    "The whole choice for each part that learns in passes, with enough of them to stop early."
+    monkeypatch.setitem(PASSES, name, 9)
+    chosen = fit_part(split, name)
+    again = fit_part(split, name, best_pass(chosen))
+    one = [m._state() for m in (chosen, again)]
+    assert all(torch.equal(one[0][k], one[1][k]) for k in one[0] | one[1]) and 1 <= best_pass(chosen) <= 9
+    assert len(fit_part(split, name, 4).curve) <= 4
+
+
+def test_the_same_seed_the_same_hybrid_and_the_test_part_has_no_say(first, split):
+    torch.manual_seed(5)
+    poisoned = replace(split, test=split.test.with_columns(item=pl.col("item").reverse(), rating=pl.lit(1., pl.Float32), timestamp=pl.col("timestamp").min()))
+    again = make_recommender("hybrid").fit(poisoned)
+    clean = lambda plan: {k: v for k, v in plan.items() if k != "seconds"}
+    assert clean(again.plan) == clean(first.plan) and same(first, again, split)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))                                                       # the outside is left alone
+    other = make_recommender("hybrid", seed=3, plan={"lists": {"gru": 1.}, "stars": {"network 1": 1.}, "passes": {"gru": 1, "network 1": 1}})
+    mine = make_recommender("hybrid", plan=other.plan)
+    assert not torch.equal(other.fit(split).scores([0]), mine.fit(split).scores([0]))
+
+
+def test_networks_start_from_seeds_of_their_own(every):
+    weights = [torch.cat([p.flatten() for p in every.models[n].net.parameters()]) for n in STARS if n.startswith("network")]
+    assert len(weights) == 4 and all(not torch.equal(a, b) for k, a in enumerate(weights) for b in weights[:k])
+    assert [every.models[f"network {k}"].seed for k in (1, 2, 3, 4)] == [1, 2, 3, 4]
+
+
+def test_a_basket_is_answered(first, split):
+    ids = split.items["item"][:split.known_items]
+    rows = first.recommend([[ids[3], ids[0], "unheard of"], {ids[1]: 5., ids[2]: 1.}, []], k=6)
+    lists = rows.group_by("user", maintain_order=True).agg("item")["item"].to_list()
+    assert [len(l) for l in lists] == [6] * 3 and not {ids[3], ids[0]} & set(lists[0]) and not {ids[1], ids[2]} & set(lists[1])
+    want = first.scores([999], history_of([3, 0]))[0]
+    assert np.allclose(rows.filter(pl.col("user") == "basket 1")["score"], sorted((want[i].item() for i in range(split.known_items) if i not in (0, 3)), reverse=True)[:6], atol=1e-6)
+    assert not torch.equal(first.scores([0], history_of([3, 0])), first.scores([0], history_of([2, 1])))
+
+
+def positions():
+    "Leave one out of a log whose times are places in a history."
+    place = random_log().with_columns(place=pl.int_range(pl.len(), 0, -1).over("user"), timestamp=pl.int_range(1, pl.len() + 1).over("user").cast(pl.Datetime("ms")))
+    return Split.of(*[place.filter(p).drop("place") for p in (pl.col("place") > 2, pl.col("place") == 2, pl.col("place") == 1)], protocol=PROTOCOLS["leave-one-out"])
+
+
+def strangers(log=random_log()):
+    return Split.of(log[:300], log[300:350].with_columns(user=pl.lit("new ") + pl.col("user")), log[350:])
+
+
+KINDS = {"without stars": lambda: split_of(random_log(stars=False)), "without times": lambda: split_of(random_log(times=False)), "with some stars": lambda: split_of(random_log().with_columns(rating=pl.when(pl.int_range(pl.len()) % 3 == 0).then("rating"))),
+         "strangers": strangers, "positions": positions, "one user": lambda: split_of(random_log(users=1, rows=60)), "one item": lambda: split_of(random_log(items=1, rows=60)),
+         "new items": lambda: Split.of((log := random_log())[:300], log[300:350].with_columns(item=pl.lit("new ") + pl.col("item")), log[350:]),
+         "no validation": lambda: split_of(random_log(), .9, 0), "given": lambda: split_of(random_log(stars=False), .9, 0, "given"), "one row": lambda: split_of(random_log(rows=1), 1, 0)}
+
+
+@pytest.mark.filterwarnings("ignore:std_mean")
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_fits_alone(kind, tmp_path):
+    "With no argument, on any log."
+    split = KINDS[kind]()
+    model = make_recommender("hybrid").fit(split)
+    lists, stars = model.plan["lists"], model.plan["stars"]
+    assert json.loads(json.dumps(model.plan)) == model.plan and lists and min(lists.values()) > 0 and any(LISTS[n].half == "popular" for n in lists)
+    assert all(suits(split, n) for n in [*lists, *stars]) and model.rates == split.has_stars == bool(stars)
+    scores = model.scores([0, 999])
+    assert torch.isfinite(scores).all() and scores.shape == (2, split.known_items) and scores[1].max() > 0
+    assert len(model.recommend([[split.items["item"][0]], []], k=3)) >= 1
+    rank_users(model, split, "test", (20,))
+    if split.has_stars: assert ((stars := model.predict([0, 999], [0, 999])) >= 1).all() and (stars <= 5).all()
+    assert same(model, saved(model, tmp_path), split)
+    if kind == "positions": assert not any(LISTS[n].dated for n in lists)
+    if kind == "strangers": assert all(LISTS[n].half == "popular" or n == "towers" for n in lists)      # nobody else says anything that could be right
+    if kind in ("new items", "one user"): assert set(lists) >= {"popularity", "matrix", "neighbours", "low-pass"} and set(lists.values()) == {1.}   # nobody to ask
+
+
+@pytest.mark.parametrize("minutes", [0., .01])
+def test_next_to_no_time_still_gives_lists_and_stars(split, minutes):
+    model = make_recommender("hybrid", minutes=minutes).fit(split)
+    assert set(model.plan["lists"]) >= ({"popularity"} if not minutes else set()) and "ridge" in model.plan["stars"]
+    if not minutes: assert model.plan["lists"] == {"popularity": 1.} and model.plan["stars"] == {"ridge": 1.} and not model.plan["passes"]
+    assert len(rank_users(model, split, "val", (20,)).users) > 5 and model.predict([0], [0]).isfinite().all()
+
+
+def test_without_validation_it_chooses_on_carved_rows_and_learns_from_all(monkeypatch):
+    split, asked = split_of(random_log(stars=False), .9, 0), []
+    def choose(on, minutes, seed):
+        asked.append((on, minutes, seed))
+        plan, models = {"lists": {"matrix": .5, "popularity": .5}, "stars": {}, "passes": {}}, {n: fit_part(on, n) for n in ("matrix", "popularity")}
+        return plan, models
+    monkeypatch.setattr(comparison, "make_plan", choose)
+    model = make_recommender("hybrid", minutes=3., seed=8).fit(split)
+    (on, minutes, seed), = asked
+    assert ids(on, "val") == ids(carved(split), "val") and (minutes, seed) == (3., 8) and len(model.models["matrix"].log.item) == len(split.train) > len(on.train)
+    assert same(model, make_recommender("hybrid", plan=model.plan).fit(split), split)
+    tried = split_of(random_log(stars=False))
+    made = []
+    monkeypatch.setattr(comparison, "fit_part", lambda *a: made.append(a[1]) or fit_part(*a))
+    again = make_recommender("hybrid").fit(tried)
+    assert not made and again.models["matrix"].n_items == tried.known_items                       # what was fitted for the choice is kept
+
+
+def test_a_large_catalogue_takes_no_square(tmp_path):
+    "15,000 items: a table of each by each would take 900 MB and more."
+    code = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np, polars as pl, torch
+from widedeep_nb.core import Split, as_interactions, make_recommender
+from widedeep_nb import comparison
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == 'darwin' else 10)
+rng, n = np.random.default_rng(0), 30_000
+items = np.r_[np.arange(15_000), (15_000 * rng.random(n - 15_000) ** 2).astype(int)]
+log = as_interactions(pl.DataFrame({'user': [f'u{u}' for u in rng.integers(5000, size=n)], 'item': [f'i{i}' for i in items], 'timestamp': 10**12 + np.sort(rng.integers(0, 10**10 * 3, n))}))
+split = Split.of(log, log[:0], log[:0])
+before = peak()
+for name, how in (('wide-matrix', {'max_items': 500}), ('wide-neighbours', {}), ('wide-rules', {}), ('wide-next', {}), ('low-pass', {})):
+    model = make_recommender(name, **how).fit(split)
+    assert model.n_items == 15_000 and torch.isfinite(model.scores(range(50))).all() and max(t.numel() for t in model._state().values()) < 2_000_000, name
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(comparison.__file__).rsplit("/", 2)[0]], capture_output=True, text=True)
+    assert done.returncode == 0 and float(done.stdout) < 300, done.stdout + done.stderr
