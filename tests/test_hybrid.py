@@ -16,9 +16,9 @@ from hypothesis.extra.numpy import arrays
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.linear_model import Ridge as TheirRidge
 
-from widedeep_nb import comparison
+from widedeep_nb import hybrid
 from widedeep_nb.baselines import as_csr
-from widedeep_nb.comparison import (LISTS, MODEL, PARTS, PASSES, STARS, SparseWide, at_candidates, best_pass, carved, faded, fit_part, make_plan, select, share, shares_of, strongest,
+from widedeep_nb.hybrid import (LISTS, MODEL, PASSES, STARS, VOICES, SparseWide, at_candidates, best_pass, carved, faded, fit_part, make_plan, select, share, shares_of, strongest,
                                     suits, trust, try_part, weigh_lists, weigh_stars)
 from widedeep_nb.core import PROTOCOLS, History, Split, as_interactions, load_recommender, make_recommender
 from widedeep_nb.evaluation import ask, ndcg, rank_users
@@ -424,12 +424,14 @@ def test_candidates_are_what_some_part_has_first(uneven):
 
 def test_weights_of_lists_leave_out_what_is_small(uneven):
     models = {name: fit_part(uneven, name) for name in ("popularity", "matrix", "neighbours", "rules", "low-pass")}
-    every, some = weigh_lists(models, uneven, 0.), weigh_lists(models, uneven, .15)
+    (every, alone), (some, _) = weigh_lists(models, uneven, 0.), weigh_lists(models, uneven, .15)
     assert list(every) == list(models) and abs(sum(every.values()) - 1) < 1e-3
     assert some == {n: w for n, w in every.items() if w >= .15} and len(some) < len(every)
     shares, barred, hits, to_find = at_candidates(models, uneven)
     worth = lambda blend, rows: torch.stack([ndcg(hits[r][(b + barred[r]).topk(20)[1]][None], to_find[r:r + 1], 20)[0] for b, r in zip(blend, rows)])
     assert np.allclose(list(every.values()), by_hand(shares, worth, 0, 10, 8, 0), atol=.02)
+    judged = lambda name: rank_users(models[name], uneven, "val", (20,)).users["NDCG@20"].mean()
+    assert list(alone) == [*models, "hybrid"] and alone["rules"] > 0 and alone["popularity"] == pytest.approx(judged("popularity"), abs=.02)
 
 
 def test_weights_of_stars_are_of_kinds(split):
@@ -474,17 +476,17 @@ def test_of_a_single_event_nothing_is_taken():
 def test_dates_are_dates_when_they_span_a_month(split):
     spanning = lambda days: replace(split, train=split.train.with_columns(timestamp=(10**12 + pl.int_range(pl.len()) * (days * 86_400_000) // (pl.len() - 1)).cast(pl.Datetime("ms"))))
     dated = {n for n, p in LISTS.items() if p.dated}
-    of = lambda s: {n for n in PARTS if suits(s, n)}
-    assert of(split) == of(spanning(30)) == set(PARTS) and of(spanning(29)) == set(PARTS) - dated
+    of = lambda s: {n for n in VOICES if suits(s, n)}
+    assert of(split) == of(spanning(30)) == set(VOICES) and of(spanning(29)) == set(VOICES) - dated
     for rows in (split.train.with_columns(timestamp=None), split.train.with_columns(timestamp=pl.when(pl.int_range(pl.len()) > 0).then("timestamp"))):
-        assert of(replace(split, train=rows.cast({"timestamp": pl.Datetime("ms")}))) == set(PARTS) - dated
+        assert of(replace(split, train=rows.cast({"timestamp": pl.Datetime("ms")}))) == set(VOICES) - dated
     assert of(split_of(random_log(stars=False))) == set(LISTS)
 
 
 def test_parts_that_share_a_model_are_the_same_recommender():
-    assert set(MODEL) == set(PARTS) == LISTS.keys() | STARS.keys()
+    assert set(MODEL) == set(VOICES) == LISTS.keys() | STARS.keys()
     for name, model in MODEL.items():
-        assert MODEL[model] == model and (PARTS[name].recommender, PARTS[name].settings) == (PARTS[model].recommender, PARTS[model].settings)
+        assert MODEL[model] == model and (VOICES[name].recommender, VOICES[name].settings) == (VOICES[model].recommender, VOICES[model].settings)
     assert len({MODEL[n] for n in STARS}) == len(STARS) and MODEL["matrix, fading"] == "matrix" and MODEL["newer neighbours"] == "newer neighbours"
 
 
@@ -495,9 +497,9 @@ def clock(monkeypatch):
     def fit(split, name, passes=0, seed=0):
         now.fits.append((name, passes))
         now.seconds += now.one.get(name, 1.) * (passes or PASSES.get(name, 1))
-        return SimpleNamespace(name=PARTS[name].recommender, curve=[{"val": None}] * (passes or PASSES.get(name, 1)))
-    monkeypatch.setattr(comparison, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
-    monkeypatch.setattr(comparison, "fit_part", fit)
+        return SimpleNamespace(name=VOICES[name].recommender, curve=[{"val": None}] * (passes or PASSES.get(name, 1)))
+    monkeypatch.setattr(hybrid, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    monkeypatch.setattr(hybrid, "fit_part", fit)
     return now
 
 
@@ -520,11 +522,11 @@ def test_what_takes_no_passes_is_fitted_while_there_is_time(clock, split):
 def test_choosing_keeps_to_the_minutes(clock, split, monkeypatch, minutes):
     "A second each and ten a pass: three fifths of the minutes, beyond at most by one fit that was begun."
     for name in PASSES: clock.one[name], PASSES[name] = 10., 2
-    monkeypatch.setattr(comparison, "weigh_lists", lambda models, split: {n: 1. for n in models})
-    monkeypatch.setattr(comparison, "weigh_stars", lambda models, split: {n: 1. for n in models})
+    monkeypatch.setattr(hybrid, "weigh_lists", lambda models, split: ({n: 1. for n in models}, {}))
+    monkeypatch.setattr(hybrid, "weigh_stars", lambda models, split: {n: 1. for n in models})
     plan, models = make_plan(split, minutes)
     assert clock.seconds <= max(minutes * 36 + 10, 3) and plan["seconds"] == clock.seconds
-    assert {"popularity", "ridge"} <= set(models) and set(plan["lists"]) | set(plan["stars"]) == {n for n in PARTS if MODEL[n] in models}
+    assert {"popularity", "ridge"} <= set(models) and set(plan["lists"]) | set(plan["stars"]) == {n for n in VOICES if MODEL[n] in models}
     assert set(plan["passes"]) == set(models) & set(PASSES)
     assert (minutes < 60) or set(models) == set(MODEL.values())
     assert minutes or set(models) == {"popularity", "ridge"}
@@ -533,9 +535,9 @@ def test_choosing_keeps_to_the_minutes(clock, split, monkeypatch, minutes):
 
 
 def test_the_best_pass_is_the_one_that_validation_liked():
-    of = lambda name, *values: best_pass(SimpleNamespace(name=name, curve=[{"val": v} for v in values]))
+    of = lambda name, *values: best_pass(name, [{"val": v} for v in values])
     for name in SEQUENCE: assert of(name, .1, .3, .2) == 2
-    assert of("wide-deep", .9, .7, .8) == 2 and of("gru") == of("wide-deep") == 1
+    assert of("wide-deep", .9, .7, .8) == 2 and of("gru") == of("wide-deep") == 0
     assert of("gru", None, None) == of("wide-deep", None, None) == 2
 
 
@@ -569,7 +571,7 @@ def first(split): return make_recommender("hybrid").fit(split)
 def test_the_hybrid_is_the_sum_of_its_parts(every, split):
     users, n = torch.tensor([0, 7, 30, 999]), split.known_items
     had = every.log.take(users)
-    models = {name: fit_part(split, name, ALL["passes"].get(name, 0)) for name in PARTS}
+    models = {name: fit_part(split, name, ALL["passes"].get(name, 0)) for name in VOICES}
     total = torch.zeros(4, n, dtype=torch.float64)
     for name, w in ALL["lists"].items():
         part, model = LISTS[name], models[name]
@@ -607,9 +609,9 @@ def test_every_part_is_saved_and_loaded_to_the_last_digit(every, split, tmp_path
 def test_a_plan_is_json_and_is_replayed_to_the_last_digit(first, split, monkeypatch, tmp_path):
     "On what it was chosen on: nothing is chosen anew, though there is a validation part; the sequence models make as many passes as were best."
     plan = json.loads(json.dumps(first.plan))
-    assert plan == first.plan and set(plan) == {"lists", "stars", "passes", "seconds"} and 1 - .02 * len(LISTS) < sum(plan["lists"].values()) < 1.011 and abs(sum(plan["stars"].values()) - 1) < 1e-2
+    assert plan == first.plan and set(plan) == {"lists", "stars", "passes", "alone", "seconds"} and 1 - .02 * len(LISTS) < sum(plan["lists"].values()) < 1.011 and abs(sum(plan["stars"].values()) - 1) < 1e-2
     assert all(w >= .02 for n, w in plan["lists"].items() if n != "popularity") and set(plan["passes"]) == {n for n in PASSES if n in plan["lists"] or n in plan["stars"]}
-    monkeypatch.setattr(comparison, "make_plan", lambda *a: pytest.fail("it chose"))
+    monkeypatch.setattr(hybrid, "make_plan", lambda *a: pytest.fail("it chose"))
     again = make_recommender("hybrid", plan=plan).fit(split)
     assert same(first, again, split) and again.plan == first.plan and set(again.models) == set(first.models)
     assert same(first, saved(first, tmp_path), split)
@@ -622,9 +624,9 @@ def test_more_passes_than_are_best_are_replayed_too(name, split, monkeypatch):
     "The whole choice for each part that learns in passes, with enough of them to stop early."
     monkeypatch.setitem(PASSES, name, 9)
     chosen = fit_part(split, name)
-    again = fit_part(split, name, best_pass(chosen))
+    again = fit_part(split, name, best_pass(chosen.name, chosen.curve))
     one = [m._state() for m in (chosen, again)]
-    assert all(torch.equal(one[0][k], one[1][k]) for k in one[0] | one[1]) and 1 <= best_pass(chosen) <= 9
+    assert all(torch.equal(one[0][k], one[1][k]) for k in one[0] | one[1]) and 1 <= best_pass(chosen.name, chosen.curve) <= 9
     assert len(fit_part(split, name, 4).curve) <= 4
 
 
@@ -708,14 +710,14 @@ def test_without_validation_it_chooses_on_carved_rows_and_learns_from_all(monkey
         asked.append((on, minutes, seed))
         plan, models = {"lists": {"matrix": .5, "popularity": .5}, "stars": {}, "passes": {}}, {n: fit_part(on, n) for n in ("matrix", "popularity")}
         return plan, models
-    monkeypatch.setattr(comparison, "make_plan", choose)
+    monkeypatch.setattr(hybrid, "make_plan", choose)
     model = make_recommender("hybrid", minutes=3., seed=8).fit(split)
     (on, minutes, seed), = asked
     assert ids(on, "val") == ids(carved(split), "val") and (minutes, seed) == (3., 8) and len(model.models["matrix"].log.item) == len(split.train) > len(on.train)
     assert same(model, make_recommender("hybrid", plan=model.plan).fit(split), split)
     tried = split_of(random_log(stars=False))
     made = []
-    monkeypatch.setattr(comparison, "fit_part", lambda *a: made.append(a[1]) or fit_part(*a))
+    monkeypatch.setattr(hybrid, "fit_part", lambda *a: made.append(a[1]) or fit_part(*a))
     again = make_recommender("hybrid").fit(tried)
     assert not made and again.models["matrix"].n_items == tried.known_items                       # what was fitted for the choice is kept
 
@@ -727,7 +729,7 @@ import resource, sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np, polars as pl, torch
 from widedeep_nb.core import Split, as_interactions, make_recommender
-from widedeep_nb import comparison
+from widedeep_nb import hybrid
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == 'darwin' else 10)
 rng, n = np.random.default_rng(0), 30_000
 items = np.r_[np.arange(15_000), (15_000 * rng.random(n - 15_000) ** 2).astype(int)]
@@ -739,5 +741,5 @@ for name, how in (('wide-matrix', {'max_items': 500}), ('wide-neighbours', {}), 
     assert model.n_items == 15_000 and torch.isfinite(model.scores(range(50))).all() and max(t.numel() for t in model._state().values()) < 2_000_000, name
 print(peak() - before)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(comparison.__file__).rsplit("/", 2)[0]], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(hybrid.__file__).rsplit("/", 2)[0]], capture_output=True, text=True)
     assert done.returncode == 0 and float(done.stdout) < 300, done.stdout + done.stderr

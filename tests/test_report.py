@@ -33,13 +33,13 @@ def run_report(folder, *args):
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "demo"
     done = run_report(folder, "--dataset", "demo?ratings=3000")
-    assert f"{folder.name}/index.html" in done.stdout and re.search(r"\[1/12\].*\n(.*\n)*.*\[12/12\]", done.stdout)
+    assert f"{folder.name}/index.html" in done.stdout and re.search(r"\[1/14\].*\n(.*\n)*.*\[14/14\]", done.stdout)
     return folder
 
 
 def test_page_is_one_file_with_everything(report):
     page = (report / "index.html").read_text()
-    assert "synthetic" in page and page.count("<section") == 12
+    assert "synthetic" in page and page.count("<section") == 14
     outside = re.findall(r"""(?:src|data|poster)=["']?(https?:[^"' >]+)|url\((https?:[^)]+)|@import|<link[^>]+href|<script[^>]+src""", page)
     assert outside == []
     assert page.count("<figure") >= 15 and "Traceback (most" not in page
@@ -51,7 +51,7 @@ def test_page_fits_desk_and_telephone_by_day_and_by_night(report, fits): fits(re
 
 def test_every_figure_of_the_contract_is_there(report):
     records = pl.DataFrame(json.loads((report / "metrics.json").read_text()), infer_schema_length=None)
-    assert set(records["model"]) == {"wide-deep", "wide-alone", "deep-alone", "wide-deep-as-reported", *GRIDS, *SEQUENCE, *(f"wide-deep-{loss}" for loss in LOSSES)}
+    assert set(records["model"]) == {"hybrid", "wide-deep", "wide-alone", "deep-alone", "wide-deep-as-reported", *GRIDS, *SEQUENCE, *(f"wide-deep-{loss}" for loss in LOSSES)}
     assert set(records["users"]) == {"all", "warm", "cold"} and set(records["task"]) == {"rating", "ranking"} and set(records["split"]) == {"test"}
     whole = records.filter(pl.col("lo").is_not_null(), pl.col("versus").is_null())
     assert whole.select((pl.col("lo") <= pl.col("value")).all() & (pl.col("value") <= pl.col("hi")).all()).item()

@@ -7,8 +7,8 @@ __all__ = ['BIG', 'GRIDS', 'ABLATIONS', 'OURS', 'RANKERS', 'rated', 'Mean', 'Dam
            'RecentPopularity', 'as_csr', 'FromHistory', 'nearest', 'rules', 'AssociationRules', 'cosine', 'entries',
            'pearson', 'deviations', 'one_each', 'Neighbours', 'as_matrix', 'ItemKNN', 'UserKNN', 'EASE', 'SVD',
            'regress', 'FunkSVD', 'ALS', 'ById', 'BPR', 'NeuMFNet', 'fit_sampled', 'NeuMF', 'on_validation', 'tuned',
-           'fit_baseline', 'on_test', 'differences', 'add_to_metrics', 'compare', 'overall', 'shown_in', 'dots',
-           'told_apart', 'what_follows', 'worth', 'at_what_cost', 'agreement', 'under', 'protocols', 'heat',
+           'fit_baseline', 'on_test', 'differences', 'records_of', 'add_to_metrics', 'compare', 'overall', 'shown_in',
+           'dots', 'told_apart', 'what_follows', 'worth', 'at_what_cost', 'agreement', 'under', 'protocols', 'heat',
            'agreement_in_words']
 
 # %% ../nbs/07_baselines.ipynb #a16daf78
@@ -647,20 +647,34 @@ def on_test(
 
 # %% ../nbs/07_baselines.ipynb #27c05ac8
 def differences(
-    ours: dict,  # rated, ranked of the hybrid, over all cuts and seeds
+    ours: dict,  # rated, ranked of a model, over all cuts and seeds
     other: dict,  # the same of another model
-) -> pl.DataFrame:  # records: the hybrid's figures minus the other's, on the same users
+) -> pl.DataFrame:  # records: the first model's figures minus the other's, on the same users
     "Paired differences over all seeds and windows."
     if not len(other["rated"]): ours = ours | {"rated": ours["rated"].clear()}
-    seeds = [t["ranked"]["seed"].unique().sort() for t in (ours, other)]
+    seeds = [pl.concat([t["rated"]["seed"], t["ranked"]["seed"]]).unique().sort().to_list() or [0] for t in (ours, other)]  # there may be nobody to judge by
     by_seed = [[[t[name].filter(seed=s) for s in of] for name in ("rated", "ranked")] for t, of in zip((ours, other), seeds)]
-    each = ours["ranked"].select("cut", "seed").unique()
+    each = pl.concat([t.select("cut", "seed") for t in (ours["rated"], ours["ranked"])]).unique()
     cut, seed = each.row(0) if len(each) == 1 else (None, None)  # as for figures: over several, both are empty
     return figures(*by_seed[0], versus=by_seed[1]).with_columns(cut=pl.lit(cut, pl.Int64), seed=pl.lit(seed, pl.Int64))
 
 # %% ../nbs/07_baselines.ipynb #6cf62541
 ABLATIONS = ("wide-alone", "deep-alone")
 OURS = ("hybrid", "wide-deep", *ABLATIONS, *(f"wide-deep-{loss}" for loss in LOSSES))  # no baselines
+
+
+def records_of(
+    name: str,  # of the model
+    tables: dict,  # from `on_test`
+    ours: dict,  # rated, ranked of the model that it is compared with
+    reference: str = "wide-deep",  # the name of that model
+) -> pl.DataFrame:  # as in metrics.json, those of differences with their p-values
+    "A model's own figures, and how far the reference is from it."
+    each = tables["shown"].select("cut", "seed").unique(maintain_order=True).rows()
+    own = [tables["shown"].with_columns(task=pl.lit("ranking")), *by_seed_and_cut(tables["rated"], tables["ranked"], each)]
+    own = pl.concat(own, how="diagonal").with_columns(model=pl.lit(name), versus=pl.lit(None, pl.String))
+    apart = [] if name == reference else [differences(ours, tables).with_columns(model=pl.lit(reference), versus=pl.lit(name))]
+    return pl.concat([own, *apart], how="diagonal").with_columns(split=pl.lit("test"))
 
 
 def add_to_metrics(
@@ -671,11 +685,7 @@ def add_to_metrics(
 ):
     "Write down a model's own figures, and how far wide-deep is from it."
     for table in ("rated", "ranked"): run.write(f"evaluation/{name}/{table}.parquet", tables[table])
-    each = tables["shown"].select("cut", "seed").unique(maintain_order=True).rows()
-    own = [tables["shown"].with_columns(task=pl.lit("ranking")), *by_seed_and_cut(tables["rated"], tables["ranked"], each)]
-    own = pl.concat(own, how="diagonal").with_columns(model=pl.lit(name), versus=pl.lit(None, pl.String))
-    apart = differences(hybrid, tables).with_columns(model=pl.lit("wide-deep"), versus=pl.lit(name))
-    run.add_metrics(pl.concat([own, apart], how="diagonal").with_columns(split=pl.lit("test")))
+    run.add_metrics(records_of(name, tables, hybrid))
 
 # %% ../nbs/07_baselines.ipynb #dc9cbf3e
 @step(measure)
@@ -782,8 +792,9 @@ def worth(
 def at_what_cost(
     rows: pl.DataFrame,  # model, value, lo, hi, seconds
     metric: str,  # name of the axis; more is better
+    ours: str = "wide-deep",  # a model that is named in any case
 ) -> plt.Figure:
-    "Quality against seconds; named are the best, the quickest that is about as good, and the hybrid."
+    "Quality against seconds; named are the best, the quickest that is about as good, and ours."
     rows, middle = rows.sort("seconds"), (rows["seconds"].min() * rows["seconds"].max()) ** .5
     best, top = rows.sort("value").row(-1, named=True)["model"], rows.select(pl.max_horizontal("value", "hi").max()).item()
     above = rows.filter(pl.col("model").is_in([worth(rows), best])).sort((pl.col("seconds") / middle).log().abs())["model"].to_list()
@@ -797,7 +808,7 @@ def at_what_cost(
         if model in shelf:
             ax.plot([seconds, seconds], [hi or value, shelf[model]], color=COLORS["baseline"], lw=.7)
             ax.annotate(model, (seconds, shelf[model]), (-3 if left else 3, 0), va="center", **how)
-        elif model == "wide-deep": ax.annotate(model, (seconds, value), (-6 if left else 6, -12), va="center", **how)
+        elif model == ours: ax.annotate(model, (seconds, value), (-6 if left else 6, -12), va="center", **how)
     ax.set(xscale="log", xlabel="seconds of one fit (log scale)", ylabel=metric)
     ax.margins(x=.1, y=.08)
     return fig

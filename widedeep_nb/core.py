@@ -516,14 +516,10 @@ RECOMMENDERS = {
     "gru": "widedeep_nb.sequence:GRU",
     "self-attention": "widedeep_nb.sequence:SelfAttention",
     "wide-deep": "widedeep_nb.training:WideDeep",
-    "wide-matrix": "widedeep_nb.comparison:WideMatrix",
-    "wide-neighbours": "widedeep_nb.comparison:WideNeighbours",
-    "wide-rules": "widedeep_nb.comparison:WideRules",
-    "wide-next": "widedeep_nb.comparison:WideNext",
-    "low-pass": "widedeep_nb.comparison:LowPass",
-    "ridge": "widedeep_nb.comparison:Ridge",
-    "trees": "widedeep_nb.comparison:Trees",
-    "hybrid": "widedeep_nb.comparison:Hybrid",
+    "wide-matrix": "widedeep_nb.hybrid:WideMatrix", "wide-neighbours": "widedeep_nb.hybrid:WideNeighbours",
+    "wide-rules": "widedeep_nb.hybrid:WideRules", "wide-next": "widedeep_nb.hybrid:WideNext",
+    "low-pass": "widedeep_nb.hybrid:LowPass", "ridge": "widedeep_nb.hybrid:Ridge", "trees": "widedeep_nb.hybrid:Trees",
+    "hybrid": "widedeep_nb.hybrid:Hybrid",
     "wide-deep-as-reported": "widedeep_nb.original:AsReported",
 }
 

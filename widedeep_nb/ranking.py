@@ -161,7 +161,7 @@ def rank_losses(
     passes: int = 5,  # over the data
     seeds: int = 2,  # random starts
     negatives: int = 8,  # items drawn beside each row
-    alpha: float = .5,  # in proportion to their popularity to this power
+    alpha: float = .25,  # in proportion to their popularity to this power
 ):
     "Train the same model with every loss on the same budget, and judge it on the test part beside popularity."
     for name, value in (("passes", passes), ("seeds", seeds), ("negatives", negatives)):

@@ -8,11 +8,11 @@ __all__ = ['READERS', 'HIDDEN', 'OPTION', 'FOLDED', 'OUTSIDE', 'MAIN', 'HYBRIDS'
            'read_parameters', 'read_value', 'given_values', 'values_for', 'OwnKernel', 'execute', 'place_of',
            'usual_protocol', 'Plan', 'plan_run', 'steps_of', 'read_log', 'move_in', 'clean', 'opened', 'mark_of',
            'is_done', 'ChapterFailed', 'explain', 'run_chapter', 'run_report', 'shown_cells', 'formula', 'address',
-           'PageText', 'PageExporter', 'fold_together', 'body_of', 'test_figures', 'surely', 'advice', 'join',
-           'verdict', 'headline', 'winners', 'who_wins', 'facts', 'title_of', 'style', 'page', 'write_page', 'as_div',
-           'site_filter', 'with_outputs', 'results_of', 'compact', 'published', 'figures_of', 'readme_table',
-           'rewrite_readme', 'between', 'pages_in', 'execute_pages', 'chapters_with_outputs', 'publish', 'load_model',
-           'read_basket', 'most_taken', 'rows_of', 'as_history', 'suggest', 'bench', 'cli', 'run_command',
+           'PageText', 'PageExporter', 'fold_together', 'body_of', 'reference_in', 'test_figures', 'surely', 'advice',
+           'join', 'verdict', 'headline', 'shortlist', 'winners', 'who_wins', 'facts', 'title_of', 'style', 'page',
+           'write_page', 'as_div', 'site_filter', 'with_outputs', 'results_of', 'compact', 'published', 'figures_of',
+           'readme_table', 'rewrite_readme', 'between', 'pages_in', 'execute_pages', 'chapters_with_outputs', 'publish',
+           'load_model', 'read_basket', 'most_taken', 'rows_of', 'as_history', 'suggest', 'bench', 'cli', 'run_command',
            'existing_run', 'datasets_command', 'recommend_command', 'bench_command', 'publish_command',
            'site_filter_command', 'main']
 
@@ -529,6 +529,13 @@ HYBRIDS = ("hybrid", "wide-deep")
 COMPARED_IN = "07"  # the chapter that fills metrics.json
 
 
+def reference_in(
+    models: list,  # names
+) -> Optional[str]:  # None where none of them was measured
+    "The model of ours that all others are held against."
+    return next((h for h in HYBRIDS if h in list(models)), None)
+
+
 def test_figures(
     run: Run,  # with or without metrics
     metric: str,  # of `MAIN`
@@ -561,7 +568,7 @@ def advice(
     models = figures.filter(pl.col("versus").is_null(), ~pl.col("model").is_in(ABLATIONS))
     if not len(models): return ""
     best, value = models["model"][0], models["value"][0]
-    ours = next((h for h in HYBRIDS if h in models["model"]), None)
+    ours = reference_in(models["model"])
     to = f"To {MAIN[metric][1]}, use {best} ({metric} {value:.4f})"
     others = [m for m in models["model"] if m not in OURS]
     unsure = [m for m in others if not surely(figures, metric, best, m)]
@@ -591,11 +598,19 @@ def headline(
 ) -> str:  # a title
     "Who is first, and whether that is more than luck."
     models = figures.filter(pl.col("versus").is_null(), ~pl.col("model").is_in(ABLATIONS))["model"]
-    best, ours = models[0], next((h for h in HYBRIDS if h in models), None)
+    best, ours = models[0], reference_in(models)
     others = [m for m in models if m not in OURS] if best == ours else [ours]
     if ours is None or not others: return f"{best} {MAIN[metric][2]}"
     sure = all(surely(figures, metric, best, m) for m in others)
     return f"{best} {MAIN[metric][2]}, " + ("though not surely" if best == ours and not sure else f"{'' if sure else 'not '}surely better than {'every baseline' if best == ours else ours}")
+
+
+def shortlist(
+    models: list,  # best first
+    most: int = 10,  # how many of the first
+) -> list:  # the same order
+    "Those whom a picture has room for: the first, the hybrid, and the floor."
+    return [m for place, m in enumerate(models) if place < most or m in (reference_in(models), "popularity", "mean")]
 
 
 def winners(
@@ -607,7 +622,8 @@ def winners(
         figures = test_figures(run, metric)
         models = figures.filter(pl.col("versus").is_null(), ~pl.col("model").is_in(ABLATIONS))
         if not len(models): continue
-        fig = dots(models, f"{metric} on the test part, {'stars, lower' if metric == 'RMSE' else 'higher'} is better")
+        few = models.filter(pl.col("model").is_in(shortlist(models["model"].to_list())))
+        fig = dots(few, f"{metric} on the test part, {'stars, lower' if metric == 'RMSE' else 'higher'} is better")
         fig.suptitle(headline(figures, metric), x=.01, ha="left", fontsize=11.5, fontweight="bold")
         yield task, fig
 
@@ -681,7 +697,7 @@ def page(
     bodies = [f'<section id="{stem}">{body_of(path)}</section>' for stem, path in files.items()]
     known, name, figure = facts(run), html.escape(run.data_name), who_wins(run)
     lines = "".join(f"<div><dt>{k}</dt><dd>{html.escape(v)}</dd></div>" for k, v in known.items())
-    figure = figure and f"<figure>{figure}<figcaption>Every model on the test part, all users, with 95 % intervals over users.</figcaption></figure>"
+    figure = figure and f"<figure>{figure}<figcaption>The best models on the test part, and the floor, which knows nobody; all users, with 95 % intervals over users.</figcaption></figure>"
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>What recommends best: {name}</title>'
             f'<style>{style()}</style></head><body><div class="layout"><nav aria-label="Chapters"><ol>{"".join(entries)}</ol></nav><main>'
             f'<header><h1>What recommends best: {name}</h1><dl>{lines}</dl><p class="verdict">{html.escape(verdict(run))}</p>{figure}</header>{"".join(bodies)}</main></div></body></html>')
@@ -787,14 +803,17 @@ def readme_table(
     "The figures of one run as the README shows them."
     rows = [r for r in results["metrics"] if (r["split"], r["users"], r["items"], r["relevant"]) == ("test", "all", "all", "any") and r["metric"] in MAIN]
     own = {(r["model"], r["metric"]): r for r in rows if r["versus"] is None}
-    apart = {(r["versus"], r["metric"]): r for r in rows if r["versus"] is not None}
-    ranked = sorted({m for m, _ in own}, key=lambda m: -own.get((m, "NDCG@20"), {"value": 0})["value"])
+    ours = reference_in([m for m, _ in own]) or HYBRIDS[-1]
+    apart = {(r["versus"], r["metric"]): r for r in rows if r["versus"] is not None and r["model"] == ours}
+    orders = [[m for m, _ in sorted(((m, r["value"] * way) for (m, x), r in own.items() if x == metric), key=lambda pair: pair[1])] for metric, way in (("NDCG@20", -1), ("RMSE", 1))]
+    ranked = list(dict.fromkeys(shortlist(orders[0]) + shortlist(orders[1], 5)))
     written = lambda r, sign="": told(r["value"], r["lo"], r["hi"], sign) if r else ""
     lines = [[m] + [written(of.get((m, metric)), sign) for metric in ("RMSE", "NDCG@20") for of, sign in ((own, ""), (apart, "+"))] for m in ranked]
-    head = ["model", "RMSE", "wide-deep minus it", "NDCG@20", "wide-deep minus it"]
+    head = ["model", "RMSE", f"{ours} minus it", "NDCG@20", f"{ours} minus it"]
+    left = len({m for m, _ in own}) - len(ranked)
     synthetic = " (synthetic)" if results["dataset"] == "demo" else ""
     return (f"**{results['dataset']}**{synthetic}, protocol `{results['protocol']}`, {results['rows']:,} rows, measured on {DEVICES.get(results['device'], results['device'])}:\n\n"
-            + "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * 5, *lines]))
+            + "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * 5, *lines]) + f"\n\n{left} more in [results](results/)." * (left > 0))
 
 
 def rewrite_readme(

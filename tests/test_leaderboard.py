@@ -1,0 +1,440 @@
+"The leaderboard: differences by hand, starts, kills, the plan that is kept, what choosing may see, and words that follow the numbers."
+import re
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from widedeep_nb import comparison
+from widedeep_nb.comparison import best_first, board, claims, costs, final_fits, forest, forests, beats_in_words, lead, lists_by_stars, named, numbers_in, parts_in_words, rivals, ten_lines, watched, without
+from widedeep_nb.core import RECOMMENDERS, Problem, Recommender, Run, load_recommender, make_recommender
+from widedeep_nb.data import ingest
+from widedeep_nb.evaluation import measure, ndcg_by_lot, rank_users
+from widedeep_nb.hybrid import plan_for, put_together
+
+FIELD = [("popularity", {}), ("ease", {}), ("als", {"factors": 4, "sweeps": 2}), ("mean", {}), ("damped-bias", {})]
+tuning = lambda field=FIELD: {"trials": 1, "seconds": 0, "window": "", "left_out": {}, "contestants": [{"model": m, "registered": m, "settings": s, "seconds": 0, "questions": [], "curve": None} for m, s in field]}
+
+
+@dataclass
+class Fake(Recommender):
+    "A hybrid that notes down when it chooses, and on what."
+    minutes: float = 15.
+    plan: dict = field(default_factory=dict)
+    seed: int = 0
+    chose, fitted = [], []
+    rates = property(lambda self: bool(self.plan.get("stars")))
+    name = "hybrid"
+
+    def _fit(self, split):
+        assert not len(split.test)
+        type(self).fitted.append(bool(self.plan))
+        if not self.plan:
+            type(self).chose.append((len(split.train), len(split.val), self.minutes, self.seed))
+            judge = int(split.val["item"].to_numpy().sum() % 97) / 97          # what validation says has a say
+            self.plan = {"lists": {"ease": 1 - judge / 2, "popularity": judge / 2}, "stars": {"damped-bias": 1.} if split.has_stars else {}}
+        self.made = {n: make_recommender(n).fit(split) for n in self.parts}
+        self.jitter = torch.rand(self.n_items + 1, generator=torch.Generator().manual_seed(self.seed)) * .05
+
+    parts = property(lambda self: dict.fromkeys([*self.plan["lists"], *self.plan["stars"]]))
+
+    def _scores(self, users, history, items):
+        scaled = lambda s: s / s.abs().max().clamp(min=1e-9)
+        return sum(w * scaled(self.made[n].scores(users, history, items)) for n, w in self.plan["lists"].items()) + self.jitter[items.clamp(max=self.n_items)]
+
+    def _predict(self, users, items, history): return sum(w * self.made[n].predict(users, items, history) for n, w in self.plan["stars"].items())
+
+    def _state(self): return {"jitter": self.jitter} | {f"{n}/{k}": v for n, m in self.made.items() for k, v in m._state().items()}
+
+    def _restore(self, state):
+        self.jitter, self.made = state["jitter"], {n: make_recommender(n) for n in self.parts}
+        for n, m in self.made.items():
+            m.user_ids, m.item_ids, m.log, m.stars = self.user_ids, self.item_ids, self.log, self.stars
+            m._restore({k.removeprefix(n + "/"): v for k, v in state.items() if k.startswith(n + "/")})
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch):
+    monkeypatch.setitem(RECOMMENDERS, "hybrid", Fake)
+    Fake.chose.clear(), Fake.fitted.clear()
+
+
+def measured_run(folder, field=FIELD, **about):
+    run = Run(folder, **{"dataset": "demo?ratings=3000", "parameters": {"seeds": 1, "epochs": 1}} | about)
+    measure(run)
+    run.write("tuning.json", tuning(field))
+    return run
+
+
+def do(run, again=True, minutes=15., **how):
+    "Both steps without the steps before them."
+    put_together.__wrapped__(run, minutes)
+    run.work = run.folder / ".work" / "lead"
+    if again: shutil.rmtree(run.work, ignore_errors=True)
+    lead.__wrapped__(run, **how)
+    return run
+
+
+def copied(run, to):
+    shutil.copytree(run.folder, to)
+    return Run(to)
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory): return measured_run(tmp_path_factory.mktemp("runs") / "ready")
+
+
+@pytest.fixture(scope="module")
+def run(ready, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECOMMENDERS, "hybrid", Fake)
+        return do(copied(ready, tmp_path_factory.mktemp("runs") / "done"), seeds=2)
+
+
+key = ["cut", "seed", "model", "versus", "task", "users", "items", "relevant", "metric"]
+figures = lambda run: run.read("leaderboard.parquet").sort(key)
+of_all = dict(users="all", items="all", relevant="any")
+
+
+# --- what is written
+
+def by_user(run, name, table, column):
+    "[seeds, users]: sums and counts of each user."
+    rows = run.read(f"evaluation/tuned/{name}/{table}.parquet")
+    rows = rows.filter(relevant="any", items="all") if table == "ranked" else rows
+    users = rows["user"].unique().sort()
+    place = {u: i for i, u in enumerate(users)}
+    total, count = np.zeros((2, rows["seed"].n_unique(), len(users)))
+    for user, seed, value in rows.select("user", "seed", column).rows():
+        total[seed, place[user]] += value
+        count[seed, place[user]] += 1
+    return users, total, count
+
+
+@pytest.mark.parametrize("metric, table, name", [("NDCG@20", "ranked", "ease"), ("NDCG@20", "ranked", "als"), ("RMSE", "rated", "mean")])
+def test_differences_are_those_made_by_hand(run, metric, table, name):
+    (users, ours, n), (others, other, m) = [by_user(run, who, table, metric) for who in ("hybrid", name)]
+    assert users.equals(others) and len(ours) == 2 and len(other) == (2 if name == "als" else 1)
+    bend = np.sqrt if metric == "RMSE" else lambda x: x
+    figure = lambda t, c, w, s: np.mean([bend((t[i] * w).sum() / (c[i] * w).sum()) for i in s])
+    found = figures(run).filter(model="hybrid", versus=name, metric=metric, **of_all)
+    whole, each = np.ones(len(users)), [np.arange(len(x)) for x in (ours, other)]
+    assert found["value"].item() == pytest.approx(figure(ours, n, whole, each[0]) - figure(other, m, whole, each[1]))
+    rng, draws = np.random.default_rng(5), []
+    for _ in range(1500):
+        w = np.bincount(rng.integers(len(users), size=len(users)), minlength=len(users))
+        draws.append(figure(ours, n, w, rng.choice(each[0], 2)) - figure(other, m, w, rng.choice(each[1], len(other))))
+    lo, hi = np.quantile(draws, [.025, .975])
+    assert abs(found["lo"].item() - lo) < .15 * (hi - lo) and abs(found["hi"].item() - hi) < .15 * (hi - lo)
+    assert (hi - lo) > 0
+
+
+def test_every_model_is_there_and_nothing_is_compared_with_itself(run):
+    records, names = run.metrics().filter(metric="NDCG@20", split="test", **of_all), ["hybrid", *[m for m, _ in FIELD]]
+    assert set(figures(run).filter(pl.col("versus").is_null())["model"]) == set(names)
+    assert sorted(records.filter(model="hybrid").drop_nulls("versus")["versus"].unique()) == sorted(names[1:])
+    for name in names: assert len(records.filter(pl.col("versus").is_null(), model=name)) == (3 if name in ("hybrid", "als") else 1)    # two starts and both together; or one
+    assert load_recommender(run.model_folder("als", 1)).seed == 1 and load_recommender(run.model_folder("hybrid")).plan == run.read("leaderboard.json")["plans"][0]["plan"]
+
+
+def test_earlier_tables_stay(run, ready):
+    for table in ("rated", "ranked"): assert run.read(f"evaluation/{table}.parquet").equals(ready.read(f"evaluation/{table}.parquet"))
+    assert not (run.folder / "evaluation/ease").exists()
+
+
+def test_the_model_that_was_judged_is_the_one_that_is_kept(run):
+    users = rank_users(load_recommender(run.model_folder("als", 1)), run.splits()[-1].final(), "test", (20,)).users
+    kept = run.read("evaluation/tuned/als/ranked.parquet").filter(relevant="any", items="all", seed=1)
+    assert users["NDCG@20"].to_list() == pytest.approx(kept["NDCG@20"].to_list())
+    assert run.read("leaderboard.json")["chance"] == pytest.approx(ndcg_by_lot(users["n_relevant"].to_numpy(), users["n_candidates"].to_numpy(), 20).mean())
+
+
+def test_one_start_and_many(ready, run, tmp_path):
+    one = do(copied(ready, tmp_path / "one"), seeds=1)
+    assert {(f["model"], f["seed"]) for f in one.read("leaderboard.json")["fits"]} == {("hybrid", 0), *[(m, 0) for m, _ in FIELD]}
+    assert {(f["model"], f["seed"]) for f in run.read("leaderboard.json")["fits"]} == {("hybrid", 0), ("hybrid", 1), ("als", 1), *[(m, 0) for m, _ in FIELD]}
+    first = [r.metrics().filter(pl.col("versus").is_null(), model="als", metric="NDCG@20", seed=0, cut=0, **of_all)["value"].item() for r in (one, run)]
+    assert first[0] == first[1]                                                             # the first start is the same, however many follow
+    both = run.metrics().filter(pl.col("versus").is_null(), model="als", metric="NDCG@20", **of_all).sort("seed")
+    assert both["seed"].to_list() == [None, 0, 1] and both["value"][0] == pytest.approx(both["value"][1:].mean()) and both["value"][1] != both["value"][2]
+
+
+# --- kills, and the plan that is kept
+
+def test_a_killed_comparison_goes_on(ready, run, tmp_path, monkeypatch):
+    killed, made, real = copied(ready, tmp_path / "killed"), [], comparison.measured
+    def some(make, folder):
+        if len(made) == 5 and "killed" not in made: made.append("killed"); raise KeyboardInterrupt
+        made.append(str(folder.relative_to(killed.folder)))
+        return real(make, folder)
+    monkeypatch.setattr(comparison, "measured", some)
+    with pytest.raises(KeyboardInterrupt): do(killed, seeds=2)
+    assert not (killed.folder / "leaderboard.json").exists() and len(Fake.chose) == 1
+    do(killed, again=False, seeds=2)
+    assert len(set(made)) == len(made) == 9 and len(Fake.chose) == 1                         # eight fits and the kill: none is made twice, nothing is chosen anew
+    assert figures(killed).equals(figures(run))
+    assert killed.metrics().filter(pl.col("model").is_in(["hybrid", "als"])).sort(key).equals(run.metrics().filter(pl.col("model").is_in(["hybrid", "als"])).sort(key))
+
+
+@pytest.mark.parametrize("after", [3, 7], ids=["models", "parts"])
+def test_killed_between_judgements_the_test_part_is_not_looked_at_again(ready, run, tmp_path, monkeypatch, after):
+    killed, looked, real = copied(ready, tmp_path / "killed"), [], comparison.on_test
+    def some(models, *rest):
+        if len(looked) == after and None not in looked: looked.append(None); raise KeyboardInterrupt
+        looked.append(next(iter(models.values())).name)
+        return real(models, *rest)
+    monkeypatch.setattr(comparison, "on_test", some)
+    with pytest.raises(KeyboardInterrupt): do(killed, seeds=2)
+    do(killed, again=False, seeds=2)
+    parts = 2                                                                              # the hybrid once more without each of its two parts for lists
+    assert [n for n in looked if n] == ["hybrid", *[m for m, _ in FIELD]] + ["hybrid"] * parts and figures(killed).equals(figures(run))
+
+
+def test_a_plan_once_reached_is_replayed(ready, tmp_path):
+    run = do(copied(ready, tmp_path / "run"), seeds=1, minutes=1.)
+    plan, first = run.read("hybrid-plan-0.json"), figures(run)
+    assert len(Fake.chose) == 1 and Fake.chose[0][1:] == (len(run.splits()[0].val), 1., 0)
+    assert do(run, seeds=1, minutes=1.) and len(Fake.chose) == 1 and figures(run).equals(first) and run.read("hybrid-plan-0.json") == plan
+    do(run, seeds=1, minutes=2.)
+    assert len(Fake.chose) == 2                                                             # another budget
+    run.update(seed=7)
+    assert plan_for(run, 0, run.splits()[0], 2.) and len(Fake.chose) == 3                    # another seed
+    run.update(data={"sha256": "another", "rows": 1})
+    assert plan_for(run, 0, run.splits()[0], 2.) and len(Fake.chose) == 4                    # other data
+    (run.folder / "hybrid-plan-0.json").write_text("{ torn")
+    assert plan_for(run, 0, run.splits()[0], 2.)["plan"] and len(Fake.chose) == 5
+    assert plan_for(run, 0, run.splits()[0], 2.)["plan"] and len(Fake.chose) == 5
+
+
+def test_choosing_and_fitting_do_not_see_the_test_part(ready, tmp_path):
+    plain, poisoned = copied(ready, tmp_path / "plain"), copied(ready, tmp_path / "poisoned")
+    test = poisoned.read("test.parquet")
+    poisoned.write("test.parquet", test.with_columns(item=pl.col("item").reverse(), rating=6 - pl.col("rating")))
+    for each in (plain, poisoned): do(each, seeds=1)
+    assert plain.read("leaderboard.json")["plans"][0]["plan"] == poisoned.read("leaderboard.json")["plans"][0]["plan"]
+    for name in ("hybrid", "als", "mean"): assert (plain.model_folder(name) / "model.safetensors").read_bytes() == (poisoned.model_folder(name) / "model.safetensors").read_bytes()
+    assert not figures(plain).equals(figures(poisoned))
+
+
+def test_windows_have_plans_of_their_own(tmp_path):
+    run = measured_run(tmp_path / "run", FIELD[:2], dataset="demo?ratings=9000", protocol="rolling")
+    do(run, seeds=1)
+    splits, notes = run.splits(), run.read("leaderboard.json")
+    assert len(splits) > 1 and [c[:2] for c in Fake.chose] == [(len(s.train), len(s.val)) for s in splits]
+    assert [p["cut"] for p in notes["plans"]] == list(range(len(splits))) and {f["cut"] for f in notes["fits"] if f["model"] == "ease"} == set(range(len(splits)))
+    record = figures(run).filter(model="hybrid", versus="ease", metric="NDCG@20", **of_all)
+    assert len(record) == 1 and record["cut"].item() is None                                # one claim over all windows
+    assert {(p["without"], p["metric"]) for p in notes["parts"]} == {("ease", "NDCG@20"), ("popularity", "NDCG@20")}
+
+
+def test_where_nothing_is_held_back_the_plan_is_given(tmp_path):
+    run = measured_run(tmp_path / "run", FIELD[:1], protocol="leave-one-out")
+    do(run, seeds=1)
+    assert run.splits()[0].final() is not None and len(Fake.chose) == 1 and Fake.fitted == [False, True]    # chosen, and fitted with what was chosen
+
+
+def test_a_model_that_does_not_fit_is_left_out_and_named(ready, tmp_path):
+    run = copied(ready, tmp_path / "run")
+    run.write("tuning.json", tuning([("popularity", {}), ("neumf", {"max_examples": 1})]))
+    do(run, seeds=1)
+    notes = run.read("leaderboard.json")
+    assert list(notes["left_out"]) == ["neumf"] and "max_examples" in notes["left_out"]["neumf"] and set(figures(run)["model"]) == {"hybrid", "popularity"}
+    for wrong in ({"seeds": 0}, {"minutes": -1.}):
+        with pytest.raises(Problem, match="is at least"): do(run, **wrong)
+
+
+def test_nobody_to_judge_and_nobody_to_beat(ready, tmp_path):
+    alone = copied(ready, tmp_path / "alone")
+    alone.write("tuning.json", tuning([]))
+    do(alone, seeds=1)
+    assert beats_in_words(claims(figures(alone), "NDCG@20"), "NDCG@20") == "In NDCG@20 there is nothing to compare the hybrid with." and 0 < len(ten_lines(figures(alone), alone.read("leaderboard.json"))) <= 10
+    empty = copied(ready, tmp_path / "empty")
+    empty.write("test.parquet", empty.read("test.parquet").clear())
+    do(empty, seeds=1)
+    notes = empty.read("leaderboard.json")
+    assert notes["chance"] is None and not len(best_first(figures(empty), "NDCG@20")) and notes["parts"] == []
+    assert ten_lines(figures(empty), notes)[0].startswith("Nobody") and lists_by_stars(figures(empty)) == ""
+
+
+def test_a_log_without_stars(tmp_path):
+    made = Run(tmp_path / "made", dataset="demo?ratings=2000")
+    ingest(made)
+    made.read("interactions.parquet").select("user", "item", "timestamp").write_csv(tmp_path / "clicks.csv")
+    run = measured_run(tmp_path / "run", FIELD[:3], dataset=str(tmp_path / "clicks.csv"))
+    do(run, seeds=1)
+    assert not len(best_first(figures(run), "RMSE")) and len(best_first(figures(run), "NDCG@20")) == 4
+    lines = ten_lines(figures(run), run.read("leaderboard.json"))
+    assert "There were no stars to predict, so this says nothing about ratings." in lines and not any("off on average" in line for line in lines)
+    assert beats_in_words(claims(figures(run), "RMSE"), "RMSE").endswith("nothing to compare the hybrid with.")
+
+
+# --- costs
+
+def test_memory_seconds_and_numbers():
+    with watched() as spent:
+        block = torch.ones(2**25)
+        time.sleep(.03)
+        del block
+    assert 120 < spent["memory"] < 180 and .03 < spent["seconds"] < 5
+    with watched() as spent: pass
+    assert spent["memory"] < 20
+    if sys.platform == "linux":                              # what was held before and is free again does not hide what is taken now
+        held, pin = [bytearray(60_000) for _ in range(2000)], bytearray(60_000)
+        del held
+        with watched() as spent: held = [bytearray(60_000) for _ in range(2000)]
+        assert spent["memory"] > 80 and len(pin)
+    with pytest.raises(ZeroDivisionError):
+        with watched(): 1 / 0
+    import threading
+    assert threading.active_count() < 10
+    assert numbers_in({"a": torch.zeros(2, 3), "b": {"c": torch.zeros(4, dtype=torch.float64), "d": torch.arange(5)}, "e": torch.tensor(True), "f": 1.}) == 10
+
+
+def test_costs_are_means_over_starts(run):
+    notes, records = run.read("leaderboard.json"), figures(run)
+    table = costs(records, notes)
+    als = [f for f in notes["fits"] if f["model"] == "als"]
+    row = table.filter(model="als").row(0, named=True)
+    assert len(als) == 2 and row["seconds"] == pytest.approx(np.mean([f["seconds"] for f in als])) and row["RMSE"] is None and len(table) == 1 + len(FIELD)
+    ease = load_recommender(run.model_folder("ease"))
+    assert table.filter(model="ease")["numbers"].item() == sum(v.numel() for v in ease._state().values() if v.is_floating_point())
+    assert table.filter(model="ease")["megabytes"].item() == pytest.approx((run.model_folder("ease") / "model.safetensors").stat().st_size / 2**20, abs=1e-4)
+
+
+def test_a_plan_with_one_part_less():
+    plan = {"lists": {"a": .5, "b": .3, "c": .2}, "stars": {"b": 1., "d": 1.}, "more": [1]}
+    assert without(plan, "b") == {"lists": {"a": pytest.approx(.5 / .7), "c": pytest.approx(.2 / .7)}, "stars": {"d": 2.}, "more": [1]} and plan["stars"] == {"b": 1., "d": 1.}
+    assert without({"lists": {"a": 1.}, "stars": {}}, "a") == {"lists": {"a": 1.}, "stars": {}} and without({"lists": {"a": 1.}}, "z") == {"lists": {"a": 1.}}
+
+
+def test_parts_are_taken_out_one_by_one(run):
+    parts = run.read("leaderboard.json")["parts"]
+    assert {(p["without"], p["metric"]) for p in parts} == {("ease", "NDCG@20"), ("popularity", "NDCG@20")}           # stars have one part only
+    plan, split = run.read("leaderboard.json")["plans"][0]["plan"], run.splits()[-1].final()
+    score = lambda p: rank_users(Fake(plan=p).fit(split), split, "test", (20,)).users["NDCG@20"].mean()
+    assert next(p for p in parts if p["without"] == "ease")["value"] == pytest.approx(score(plan) - score(without(plan, "ease")))
+
+
+# --- words
+
+def records_of(lists=(), stars=(), group=(), n=500):
+    "Made-up records: (model, value, half of its interval; and the hybrid minus it, half, p)."
+    rows = []
+    for metric, task, models in (("NDCG@20", "ranking", lists), ("RMSE", "rating", stars)):
+        for users in ("all", *group):
+            for model, value, half, *apart in models:
+                base = dict(task=task, metric=metric, users=users, items="all", relevant="any", n=n)
+                around = lambda v, h: {"value": v, "lo": None if h is None else v - h, "hi": None if h is None else v + h}
+                rows.append(base | {"model": model, "versus": None, "p": None} | around(value, half))
+                if apart: rows.append(base | {"model": "hybrid", "versus": model, "p": apart[2]} | around(*apart[:2]))
+    schema = {c: pl.String for c in ("model", "versus", "task", "metric", "users", "items", "relevant")} | {c: pl.Float64 for c in ("value", "lo", "hi", "p")} | {"n": pl.Int64}
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def notes_of(records, slow=()):
+    return {"fits": [{"model": m, "cut": 0, "seed": 0, "seconds": 500. if m in slow else 1. + i, "memory": 1., "numbers": 9, "megabytes": 1.} for i, m in enumerate(records["model"].unique(maintain_order=True))],
+            "plans": [{"cut": 0, "plan": {}, "seconds": 20.}], "left_out": {}, "parts": [], "chance": .02}
+
+
+wins = records_of([("hybrid", .3, .02), ("ease", .2, .02, .1, .02, .001), ("wide-deep-mse", .1, .02, .2, .02, .001)], [("hybrid", .9, .1), ("wide-deep-mse", .95, .1, -.05, .01, .001), ("mean", 1.2, .1, -.3, .1, .001)], ("warm", "cold"))
+loses = records_of([("ease", .4, .02, -.1, .02, .001), ("hybrid", .3, .02), ("popularity", .2, .02, .1, .02, .001)])
+ties = records_of([("hybrid", .3, .02), ("ease", .29, .02, .01, .02, .4), ("popularity", .1, .02, .2, .02, .001)])
+
+
+def test_wins_losses_and_ties_in_words():
+    assert beats_in_words(claims(wins, "NDCG@20"), "NDCG@20") == "In NDCG@20 the hybrid beats every one of the 2 other models (the 95 % interval of the difference excludes 0)."
+    assert beats_in_words(claims(wins, "RMSE"), "RMSE").startswith("In RMSE the hybrid beats every one")
+    assert "beats 1 of 2 other models" in beats_in_words(claims(loses, "NDCG@20"), "NDCG@20") and beats_in_words(claims(loses, "NDCG@20"), "NDCG@20").endswith("it loses to ease.")
+    assert beats_in_words(claims(ties, "NDCG@20"), "NDCG@20").endswith("beats 1 of 2 other models (the 95 % interval of the difference excludes 0); it cannot be told apart from ease.")
+    only = records_of([("hybrid", .3, .02), ("ease", .2, .02, .1, .02, .001)])
+    assert "beats the only other model" in beats_in_words(claims(only, "NDCG@20"), "NDCG@20")
+    none = records_of([("hybrid", .3, .02), ("ease", .4, .02, -.1, .02, .001)])
+    assert beats_in_words(claims(none, "NDCG@20"), "NDCG@20") == "In NDCG@20 the hybrid beats none of 1 other model (the 95 % interval of the difference excludes 0); it loses to ease."
+    few = records_of([("hybrid", .3, None), ("ease", .2, None, .1, None, None)])
+    assert "cannot be told apart from ease" in beats_in_words(claims(few, "NDCG@20"), "NDCG@20") and "beats none" in beats_in_words(claims(few, "NDCG@20"), "NDCG@20")
+
+
+def test_an_interval_that_ends_at_nought_does_not_exclude_it():
+    edge = records_of([("hybrid", .3, .02), ("ease", .2, .02, .25, .25, .04)])
+    assert claims(edge, "NDCG@20")["lo"].item() == 0 and claims(edge, "NDCG@20")["apart"].item() == 0
+
+
+def test_more_claims_are_corrected():
+    many = records_of([("hybrid", .3, .02), *[(f"m{i}", .2, .02, .1, .05, .02) for i in range(4)]], group=("warm",))
+    rows = claims(many, "NDCG@20", "warm")
+    assert rows["apart"].to_list() == [1] * 4 and rows["sure"].to_list() == [0] * 4
+    assert "beats none of 4 other models (after Holm's correction for 4 claims)" in beats_in_words(rows, "NDCG@20", "sure", "for warm users")
+
+
+def test_the_sign_of_errors_and_of_lists():
+    both = records_of([("hybrid", .3, .01), ("a", .2, .01, .1, .01, .001)], [("hybrid", 1., .01), ("a", .9, .01, .1, .01, .001)])
+    assert claims(both, "NDCG@20")["apart"].item() == 1 and claims(both, "RMSE")["apart"].item() == -1
+    assert board(both, "NDCG@20")["so it is"].to_list() == [None, "beaten"] and board(both, "RMSE")["so it is"].to_list() == ["beats the hybrid", None]
+    assert board(both, "RMSE")["model"].to_list() == ["a", "hybrid"]
+
+
+def test_lists_by_stars_in_words():
+    assert "worth less, 33% of it (the interval of the difference excludes 0)" in lists_by_stars(wins)
+    better = records_of([("wide-deep", .4, .02, -.1, .02, .001), ("hybrid", .3, .02)], [("wide-deep", 1., .1)])
+    assert "stars are the better guide" in lists_by_stars(better) and lists_by_stars(ties) == ""
+    level = records_of([("wide-deep", .3, .02, 0., .02, .9), ("hybrid", .3, .02)], [("wide-deep", 1., .1)])
+    assert "cannot be told apart" in lists_by_stars(level)
+    assert lists_by_stars(records_of([("wide-deep", .4, .02, -.1, .02, .001), ("hybrid", .3, .02)])) == ""               # trained for lists, no stars
+
+
+def test_parts_in_words():
+    part = lambda w, v, p, metric="NDCG@20": {"without": w, "metric": metric, "value": v, "p": p}
+    assert parts_in_words([part("a", .1, .001), part("b", .001, .5), part("c", -.1, .001), part("wide-alone", 1, .001)], "NDCG@20") == "In NDCG@20, of the hybrid's parts: it needs a; b could go without a loss that can be shown; without c it would be better (Holm's correction for 3 claims)."
+    assert "it needs a" in parts_in_words([part("a", -.1, .001, "RMSE")], "RMSE") and parts_in_words([], "RMSE") == parts_in_words([part("wide-alone", 1, .001)], "NDCG@20") == ""
+    assert "could go" in parts_in_words([part("a", .1, None)], "NDCG@20")
+
+
+def test_names_in_a_sentence():
+    assert named([]) == "" and named(["a"]) == "a" and named(list("abcdef")) == "a, b, c, d, e and f" and named(list("abcdefgh")) == "a, b, c, d, e and 3 others"
+
+
+def test_ten_lines_follow_the_numbers():
+    said = lambda records, **how: ten_lines(records, notes_of(records, **how))
+    lines = said(wins)
+    assert lines[0] == "If everybody gets lists from one model, use hybrid: it did better than all others, and that was no accident." and any("strangers, use hybrid" in line for line in lines)
+    assert any("a gain that is worth having" in line for line in lines) and any("Do not sort lists by predicted stars: that is worth 33%" in line for line in lines)
+    assert "use ease: it did better" in said(loses)[0]
+    assert said(ties)[0] == "If everybody gets lists from one model, use hybrid; ease may be as good, and is quicker."
+    assert any("has a minute, use ease: it learns in" in line and "worth 97% of the best" in line for line in said(ties, slow=("hybrid",)))
+    assert any("Nothing here learns within a minute; the quickest is" in line for line in said(ties, slow=("hybrid", "ease", "popularity")))
+    level = records_of([("hybrid", .3, .02), ("popularity", .29, .02, .01, .02, .4)])
+    assert "show what sells (popularity)" in said(level)[0]
+    luck = records_of([("hybrid", .021, .01), ("mean", .02, .01, .001, .01, .9)])
+    assert any("cannot be told from lists drawn by lot" in line for line in said(luck))
+    few = records_of([("hybrid", .3, None), ("ease", .2, None, .1, None, None)], n=3)
+    assert any("too few to say how sure" in line for line in said(few)) and not any("no accident" in line for line in said(few))
+
+
+@pytest.mark.parametrize("records", [wins, loses, ties, wins[:0], wins.filter(metric="RMSE"), wins.filter(model="hybrid"), wins.filter(pl.col("model") != "hybrid"), records_of([("hybrid", 0., .0), ("ease", 0., 0., 0., 0., 1.)])],
+                         ids=["wins", "loses", "ties", "nothing", "stars only", "hybrid only", "no hybrid", "all at nought"])
+def test_ten_lines_are_at_most_ten_and_never_none(records):
+    for notes in (notes_of(records), notes_of(records) | {"chance": None, "plans": [], "fits": []}):
+        lines = ten_lines(records, notes)
+        assert 0 < len(lines) <= 10 and all(re.fullmatch(r"[A-Z].+\.", line) and "nan" not in line and "None" not in line for line in lines)
+
+
+def test_all_that_can_be_said_fits_into_ten_lines():
+    full = pl.concat([wins, wins.filter(metric="NDCG@20").with_columns(metric=pl.lit("HitRate@20")), wins.filter(metric="RMSE").with_columns(metric=pl.lit("MAE"))])
+    lines = ten_lines(full, notes_of(full))
+    assert len(lines) == len(set(lines)) == 10 and any(line == "Of 100 people who are shown 20 things by hybrid, about 30 find something that they go on to take." for line in lines)
+
+
+def test_a_lead_that_few_share():
+    assert rivals(wins, "NDCG@20") == ["hybrid"] and rivals(loses, "NDCG@20") == ["ease"] and rivals(ties, "NDCG@20") == ["hybrid", "ease"] and rivals(wins[:0], "NDCG@20") == []
+
+
+def test_forests():
+    fig = forest(claims(loses, "NDCG@20"), "NDCG@20")
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["popularity", "ease"] and "right of 0" in fig.axes[0].get_xlabel()
+    assert "left of 0" in forest(claims(wins, "RMSE"), "RMSE").axes[0].get_xlabel()
+    assert len(forests({g: claims(wins, "NDCG@20", g) for g in ("warm", "cold")}, "NDCG@20").axes) == 2
