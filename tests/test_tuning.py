@@ -17,6 +17,7 @@ from widedeep_nb.baselines import GRIDS
 from widedeep_nb.comparison import (BASE, LISTS, SPACES, STARS, attempt, best_of, default_of, distribution, fate, fates_in_words, fields_of, finished, floors_of, for_good, from_text,
                                     open_journal, propose, questions_of, registered_as, search, study_name, study_of, to_text, tune, worth_in_words, worth_of_tuning)
 from widedeep_nb.core import LOSSES, Problem, Run, as_interactions, make_recommender
+from widedeep_nb.hybrid import best_pass
 from widedeep_nb.preprocessing import prepare, preprocess
 from widedeep_nb.sequence import SEQUENCE
 
@@ -142,6 +143,16 @@ def test_the_best_of_lists_is_the_largest(small):
     assert best_of(tried, LISTS)["value"] == max(t["value"] for t in tried)
 
 
+@pytest.mark.parametrize("name, metric, sign", [("svd", LISTS, 1), ("damped-bias", STARS, -1)])
+def test_it_looks_where_good_settings_were(monkeypatch, name, metric, sign):
+    "A figure that is best near the upper end: what is proposed later lies nearer to it."
+    (setting, (low, high, _)), = SPACES[name][metric].items()
+    off = lambda chosen: abs(math.log(chosen[setting] / low) / math.log(high / low) - .9)
+    monkeypatch.setattr(comparison, "attempt", lambda name, metric, chosen, *args, **how: {"value": 1 - sign * off(chosen)})
+    far = [off(t["settings"]) for t in search(study_of(None, "a", metric), name, metric, 30, None)]
+    assert np.median(far[15:]) < .5 * np.median(far[1:8])
+
+
 def test_cut_off_after_any_trial_it_goes_on_alike(small, tmp_path, monkeypatch):
     "Eight trials, so that what was learnt from the first four is part of it; cut off in the middle of each of them."
     whole = told(search(study_of(None, "a", STARS), "funk-svd", STARS, 8, small))
@@ -168,6 +179,18 @@ def test_left_overs_do_not_change_what_is_proposed(small):
     for n in range(1, 8):
         for _ in range(3): propose(littered, "funk-svd", STARS)
         assert told(search(littered, "funk-svd", STARS, n, small)) == told(search(plain, "funk-svd", STARS, n, small))
+
+
+def test_killed_between_two_strokes_of_the_pen(small):
+    "With the default written down as the next one, but not begun."
+    study = study_of(None, "a", LISTS)
+    study.enqueue_trial(to_text(SPACES["svd"][LISTS], default_of("svd", LISTS)))
+    assert told(search(study, "svd", LISTS, 4, small)) == told(search(study_of(None, "a", LISTS), "svd", LISTS, 4, small))
+
+
+def test_the_seed_is_that_of_the_run(small):
+    one, two, again = [attempt("gru", LISTS, {}, small, epochs=2, seed=seed) for seed in (0, 1, 0)]
+    assert one == again and one["curve"] != two["curve"]
 
 
 def test_more_trials_go_on_and_fewer_are_the_first(small, tmp_path, monkeypatch):
@@ -207,8 +230,8 @@ def test_passes_and_curve_are_those_of_the_best_trial(small):
         assert one["curve"] == best["curve"] and one["settings"]["epochs"] == best["passes"] == best_pass(name, best["curve"])
         judged = [row["val"] for row in best["curve"]]
         assert best["passes"] == 1 + judged.index((max if name == "gru" else min)(judged))
-        refit = make_recommender(name, **one["settings"]).fit(small.refit())
-        assert len(refit.curve) == best["passes"]
+        for final in (small.refit(), small):  # under some protocols the final fit has a validation part, and must not stop at it
+            assert len(make_recommender(name, **one["settings"]).fit(final).curve) == best["passes"]
 
 
 # --- the step
