@@ -277,7 +277,7 @@ def test_trees_are_scikit_learns():
     model = make_recommender("trees", starts=3, rounds=20, leaves=9, least=5, seed=4)
     model._learn(x, y)
     theirs = [HistGradientBoostingRegressor(learning_rate=.05, max_iter=20, max_leaf_nodes=9, min_samples_leaf=5, l2_regularization=20., max_features=.4, random_state=4 + s).fit(x, y) for s in range(3)]
-    for rows in (x, rng.integers(-3, 16, (300, 6)) / 4, rng.normal(size=(50, 6)) * 100):
+    for rows in (x, rng.integers(-6, 32, (300, 6)) / 8, rng.normal(size=(50, 6)) * 100):
         want = np.mean([t.predict(rows) for t in theirs], 0)
         assert np.allclose(model._from(rows), want, rtol=0, atol=1e-12) and np.allclose(model._from(rows, block=7), want, rtol=0, atol=1e-12)
     assert np.ptp(model._from(x)) > 1 and len(model._from(x[:0])) == 0
@@ -424,9 +424,11 @@ def test_candidates_are_what_some_part_has_first(uneven):
 
 def test_weights_of_lists_leave_out_what_is_small(uneven):
     models = {name: fit_part(uneven, name) for name in ("popularity", "matrix", "neighbours", "rules", "low-pass")}
-    (every, alone), (some, _) = weigh_lists(models, uneven, 0.), weigh_lists(models, uneven, .15)
+    every, alone = weigh_lists(models, uneven, 0.)
+    least = max(every.values()) - 1e-3
+    some, _ = weigh_lists(models, uneven, least)
     assert list(every) == list(models) and abs(sum(every.values()) - 1) < 1e-3
-    assert some == {n: w for n, w in every.items() if w >= .15} and len(some) < len(every)
+    assert some == {n: w for n, w in every.items() if w >= least} and len(some) < len(every)
     shares, barred, hits, to_find = at_candidates(models, uneven)
     worth = lambda blend, rows: torch.stack([ndcg(hits[r][(b + barred[r]).topk(20)[1]][None], to_find[r:r + 1], 20)[0] for b, r in zip(blend, rows)])
     assert np.allclose(list(every.values()), by_hand(shares, worth, 0, 10, 8, 0), atol=.02)
@@ -520,12 +522,12 @@ def test_what_takes_no_passes_is_fitted_while_there_is_time(clock, split):
 
 @pytest.mark.parametrize("minutes", [0., .01, 1., 10., 60.])
 def test_choosing_keeps_to_the_minutes(clock, split, monkeypatch, minutes):
-    "A second each and ten a pass: three fifths of the minutes, beyond at most by one fit that was begun."
+    "A second each and ten a pass: beyond the minutes at most by one fit that was begun."
     for name in PASSES: clock.one[name], PASSES[name] = 10., 2
     monkeypatch.setattr(hybrid, "weigh_lists", lambda models, split: ({n: 1. for n in models}, {}))
     monkeypatch.setattr(hybrid, "weigh_stars", lambda models, split: {n: 1. for n in models})
     plan, models = make_plan(split, minutes)
-    assert clock.seconds <= max(minutes * 36 + 10, 3) and plan["seconds"] == clock.seconds
+    assert clock.seconds <= max(minutes * 60 + 10, 3) and plan["seconds"] == clock.seconds
     assert {"popularity", "ridge"} <= set(models) and set(plan["lists"]) | set(plan["stars"]) == {n for n in VOICES if MODEL[n] in models}
     assert set(plan["passes"]) == set(models) & set(PASSES)
     assert (minutes < 60) or set(models) == set(MODEL.values())
@@ -657,7 +659,7 @@ def test_a_basket_is_answered(first, split):
     assert [len(l) for l in lists] == [6] * 3 and not {ids[3], ids[0]} & set(lists[0]) and not {ids[1], ids[2]} & set(lists[1])
     want = first.scores([999], history_of([3, 0]))[0]
     assert np.allclose(rows.filter(pl.col("user") == "basket 1")["score"], sorted((want[i].item() for i in range(split.known_items) if i not in (0, 3)), reverse=True)[:6], atol=1e-6)
-    assert not torch.equal(first.scores([0], history_of([3, 0])), first.scores([0], history_of([2, 1])))
+    assert not torch.allclose(first.scores([999], history_of([3, 0])), first.scores([999], history_of([2, 1])), atol=1e-3)
 
 
 def positions():
@@ -713,7 +715,7 @@ def test_without_validation_it_chooses_on_carved_rows_and_learns_from_all(monkey
     monkeypatch.setattr(hybrid, "make_plan", choose)
     model = make_recommender("hybrid", minutes=3., seed=8).fit(split)
     (on, minutes, seed), = asked
-    assert ids(on, "val") == ids(carved(split), "val") and (minutes, seed) == (3., 8) and len(model.models["matrix"].log.item) == len(split.train) > len(on.train)
+    assert ids(on, "val") == ids(carved(split), "val") and (minutes, seed) == (1.5, 8) and len(model.models["matrix"].log.item) == len(split.train) > len(on.train)
     assert same(model, make_recommender("hybrid", plan=model.plan).fit(split), split)
     tried = split_of(random_log(stars=False))
     made = []

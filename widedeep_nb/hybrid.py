@@ -465,12 +465,12 @@ def try_part(
 # %% ../nbs/11_hybrid.ipynb #b0ca5e27
 def make_plan(
     split: Split,  # with a validation part
-    minutes: float,  # that choosing and fitting may take together
+    minutes: float,  # that it may take
     seed: int = 0,  # of what is random
 ) -> tuple:  # the plan, and the parts as they were fitted for it
     "Choose parts, passes and weights on validation."
     begun, models = time.perf_counter(), {}
-    left = lambda: minutes * 60 * .6 - (time.perf_counter() - begun)          # the rest is for the final fit
+    left = lambda: minutes * 60 - (time.perf_counter() - begun)
     wanted = sorted({MODEL[n] for n in VOICES if suits(split, n)}, key=lambda n: (n in PASSES, list(VOICES).index(n)))
     for k, name in enumerate(tqdm(wanted, desc="hybrid: trying parts", leave=False)):
         model = try_part(split, name, left() / (len(wanted) - k if name in PASSES else 1), seed)
@@ -495,7 +495,7 @@ class Hybrid(Recommender):
 
     def _fit(self, split):
         on, tried = carved(split), {}
-        if not self.plan: self.plan, tried = make_plan(on, self.minutes, self.seed)
+        if not self.plan: self.plan, tried = make_plan(on, self.minutes * (.9 if on is split else .5), self.seed)       # what was carved is fitted once more
         wanted = dict.fromkeys(MODEL[n] for n in [*self.plan["lists"], *self.plan["stars"]])
         fit = lambda name: fit_part(split, name, self.plan["passes"].get(name, 0), self.seed)
         self.models = {n: tried[n] if on is split and n in tried else fit(n) for n in tqdm(wanted, desc=f"hybrid (seed {self.seed})", leave=False)}
