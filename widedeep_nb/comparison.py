@@ -42,7 +42,7 @@ from tqdm.auto import tqdm
 from .baselines import ABLATIONS, GRIDS, at_what_cost, compare, differences, on_test, on_validation, overall, records_of, shown_in, worth
 from .core import COLORS, LOSSES, Problem, Recommender, Run, Split, file_sha256, load_recommender, make_recommender, step, versions
 from .evaluation import RATING, holm, ndcg_by_lot, told
-from .hybrid import best_pass, put_together
+from .hybrid import best_pass, kind_of, put_together
 from .preprocessing import FEATURES
 from .ranking import rank_losses
 from .sequence import SEQUENCE, in_sequence
@@ -522,14 +522,14 @@ def final_fits(
 # %% ../nbs/12_comparison.ipynb #b5d9e1a6
 def without(
     plan: dict,  # of the hybrid: for "lists" and "stars" the weight of each part
-    part: str,  # the one to go
+    part: str,  # the one to go, or all of its kind
 ) -> dict:  # the same with the part gone, wherever it is not the only one
     "A plan with one part less."
     less = dict(plan)
     for task in ("lists", "stars"):
         weights = plan.get(task) or {}
-        rest = {name: weight for name, weight in weights.items() if name != part}
-        if part in weights and sum(rest.values()) > 0:
+        rest = {name: weight for name, weight in weights.items() if kind_of(name) != part}
+        if len(rest) < len(weights) and sum(rest.values()) > 0:
             less[task] = {name: weight * sum(weights.values()) / sum(rest.values()) for name, weight in rest.items()}
     return less
 
@@ -566,7 +566,7 @@ def taken_apart(
         return [{"without": part} | {c: row[c] for c in ("task", "metric", "value", "lo", "hi", "n", "p")} for row in rows.to_dicts()]
     tables = lambda place: {"rated": run.read(f"{place}/rated.parquet"), "ranked": run.read(f"{place}/ranked.parquet").filter(relevant="any")}
     whole = {t: frame.filter(cut=cut, seed=0) for t, frame in tables(f"{TUNED}/hybrid").items()}
-    for n, part in enumerate(dict.fromkeys([*plan.get("lists", {}), *plan.get("stars", {})])):
+    for n, part in enumerate(dict.fromkeys(map(kind_of, [*plan.get("lists", {}), *plan.get("stars", {})]))):
         less = without(plan, part)
         tasks = [task for task, of in (("ranking", "lists"), ("rating", "stars")) if less.get(of) != plan.get(of)]
         if not tasks: continue

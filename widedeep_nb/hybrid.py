@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LISTS', 'STARS', 'VOICES', 'PASSES', 'MODEL', 'share', 'faded', 'trust', 'scaled', 'sums', 'WideMatrix', 'strongest',
            'SparseWide', 'WideNeighbours', 'WideRules', 'WideNext', 'LowPass', 'OnStatistics', 'Ridge', 'Trees', 'Part',
-           'fit_part', 'best_pass', 'shares_of', 'carved', 'select', 'at_candidates', 'weigh_lists', 'weigh_stars',
-           'suits', 'try_part', 'make_plan', 'Hybrid', 'plan_for', 'put_together', 'mean_plan', 'draw_plan', 'made_of',
-           'alone_and_together', 'draw_alone']
+           'fit_part', 'best_pass', 'kind_of', 'shares_of', 'carved', 'select', 'at_candidates', 'weigh_lists',
+           'weigh_stars', 'suits', 'try_part', 'make_plan', 'Hybrid', 'plan_for', 'put_together', 'mean_plan',
+           'draw_plan', 'made_of', 'alone_and_together', 'draw_alone']
 
 # %% ../nbs/11_hybrid.ipynb #c0ca5e03
 import time
@@ -255,7 +255,7 @@ class Ridge(OnStatistics):
 class Trees(OnStatistics):
     "Boosted trees on damped statistics (Friedman, 2001), as scikit-learn grows them; kept as plain arrays."
     starts: int = 3  # random starts, averaged
-    rounds: int = 150  # trees of each
+    rounds: int = 150  # trees of each at most; on a large log scikit-learn keeps rows aside that may stop it earlier
     lr: float = .05
     leaves: int = 12  # of a tree at most
     least: int = 180  # examples in a leaf at least; each row is looked at three times
@@ -328,6 +328,13 @@ def best_pass(
     "The pass that validation likes best: by the largest NDCG of sequence models, by the smallest cost of the others."
     better = [row["val"] * (1 if name in SEQUENCE else -1) for row in curve if row["val"] is not None]
     return 1 + int(np.argmax(better)) if better else len(curve)
+
+
+def kind_of(
+    name: str,  # of LISTS or STARS
+) -> str:
+    "What a part is called where networks are one."
+    return "networks" if name.startswith("network ") else name
 
 
 @torch.no_grad()
@@ -429,7 +436,7 @@ def weigh_stars(
     "How much of each kind makes the best predictions; each has two units to begin with, for networks were stopped by these very rows."
     tables = {name: rate_rows(model, split) for name, model in models.items()}
     if not tables or not len(y := next(iter(tables.values()))["rating"].to_torch()): return {}
-    kinds = {name: [n for n in tables if n.split()[0] == name] for name in dict.fromkeys(n.split()[0] for n in tables)}
+    kinds = {kind: [n for n in tables if kind_of(n) == kind] for kind in dict.fromkeys(map(kind_of, tables))}
     predicted = torch.stack([torch.stack([tables[n]["predicted"].to_torch() for n in of]).mean(0) for of in kinds.values()])
     weights = select(predicted, lambda blend, rows: -(blend - y[rows]).square(), first=2)
     return {n: round(w / len(of), 4) for of, w in zip(kinds.values(), weights) for n in of}
@@ -552,7 +559,7 @@ def mean_plan(
     plans: list,  # one a window
 ) -> pl.DataFrame:  # question ("lists" or "stars"), part, half, weight; the weights of a question sum to one
     "What the hybrid is made of, the mean over windows; networks are one part."
-    rows = [(question, name.split()[0] if name.startswith("network") else name, VOICES[name].half, weight / sum(plan[question].values()) / len(plans))
+    rows = [(question, kind_of(name), VOICES[name].half, weight / sum(plan[question].values()) / len(plans))
             for plan in plans for question in ("lists", "stars") for name, weight in plan[question].items()]
     found = pl.DataFrame(rows, schema={"question": pl.String, "part": pl.String, "half": pl.String, "weight": pl.Float64}, orient="row")
     return found.group_by("question", "part", "half", maintain_order=True).sum().sort("question", "weight", descending=[False, True], maintain_order=True)
