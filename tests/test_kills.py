@@ -71,15 +71,15 @@ def kill_until_done(out, words, kills, draw, patience):
     raise AssertionError("it never came to its end")
 
 
-@pytest.mark.parametrize("kills, chapters", [(3, "05"), pytest.param(60, "00-12,19", marks=pytest.mark.long)])
-def test_killed_at_random_moments(tmp_path, kills, chapters):
+@pytest.mark.parametrize("kills, words", [(3, ["--chapters", "05"]), pytest.param(60, ["--chapters", "00-12,19", "-p", "trials=1"], marks=pytest.mark.long)], ids=["one chapter", "all"])
+def test_killed_at_random_moments(tmp_path, kills, words):
     started = time.monotonic()
-    finish(start(tmp_path / "undisturbed", "--chapters", chapters))
+    finish(start(tmp_path / "undisturbed", *words))
     patience = (time.monotonic() - started) / 3  # of this machine, as busy as it is
     expected, where, draw = results(tmp_path / "undisturbed"), [], random.Random(kills)
     while len(where) < kills:
         out = tmp_path / f"after-{len(where)}"
-        where += kill_until_done(out, ["--chapters", chapters], kills - len(where), draw, patience)
+        where += kill_until_done(out, words, kills - len(where), draw, patience)
         found = results(out)
         assert sorted(map(str, found)) == sorted(map(str, expected)) and [name for name in found if found[name] != expected[name]] == []
         assert not [p for p in out.rglob(".*") if p.name not in (".lock", ".run.lock")]

@@ -16,7 +16,7 @@ from widedeep_nb.run import main
 from widedeep_nb.sequence import SEQUENCE
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["-p", "seeds=1", "-p", "epochs=3", "-p", "passes=1"]
+QUICK = ["-p", "seeds=1", "-p", "epochs=3", "-p", "passes=1", "-p", "trials=1", "-p", "minutes=.2"]
 
 
 def widedeep(*args, cwd=ROOT):
