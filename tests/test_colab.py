@@ -63,4 +63,4 @@ def test_everything_but_the_download(tmp_path):
     table = next(o for c in done.cells for o in c.get("outputs", []) if o.get("metadata", {}).get("widedeep", {}).get("label") == "tbl-beside-the-original")
     assert all(f"<td>{text}</td>" in table.data["text/html"] for text in ("as the original reports it", "1.2450", "0.0063", "wide-deep", "damped-bias", "popularity"))
     run = Run(tmp_path / "run")
-    assert run.protocol.name == "filtered-first" and (run.folder / "index.html").exists() and (tmp_path / "run.zip").exists() and run.about["parameters"] == {"epochs": 3, "seeds": 1}
+    assert run.protocol.name == "filtered-first" and (run.folder / "index.html").exists() and (tmp_path / "run.zip").exists() and run.about["parameters"] == {"epochs": 3, "seeds": 1, "trials": 1, "minutes": 2.}

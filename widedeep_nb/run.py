@@ -764,7 +764,7 @@ def results_of(
     figures = overall(run.metrics().filter(pl.col("metric").is_in(PUBLISHED), protocol=run.protocol.name)).with_columns(dataset=pl.lit(run.data_name))
     return {"dataset": run.data_name, "rows": pl.scan_parquet(log).select(pl.len()).collect().item() if log.exists() else None} | {k: about[k] for k in ("protocol", "seed", "device", "versions")} | {
         "log": of_log, "summary": said["eda"].get("summary", {}), "parts": said["preprocessing"].get("parts", []),
-        "seconds": {stem: c["seconds"] for stem, c in sorted(about["chapters"].items())}, "metrics": figures.to_dicts()}
+        "seconds": {stem: c["seconds"] for stem, c in sorted(about["chapters"].items())}, "steps": {name: s["seconds"] for name, s in about["steps"].items()}, "metrics": figures.to_dicts()}
 
 
 def compact(
