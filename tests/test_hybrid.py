@@ -29,8 +29,9 @@ MONTHS = 12 * 30 * 86_400_000  # a year of thirties, in milliseconds
 
 @pytest.fixture(scope="module", autouse=True)
 def two_passes():
-    "Of whatever learns in passes."
+    "Of whatever learns in passes; and five people are enough to choose for."
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hybrid, "FEW", 5)
         for name in PASSES: patch.setitem(PASSES, name, 2)
         yield
 
@@ -394,7 +395,7 @@ def test_candidates_that_are_all_items_are_the_hybrids_lists(uneven, protocol):
     weights = {"popularity": .07, "matrix, fading": .4, "neighbours": .2, "low-pass": .33}
     models = {name: fit_part(split, name) for name in weights}
     hybrid, question, n = make_recommender("hybrid", plan={"lists": weights, "stars": {}, "passes": {}}).fit(split), ask(split, "val"), split.known_items
-    shares, barred, hits, to_find = at_candidates(models, split, depth=n)
+    shares, barred, hits, to_find, known = at_candidates(models, split, depth=n)
     blend = sum(w * s for w, s in zip(weights.values(), shares))
     first = (torch.arange(4 * n) % 4 == 0).expand(len(hits), -1)                                  # each item stands there four times, side by side
     had = question.seen.take(question.users)
@@ -408,7 +409,7 @@ def test_candidates_that_are_all_items_are_the_hybrids_lists(uneven, protocol):
 
 def test_candidates_are_what_some_part_has_first(uneven):
     models = {name: fit_part(uneven, name) for name in ("popularity", "rules", "matrix")}
-    shares, barred, hits, to_find = at_candidates(models, uneven, depth=3)
+    shares, barred, hits, to_find, known = at_candidates(models, uneven, depth=3)
     question = ask(uneven, "val")
     had, right = question.seen.take(question.users), set(question.right.select("user", "item").rows())
     each = [shares_of(name, model, question.users, had) for name, model in models.items()]
@@ -424,12 +425,12 @@ def test_candidates_are_what_some_part_has_first(uneven):
 
 def test_weights_of_lists_leave_out_what_is_small(uneven):
     models = {name: fit_part(uneven, name) for name in ("popularity", "matrix", "neighbours", "rules", "low-pass")}
-    every, alone = weigh_lists(models, uneven, 0.)
+    every, strangers, alone = weigh_lists(models, uneven, 0.)
     least = max(every.values()) - 1e-3
-    some, _ = weigh_lists(models, uneven, least)
+    some, *_ = weigh_lists(models, uneven, least)
     assert list(every) == list(models) and abs(sum(every.values()) - 1) < 1e-3
     assert some == {n: w for n, w in every.items() if w >= least} and len(some) < len(every)
-    shares, barred, hits, to_find = at_candidates(models, uneven)
+    shares, barred, hits, to_find, known = at_candidates(models, uneven)
     worth = lambda blend, rows: torch.stack([ndcg(hits[r][(b + barred[r]).topk(20)[1]][None], to_find[r:r + 1], 20)[0] for b, r in zip(blend, rows)])
     assert np.allclose(list(every.values()), by_hand(shares, worth, 0, 10, 8, 0), atol=.02)
     judged = lambda name: rank_users(models[name], uneven, "val", (20,)).users["NDCG@20"].mean()
@@ -524,7 +525,7 @@ def test_what_takes_no_passes_is_fitted_while_there_is_time(clock, split):
 def test_choosing_keeps_to_the_minutes(clock, split, monkeypatch, minutes):
     "A second each and ten a pass: beyond the minutes at most by one fit that was begun."
     for name in PASSES: clock.one[name], PASSES[name] = 10., 2
-    monkeypatch.setattr(hybrid, "weigh_lists", lambda models, split: ({n: 1. for n in models}, {}))
+    monkeypatch.setattr(hybrid, "weigh_lists", lambda models, split: ({n: 1. for n in models}, {"popularity": 1.}, {}))
     monkeypatch.setattr(hybrid, "weigh_stars", lambda models, split: {n: 1. for n in models})
     plan, models = make_plan(split, minutes)
     assert clock.seconds <= max(minutes * 60 + 10, 3) and plan["seconds"] == clock.seconds
@@ -580,7 +581,7 @@ def test_the_hybrid_is_the_sum_of_its_parts(every, split):
         with torch.no_grad(): alone = model._from(faded(had, n) if part.fading else had.matrix(n)).clamp(min=0) if hasattr(model, "_from") else model.scores(users)
         given = torch.softmax(alone, 1) if name in PASSES else alone / alone.sum(1, keepdim=True).clamp(min=1e-12)
         count = had.ptr.diff()[:, None]
-        total += w * given * (1 if part.half == "popular" or name == "towers" else (count > 0) if name in SEQUENCE else count / (count + 10))
+        total += w * given * (1 if part.half == "popular" else (count > 0) if name in PASSES else count / (count + 10))
     assert np.allclose(every.scores(users), total, atol=1e-5)
     assert torch.equal(every.scores(users, items=[5, 2, n, n + 9]), torch.cat([every.scores(users)[:, [5, 2]], torch.zeros(4, 2)], 1))      # a new item has no share
     items = torch.tensor([3, 1, 0, 2])
@@ -611,7 +612,7 @@ def test_every_part_is_saved_and_loaded_to_the_last_digit(every, split, tmp_path
 def test_a_plan_is_json_and_is_replayed_to_the_last_digit(first, split, monkeypatch, tmp_path):
     "On what it was chosen on: nothing is chosen anew, though there is a validation part; the sequence models make as many passes as were best."
     plan = json.loads(json.dumps(first.plan))
-    assert plan == first.plan and set(plan) == {"lists", "stars", "passes", "alone", "seconds"} and 1 - .02 * len(LISTS) < sum(plan["lists"].values()) < 1.011 and abs(sum(plan["stars"].values()) - 1) < 1e-2
+    assert plan == first.plan and set(plan) == {"lists", "strangers", "stars", "passes", "alone", "seconds"} and 1 - .02 * len(LISTS) < sum(plan["lists"].values()) < 1.011 and abs(sum(plan["stars"].values()) - 1) < 1e-2
     assert all(w >= .02 for n, w in plan["lists"].items() if n != "popularity") and set(plan["passes"]) == {n for n in PASSES if n in plan["lists"] or n in plan["stars"]}
     monkeypatch.setattr(hybrid, "make_plan", lambda *a: pytest.fail("it chose"))
     again = make_recommender("hybrid", plan=plan).fit(split)
@@ -685,7 +686,7 @@ def test_it_fits_alone(kind, tmp_path):
     split = KINDS[kind]()
     model = make_recommender("hybrid").fit(split)
     lists, stars = model.plan["lists"], model.plan["stars"]
-    assert json.loads(json.dumps(model.plan)) == model.plan and lists and min(lists.values()) > 0 and any(LISTS[n].half == "popular" for n in lists)
+    assert json.loads(json.dumps(model.plan)) == model.plan and lists and min(lists.values()) > 0 and model.plan["strangers"] and all(LISTS[n].half == "popular" for n in model.plan["strangers"])
     assert all(suits(split, n) for n in [*lists, *stars]) and model.rates == split.has_stars == bool(stars)
     scores = model.scores([0, 999])
     assert torch.isfinite(scores).all() and scores.shape == (2, split.known_items) and scores[1].max() > 0
@@ -694,7 +695,7 @@ def test_it_fits_alone(kind, tmp_path):
     if split.has_stars: assert ((stars := model.predict([0, 999], [0, 999])) >= 1).all() and (stars <= 5).all()
     assert same(model, saved(model, tmp_path), split)
     if kind == "positions": assert not any(LISTS[n].dated for n in lists)
-    if kind == "strangers": assert all(LISTS[n].half == "popular" or n == "towers" for n in lists)      # nobody else says anything that could be right
+    if kind == "strangers": assert set(lists.values()) == {1.} and not set(model.plan["strangers"].values()) & {1. / 3}      # nobody known to choose for; strangers have a choice of their own
     if kind in ("new items", "one user"): assert set(lists) >= {"popularity", "matrix", "neighbours", "low-pass"} and set(lists.values()) == {1.}   # nobody to ask
 
 
@@ -710,7 +711,7 @@ def test_without_validation_it_chooses_on_carved_rows_and_learns_from_all(monkey
     split, asked = split_of(random_log(stars=False), .9, 0), []
     def choose(on, minutes, seed):
         asked.append((on, minutes, seed))
-        plan, models = {"lists": {"matrix": .5, "popularity": .5}, "stars": {}, "passes": {}}, {n: fit_part(on, n) for n in ("matrix", "popularity")}
+        plan, models = hybrid.completed({"lists": {"matrix": .5, "popularity": .5}}), {n: fit_part(on, n) for n in ("matrix", "popularity")}
         return plan, models
     monkeypatch.setattr(hybrid, "make_plan", choose)
     model = make_recommender("hybrid", minutes=3., seed=8).fit(split)

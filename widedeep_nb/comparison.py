@@ -526,7 +526,7 @@ def without(
 ) -> dict:  # the same with the part gone, wherever it is not the only one
     "A plan with one part less."
     less = dict(plan)
-    for task in ("lists", "stars"):
+    for task in ("lists", "strangers", "stars"):
         weights = plan.get(task) or {}
         rest = {name: weight for name, weight in weights.items() if kind_of(name) != part}
         if len(rest) < len(weights) and sum(rest.values()) > 0:
@@ -566,9 +566,9 @@ def taken_apart(
         return [{"without": part} | {c: row[c] for c in ("task", "metric", "value", "lo", "hi", "n", "p")} for row in rows.to_dicts()]
     tables = lambda place: {"rated": run.read(f"{place}/rated.parquet"), "ranked": run.read(f"{place}/ranked.parquet").filter(relevant="any")}
     whole = {t: frame.filter(cut=cut, seed=0) for t, frame in tables(f"{TUNED}/hybrid").items()}
-    for n, part in enumerate(dict.fromkeys(map(kind_of, [*plan.get("lists", {}), *plan.get("stars", {})]))):
+    for n, part in enumerate(dict.fromkeys(map(kind_of, [name for of in ("lists", "strangers", "stars") for name in plan.get(of, {})]))):
         less = without(plan, part)
-        tasks = [task for task, of in (("ranking", "lists"), ("rating", "stars")) if less.get(of) != plan.get(of)]
+        tasks = [task for task, of in (("ranking", ("lists", "strangers")), ("rating", ("stars",))) if any(less.get(o) != plan.get(o) for o in of)]
         if not tasks: continue
         def look():
             model = load_recommender(run.model_folder("hybrid", cut=cut))
