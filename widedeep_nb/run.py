@@ -610,7 +610,8 @@ def shortlist(
     most: int = 10,  # how many of the first
 ) -> list:  # the same order
     "Those whom a picture has room for: the first, the hybrid, and the floor."
-    return [m for place, m in enumerate(models) if place < most or m in (reference_in(models), "popularity", "mean")]
+    floor = "popularity" if "popularity" in models else "mean"
+    return [m for place, m in enumerate(models) if place < most or m in (reference_in(models), floor)]
 
 
 def winners(
