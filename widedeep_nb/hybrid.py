@@ -394,7 +394,7 @@ def select(
 def at_candidates(
     models: dict,  # fitted parts by name
     split: Split,  # with a validation part
-    most: int = 2000,  # people asked about at most, drawn by lot
+    most: int = 5000,  # people asked about at most, drawn by lot
     depth: int = 100,  # places of each part's list that are looked at
 ) -> tuple:  # shares float [parts, n, c]; what is barred float [n, c], 0 or -inf; hits bool [n, c]; int64 [n]: how many there were to find; bool [n]: is anything known of them
     "What each part says of the items that some part has among its first."

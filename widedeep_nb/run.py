@@ -9,7 +9,7 @@ __all__ = ['READERS', 'HIDDEN', 'OPTION', 'FOLDED', 'OUTSIDE', 'MAIN', 'HYBRIDS'
            'usual_protocol', 'Plan', 'plan_run', 'steps_of', 'read_log', 'move_in', 'clean', 'opened', 'mark_of',
            'is_done', 'ChapterFailed', 'explain', 'run_chapter', 'run_report', 'shown_cells', 'formula', 'address',
            'PageText', 'PageExporter', 'fold_together', 'body_of', 'reference_in', 'test_figures', 'surely', 'advice',
-           'join', 'verdict', 'headline', 'shortlist', 'winners', 'who_wins', 'facts', 'title_of', 'style', 'page',
+           'join', 'verdict', 'shortlist', 'headline', 'winners', 'who_wins', 'facts', 'title_of', 'style', 'page',
            'write_page', 'as_div', 'site_filter', 'with_outputs', 'results_of', 'compact', 'published', 'figures_of',
            'readme_table', 'rewrite_readme', 'between', 'pages_in', 'execute_pages', 'chapters_with_outputs', 'publish',
            'load_model', 'read_basket', 'most_taken', 'rows_of', 'as_history', 'suggest', 'bench', 'cli', 'run_command',
@@ -591,6 +591,15 @@ def verdict(
     found = " ".join(filter(None, (advice(test_figures(run, metric), metric) for metric in MAIN)))
     return found or f"Nothing has been compared yet; chapter {COMPARED_IN} does it: widedeep run --out {os.path.relpath(run.folder)} --chapters {COMPARED_IN}"
 
+# %% ../nbs/17_run.ipynb #5b0a71e5
+def shortlist(
+    models: list,  # best first
+    most: int = 10,  # how many of the first
+) -> list:  # the same order
+    "Those whom a picture has room for: the first, the hybrid, and the floor."
+    floor = "popularity" if "popularity" in models else "mean"
+    return [m for place, m in enumerate(models) if place < most or m in (reference_in(models), floor)]
+
 # %% ../nbs/17_run.ipynb #987713a5
 def headline(
     figures: pl.DataFrame,  # from `test_figures`
@@ -603,15 +612,6 @@ def headline(
     if ours is None or not others: return f"{best} {MAIN[metric][2]}"
     sure = all(surely(figures, metric, best, m) for m in others)
     return f"{best} {MAIN[metric][2]}, " + ("though not surely" if best == ours and not sure else f"{'' if sure else 'not '}surely better than {'every baseline' if best == ours else ours}")
-
-
-def shortlist(
-    models: list,  # best first
-    most: int = 10,  # how many of the first
-) -> list:  # the same order
-    "Those whom a picture has room for: the first, the hybrid, and the floor."
-    floor = "popularity" if "popularity" in models else "mean"
-    return [m for place, m in enumerate(models) if place < most or m in (reference_in(models), floor)]
 
 
 def winners(
