@@ -149,7 +149,7 @@ def nearest(
     asked = have if itself else asked.tocsc()
     q = asked.shape[1]
     # a column costs at most as many pairs as its rows have entries; blocks of columns of about equal cost
-    cost = (asked.T @ have.sum(1)).cumsum()
+    cost = (asked.astype(bool).astype(float).T @ np.diff(have.tocsr().indptr)).cumsum()
     edges = np.unique(np.r_[0, np.searchsorted(cost, np.arange(budget, cost[-1] if q else 0, budget)), q])
     neighbour, similarity = np.full((q, k), n), np.zeros((q, k), np.float32)
     for start, end in zip(edges, edges[1:]):

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from sklearn.ensemble import HistGradientBoostingRegressor
 from tqdm.auto import tqdm
 
-from .baselines import FromHistory, as_csr
+from .baselines import FromHistory, as_csr, as_matrix, nearest
 from .core import COLORS, History, Problem, Recommender, Run, Split, make_recommender, mask_seen, recoded, register, step
 from .evaluation import ask, hits_of, ndcg, rate_rows
 from .preprocessing import Snapshot, category_codes, joined, make_inputs, preprocess, take_snapshot, training_inputs
@@ -108,22 +108,11 @@ def strongest(
     left: sp.csr_array,  # [m, n]
     right: sp.csr_array,  # [m, n]
     most: int,  # kept of each row of the product
-    budget: int = 30_000_000,  # products worked on at a time: bounds the memory
+    budget: int = 20_000_000,  # products worked on at a time: bounds the memory
 ) -> sp.csr_array:  # [n, n], nothing on the diagonal
     "left.T @ right, the largest of each row only."
-    rows, found = left.T.tocsr(), []
-    cost = np.cumsum(rows.astype(bool).astype(float) @ np.diff(right.indptr))
-    edges = np.unique(np.r_[0, np.searchsorted(cost, np.arange(budget, cost[-1], budget)), len(cost)])
-    for start, end in zip(edges, edges[1:]):
-        near = (rows[start:end] @ right).tocsr()
-        row = np.repeat(np.arange(end - start), np.diff(near.indptr))
-        near.data[near.indices == row + start] = 0
-        order, rank = np.lexsort((-near.data, row)), np.empty(near.nnz, int)
-        rank[order] = np.arange(near.nnz) - near.indptr[row[order]]
-        near.data[rank >= most] = 0
-        near.eliminate_zeros()
-        found.append(near)
-    return sp.vstack(found, format="csr")
+    but_itself = lambda block, other, own, product: np.where(other == own + block.start, 0, product)
+    return as_matrix(*nearest(right, min(most, right.shape[1]), but_itself, left, budget), right.shape[1])
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e0d
 class SparseWide(FromHistory):
@@ -212,11 +201,9 @@ class OnStatistics(Recommender):
     "Predicts what stars leave over beyond the mean, from the features of chapter 03."
     rates, groups = True, ()  # of FEATURES beside "stars"
 
-    def _category(self, split): return torch.cat([category_codes(split.items)[0], torch.zeros(1, dtype=torch.int64)])
-
     def _fit(self, split):
         if not split.has_stars: raise Problem(f"{self.name} learns stars, and this log has none")
-        category, rows = self._category(split), split.train.drop_nulls("rating")
+        rows, category = split.train.drop_nulls("rating"), torch.cat([category_codes(split.items)[0], torch.zeros(1, dtype=torch.int64)])  # the last: an item in no table
         looks = [training_inputs(rows, category, self.n_users, self.n_items, blocks=n, features=self.groups) for n in (40, 10, 5)]
         x, y = joined(looks)
         self.snap = take_snapshot(self.log, category, self.n_items, self.stars[1], None, self.groups)
@@ -228,7 +215,7 @@ class OnStatistics(Recommender):
         x = make_inputs(self.snap, users.clamp(max=self.n_users), history, torch.arange(len(users)), items.clamp(max=len(self.snap.category) - 1))
         return x.mean + torch.from_numpy(self._from(self._columns(x))).float()
 
-    def _state(self): return {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)} | {f"snap.{f.name}": getattr(self.snap, f.name) for f in fields(Snapshot)}
+    def _state(self): return super()._state() | {f"snap.{f.name}": getattr(self.snap, f.name) for f in fields(Snapshot)}
 
     def _restore(self, state):
         self.snap = Snapshot(**{k[5:]: v for k, v in state.items() if k.startswith("snap.")})
