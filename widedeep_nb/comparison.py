@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STARS', 'LISTS', 'AROUND', 'AROUND_STARS', 'IN_ORDER', 'NETWORK', 'OF_LISTS', 'UNUSED', 'SPACES', 'BASE',
-           'MOST_PASSES', 'USUAL_PASSES', 'SURE_OF_NOTHING', 'TUNED', 'registered_as', 'fields_of', 'default_of',
-           'distribution', 'to_text', 'from_text', 'in_words', 'settings_of', 'attempt', 'open_journal', 'study_of',
-           'finished', 'sampler_of', 'propose', 'search', 'floors_of', 'questions_of', 'wants_stars', 'best_of',
-           'for_good', 'tune_one', 'study_name', 'which_rows', 'tune', 'worth_of_tuning', 'worth_in_words',
+           'MOST_PASSES', 'USUAL_PASSES', 'SURE_OF_NOTHING', 'TUNED', 'registered_as', 'fields_of', 'reads_tables',
+           'default_of', 'distribution', 'to_text', 'from_text', 'in_words', 'settings_of', 'attempt', 'open_journal',
+           'study_of', 'finished', 'sampler_of', 'propose', 'search', 'floors_of', 'questions_of', 'wants_stars',
+           'best_of', 'for_good', 'tune_one', 'study_name', 'which_rows', 'tune', 'worth_of_tuning', 'worth_in_words',
            'draw_worth', 'fate', 'fates_in_words', 'draw_curves', 'give_back', 'watched', 'numbers_in', 'measured',
            'final_fits', 'without', 'put_down', 'taken_apart', 'by_lot', 'lead', 'claims', 'named', 'beats_in_words',
            'forest', 'forests', 'best_first', 'board', 'lists_by_stars', 'parts_in_words', 'costs', 'rivals',
@@ -40,6 +40,7 @@ from optuna.trial import TrialState
 from tqdm.auto import tqdm
 
 from .baselines import ABLATIONS, GRIDS, at_what_cost, compare, differences, on_test, on_validation, overall, records_of, shown_in, worth
+from .content import described, describe_products
 from .core import COLORS, LOSSES, Problem, Recommender, Run, Split, file_sha256, load_recommender, make_recommender, step, versions
 from .evaluation import RATING, holm, ndcg_by_lot, told
 from .hybrid import best_pass, kind_of, put_together
@@ -74,6 +75,8 @@ SPACES = {  # for each question that the contestant is tuned for, the range of e
     "ease": {LISTS: {"lam": (5., 5000., "log")}},
     "neumf": {LISTS: {"embedding": (8, 24, "log int"), "epochs": (4, 15, "int"), "negatives": (2, 6, "int"), "lr": (.0005, .01, "log")}},
     **{name: {LISTS: IN_ORDER} for name in SEQUENCE},
+    "content": {},
+    "content-towers": {LISTS: {"lr": (.001, .02, "log"), "embedding": (16, 64, "log int"), "hide": (.1, .9), "fade": (.6, 1.)}},
     "wide-deep": {STARS: NETWORK, LISTS: NETWORK},  # stars where there are any, else lists
     **{f"wide-deep-{loss}": {STARS if loss == "mse" else LISTS: {k: v for k, v in OF_LISTS.items() if k not in UNUSED.get(loss, ())}} for loss in LOSSES},
 }
@@ -95,6 +98,13 @@ def fields_of(
 ) -> dict:  # name: default
     "What can be set of a contestant, beside what it is."
     return {f.name: f.default for f in fields(make_recommender(registered_as(name)))}
+
+
+def reads_tables(
+    name: str,  # a contestant
+) -> bool:
+    "Is it to be given all that is known of products and people?"
+    return make_recommender(registered_as(name)).tables
 
 
 def default_of(
@@ -323,6 +333,7 @@ def study_name(
     "What a search is called."
     place = run.folder / ("cuts/0" if len(run.protocol.windows) > 1 else "")
     rows = [file_sha256(place / f"{part}.parquet") for part in ("train", "val", "split/aside", "split/users", "split/items")]
+    if reads_tables(name): rows += [file_sha256(run.folder / f"{file}.parquet") for file in ("content/0", "items", "users")]
     depends = [rows, run.read(f"{place.relative_to(run.folder)}/split/protocol.json"), run.seed, SPACES[name][metric], default_of(name, metric), BASE.get(name), how, versions()["widedeep_nb"]]
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
     return f"{name}, {metric}, {run.data_name}, {run.protocol.name}, seed {run.seed}, {digest}"
@@ -338,7 +349,7 @@ def which_rows(
     return f"the validation part of the oldest of {n} windows, the only one that lies before every test part" if n > 1 else "the validation part"
 
 # %% ../nbs/12_comparison.ipynb #832a7ecf
-@step(compare, rank_losses, in_sequence)
+@step(compare, rank_losses, in_sequence, describe_products)
 def tune(
     run: Run,  # with all contestants fitted once; gets tuning.journal and tuning.json
     trials: int = 5,  # settings tried for each contestant and question, the default among them
@@ -347,7 +358,7 @@ def tune(
     "Give every contestant the same number of trials on validation; what is chosen is not fitted for good here."
     for name, value in (("trials", trials), ("epochs", epochs)):
         if value < 1: raise Problem(f"{name} is at least 1, not {value}")
-    split, how = run.splits()[0].without_test(), {"most": run.read("evaluation.json")["most_users"], "epochs": epochs}
+    split, told_all, how = run.splits()[0].without_test(), described(run)[0].without_test(), {"most": run.read("evaluation.json")["most_users"], "epochs": epochs}
     askable, storage, found, left_out = floors_of(split, how["most"]), open_journal(run.folder / "tuning.journal"), [], {}
     studies = {name: {m: study_of(storage, study_name(run, name, m, **how), m) for m in questions_of(name, askable)} for name in SPACES if split.has_stars or not wants_stars(name)}
     counts = [min(len(finished(study)), trials) for of in studies.values() for study in of.values()]
@@ -356,7 +367,7 @@ def tune(
             bar.set_description(f"tuning {name}")
             if name not in studies: left_out[name] = "this log has no stars to learn from"
             else:
-                try: found.append(tune_one(name, studies[name], split, trials=trials, bar=bar, seed=run.seed, **how))
+                try: found.append(tune_one(name, studies[name], told_all if reads_tables(name) else split, trials=trials, bar=bar, seed=run.seed, **how))
                 except Problem as e: left_out[name] = str(e)
     run.write("tuning.json", {"trials": trials, "seconds": round(sum(c["seconds"] for c in found), 3), "window": which_rows(run, askable), "floors": askable, "contestants": found, "left_out": left_out})
 
@@ -596,11 +607,12 @@ def lead(
     "Fit every contestant and the hybrid for good, and judge them on the test part."
     if seeds < 1: raise Problem(f"seeds is at least 1, not {seeds}")
     splits, asked, field = run.splits(), run.read("evaluation.json"), run.read("tuning.json")["contestants"]
-    plans, finals = run.read("hybrid.json")["plans"], [s.final() for s in splits]
+    plans, plain, told_all = run.read("hybrid.json")["plans"], *[[s.final() for s in of] for of in (splits, described(run))]
     field = [("hybrid", "hybrid", [{"plan": p["plan"]} for p in plans])] + [(c["model"], c["registered"], [c["settings"]] * len(splits)) for c in field]
     fits, left_out, names = [], {}, tqdm(field, leave=False, mininterval=1)
     for name, registered, settings in names:
         names.set_description(f"final fits: {name}")
+        finals = told_all if reads_tables(registered) else plain
         try: notes = final_fits(run, name, registered, settings, finals, seeds)
         except Problem as e:
             if name == "hybrid": raise
@@ -608,7 +620,7 @@ def lead(
             continue
         run.once(f"{name}-judged", lambda: put_down(run, notes, finals, asked))
         fits += notes
-    parts = taken_apart(run, plans[-1]["plan"], finals, asked["most_users"])
+    parts = taken_apart(run, plans[-1]["plan"], told_all, asked["most_users"])
     records = pl.concat([run.read(f"{TUNED}/{name}/records.parquet") for name in dict.fromkeys(f["model"] for f in fits)] + [pl.DataFrame(schema={"p": pl.Float64})], how="diagonal")
     run.add_metrics(records)
     run.write("leaderboard.parquet", overall(records))

@@ -7,10 +7,10 @@ __all__ = ['COLORS', 'LOG', 'EXTRAS', 'PROTOCOLS', 'PARTS', 'RECOMMENDERS', 'LOS
            'DEVICES', 'METRIC_KEY', 'METRICS', 'Problem', 'one_of', 'use_theme', 'spaced', 'as_svg', 'show_figure',
            'set_out', 'show_table', 'say', 'as_interactions', 'Protocol', 'enough', 'code_table', 'Split', 'in_time',
            'recoded', 'encode', 'codes_of', 'History', 'lot', 'top_k', 'as_codes', 'Recommender', 'predict',
-           'baskets_as_history', 'asked_for', 'mask_seen', 'recommend', 'register', 'make_recommender', 'make_loss',
-           'pack_text', 'unpack_text', 'file_sha256', 'written_whole', 'save', 'load_recommender', 'pick_device',
-           'versions', 'bare_name', 'Run', 'write', 'read', 'once', 'save_splits', 'splits', 'metrics', 'add_metrics',
-           'model_folder', 'step', 'open_run']
+           'baskets_as_history', 'asked_for', 'mask_seen', 'recommend', 'candidates', 'similar', 'register',
+           'make_recommender', 'make_loss', 'pack_text', 'unpack_text', 'file_sha256', 'written_whole', 'save',
+           'load_recommender', 'pick_device', 'versions', 'bare_name', 'Run', 'write', 'read', 'once', 'save_splits',
+           'splits', 'metrics', 'add_metrics', 'model_folder', 'step', 'open_run']
 
 # %% ../nbs/00_core.ipynb #ccf0e92a
 import errno
@@ -376,16 +376,18 @@ def as_codes(
     "Codes as a tensor of their own."
     return codes.long().clone() if isinstance(codes, torch.Tensor) else torch.from_numpy(np.array(codes, dtype=np.int64))
 
-
+# %% ../nbs/00_core.ipynb #be7600c2
 class Recommender:
     "The face that evaluation, comparison, serving and monitoring rely on."
     name = ""  # set by `register`
     rates = False  # does `predict` give stars?
+    tables = False  # does it know the users and items of the split's tables beyond those of training?
 
     def fit(self, split: Split) -> "Recommender":
         "Learn from `split.train`, choosing on `split.val` where there is one; test rows are never looked at."
         split = split.without_test()
         self.user_ids, self.item_ids = split.users["user"][:split.known_users], split.items["item"][:split.known_items]
+        self.more_users, self.more_items = [ids if self.tables else ids.clear() for ids in (split.users["user"][split.known_users:], split.items["item"][split.known_items:])]
         self.log = History.of(split.train, split.known_users)
         stars = split.train["rating"].drop_nulls()
         self.stars = (float(stars.min()), float(stars.max())) if len(stars) else (1., 5.)
@@ -394,6 +396,8 @@ class Recommender:
 
     n_users = property(lambda self: len(self.user_ids))
     n_items = property(lambda self: len(self.item_ids))
+    all_users = property(lambda self: pl.concat([self.user_ids, self.more_users]))
+    all_items = property(lambda self: pl.concat([self.item_ids, self.more_items]))  # codes follow this order
 
     def _query(self, users, history):
         users = as_codes(users)
@@ -452,11 +456,11 @@ def asked_for(
     "Whom a list is asked for."
     users = [users] if isinstance(users, (str, dict)) else list(users)
     if users and all(isinstance(u, str) for u in users):
-        codes = as_codes(codes_of(users, self.user_ids))
+        codes = as_codes(codes_of(users, self.all_users))
         if len(users) > 1 and (codes >= self.n_users).all() and set(users) <= set(self.item_ids): raise Problem("these are items, not users; a basket of them is a list within the list: [[...]]")
         return users, codes, self.log.take(codes)
     if not users or not all(isinstance(u, (dict, list, tuple)) for u in users): raise Problem("recommend takes user ids as text, or baskets: {item: stars} or lists of item ids")
-    return [f"basket {i + 1}" for i in range(len(users))], torch.full((len(users),), self.n_users), baskets_as_history(users, self.item_ids)
+    return [f"basket {i + 1}" for i in range(len(users))], torch.full((len(users),), len(self.all_users)), baskets_as_history(users, self.all_items)
 
 
 def mask_seen(
@@ -476,7 +480,7 @@ def recommend(
     users,  # a user id or a list of them; a basket {item id: stars}, or a list of baskets (each such a dict, or a list of item ids)
     k: int = 10,  # length of each list
     filter_seen: bool = True,  # leave out what the user has
-    items: Optional[list] = None,  # ids to choose from; default: all that fit saw
+    items: Union[str, list] = "known",  # what to choose from: all that fit saw events of ("known"), those without ("new"), "all", or a list of ids
     history: Optional[History] = None,  # what is known of each user by now; default: what fit saw, or the basket
 ) -> pl.DataFrame:  # user, item, score, rank: ids as the shop has them, best first
     "The k best items for each user or basket."
@@ -484,35 +488,66 @@ def recommend(
     history = known if history is None else history
     if k < 1: raise Problem(f"a list has at least one place, not {k}")
     if ((history.rating < self.stars[0]) | (history.rating > self.stars[1])).any(): raise Problem(f"stars go from {self.stars[0]:g} to {self.stars[1]:g} here")
-    candidates = lot(self.item_ids) if items is None else as_codes(codes_of(items, self.item_ids).unique())
-    candidates = candidates[candidates < self.n_items]
-    if not len(candidates): raise Problem("none of the items to choose from is known")
+    candidates = self._candidates(items)
     lists = []
     for b in torch.arange(len(codes)).split(1024):
         had = history.take(b)
         scores = self.scores(codes[b], had, candidates)
         lists.append(top_k(mask_seen(scores, had, candidates) if filter_seen else scores, k))
     value, column = (torch.cat(parts) for parts in zip(*lists))
-    rows = pl.DataFrame({"user": np.repeat(names, value.shape[1]), "item": self.item_ids[candidates[column].flatten().numpy()],
+    rows = pl.DataFrame({"user": np.repeat(names, value.shape[1]), "item": self.all_items[candidates[column].flatten().numpy()],
                          "score": value.flatten().numpy(), "rank": np.tile(np.arange(1, value.shape[1] + 1), len(names)), "listed": (column >= 0).flatten().numpy()})
     return rows.filter("listed").drop("listed")
 
 
 Recommender.recommend = recommend
 
+# %% ../nbs/00_core.ipynb #f7ddd790
+def candidates(
+    self: Recommender,  # fitted
+    items: Union[str, list],  # as for `recommend`
+) -> torch.Tensor:  # int64 [m], codes in an order that nothing in the data has a say in
+    "What a list is chosen from."
+    if isinstance(items, str):
+        first, last = {"known": (0, self.n_items), "new": (self.n_items, None), "all": (0, None)}[one_of(items, ("known", "new", "all"), "choice of items")]
+        found = first + lot(self.all_items[first:last])
+        if not len(found): raise Problem(f"{self.name} knows of no new items; " + ("all it has been told of have events" if self.tables else "take a model that reads what is known of them, such as content-towers or hybrid"))
+    else:
+        found = as_codes(codes_of(items, self.all_items).unique())
+        found = found[found < len(self.all_items)]
+        if not len(found): raise Problem("none of the items to choose from is known")
+    return found
+
+
+def similar(
+    self: Recommender,  # fitted
+    items: Union[str, list],  # an item id, or several
+    k: int = 10,  # length of each list
+    choose_from: Union[str, list] = "known",  # as `items` of `recommend`
+) -> pl.DataFrame:  # to, item, score, rank
+    "The k items that go best with each item: what is recommended to a basket that holds nothing else."
+    items = [items] if isinstance(items, str) else list(items)
+    unknown = [i for i in items if i not in self.all_items]
+    if unknown: raise Problem(f"{self.name} knows no item '{unknown[0]}'")
+    found = self.recommend([[i] for i in items], k, items=choose_from)
+    return found.with_columns(to=pl.Series(items).gather(found["user"].str.strip_prefix("basket ").cast(pl.Int64) - 1)).select("to", "item", "score", "rank")
+
+
+Recommender._candidates, Recommender.similar = candidates, similar
+
 # %% ../nbs/00_core.ipynb #3fa96dd5
 RECOMMENDERS = {
     "mean": "widedeep_nb.baselines:Mean", "damped-bias": "widedeep_nb.baselines:DampedBias",
     "popularity": "widedeep_nb.baselines:Popularity", "recent-popularity": "widedeep_nb.baselines:RecentPopularity",
     "association-rules": "widedeep_nb.baselines:AssociationRules",
-    "user-knn": "widedeep_nb.baselines:UserKNN",
-    "item-knn": "widedeep_nb.baselines:ItemKNN",
+    "user-knn": "widedeep_nb.baselines:UserKNN", "item-knn": "widedeep_nb.baselines:ItemKNN",
     "svd": "widedeep_nb.baselines:SVD",
     "funk-svd": "widedeep_nb.baselines:FunkSVD",
     "als": "widedeep_nb.baselines:ALS",
     "bpr": "widedeep_nb.baselines:BPR",
     "ease": "widedeep_nb.baselines:EASE",
     "neumf": "widedeep_nb.baselines:NeuMF",
+    "content": "widedeep_nb.content:Content", "kind-popularity": "widedeep_nb.content:KindPopularity", "content-towers": "widedeep_nb.content:ContentTowers",
     "gru": "widedeep_nb.sequence:GRU",
     "self-attention": "widedeep_nb.sequence:SelfAttention",
     "wide-deep": "widedeep_nb.training:WideDeep",
@@ -628,7 +663,7 @@ def save(
 ):
     "Write the model: arrays and JSON, no pickle."
     parts = {"state": self._state(), "log": {f.name: getattr(self.log, f.name) for f in fields(History)},
-             "user_ids": pack_text(self.user_ids), "item_ids": pack_text(self.item_ids)}
+             **{name: pack_text(getattr(self, name)) for name in ("user_ids", "item_ids", "more_users", "more_items")}}
     with written_whole(Path(folder) / "model.safetensors") as p:
         save_file({f"{part}/{k}": v.detach().cpu().contiguous() for part, d in parts.items() for k, v in d.items()}, p)
         about = {"name": self.name, "params": asdict(self), "stars": self.stars, "sha256": file_sha256(p)}
@@ -647,7 +682,7 @@ def load_recommender(
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as e: raise Problem(f"{folder}: no saved recommender here ({type(e).__name__}); fit the model again") from None
     part = lambda name: {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(name + "/")}
     self = make_recommender(about["name"], **about["params"])
-    self.user_ids, self.item_ids = unpack_text(part("user_ids"), "user"), unpack_text(part("item_ids"), "item")
+    for name in ("user_ids", "item_ids", "more_users", "more_items"): setattr(self, name, unpack_text(part(name) or pack_text([]), "user" if "user" in name else "item"))
     self.log, self.stars = History(**part("log")), tuple(about["stars"])
     self._restore(part("state"))
     return self

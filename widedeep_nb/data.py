@@ -9,11 +9,11 @@ __all__ = ['LOG_NAMES', 'ITEM_NAMES', 'USER_NAMES', 'KINDS', 'PACKED', 'AMAZON',
            'Table', 'opened', 'csv_frames', 'as_unicode', 'csv_table', 'records', 'parsed', 'as_text', 'json_table',
            'parquet_table', 'parquet_of', 'frame_table', 'readable', 'scan', 'unit_of_time', 'are_dates', 'time_number',
            'scale_of', 'id_text', 'typed', 'large', 'as_log', 'impossible', 'rated_again', 'tests_for', 'judge_rows',
-           'is_stars', 'Loaded', 'Source', 'validate', 'complete', 'report_on', 'line_of', 'holds_json', 'described',
-           'as_table', 'numbers', 'sum_of', 'from_files', 'files_in', 'from_database', 'ask', 'no_answer',
-           'without_password', 'ask_sqlite', 'Dataset', 'cache_of', 'cached', 'is_whole', 'why_failed', 'announcement',
-           'fetch', 'options_of', 'sum_of_drawn', 'from_name', 'find', 'read_log', 'load', 'fingerprint', 'datasets',
-           'ingest', 'draw_ingest', 'share_of']
+           'is_stars', 'Loaded', 'Source', 'validate', 'reviews_beside', 'complete', 'report_on', 'line_of',
+           'holds_json', 'described', 'as_table', 'numbers', 'sum_of', 'from_files', 'files_in', 'from_database', 'ask',
+           'no_answer', 'without_password', 'ask_sqlite', 'Dataset', 'cache_of', 'cached', 'is_whole', 'why_failed',
+           'announcement', 'fetch', 'options_of', 'sum_of_drawn', 'from_name', 'drawn_pictures', 'find', 'read_log',
+           'load', 'fingerprint', 'datasets', 'ingest', 'draw_ingest', 'share_of']
 
 # %% ../nbs/01_data.ipynb #6723d196
 import ast
@@ -43,6 +43,7 @@ from urllib.parse import parse_qsl
 
 import ijson
 import matplotlib.pyplot as plt
+import numpy as np
 import orjson
 import polars as pl
 import pyarrow as pa
@@ -58,6 +59,7 @@ LOG_NAMES = {
     "rating": "rating stars overall score reviewrating bookrating liked",
     "timestamp": "timestamp unixreviewtime eventtime time datetime date reviewtime createdat",
     "event": "event eventtype action behavior behaviour behaviortype",
+    "review": "review reviewtext reviewbody",
 }
 ITEM_NAMES = {
     "item": LOG_NAMES["item"] + " id", "title": "title name productname",
@@ -393,7 +395,7 @@ def id_text(
     return pl.when(text != "").then(text)
 
 # %% ../nbs/01_data.ipynb #a2c5cfa9
-TYPED = {"user": pl.String, "item": pl.String, "rating": pl.Float32, "timestamp": pl.Float64, "kind": pl.String}
+TYPED = {"user": pl.String, "item": pl.String, "rating": pl.Float32, "timestamp": pl.Float64, "kind": pl.String, "review": pl.String}
 NOTHING = ("nan", "null", "none", "na", "n/a", r"\n", "-")  # how a table says that a rating is not there
 
 
@@ -407,7 +409,7 @@ def typed(
     words = frame.schema.get("rating") == pl.String and ~pl.col("rating").str.to_lowercase().is_in(NOTHING)
     if "rating" in frame.columns: read.append(pl.when(stars.is_finite()).then(stars).when(words).then(float("nan")).alias("rating"))
     if "timestamp" in frame.columns: read.append(time_number(frame.schema["timestamp"], dates).alias("timestamp"))
-    if "kind" in frame.columns: read.append(pl.col("kind").cast(pl.String))
+    read += [pl.col(c).cast(pl.String) for c in ("kind", "review") if c in frame.columns]
     return frame.select(read)
 
 
@@ -524,6 +526,7 @@ class Loaded:
     items: pl.DataFrame  # a row an item: `item` and what is known of it
     users: pl.DataFrame  # a row a user: `user` and what is known of them
     report: dict  # what was read, what was left out and why
+    reviews: Optional[pl.DataFrame] = None  # user, item, review; None: it has none
 
     def __iter__(self): return iter((self.interactions, self.items, self.users))
 
@@ -560,9 +563,17 @@ def validate(
     if not is_stars(scale): kept = kept.with_columns(rating=pl.lit(None))
     form = [c for c in LOG | EXTRAS if c in LOG or {"event": "kind"}.get(c, c) in source.log.collect_schema()]
     kept.select([pl.col(c).cast((LOG | EXTRAS)[c]) for c in form]).sink_parquet(path, engine="streaming")
+    if "review" in source.log.collect_schema(): kept.drop_nulls("review").select("user", "item", "review").sink_parquet(reviews_beside(path), engine="streaming")
     log = pl.scan_parquet(path, glob=False)
     items, users = complete(log, "item", source.items), complete(log, "user", source.users)
     return report_on(source, log, counts, scale), items, users
+
+
+def reviews_beside(
+    path: Path,  # of a log
+) -> Path:
+    "Where its reviews are put, if it has any: apart, for they are long and few chapters read them."
+    return path.with_suffix(".reviews.parquet")
 
 
 def complete(
@@ -788,6 +799,7 @@ class Dataset:
     sha256: str = ""  # of the ratings
     metadata: tuple = ()  # addresses of the table of items
     make: str = ""  # "module:function" that draws it, called with n_ratings and seed
+    pictures: str = ""  # "module:function" that draws pictures of its items, called with their ids, n_ratings and seed
     options: dict = field(default_factory=dict)  # what may stand behind the name, with defaults: name?option=value
 
 
@@ -796,7 +808,7 @@ UCSD = ("https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/", "https:
 DATASETS = {
     "demo": Dataset(
         "a synthetic shop for electronics", 20_000, "Apache-2.0",
-        make="widedeep_nb.shop:demo_shop", options={"ratings": 20_000, "seed": 0}),
+        make="widedeep_nb.shop:demo_shop", pictures="widedeep_nb.shop:demo_pictures", options={"ratings": 20_000, "seed": 0}),
     "electronics-2014": Dataset(
         "Amazon Electronics until 2014", 7_824_482, "not stated; cite McAuley et al., 2015", 318_766_497,
         (SNAP + "ratings_Electronics.csv",), "a8e5b66b7f5371d1659ff88ae4acec91604125d6850f4f7e1c418120f2f9c16c",
@@ -920,6 +932,18 @@ def from_name(
     return Source(*log, sum_of_drawn(name, given), as_table(frame_table(drawn.items), ITEM_NAMES), as_table(frame_table(drawn.users), USER_NAMES))
 
 # %% ../nbs/01_data.ipynb #ff09df1b
+def drawn_pictures(
+    dataset: str,  # a known name, or any other
+    ids: pl.Series,  # of its items
+) -> Optional[np.ndarray]:  # uint8 [items, height, width, 3]; None where it draws none
+    "Pictures of the items of a dataset that is drawn."
+    name, _, options = dataset.partition("?")
+    if name not in DATASETS or not DATASETS[name].pictures: return None
+    module, function = DATASETS[name].pictures.split(":")
+    given = options_of(name, options)
+    return getattr(importlib.import_module(module), function)(ids, n_ratings=given["ratings"], seed=given["seed"])
+
+# %% ../nbs/01_data.ipynb #850040b6
 def find(
     text: str,  # a known name, a file, a folder, or a database with a query
     place: Path,  # a folder to work in
@@ -955,7 +979,7 @@ def load(
     with tempfile.TemporaryDirectory(prefix="widedeep-") as place:
         path = Path(place) / "interactions.parquet"
         report, items, users = read_log(str(name_or_path), path, columns)
-        return Loaded(pl.read_parquet(path), items, users, report)
+        return Loaded(pl.read_parquet(path), items, users, report, pl.read_parquet(reviews_beside(path)) if reviews_beside(path).exists() else None)
 
 # %% ../nbs/01_data.ipynb #161a5ed7
 def fingerprint(
@@ -990,6 +1014,7 @@ def ingest(
     "Read and validate the run's log: interactions, items and users, and ingest.json."
     with written_whole(run.folder / "interactions.parquet") as path:
         report, items, users = read_log(run.about["dataset"], path, read_mapping(columns))
+        if reviews_beside(path).exists(): os.replace(reviews_beside(path), run.folder / "reviews.parquet")
     run.write("items.parquet", items)
     run.write("users.parquet", users)
     run.write("ingest.json", report)

@@ -9,7 +9,7 @@ __all__ = ['SIZES', 'ACTIVITY', 'POPULARITY', 'OPEN', 'CLOSE', 'GROWTH', 'SEASON
            'power_law', 'shares', 'calendar', 'unit', 'item_truth', 'user_truth', 'Truth', 'match', 'presence', 'stock',
            'choose', 'visits', 'follow', 'repeats', 'purchases', 'opinion', 'rate', 'affinity', 'respond', 'looks',
            'words', 'adjective', 'reviews', 'item_ids', 'user_ids', 'item_frame', 'user_frame', 'log_frame', 'soil',
-           'Shop', 'demo_shop', 'with_rows', 'pictures']
+           'Shop', 'demo_shop', 'with_rows', 'pictures', 'demo_pictures']
 
 # %% ../nbs/18_shop.ipynb #4f8fc5e6
 from dataclasses import dataclass, field
@@ -529,3 +529,17 @@ def pictures(
     ink = ((far < 1) & (far >= hole))[:, None]
     picture = np.where(ink, fore * (.85 + .15 * weave[:, None]), back)
     return (255 * np.clip(picture, 0, 1)).astype(np.uint8).transpose(0, 2, 3, 1)
+
+def demo_pictures(
+    ids: pl.Series,  # of items of the shop
+    n_ratings: int = 20_000,  # that the shop was drawn with
+    seed: int = 0,  # of the shop
+) -> np.ndarray:  # uint8 [ids, 32, 32, 3]; black for an item that is not the shop's
+    "Pictures of the products of a demo shop, by id"
+    for_items = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed).spawn(8)[0]))
+    made = item_truth(shop_size(n_ratings)[1], for_items)
+    truth = Truth(**made, **user_truth(1, made["centres"], np.random.default_rng(0)))
+    row = codes_of(ids, item_ids(len(truth.leaf))).to_numpy()
+    drawn = np.zeros((len(row), 32, 32, 3), np.uint8)
+    drawn[row < len(truth.leaf)] = pictures(truth, row[row < len(truth.leaf)])
+    return drawn
