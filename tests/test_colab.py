@@ -61,6 +61,6 @@ def test_everything_but_the_download(tmp_path):
     said = "\n".join(o.get("text") or o["data"].get("text/markdown") or o["data"].get("text/plain", "") for c in done.cells for o in c.get("outputs", []))
     assert "GPU" in said and "07 baselines" in said and "use " in said and "packed as run.zip" in said
     table = next(o for c in done.cells for o in c.get("outputs", []) if o.get("metadata", {}).get("widedeep", {}).get("label") == "tbl-beside-the-original")
-    assert all(f"<td>{text}</td>" in table.data["text/html"] for text in ("as the original reports it", "1.2450", "0.0063", "wide-deep", "damped-bias", "popularity"))
+    assert all(f">{text}</td>" in table.data["text/html"] for text in ("as the original reports it", "1.2450", "0.0063", "wide-deep", "damped-bias", "popularity"))
     run = Run(tmp_path / "run")
     assert run.protocol.name == "filtered-first" and (run.folder / "index.html").exists() and (tmp_path / "run.zip").exists() and run.about["parameters"] == {"epochs": 3, "seeds": 1, "trials": 1, "minutes": 2.}

@@ -12,8 +12,8 @@ __all__ = ['LOG_NAMES', 'ITEM_NAMES', 'USER_NAMES', 'KINDS', 'PACKED', 'AMAZON',
            'is_stars', 'Loaded', 'Source', 'validate', 'reviews_beside', 'complete', 'report_on', 'line_of',
            'holds_json', 'described', 'as_table', 'numbers', 'sum_of', 'from_files', 'files_in', 'from_database', 'ask',
            'no_answer', 'without_password', 'ask_sqlite', 'Dataset', 'cache_of', 'cached', 'is_whole', 'why_failed',
-           'announcement', 'fetch', 'options_of', 'sum_of_drawn', 'from_name', 'drawn_pictures', 'find', 'read_log',
-           'load', 'fingerprint', 'datasets', 'ingest', 'draw_ingest', 'share_of']
+           'announcement', 'fetch', 'options_of', 'sum_of_drawn', 'from_name', 'drawn_by', 'drawn_pictures',
+           'drawn_truth', 'find', 'read_log', 'load', 'fingerprint', 'datasets', 'ingest', 'draw_ingest', 'share_of']
 
 # %% ../nbs/01_data.ipynb #6723d196
 import ast
@@ -800,6 +800,7 @@ class Dataset:
     metadata: tuple = ()  # addresses of the table of items
     make: str = ""  # "module:function" that draws it, called with n_ratings and seed
     pictures: str = ""  # "module:function" that draws pictures of its items, called with their ids, n_ratings and seed
+    truth: str = ""  # "module:function" that says who likes what, called with ids of users and of items, n_ratings and seed
     options: dict = field(default_factory=dict)  # what may stand behind the name, with defaults: name?option=value
 
 
@@ -808,7 +809,7 @@ UCSD = ("https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/", "https:
 DATASETS = {
     "demo": Dataset(
         "a synthetic shop for electronics", 20_000, "Apache-2.0",
-        make="widedeep_nb.shop:demo_shop", pictures="widedeep_nb.shop:demo_pictures", options={"ratings": 20_000, "seed": 0}),
+        make="widedeep_nb.shop:demo_shop", pictures="widedeep_nb.shop:demo_pictures", truth="widedeep_nb.shop:demo_taste", options={"ratings": 20_000, "seed": 0}),
     "electronics-2014": Dataset(
         "Amazon Electronics until 2014", 7_824_482, "not stated; cite McAuley et al., 2015", 318_766_497,
         (SNAP + "ratings_Electronics.csv",), "a8e5b66b7f5371d1659ff88ae4acec91604125d6850f4f7e1c418120f2f9c16c",
@@ -932,16 +933,34 @@ def from_name(
     return Source(*log, sum_of_drawn(name, given), as_table(frame_table(drawn.items), ITEM_NAMES), as_table(frame_table(drawn.users), USER_NAMES))
 
 # %% ../nbs/01_data.ipynb #ff09df1b
+def drawn_by(
+    dataset: str,  # a known name, or any other
+    what: str,  # which of its drawers: "pictures" or "truth"
+    *ids,  # what it is called with
+) -> Optional[np.ndarray]:  # None where nothing is drawn
+    "What can be had of a dataset that is drawn, beside its log."
+    name, _, options = dataset.partition("?")
+    if name not in DATASETS or not getattr(DATASETS[name], what): return None
+    module, function = getattr(DATASETS[name], what).split(":")
+    given = options_of(name, options)
+    return getattr(importlib.import_module(module), function)(*ids, n_ratings=given["ratings"], seed=given["seed"])
+
+
 def drawn_pictures(
     dataset: str,  # a known name, or any other
     ids: pl.Series,  # of its items
 ) -> Optional[np.ndarray]:  # uint8 [items, height, width, 3]; None where it draws none
     "Pictures of the items of a dataset that is drawn."
-    name, _, options = dataset.partition("?")
-    if name not in DATASETS or not DATASETS[name].pictures: return None
-    module, function = DATASETS[name].pictures.split(":")
-    given = options_of(name, options)
-    return getattr(importlib.import_module(module), function)(ids, n_ratings=given["ratings"], seed=given["seed"])
+    return drawn_by(dataset, "pictures", ids)
+
+
+def drawn_truth(
+    dataset: str,  # a known name, or any other
+    users: pl.Series,  # ids of its users
+    items: pl.Series,  # ids of its items
+) -> Optional[np.ndarray]:  # float [users, items], the more the better liked; None where nobody knows
+    "Who likes what in a dataset that is drawn."
+    return drawn_by(dataset, "truth", users, items)
 
 # %% ../nbs/01_data.ipynb #850040b6
 def find(

@@ -9,7 +9,7 @@ __all__ = ['SIZES', 'ACTIVITY', 'POPULARITY', 'OPEN', 'CLOSE', 'GROWTH', 'SEASON
            'power_law', 'shares', 'calendar', 'unit', 'item_truth', 'user_truth', 'Truth', 'match', 'presence', 'stock',
            'choose', 'visits', 'follow', 'repeats', 'purchases', 'opinion', 'rate', 'affinity', 'respond', 'looks',
            'words', 'adjective', 'reviews', 'item_ids', 'user_ids', 'item_frame', 'user_frame', 'log_frame', 'soil',
-           'Shop', 'demo_shop', 'with_rows', 'pictures', 'demo_pictures']
+           'Shop', 'demo_shop', 'with_rows', 'pictures', 'demo_truth', 'demo_pictures', 'demo_taste']
 
 # %% ../nbs/18_shop.ipynb #4f8fc5e6
 from dataclasses import dataclass, field
@@ -530,16 +530,35 @@ def pictures(
     picture = np.where(ink, fore * (.85 + .15 * weave[:, None]), back)
     return (255 * np.clip(picture, 0, 1)).astype(np.uint8).transpose(0, 2, 3, 1)
 
-def demo_pictures(
-    ids: pl.Series,  # of items of the shop
+# %% ../nbs/18_shop.ipynb #5b0c7a11
+def demo_truth(
     n_ratings: int = 20_000,  # that the shop was drawn with
     seed: int = 0,  # of the shop
+) -> Truth:  # without what follows from the events
+    "The truth behind a demo shop, without its log"
+    for_items, for_users = [np.random.Generator(np.random.PCG64(s)) for s in np.random.SeedSequence(seed).spawn(8)[:2]]
+    n_users, n_items = shop_size(n_ratings)
+    made = item_truth(n_items, for_items)
+    return Truth(**made, **user_truth(n_users, made["centres"], for_users))
+
+def demo_pictures(
+    ids: pl.Series,  # of items of the shop
+    **shop,  # n_ratings and seed that it was drawn with
 ) -> np.ndarray:  # uint8 [ids, 32, 32, 3]; black for an item that is not the shop's
     "Pictures of the products of a demo shop, by id"
-    for_items = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed).spawn(8)[0]))
-    made = item_truth(shop_size(n_ratings)[1], for_items)
-    truth = Truth(**made, **user_truth(1, made["centres"], np.random.default_rng(0)))
+    truth, drawn = demo_truth(**shop), np.zeros((len(ids), 32, 32, 3), np.uint8)
     row = codes_of(ids, item_ids(len(truth.leaf))).to_numpy()
-    drawn = np.zeros((len(row), 32, 32, 3), np.uint8)
     drawn[row < len(truth.leaf)] = pictures(truth, row[row < len(truth.leaf)])
     return drawn
+
+def demo_taste(
+    users: pl.Series,  # ids of the shop's users
+    items: pl.Series,  # ids of the shop's items
+    **shop,  # n_ratings and seed that it was drawn with
+) -> np.ndarray:  # float [users, items], -1 to 1; 0 for who is not the shop's
+    "How well products fit tastes on the shop's last day"
+    truth = demo_truth(**shop)
+    user, item = codes_of(users, user_ids(len(truth.taste))).to_numpy(), codes_of(items, item_ids(len(truth.leaf))).to_numpy()
+    theirs, ours, found = user < len(truth.taste), item < len(truth.leaf), np.zeros((len(users), len(items)))
+    if theirs.any() and ours.any(): found[np.ix_(theirs, ours)] = match(truth, user[theirs], np.tile(item[ours], (theirs.sum(), 1)), np.full(theirs.sum(), CLOSE))
+    return found
