@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WITHOUT_SPACES', 'AGES', 'AMAZON_FEATURES', 'tokens', 'compressed', 'word_vectors', 'price_steps', 'tags_of', 'Sheet',
-           'padded', 'since_when', 'is_vectors', 'make_sheet', 'is_described', 'with_catalogue', 'space_of', 'Content',
-           'KindPopularity', 'before', 'traits_of', 'ItemTower', 'age_step', 'ContentNet', 'ContentTowers',
+           'padded', 'since_when', 'is_vectors', 'make_sheet', 'is_described', 'with_catalogue', 'dot', 'space_of',
+           'Content', 'KindPopularity', 'before', 'traits_of', 'ItemTower', 'age_step', 'ContentNet', 'ContentTowers',
            'judge_content', 'content_batch', 'fit_content', 'vector_file', 'read_vectors', 'read_pictures',
            'PictureNet', 'picture_vectors', 'missing', 'pretrained_pictures', 'sentence_vectors', 'Reviews',
            'read_reviews', 'reviews_of', 'looks_of', 'describe_products', 'described', 'draw_worth_of_words',
@@ -177,7 +177,16 @@ def with_catalogue(
     more = lambda table, key, all: table if all is None else pl.concat([table, all.unique(key, keep="first", maintain_order=True).join(table, on=key, how="anti", maintain_order="left")], how="diagonal")
     return replace(split, items=more(split.items, "item", items), users=more(split.users, "user", users))
 
-# %% ../nbs/10_content.ipynb #abf33eba
+# %% ../nbs/10_content.ipynb #bff66f47
+def dot(
+    points: torch.Tensor,  # float [n, d]
+    table: torch.Tensor,  # float [m, d]
+    rows: torch.Tensor,  # int64 [k], of the table
+) -> torch.Tensor:  # float [n, k]
+    "Products with some rows of a table; where most are wanted, all are multiplied and picked afterwards, which moves less memory."
+    return (points @ table.T)[:, rows] if 2 * len(rows) > len(table) else points @ table[rows].T
+
+
 def space_of(
     sheet: Sheet,  # what is known
     known: int,  # products to learn from: the first ones
@@ -207,7 +216,7 @@ class Content(Recommender):
         weight = ((history.rating.nan_to_num(high) - low) / max(high - low, 1e-6) + .25).clamp(min=0)
         point = torch.zeros(len(users), self.space.shape[1]).index_add(0, history.owner, weight[:, None] * self.space[history.item.clamp(max=last)])
         stranger = (point == 0).all(1, keepdim=True)
-        return torch.where(stranger, self.popularity[items.clamp(max=self.n_items)], F.normalize(point, dim=1) @ self.space[items.clamp(max=last)].T)
+        return torch.where(stranger, self.popularity[items.clamp(max=self.n_items)], dot(F.normalize(point, dim=1), self.space, items.clamp(max=last)))
 
 # %% ../nbs/10_content.ipynb #d47be1ed
 @register("kind-popularity")
@@ -310,18 +319,26 @@ class ContentNet(nn.Module):
         share = torch.zeros(len(tag), self.n_tags + 1, device=tag.device)
         return share.scatter_add(1, tag.flatten(1), weight.repeat_interleave(tag.shape[2], 1))[:, :-1]
 
-    def forward(self, sheet: Sheet, had: torch.Tensor, weight: torch.Tensor, traits: torch.Tensor, items: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-        ids, size = self.ids(items), weight.sum(1, keepdim=True)
-        weight, bias = weight / size.clamp(min=1e-9), self.of_id(ids)[:, 0] + (self.of_tag(sheet.tag[items])[..., 0] * (sheet.tag[items] < self.n_tags)).sum(1)
+    def look(self, sheet: Sheet, items: torch.Tensor) -> tuple:
+        "The vector and the bias of products."
+        ids = self.ids(items)
+        bias = self.of_id(ids)[:, 0] + (self.of_tag(sheet.tag[items])[..., 0] * (sheet.tag[items] < self.n_tags)).sum(1)
+        return self.item(sheet, items, ids) if self.parts != "wide" else bias[:, None], bias
+
+    def forward(self, sheet: Sheet, had: torch.Tensor, weight: torch.Tensor, traits: torch.Tensor, items: torch.Tensor, now: torch.Tensor, looks: Optional[tuple] = None) -> torch.Tensor:
+        "Scores [n, m]; `looks` are those of all products, where they are known already."
+        size, (vectors, bias) = weight.sum(1, keepdim=True), looks or self.look(sheet, items)
+        if looks: bias = bias[items]
+        weight = weight / size.clamp(min=1e-9)
         scores = bias + self.of_age(age_step(now[:, None], sheet.born[items]))[..., 0]
         if self.parts != "deep":
             by_tag = torch.cat([self.profile(sheet.tag[had], weight), traits], 1) @ self.cross
             scores = scores + F.embedding_bag(sheet.tag[items], F.pad(by_tag, (0, 1)).T, mode="sum", padding_idx=self.n_tags).T
         if self.parts != "wide":
-            things, where = torch.unique(had, return_inverse=True)
-            mean = (self.item(sheet, things, self.ids(things))[where] * weight[..., None]).sum(1)
-            user = self.user(torch.cat([mean, traits, size.log1p()], 1))
-            scores = scores + user @ self.item(sheet, items, ids).T / user.shape[1] ** .5
+            things, where = (None, had) if looks else torch.unique(had, return_inverse=True)
+            of = looks[0] if looks else self.look(sheet, things)[0]
+            user = self.user(torch.cat([(of[where] * weight[..., None]).sum(1), traits, size.log1p()], 1))
+            scores = scores + (dot(user, vectors, items) if looks else user @ vectors.T) / user.shape[1] ** .5
         return scores
 
 # %% ../nbs/10_content.ipynb #1be7dfa6
@@ -433,8 +450,9 @@ def _scores(self, users, history, items, budget=2 ** 23):
     last, now = len(self.sheet.tag) - 1, self.log.time.max() if len(self.log.time) else torch.tensor(0)
     had, weight = self._asked(history, history.ptr[1:], history.ptr[:-1])
     people, items, found = self.people[users.clamp(max=len(self.people) - 1)], items.clamp(max=last), []
+    looks = self._once("looks", lambda: tuple(torch.cat(parts) for parts in zip(*[self.net.look(self.sheet, b) for b in torch.arange(last + 1).split(2 ** 15)])))
     for b in torch.arange(len(users)).split(max(1, budget // max(len(items), 1))):
-        found.append(self.net(self.sheet, had[b], weight[b], people[b], items, now.expand(len(b))))
+        found.append(self.net(self.sheet, had[b], weight[b], people[b], items, now.expand(len(b)), looks))
     return torch.cat(found)
 
 

@@ -385,7 +385,7 @@ class Recommender:
 
     def fit(self, split: Split) -> "Recommender":
         "Learn from `split.train`, choosing on `split.val` where there is one; test rows are never looked at."
-        split = split.without_test()
+        split, self._kept = split.without_test(), {}
         self.user_ids, self.item_ids = split.users["user"][:split.known_users], split.items["item"][:split.known_items]
         self.more_users, self.more_items = [ids if self.tables else ids.clear() for ids in (split.users["user"][split.known_users:], split.items["item"][split.known_items:])]
         self.log = History.of(split.train, split.known_users)
@@ -398,6 +398,12 @@ class Recommender:
     n_items = property(lambda self: len(self.item_ids))
     all_users = property(lambda self: pl.concat([self.user_ids, self.more_users]))
     all_items = property(lambda self: pl.concat([self.item_ids, self.more_items]))  # codes follow this order
+
+    def _once(self, name, make):
+        "What follows from what was learnt and is asked for again and again: made once, never saved."
+        kept = self.__dict__.setdefault("_kept", {})
+        if name not in kept: kept[name] = make()
+        return kept[name]
 
     def _query(self, users, history):
         users = as_codes(users)
@@ -469,7 +475,8 @@ def mask_seen(
     items: torch.Tensor,  # codes of the m columns
 ) -> torch.Tensor:  # the same scores, -inf where the user has the item
     "Take what a user has out of the running."
-    column = torch.full((int(torch.cat([items, history.item, items.new_zeros(1)]).max()) + 1,), -1)
+    if not len(history.item): return scores
+    column = torch.full((int(torch.cat([items, history.item]).max()) + 1,), -1)
     column[items] = torch.arange(len(items))
     place = column[history.item]
     return scores.index_put((history.owner[place >= 0], place[place >= 0]), torch.tensor(-torch.inf))
@@ -510,7 +517,7 @@ def candidates(
     "What a list is chosen from."
     if isinstance(items, str):
         first, last = {"known": (0, self.n_items), "new": (self.n_items, None), "all": (0, None)}[one_of(items, ("known", "new", "all"), "choice of items")]
-        found = first + lot(self.all_items[first:last])
+        found = first + self._once(f"lot of {items}", lambda: lot(self.all_items[first:last]))
         if not len(found): raise Problem(f"{self.name} knows of no new items; " + ("all it has been told of have events" if self.tables else "take a model that reads what is known of them, such as content-towers or hybrid"))
     else:
         found = as_codes(codes_of(items, self.all_items).unique())

@@ -43,6 +43,7 @@ def with_mean_row(
 ) -> Recommender:  # a copy
     "The same model, with the mean of all known rows in the unknown's place."
     other = copy.deepcopy(model)
+    other._kept = {}
     with torch.no_grad():
         for table in id_tables(other): table.weight[-1] = table.weight[:-1].mean(0)
     return other
