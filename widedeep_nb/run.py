@@ -946,16 +946,19 @@ def suggest(
     basket: str = "",  # instead: ITEM:STARS,ITEM,...
     k: int = 10,  # length of the list
     model: str = "",  # name; empty: the one whose lists are best on the test part
+    items: str = "known",  # to choose from: those with events, the "new" ones without, or "all"
 ) -> dict:  # model, note (who this is to the model), items: rank, item, title, score
     "A list for a user or a basket."
     if bool(user) == bool(basket): raise Problem("recommend needs either --user ID or --basket ITEM:STARS,ITEM,...")
     fitted, things = load_model(run, model), read_basket(basket) if basket else {}
-    unknown, mine = [i for i in things if i not in fitted.item_ids], rows_of(run, user)
-    stranger = not len(mine) and user not in fitted.user_ids if user else len(unknown) == len(things)
-    note = f"nobody called {user} is in the log; this is what is popular" if user and stranger else \
-        f"{fitted.name} knows nothing of {join(unknown)}" + ("; this is what is popular" if stranger else "") if unknown else ""
-    history = as_history(mine, fitted.item_ids) if len(mine) else None
-    found = most_taken(fitted, k) if stranger else fitted.recommend(user or things, k, history=history).drop("user")
+    unknown, mine = [i for i in things if i not in fitted.all_items], rows_of(run, user)
+    stranger = not len(mine) and user not in fitted.all_users if user else len(unknown) == len(things)
+    instead = "this is what is popular" if items == "known" else "this is what it shows to anybody"
+    note = f"nobody called {user} is in the log; {instead}" if user and stranger else \
+        f"{fitted.name} knows nothing of {join(unknown)}" + (f"; {instead}" if stranger else "") if unknown else ""
+    history = as_history(mine, fitted.all_items) if len(mine) else None
+    if stranger and items == "known": found = most_taken(fitted, k)
+    else: found = fitted.recommend([[]] if stranger else user or things, k, items=items, history=history).drop("user")
     about = run.read("items.parquet") if (run.folder / "items.parquet").exists() else pl.DataFrame({"item": []}, schema={"item": pl.String})
     if "title" in about.columns: found = found.join(about.select("item", "title").unique("item"), on="item", how="left", maintain_order="left")
     columns = [c for c in ("rank", "item", "title", "score") if c in found.columns]
@@ -1028,6 +1031,7 @@ def datasets_command():
 @click.option("--basket", default="", metavar="ITEM:STARS,ITEM,...", help="What somebody has, with or without stars")
 @click.option("-k", default=10, type=click.IntRange(1), help="Length of the list [10]")
 @click.option("--model", default="", help="Name of the model [whose lists are best on the test part]")
+@click.option("--items", default="known", type=click.Choice(["known", "new", "all"]), help="Choose from products with events, from those without, or from all [known]")
 @click.option("--json", "as_json", is_flag=True, help="For programs")
 def recommend_command(folder, as_json, **asked):
     "Recommend to a user or for a basket, with a model of RUN."

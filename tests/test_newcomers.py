@@ -1,0 +1,149 @@
+"Newcomers against second implementations: what is hidden stays hidden, what is known grows, and shares are shares."
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from widedeep_nb.content import with_catalogue
+from widedeep_nb.core import PROTOCOLS, History, Problem, Run, Split, as_interactions, make_recommender
+from widedeep_nb.evaluation import rank_users, rate_rows
+from widedeep_nb.newcomers import (UNKNOWN, IdsAlone, Oracle, about_new, beside_learnt, by_events, exposure, groups_of_items, groups_of_users, hidden_by_lot, id_tables, new_in_words, newcomers, rows_of_unknowns,
+                                   served, shortened, sources_of, tables_of_new, what_sources_add, with_mean_row)
+from widedeep_nb.preprocessing import prepare
+from widedeep_nb.shop import demo_shop
+
+
+@pytest.fixture(scope="module")
+def split():
+    shop = demo_shop(n_ratings=4000, seed=2)
+    log = shop.interactions.filter(pl.col("rating").is_between(1, 5), pl.col("user").is_not_null(), pl.col("item").is_not_null(), pl.col("timestamp").dt.year().is_between(2000, 2030)).unique(["user", "item"], maintain_order=True)
+    return with_catalogue(prepare(as_interactions(log), "strict", shop.items, shop.users), shop.items, shop.users).final()
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.integers(0, 7))
+@settings(deadline=None)
+def test_shortened(sizes, k):
+    ptr = torch.tensor(np.cumsum([0] + sizes))
+    whole = History(ptr, torch.arange(int(ptr[-1])), torch.ones(int(ptr[-1])), torch.arange(int(ptr[-1])))
+    short = shortened(whole, k)
+    for u in range(len(sizes)):
+        mine = whole.item[ptr[u]:ptr[u + 1]].tolist()
+        assert short.item[short.ptr[u]:short.ptr[u + 1]].tolist() == (mine[-k:] if k else [])
+
+
+@given(st.floats(.05, .9), st.integers(0, 5))
+@settings(deadline=None, max_examples=15)
+def test_hidden_products_are_hidden(split, share, seed):
+    less = hidden_by_lot(split, share, seed)
+    known, before = [set(s.items["item"][:s.known_items]) for s in (less, split)]
+    gone = before - known
+    assert len(gone) >= max(1, round(share * split.known_items)) and known < before and len(less.test) == len(split.test)
+    ids = less.items["item"]
+    for part in (less.train, less.aside, less.val): assert not set(ids.gather(part["item"])) & gone or len(gone) > round(share * split.known_items)
+    text = lambda s: s.test.select(pl.Series("user", s.users["user"].gather(s.test["user"])), pl.Series("item", s.items["item"].gather(s.test["item"])))
+    assert text(less).equals(text(split))
+
+
+def test_the_lot_of_hiding_does_not_look_at_popularity(split):
+    count = split.train["item"].value_counts().sort("item")["count"].to_numpy()
+    shares = []
+    for seed in range(30):
+        known = set(hidden_by_lot(split, .3, seed).items["item"][:hidden_by_lot(split, .3, seed).known_items])
+        shares.append(sum(c for c, i in zip(count, split.items["item"]) if i not in known) / count.sum())
+    assert abs(np.mean(shares) - .3) < .03
+
+
+def test_all_events_shown_is_the_usual_question(split):
+    "Who has just so many events is shown whole, and by a model that knows no ids gets the usual list."
+    models = {name: make_recommender(name).fit(split) for name in ("popularity", "item-knn")}
+    found = by_events(models, split, counts=(0, 4), few=1)
+    for name, model in models.items():
+        usual = {u: v for u, v, n in rank_users(model, split, "test", (20,)).users.select("user", "NDCG@20", "n_seen").rows() if n == 4}
+        mine = dict(found.filter(model=name, events=4).select("user", "NDCG@20").rows())
+        assert len(usual) > 5 and all(mine[user] == pytest.approx(value, abs=1e-6) for user, value in usual.items())
+        assert found.filter(model=name, events=0)["user"].to_list() == list(mine)
+    of = lambda k: found.filter(model="popularity", events=k)["NDCG@20"].to_list()
+    assert of(0) == of(4) and len(of(0)) > 20
+
+
+def test_a_short_history_is_a_stranger_s(split):
+    "Neither the id nor the traits of a person reach the model."
+    class Spy:
+        n_users, all_users, heard = split.known_users, split.users["user"], []
+        def scores(self, users, history, items): self.heard.append((users, history)); return torch.zeros(len(users), len(items))
+    spy = Spy()
+    by_events({"spy": spy}, split, counts=(0, 2), few=10)
+    assert all((users == len(split.users)).all() for users, _ in spy.heard) and {int(h.ptr.diff().max()) for _, h in spy.heard} == {0, 2}
+
+
+def test_unknown_rows(split):
+    tiny = IdsAlone(.5, passes=1).fit(split)
+    user, item = tiny.net.user.weight, tiny.net.item.weight
+    mean = with_mean_row(tiny)
+    assert len(id_tables(tiny)) == 4 and torch.allclose(mean.net.user.weight[-1], user[:-1].mean(0)) and torch.equal(mean.net.item.weight[:-1], item[:-1])
+    assert float(mean.predict([10**6], [0])) != float(tiny.predict([10**6], [0]))
+
+
+def test_a_learnt_row_is_better_than_one_as_drawn():
+    "Where ids are all there is: people of a log with strong tastes, asked about before anybody knows them."
+    draw = np.random.default_rng(0)
+    n = 6000
+    user, item = draw.integers(0, 300, n), draw.integers(0, 80, n)
+    stars = np.clip(np.round(3 + draw.normal(0, 1, 300)[user] * .3 + draw.normal(0, 1, 80)[item] + draw.normal(0, .3, n)), 1, 5)
+    rows = lambda pick, of: as_interactions(pl.DataFrame({"user": [f"{of}{u}" for u in user[pick]], "item": [f"i{i}" for i in item[pick]], "rating": stars[pick], "timestamp": np.arange(n)[pick]}))
+    split = Split.of(rows(slice(0, 5000), "u"), rows(slice(0, 0), "u"), rows(slice(5000, n), "new "), protocol=PROTOCOLS["given"])
+    tables = rows_of_unknowns(lambda m: rate_rows(m, split, "test"), lambda hide: IdsAlone(hide, passes=8).fit(split))
+    found = {r["row"]: r for r in beside_learnt("ids alone", tables, "RMSE", {"new users": UNKNOWN["new users"]})}
+    assert found["as drawn"]["hi"] < 0 and found["learnt"]["value"] < found["as drawn"]["value"] and found["learnt"]["n"] == 1000
+
+
+def test_new_products(split):
+    models = {name: make_recommender(name, **({"epochs": 6, "patience": 6} if "towers" in name else {})).fit(hidden_by_lot(split, .3)) for name in ("kind-popularity", "content", "content-towers")}
+    less = hidden_by_lot(split, .3)
+    tables = tables_of_new(models | {"the truth": Oracle("demo?ratings=4000&seed=2").fit(less)}, less)
+    worth = {name: table["NDCG@20"].mean() for name, table in tables.items()}
+    assert worth["the truth"] > worth["content-towers"] > worth["by lot"] and worth["content"] > worth["by lot"]
+    assert len({len(t) for t in tables.values()}) == 1
+
+
+def test_sources_are_left_out(split):
+    less = hidden_by_lot(split, .3).final()
+    assert sources_of(less) == ["category", "brand", "price", "text", "traits"]
+    found = what_sources_add(less, passes=2)
+    assert [r["without"] for r in found[::2]] == ["nothing", "category", "brand", "price", "text", "traits", "everything"] and found[0]["more"] == 0 == found[1]["more"]
+    value = {(r["without"], r["items"]): r["value"] for r in found}
+    assert value[("nothing", "new")] > value[("everything", "new")]
+    for r in found: assert r["more"] == pytest.approx(value[("nothing", r["items"])] - r["value"], abs=1e-9)
+
+
+def test_groups(split):
+    people = groups_of_users(split)
+    events = [mine for (by, _), mine in people.items() if by == "events"]
+    assert (np.sum(events, 0) == 1).all() and {by for by, _ in people} == {"events", "age_group", "region"}
+    table = rank_users(make_recommender("popularity").fit(split), split, "test", (20,)).users
+    for r in served({"popularity": table}, people, few=5):
+        mine = people[(r["by"], r["group"])]
+        assert r["value"] == pytest.approx(np.mean([v for u, v in table.select("user", "NDCG@20").rows() if mine[u]]))
+    for by in {by for by, _ in groups_of_items(split)}: assert (np.sum([mine for (b, _), mine in groups_of_items(split).items() if b == by], 0) == 1).all()
+
+
+def test_shares_of_places(split):
+    lists = rank_users(make_recommender("popularity").fit(split), split, "test", (20,)).lists
+    found = exposure({"popularity": lists}, split)
+    for by in {r["by"] for r in found}:
+        for what in {r["what"] for r in found}: assert sum(r["share"] for r in found if (r["by"], r["what"]) == (by, what)) == pytest.approx(1)
+    of = {(r["group"], r["what"]): r["share"] for r in found}
+    assert of[("head: half of all events", "taken before")] <= .5 < of[("head: half of all events", "shown by popularity")]
+
+
+def test_words_follow_the_numbers():
+    row = lambda model, value, more, lo, hi: {"question": "new in time", "model": model, "value": value, "lo": value - .1, "hi": value + .1, "n": 9, "more": more, "more_lo": lo, "more_hi": hi}
+    assert "which is beaten" in new_in_words([row("content", .5, .2, .1, .3), row("kind-popularity", .3, None, None, None)])
+    assert "not told apart" in new_in_words([row("content", .5, .2, -.1, .3), row("kind-popularity", .3, None, None, None)])
+    assert new_in_words([]) == "There are no new products to ask about."
+
+
+def test_a_share_that_is_none(tmp_path):
+    with pytest.raises(Problem, match="between 0 and 1, not 1.5"): newcomers.__wrapped__(Run(tmp_path / "run"), hidden=1.5)
