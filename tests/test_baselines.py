@@ -212,7 +212,7 @@ def test_regress_is_a_ridge_regression_a_row(budget):
     for row, lam in zip(rows.toarray(), penalty):
         x = table[row != 0]
         want.append(np.linalg.solve(1.7 * x.T @ x + common + lam * np.eye(3), x.T @ row[row != 0]))
-    found = regress(rows, torch.tensor(table).float(), torch.tensor(penalty).float(), 1.7, .3, budget)
+    found = regress(rows, torch.tensor(table).float(), torch.tensor(penalty).float(), 1.7, .3 * torch.tensor(table.T @ table).float(), budget)
     assert np.allclose(found, want, atol=1e-4) and np.abs(want).max() > .1
 
 

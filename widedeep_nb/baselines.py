@@ -380,7 +380,7 @@ def regress(
     table: torch.Tensor,  # float [m, f], the inputs
     penalty: torch.Tensor,  # float [n], ridge of each
     weight: float = 1.,  # of each row's own inputs in its normal matrix
-    base: float = 0.,  # weight of all inputs together, alike for everybody
+    common: Optional[torch.Tensor] = None,  # float [f, f], a part of the normal matrix that is alike for everybody
     budget: int = 2**22,  # numbers worked on at a time
 ) -> torch.Tensor:  # float [n, f]
     "A ridge regression for every row of a sparse table."
@@ -388,7 +388,7 @@ def regress(
     if not rows.nnz: return torch.zeros(n, f)
     ptr, at, target = torch.from_numpy(rows.indptr).long(), torch.from_numpy(rows.indices).long(), torch.from_numpy(rows.data).float()
     count, start, found = ptr.diff(), 0, torch.zeros(n, f)
-    order, common, eye = count.argsort(descending=True, stable=True), base * table.T @ table, torch.eye(f)
+    order, alike = count.argsort(descending=True, stable=True), torch.zeros(f, f) if common is None else common
     while start < n:
         longest = max(int(count[order[start]]), 1)
         who = order[start:start + max(1, budget // (max(longest, f) * f))]
@@ -396,7 +396,7 @@ def regress(
         there = place < count[who, None]
         event = (ptr[who, None] + place).clamp(max=rows.nnz - 1)
         x = table[at[event]] * there[..., None]
-        normal = weight * x.mT @ x + common + penalty[who, None, None] * eye
+        normal = weight * x.mT @ x + alike + penalty[who, None, None] * torch.eye(f)
         found[who] = torch.linalg.solve(normal, (x.mT @ target[event][..., None])[..., 0])
         start += len(who)
     return found
@@ -444,10 +444,10 @@ class ALS(FromHistory):
         self.item = .01 * torch.randn(self.n_items, self.factors, generator=torch.Generator().manual_seed(self.seed))
         for _ in range(self.sweeps): self.item = self._solve(have.T.tocsr(), self._solve(have, self.item))
 
-    def _solve(self, have, table):
-        return regress(have * (1 + self.alpha), table, torch.full((have.shape[0],), self.lam), self.alpha, 1.)
+    def _solve(self, have, table, common=None):
+        return regress(have * (1 + self.alpha), table, torch.full((have.shape[0],), self.lam), self.alpha, table.T @ table if common is None else common)
 
-    def _from(self, have): return self._solve(as_csr(have), self.item) @ self.item.T
+    def _from(self, have): return self._solve(as_csr(have), self.item, self._once("common", lambda: self.item.T @ self.item)) @ self.item.T
 
 # %% ../nbs/07_baselines.ipynb #b97c9090
 class ById(FromHistory):

@@ -6,10 +6,10 @@
 __all__ = ['WITHOUT_SPACES', 'AGES', 'AMAZON_FEATURES', 'tokens', 'compressed', 'word_vectors', 'steps_of', 'price_steps',
            'tags_of', 'Sheet', 'padded', 'since_when', 'is_vectors', 'make_sheet', 'is_described', 'with_catalogue',
            'dot', 'space_of', 'Content', 'KindPopularity', 'before', 'traits_of', 'ItemTower', 'age_step', 'ContentNet',
-           'ContentTowers', 'judge_content', 'content_batch', 'fit_content', 'vector_file', 'read_vectors',
-           'read_pictures', 'PictureNet', 'picture_vectors', 'missing', 'pretrained_pictures', 'sentence_vectors',
-           'Reviews', 'read_reviews', 'reviews_of', 'looks_of', 'describe_products', 'described', 'draw_worth_of_words',
-           'draw_map', 'same_kind', 'strongest_pairs']
+           'ContentTowers', 'judge_content', 'content_batch', 'fit_content', 'looks_at_all', 'vector_file',
+           'read_vectors', 'read_pictures', 'PictureNet', 'picture_vectors', 'missing', 'pretrained_pictures',
+           'sentence_vectors', 'Reviews', 'read_reviews', 'reviews_of', 'looks_of', 'describe_products', 'described',
+           'draw_worth_of_words', 'draw_map', 'same_kind', 'strongest_pairs']
 
 # %% ../nbs/10_content.ipynb #10c0ca03
 from dataclasses import dataclass, fields, replace
@@ -19,6 +19,7 @@ from typing import Optional, Union
 import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
+import scipy.sparse as sp
 import seaborn as sns
 import torch
 import torch.nn.functional as F
@@ -338,14 +339,14 @@ class ContentNet(nn.Module):
         return self.item(sheet, items, ids) if self.parts != "wide" else bias[:, None], bias
 
     def forward(self, sheet: Sheet, had: torch.Tensor, weight: torch.Tensor, traits: torch.Tensor, items: torch.Tensor, now: torch.Tensor, looks: Optional[tuple] = None) -> torch.Tensor:
-        "Scores [n, m]; `looks` are those of all products, where they are known already."
-        size, (vectors, bias) = weight.sum(1, keepdim=True), looks or self.look(sheet, items)
+        "Scores [n, m]; `looks` are vectors, biases and tags of all products, where they were made before."
+        size, (vectors, bias) = weight.sum(1, keepdim=True), looks[:2] if looks else self.look(sheet, items)
         if looks: bias = bias[items]
         weight = weight / size.clamp(min=1e-9)
         scores = bias + self.of_age(age_step(now[:, None], sheet.born[items]))[..., 0]
         if self.parts != "deep":
             by_tag = torch.cat([self.profile(sheet.tag[had], weight), traits], 1) @ self.cross
-            scores = scores + F.embedding_bag(sheet.tag[items], F.pad(by_tag, (0, 1)).T, mode="sum", padding_idx=self.n_tags).T
+            scores = scores + (torch.from_numpy(looks[2] @ by_tag.T.numpy()).T[:, items] if looks else F.embedding_bag(sheet.tag[items], F.pad(by_tag, (0, 1)).T, mode="sum", padding_idx=self.n_tags).T)
         if self.parts != "wide":
             things, where = (None, had) if looks else torch.unique(had, return_inverse=True)
             of = looks[0] if looks else self.look(sheet, things)[0]
@@ -457,12 +458,23 @@ def fit_content(
 
 ContentTowers._judge = judge_content
 
-# %% ../nbs/10_content.ipynb #af1df595
+# %% ../nbs/10_content.ipynb #4a89271b
+def looks_at_all(
+    self: ContentTowers,  # fitted
+) -> tuple:  # vectors float [items + 1, d], biases float [items + 1], tags csr 0/1 [items + 1, tags]
+    "What scoring needs of all products, made once."
+    n, tags = len(self.sheet.tag), len(self.sheet.names)
+    parts = [self.net.look(self.sheet, b) for b in torch.arange(n).split(2 ** 15)]
+    row, place = (self.sheet.tag < tags).nonzero(as_tuple=True)
+    has = sp.csr_array((np.ones(len(row), np.float32), (row.numpy(), self.sheet.tag[row, place].numpy())), shape=(n, tags))
+    return *(torch.cat(p) for p in zip(*parts)), has
+
+
 def _scores(self, users, history, items, budget=2 ** 23):
     last, now = len(self.sheet.tag) - 1, self.log.time.max() if len(self.log.time) else torch.tensor(0)
     had, weight = self._asked(history, history.ptr[1:], history.ptr[:-1])
     people, items, found = self.people[users.clamp(max=len(self.people) - 1)], items.clamp(max=last), []
-    looks = self._once("looks", lambda: tuple(torch.cat(parts) for parts in zip(*[self.net.look(self.sheet, b) for b in torch.arange(last + 1).split(2 ** 15)])))
+    looks = self._once("looks", lambda: looks_at_all(self))
     for b in torch.arange(len(users)).split(max(1, budget // max(len(items), 1))):
         found.append(self.net(self.sheet, had[b], weight[b], people[b], items, now.expand(len(b)), looks))
     return torch.cat(found)

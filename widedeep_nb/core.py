@@ -445,14 +445,15 @@ Recommender.predict = predict
 # %% ../nbs/00_core.ipynb #f9cf3cf5
 def baskets_as_history(
     baskets: list,  # each {item id: stars} or a list of item ids
-    item_ids: pl.Series,  # ids that the model knows, in order of their codes
+    codes: dict,  # id -> code, of the items that the model knows
     now: int = 0,  # time of the events, milliseconds since 1970
 ) -> History:  # one history a basket, in the order of the basket
     "Baskets as histories; items that the model does not know are left out."
-    flat = [(i, str(item), stars) for i, b in enumerate(baskets) for item, stars in (b.items() if isinstance(b, dict) else zip(b, [None] * len(b)))]
-    rows = pl.DataFrame(flat, schema={"user": pl.Int64, "item": pl.String, "rating": pl.Float32}, orient="row")
-    rows = rows.with_columns(item=codes_of(rows["item"], item_ids), timestamp=pl.lit(now, pl.Int64)).filter(pl.col("item") < len(item_ids))
-    return History.of(rows, len(baskets))
+    flat = [(i, codes.get(str(item), -1), np.nan if stars is None else stars) for i, b in enumerate(baskets) for item, stars in (b.items() if isinstance(b, dict) else zip(b, [None] * len(b)))]
+    owner, item, stars = np.array(flat, dtype=np.float64).reshape(-1, 3).T
+    kept = item >= 0
+    ptr = torch.from_numpy(np.searchsorted(owner[kept], np.arange(len(baskets) + 1)))
+    return History(ptr, torch.from_numpy(item[kept]).long(), torch.from_numpy(stars[kept]).float(), torch.full((int(kept.sum()),), now))
 
 
 def asked_for(
@@ -466,7 +467,7 @@ def asked_for(
         if len(users) > 1 and (codes >= self.n_users).all() and set(users) <= set(self.item_ids): raise Problem("these are items, not users; a basket of them is a list within the list: [[...]]")
         return users, codes, self.log.take(codes)
     if not users or not all(isinstance(u, (dict, list, tuple)) for u in users): raise Problem("recommend takes user ids as text, or baskets: {item: stars} or lists of item ids")
-    return [f"basket {i + 1}" for i in range(len(users))], torch.full((len(users),), len(self.all_users)), baskets_as_history(users, self.all_items)
+    return [f"basket {i + 1}" for i in range(len(users))], torch.full((len(users),), len(self.all_users)), baskets_as_history(users, self._once("codes", lambda: dict(zip(self.all_items, range(len(self.all_items))))))
 
 
 def mask_seen(
