@@ -67,8 +67,11 @@ def binary(split):
 def everybody(split): return range(split.known_users)
 
 
+def told(split): return replace(split, items=split.items.with_columns(category="A > B" + (pl.int_range(pl.len()) % 4).cast(pl.String)))
+
+
 @pytest.fixture(scope="module")
-def split(): return split_of(random_log())
+def split(): return told(split_of(random_log()))
 
 
 # ---------------------------------------------------------------- shares and histories
@@ -483,7 +486,7 @@ def test_dates_are_dates_when_they_span_a_month(split):
     assert of(split) == of(spanning(30)) == set(VOICES) and of(spanning(29)) == set(VOICES) - dated
     for rows in (split.train.with_columns(timestamp=None), split.train.with_columns(timestamp=pl.when(pl.int_range(pl.len()) > 0).then("timestamp"))):
         assert of(replace(split, train=rows.cast({"timestamp": pl.Datetime("ms")}))) == set(VOICES) - dated
-    assert of(split_of(random_log(stars=False))) == set(LISTS)
+    assert of(told(split_of(random_log(stars=False)))) == set(LISTS) and of(split_of(random_log(stars=False))) == set(LISTS) - {"content", "content towers"}
 
 
 def test_parts_that_share_a_model_are_the_same_recommender():
@@ -578,7 +581,7 @@ def test_the_hybrid_is_the_sum_of_its_parts(every, split):
     total = torch.zeros(4, n, dtype=torch.float64)
     for name, w in ALL["lists"].items():
         part, model = LISTS[name], models[name]
-        with torch.no_grad(): alone = model._from(faded(had, n) if part.fading else had.matrix(n)).clamp(min=0) if hasattr(model, "_from") else model.scores(users)
+        with torch.no_grad(): alone = model._from(faded(had, n) if part.fading else had.matrix(n)).clamp(min=0) if hasattr(model, "_from") else model.scores(users).clamp(min=0 if name == "content" else -torch.inf)
         given = torch.softmax(alone, 1) if name in PASSES else alone / alone.sum(1, keepdim=True).clamp(min=1e-12)
         count = had.ptr.diff()[:, None]
         total += w * given * (1 if part.half == "popular" else (count > 0) if name in PASSES else count / (count + 10))
@@ -595,9 +598,9 @@ def test_a_stranger_gets_what_is_popular(every, split):
     users = torch.tensor([999, 998])
     for name in LISTS:
         given = shares_of(name, every.models[MODEL[name]], users, nobody)
-        assert torch.allclose(given.sum(1), torch.ones(2) if LISTS[name].half == "popular" or name == "towers" else torch.zeros(2), atol=1e-5), name
+        assert torch.allclose(given.sum(1), torch.ones(2) if LISTS[name].half == "popular" or name in ("towers", "content towers") else torch.zeros(2), atol=1e-5), name
     popular = {n: w for n, w in ALL["lists"].items() if LISTS[n].half == "popular"}
-    lists = {n: w for n, w in ALL["lists"].items() if n != "towers"}
+    lists = {n: w for n, w in ALL["lists"].items() if n not in ("towers", "content towers")}
     hybrid, usual = [make_recommender("hybrid", plan={"lists": l, "stars": {}, "passes": {n: 1 for n in l if n in PASSES}}) for l in (lists, popular)]
     for model in (hybrid, usual): model.fit(split)
     assert torch.equal(hybrid.scores(users, nobody), usual.scores(users, nobody)) and not torch.equal(hybrid.scores([0]), usual.scores([0]))
@@ -612,8 +615,8 @@ def test_every_part_is_saved_and_loaded_to_the_last_digit(every, split, tmp_path
 def test_a_plan_is_json_and_is_replayed_to_the_last_digit(first, split, monkeypatch, tmp_path):
     "On what it was chosen on: nothing is chosen anew, though there is a validation part; the sequence models make as many passes as were best."
     plan = json.loads(json.dumps(first.plan))
-    assert plan == first.plan and set(plan) == {"lists", "strangers", "stars", "passes", "alone", "seconds"} and 1 - .02 * len(LISTS) < sum(plan["lists"].values()) < 1.011 and abs(sum(plan["stars"].values()) - 1) < 1e-2
-    assert all(w >= .02 for n, w in plan["lists"].items() if n != "popularity") and set(plan["passes"]) == {n for n in PASSES if n in plan["lists"] or n in plan["stars"]}
+    assert plan == first.plan and set(plan) == {"lists", "strangers", "stars", "newcomers", "passes", "alone", "seconds"} and 1 - .02 * len(LISTS) < sum(plan["lists"].values()) < 1.011 and abs(sum(plan["stars"].values()) - 1) < 1e-2
+    assert all(w >= .02 for n, w in plan["lists"].items() if n != "popularity") and set(plan["passes"]) == {n for n in PASSES if any(n in plan[of] for of in ("lists", "strangers", "newcomers", "stars"))}
     monkeypatch.setattr(hybrid, "make_plan", lambda *a: pytest.fail("it chose"))
     again = make_recommender("hybrid", plan=plan).fit(split)
     assert same(first, again, split) and again.plan == first.plan and set(again.models) == set(first.models)

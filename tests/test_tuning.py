@@ -81,8 +81,8 @@ def counted(monkeypatch):
 # --- the spaces
 
 def test_everybody_is_there():
-    assert set(SPACES) == {*GRIDS, *SEQUENCE, "wide-deep", *(f"wide-deep-{loss}" for loss in LOSSES)}
-    assert [name for name, of in SPACES.items() if not of] == ["mean", "popularity"] == [name for name, grid in GRIDS.items() if not grid]
+    assert set(SPACES) == {*GRIDS, *SEQUENCE, "content", "content-towers", "wide-deep", *(f"wide-deep-{loss}" for loss in LOSSES)}
+    assert [name for name, of in SPACES.items() if not of] == ["mean", "popularity", "content"] == [name for name, grid in GRIDS.items() if not grid] + ["content"]
     assert all(set(GRIDS[name]) == set(SPACES[name]) for name in GRIDS)
 
 

@@ -310,7 +310,7 @@ def age_step(
     days = (now - born).clamp(min=0).double() / DAY
     return torch.where(born == 0, AGES, torch.log2(days / 15 + 1).long().clamp(max=AGES - 1))
 
-
+# %% ../nbs/10_content.ipynb #efedd07d
 class ContentNet(nn.Module):
     "Crosses of tags beside two towers (after Cheng et al., 2016, and Volkovs et al., 2017)."
 
@@ -354,7 +354,7 @@ class ContentNet(nn.Module):
             scores = scores + (dot(user, vectors, items) if looks else user @ vectors.T) / user.shape[1] ** .5
         return scores
 
-# %% ../nbs/10_content.ipynb #1be7dfa6
+# %% ../nbs/10_content.ipynb #c90fef72
 @register("content-towers")
 @dataclass
 class ContentTowers(Recommender):
@@ -393,7 +393,7 @@ class ContentTowers(Recommender):
         if not len(history.item): return torch.zeros_like(place), torch.zeros(place.shape)
         return history.item[place].clamp(max=len(self.sheet.tag) - 1), there * self.fade ** torch.arange(self.length)
 
-# %% ../nbs/10_content.ipynb #0ea8277c
+# %% ../nbs/10_content.ipynb #0bec106c
 def judge_content(
     self: ContentTowers,  # with its sheet
     split: Split,  # whose histories before validation are asked with
@@ -410,7 +410,7 @@ def judge_content(
     cost = lambda b: F.cross_entropy(self.net(self.sheet, had[b], weight[b], self.people[user[b]], items, now[b]), target[:len(item)][b], reduction="sum")
     return torch.no_grad()(lambda: float(sum(cost(b) for b in torch.arange(len(rows)).split(512)) / len(rows)))
 
-# %% ../nbs/10_content.ipynb #4fd340e6
+# %% ../nbs/10_content.ipynb #bb95ebeb
 def content_batch(
     self: ContentTowers,  # being fitted
     log: History,  # training histories
@@ -429,7 +429,7 @@ def content_batch(
     scores = scores.masked_fill((self.sheet.born[items] > now[:, None]) & (items != taken[:, None]), -torch.inf)
     return F.cross_entropy(scores, torch.searchsorted(items, taken))
 
-# %% ../nbs/10_content.ipynb #ef637d61
+# %% ../nbs/10_content.ipynb #5479e5e8
 def fit_content(
     self: ContentTowers,  # built; left with the best weights
     judge=None,  # cost on validation, lower is better; None: make all passes
@@ -458,7 +458,7 @@ def fit_content(
 
 ContentTowers._judge = judge_content
 
-# %% ../nbs/10_content.ipynb #4a89271b
+# %% ../nbs/10_content.ipynb #c3e6d0c0
 def looks_at_all(
     self: ContentTowers,  # fitted
 ) -> tuple:  # vectors float [items + 1, d], biases float [items + 1], tags csr 0/1 [items + 1, tags]
@@ -498,7 +498,7 @@ def _restore(self, state):
 
 ContentTowers._scores, ContentTowers._state, ContentTowers._restore = _scores, _state, _restore
 
-# %% ../nbs/10_content.ipynb #d27e0789
+# %% ../nbs/10_content.ipynb #c9c4eeee
 AMAZON_FEATURES = np.dtype([("item", "S10"), ("vector", "<f4", 4096)])
 
 
@@ -526,7 +526,7 @@ def vector_file(
     if lists and table[lists[0]].list.len().n_unique() > 1 and isinstance(table.schema[lists[0]], pl.List): raise Problem(f"{path}: the vectors in '{lists[0]}' are not all of one length")
     return table.select(id_text(key, table.schema[key]).alias(key))[key], np.array(table[lists[0]].to_list(), np.float32) if lists else table.select(numbers).to_numpy()
 
-# %% ../nbs/10_content.ipynb #aa648f45
+# %% ../nbs/10_content.ipynb #fe042b1f
 def read_vectors(
     path: str,  # .parquet, .npy or .b
     ids: pl.Series,  # of the table of items
@@ -547,7 +547,7 @@ def read_vectors(
     found[wrong] = 0
     return torch.from_numpy(found), f"vectors of {len(at) - wrong.sum():,} of {len(ids):,} products" + (f"; {wrong.sum():,} were left out, for they hold what is no number" if wrong.any() else "")
 
-# %% ../nbs/10_content.ipynb #e46a3818
+# %% ../nbs/10_content.ipynb #1157f98e
 def read_pictures(
     folder: str,  # of files named by item id, with any ending
     ids: pl.Series,  # of the table of items
@@ -566,7 +566,7 @@ def read_pictures(
     if not there.any(): raise Problem(f"{folder} has no picture of any product of the log" + (f"; {bad[0]} is no image" if bad else "; the files are to be named by item id"))
     return pictures, there, f"pictures of {there.sum():,} of {len(ids):,} products" + (f"; {len(bad)} files are no images, such as {bad[0]}" if bad else "")
 
-# %% ../nbs/10_content.ipynb #c128fcc1
+# %% ../nbs/10_content.ipynb #1431cb1c
 class PictureNet(nn.Module):
     "Three convolutions and a mean over the places (after LeCun et al., 1998)."
 
@@ -602,7 +602,7 @@ def picture_vectors(
     seen = (seen - seen[learn].mean(0)) / (seen[learn].std(0) + 1e-6)
     return seen * torch.from_numpy(there)[:, None]
 
-# %% ../nbs/10_content.ipynb #5850a606
+# %% ../nbs/10_content.ipynb #3a91725d
 def missing(
     extra: str,  # of this package
     package: str,  # that it brings
@@ -634,7 +634,7 @@ def sentence_vectors(
     read = SentenceTransformer(name, device=pick_device().type).encode(texts.fill_null("").to_list(), show_progress_bar=True, convert_to_numpy=True)
     return torch.from_numpy(np.asarray(read, np.float32)) * (texts.fill_null("") != "").to_torch()[:, None]
 
-# %% ../nbs/10_content.ipynb #13c8af9d
+# %% ../nbs/10_content.ipynb #3b58f183
 @dataclass
 class Reviews:
     "What was learnt from reviews."
@@ -663,7 +663,7 @@ def read_reviews(
     items = mean.select("item", reviews=pl.concat_list(pl.exclude("item").cast(pl.Float32)))
     return Reviews(items, [", ".join(words[np.argsort(-c)[:4]]) for c in model.components_], pl.DataFrame({"word": words, "stars": line.coef_}).sort("stars"))
 
-# %% ../nbs/10_content.ipynb #11177215
+# %% ../nbs/10_content.ipynb #cc6536a1
 def reviews_of(
     run: Run,  # with reviews.parquet, if its log has reviews
     split: Split,  # whose training rows may be read
@@ -686,7 +686,7 @@ def looks_of(
     drawn = drawn_pictures(run.about["dataset"], ids)
     return None, None if drawn is None else (drawn, np.ones(len(ids), bool)), "no pictures" if drawn is None else f"pictures of all {len(ids):,} products"
 
-# %% ../nbs/10_content.ipynb #7bbfac5d
+# %% ../nbs/10_content.ipynb #6fca08d6
 @step(preprocess)
 def describe_products(
     run: Run,  # gets content/CUT.parquet and content.json
@@ -721,7 +721,7 @@ def described(
     about = lambda cut, split: split.items.join(run.read(f"content/{cut}.parquet"), on="item", how="left", maintain_order="left")
     return [replace(s, items=about(cut, s)) for cut, s in enumerate(with_catalogue(s, items, users) for s in run.splits())]
 
-# %% ../nbs/10_content.ipynb #867f83eb
+# %% ../nbs/10_content.ipynb #a498d30a
 def draw_worth_of_words(
     worth: pl.DataFrame,  # word, stars, from the worst to the best
     n: int = 7,  # words at each end
@@ -735,7 +735,7 @@ def draw_worth_of_words(
     ax.tick_params(axis="y", length=0), ax.spines["left"].set_visible(False)
     return fig
 
-# %% ../nbs/10_content.ipynb #5880fc93
+# %% ../nbs/10_content.ipynb #f0b3cfe7
 def draw_map(
     points: np.ndarray,  # float [n, 2]
     kind: list,  # [n], the name of each point's kind
@@ -765,7 +765,7 @@ def same_kind(
     count = torch.bincount(kind).double()
     return float((kind[near] == kind[:, None]).double().mean()), float((count * (count - 1)).sum() / (len(kind) * (len(kind) - 1)))
 
-# %% ../nbs/10_content.ipynb #eec40644
+# %% ../nbs/10_content.ipynb #ed1ee84f
 def strongest_pairs(
     model: ContentTowers,  # fitted
     n: int = 8,  # how many

@@ -399,12 +399,6 @@ class Recommender:
     all_users = property(lambda self: pl.concat([self.user_ids, self.more_users]))
     all_items = property(lambda self: pl.concat([self.item_ids, self.more_items]))  # codes follow this order
 
-    def _once(self, name, make):
-        "What follows from what was learnt and is asked for again and again: made once, never saved."
-        kept = self.__dict__.setdefault("_kept", {})
-        if name not in kept: kept[name] = make()
-        return kept[name]
-
     def _query(self, users, history):
         users = as_codes(users)
         return users, self.log.take(users) if history is None else history
@@ -427,6 +421,13 @@ class Recommender:
         return self._predict(users[each], items.repeat(n), history.take(each)).view(n, m)
 
 # %% ../nbs/00_core.ipynb #d2629ecd
+def _once(self: Recommender, name: str, make: Callable):
+    "What follows from what was learnt and is asked for again and again: made once, never saved."
+    kept = self.__dict__.setdefault("_kept", {})
+    if name not in kept: kept[name] = make()
+    return kept[name]
+
+
 @torch.no_grad()
 def predict(
     self: Recommender,  # fitted
@@ -440,7 +441,7 @@ def predict(
     return self._predict(users, as_codes(items), history).clamp(*self.stars)
 
 
-Recommender.predict = predict
+Recommender.predict, Recommender._once = predict, _once
 
 # %% ../nbs/00_core.ipynb #f9cf3cf5
 def baskets_as_history(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'EVENTS', 'SHOWN', 'id_tables', 'with_mean_row', 'IdsAlone', 'fitted_for_good', 'rows_of_unknowns',
-           'beside_learnt', 'shortened', 'by_events', 'hidden_by_lot', 'tables_of_new', 'of_new', 'Oracle', 'about_new',
-           'sources_of', 'what_sources_add', 'groups_of_users', 'served', 'groups_of_items', 'exposure', 'newcomers',
-           'in_order_of_proof', 'unknowns_in_words', 'draw_events', 'new_in_words', 'draw_new', 'sources_in_words',
-           'draw_served', 'draw_exposure', 'exposure_in_words']
+           'beside_learnt', 'shortened', 'by_events', 'hidden_by_lot', 'over_lots', 'tables_of_new', 'of_new', 'Oracle',
+           'about_new', 'sources_of', 'what_sources_add', 'groups_of_users', 'served', 'groups_of_items', 'exposure',
+           'newcomers', 'in_order_of_proof', 'unknowns_in_words', 'draw_events', 'new_in_words', 'draw_new',
+           'sources_in_words', 'draw_served', 'draw_exposure', 'exposure_in_words']
 
 # %% ../nbs/13_newcomers.ipynb #13c0ca03
 import copy
@@ -166,14 +166,26 @@ def hidden_by_lot(
     kept = lambda rows: rows.filter(~pl.col("item").cast(pl.Int64).is_in(pl.Series(gone.numpy()).implode()))
     return recoded(replace(split, train=kept(split.train), aside=kept(split.aside), val=kept(split.val)))
 
-# %% ../nbs/13_newcomers.ipynb #fd0c40d5
+# %% ../nbs/13_newcomers.ipynb #dc49c2c0
+def over_lots(
+    model: Recommender,  # fitted on the split
+    split: Split,  # three parts
+    items: str = "new",  # candidates: "new" or "known"
+    most: int = 0,  # people asked about at most; 0: all
+    lots: int = 5,  # that settle ties
+) -> pl.DataFrame:  # the table of users of `rank_users`
+    "NDCG@20 of each user, the mean over lots."
+    tables = [rank_users(model, split, "test", (20,), items=items, seed=seed, most=most).users for seed in range(lots)]
+    return tables[0].with_columns(pl.Series("NDCG@20", np.mean([t["NDCG@20"].to_numpy() for t in tables], axis=0), dtype=pl.Float64))
+
+# %% ../nbs/13_newcomers.ipynb #d002b642
 def tables_of_new(
     models: dict,  # name: fitted on the split
     split: Split,  # where some products have no events before the test part
     most: int = 0,  # people asked about at most; 0: all
 ) -> dict:  # name: a table of users; "by lot" too
     "What lists of new products only are worth, by model and by chance."
-    found = {name: rank_users(model, split, "test", (20,), items="new", most=most).users for name, model in models.items()}
+    found = {name: over_lots(model, split, "new", most) for name, model in models.items()}
     some = next(iter(found.values()))
     chance = ndcg_by_lot(some["n_relevant"].to_numpy(), some["n_candidates"].to_numpy(), 20)
     return found | {"by lot": some.with_columns(pl.Series("NDCG@20", chance, dtype=pl.Float64))}
@@ -192,7 +204,7 @@ def of_new(
         found.append({"question": question, "model": name} | {k: figure[k] for k in ("value", "lo", "hi", "n")} | {k: apart.get(v) for k, v in (("more", "value"), ("more_lo", "lo"), ("more_hi", "hi"))})
     return found
 
-# %% ../nbs/13_newcomers.ipynb #f75660ff
+# %% ../nbs/13_newcomers.ipynb #c9a02a4b
 class Oracle(Recommender):
     "The shop's own taste, where a log was drawn and its truth is known; it may not know how popular a new product will be."
     name = "the truth"
@@ -225,7 +237,7 @@ def about_new(
         found += of_new(question, tables)
     return found
 
-# %% ../nbs/13_newcomers.ipynb #4b3f4296
+# %% ../nbs/13_newcomers.ipynb #b47719bc
 def sources_of(
     split: Split,  # described
 ) -> list:
@@ -244,7 +256,7 @@ def what_sources_add(
     names, found = sources_of(split), []
     def tables(sources, traits):
         model = make_recommender("content-towers", sources=tuple(s for s in sources if s != "traits") or ("nothing",), traits=traits, epochs=passes, patience=passes, seed=seed).fit(split)
-        return {items: rank_users(model, split, "test", (20,), items=items, most=most).users for items in ("new", "known")}
+        return {items: over_lots(model, split, items, most, lots) for items, lots in (("new", 5), ("known", 1))}
     whole = tables(names, True)
     for gone in tqdm(["nothing", *names, "everything"], desc="without each source", leave=False):
         less = whole if gone == "nothing" else tables([], False) if gone == "everything" else tables([n for n in names if n != gone], gone != "traits")
@@ -254,7 +266,7 @@ def what_sources_add(
             found.append({"without": gone, "items": items, "value": value, "more": apart["value"], "lo": apart["lo"], "hi": apart["hi"]})
     return found
 
-# %% ../nbs/13_newcomers.ipynb #f6e98c9c
+# %% ../nbs/13_newcomers.ipynb #2dbe4262
 def groups_of_users(
     split: Split,  # described
 ) -> dict:  # name: bool [users], for every group of twenty or more
@@ -281,7 +293,7 @@ def served(
             if len(rows) >= few: found.append({"by": by, "group": group, "model": name} | {k: v for k, v in summarise([rows], ["NDCG@20"], {"all": pl.lit(True)}).row(0, named=True).items() if k in ("value", "lo", "hi", "n")})
     return found
 
-# %% ../nbs/13_newcomers.ipynb #800885f7
+# %% ../nbs/13_newcomers.ipynb #845aba87
 def groups_of_items(
     split: Split,  # described
 ) -> dict:  # (by, group): bool [items]
@@ -312,7 +324,7 @@ def exposure(
     places |= {f"shown by {name}": rows[rows >= 0].numpy() for name, rows in lists.items()}
     return [{"by": by, "group": group, "what": what, "share": float(mine[of].mean())} for (by, group), mine in groups.items() for what, of in places.items() if len(of)]
 
-# %% ../nbs/13_newcomers.ipynb #212d3f77
+# %% ../nbs/13_newcomers.ipynb #c7a76569
 SHOWN = ("hybrid", "content-towers", "gru", "recent-popularity", "popularity")  # whose lists are looked at
 
 
@@ -333,7 +345,7 @@ def newcomers(
     less = hidden_by_lot(split, hidden, run.seed)
     def ranked():
         make = lambda hide: fitted_for_good("content-towers", less, hide=hide, seed=run.seed)
-        return beside_learnt("content-towers", rows_of_unknowns(lambda m: rank_users(m, less.final(), "test", (20,), items="new", most=most).users, make), "NDCG@20", {"products hidden by lot": pl.lit(True)})
+        return beside_learnt("content-towers", rows_of_unknowns(lambda m: over_lots(m, less.final(), "new", most), make), "NDCG@20", {"products hidden by lot": pl.lit(True)})
     def who():
         asked = {name: rank_users(model, final, "test", (20,), most=most) for name, model in models.items()}
         return {"served": served({n: a.users for n, a in asked.items()}, groups_of_users(final)), "exposure": exposure({n: a.lists for n, a in asked.items()}, final)}
@@ -345,7 +357,7 @@ def newcomers(
             "sources": run.once("sources", lambda: what_sources_add(hidden_by_lot(final, hidden, run.seed), passes, run.seed, most)) if told_of else []}
     run.write("newcomers.json", made | {"hidden": hidden})
 
-# %% ../nbs/13_newcomers.ipynb #f30f2dce
+# %% ../nbs/13_newcomers.ipynb #43297f5f
 def in_order_of_proof(
     rows: list,  # dicts with lo and hi of a difference
     better: int,  # 1: the more the better, -1: the less
@@ -367,7 +379,7 @@ def unknowns_in_words(
         if bad: said.append(f"It is worse: {name(bad)}.")
     return " ".join(said) or "This log has no unknowns to ask about."
 
-# %% ../nbs/13_newcomers.ipynb #68740543
+# %% ../nbs/13_newcomers.ipynb #54fd1138
 def draw_events(
     rows: pl.DataFrame,  # model, events, value, lo, hi
 ) -> plt.Figure:
@@ -389,7 +401,7 @@ def draw_events(
     ax.set(xticks=range(len(counts)), xticklabels=counts, xlabel="events shown", ylabel="NDCG@20", ylim=(0, None))
     return fig
 
-# %% ../nbs/13_newcomers.ipynb #3fac3db7
+# %% ../nbs/13_newcomers.ipynb #cd881f81
 def new_in_words(
     rows: list,  # of newcomers.json
 ) -> str:
@@ -423,7 +435,7 @@ def draw_new(
     axes[-1, 0].set(xlabel="NDCG@20 among new products only")
     return fig
 
-# %% ../nbs/13_newcomers.ipynb #add627c0
+# %% ../nbs/13_newcomers.ipynb #358f9e1b
 def sources_in_words(
     rows: list,  # of newcomers.json
 ) -> str:
@@ -436,7 +448,7 @@ def sources_in_words(
         if mine: said.append(f"For {what} " + "; ".join(([f"{name(good)} surely add{'s' if len(good) == 1 else ''}"] if good else []) + ([f"without {name(bad)} it would be better"] if bad else []) + ([f"of {name(level)} nothing can be shown"] if level else [])) + ".")
     return " ".join(said)
 
-# %% ../nbs/13_newcomers.ipynb #a6ba3e66
+# %% ../nbs/13_newcomers.ipynb #fcb7c6d4
 def draw_served(
     rows: pl.DataFrame,  # by, group, model, value, lo, hi, n
 ) -> plt.Figure:
@@ -476,7 +488,7 @@ def draw_exposure(
     ax.legend(ncols=2, loc="lower left", bbox_to_anchor=(-.4, 1.), handletextpad=.2, columnspacing=1.)
     return fig
 
-# %% ../nbs/13_newcomers.ipynb #dbc3d087
+# %% ../nbs/13_newcomers.ipynb #3348903d
 def exposure_in_words(
     rows: pl.DataFrame,  # by, group, what, share
 ) -> str:

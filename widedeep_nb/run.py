@@ -765,7 +765,8 @@ def results_of(
     figures = overall(run.metrics().filter(pl.col("metric").is_in(PUBLISHED), protocol=run.protocol.name)).with_columns(dataset=pl.lit(run.data_name))
     return {"dataset": run.data_name, "rows": pl.scan_parquet(log).select(pl.len()).collect().item() if log.exists() else None} | {k: about[k] for k in ("protocol", "seed", "device", "versions")} | {
         "log": of_log, "summary": said["eda"].get("summary", {}), "parts": said["preprocessing"].get("parts", []),
-        "seconds": {stem: c["seconds"] for stem, c in sorted(about["chapters"].items())}, "steps": {name: s["seconds"] for name, s in about["steps"].items()}, "metrics": figures.to_dicts()}
+        "seconds": {stem: c["seconds"] for stem, c in sorted(about["chapters"].items())}, "steps": {name: s["seconds"] for name, s in about["steps"].items()},
+        "newcomers": run.read("newcomers.json") if (run.folder / "newcomers.json").exists() else {}, "metrics": figures.to_dicts()}
 
 
 def compact(
@@ -773,7 +774,8 @@ def compact(
 ) -> str:  # JSON, a record a line
     "Results as text in which a change is easy to see."
     records = ",\n".join("  " + json.dumps(r) for r in results["metrics"])
-    head = json.dumps(results | {"metrics": []}, indent=1)
+    flat = lambda record: re.sub(r"\s*\n\s*", " ", record[0]).replace("{ ", "{").replace(" }", "}")
+    head = re.sub(r"\{[^{}\[\]]*\}", flat, json.dumps(results | {"metrics": []}, indent=1))
     return head.replace('"metrics": []', f'"metrics": [\n{records}\n ]') + "\n"
 
 # %% ../nbs/17_run.ipynb #af4dc5d6
