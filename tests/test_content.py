@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from widedeep_nb.content import (AMAZON_FEATURES, ContentNet, content_batch, compressed, described, describe_products, is_described, make_sheet, padded, picture_vectors, price_steps, read_pictures,
+from widedeep_nb.content import (AMAZON_FEATURES, Sheet, ContentNet, content_batch, compressed, described, describe_products, is_described, make_sheet, padded, picture_vectors, price_steps, read_pictures,
                                  read_reviews, read_vectors, reviews_of, since_when, space_of, tags_of, tokens, traits_of, with_catalogue, word_vectors)
 from widedeep_nb.core import PROTOCOLS, History, Problem, Run, Split, as_interactions, load_recommender, make_recommender
 from widedeep_nb.data import load
@@ -342,3 +342,15 @@ def test_pictures_say_what_a_product_is(split):
     kind = items["category"].to_numpy()
     near = (seen[400:] @ seen[:400].T).argmax(1).numpy()
     assert (kind[400:] == kind[near]).mean() > .5
+
+
+def test_what_buyers_say_is_hidden_with_the_id(split):
+    "A product that is shown as unknown is shown without its reviews, and with all else."
+    told = replace(split, items=split.items.with_columns(reviews=pl.Series([[float(k % 7), 1.] for k in range(len(split.items))], dtype=pl.Array(pl.Float32, 2)), look=pl.Series([[float(k % 5), 1.] for k in range(len(split.items))], dtype=pl.Array(pl.Float32, 2))))
+    model = make_recommender("content-towers", epochs=1).fit(told)
+    tower, sheet, items = model.net.item, model.sheet, torch.tensor([3])
+    unknown = torch.tensor([told.known_items])
+    without = lambda name: Sheet(sheet.tag, sheet.names, {k: v * (k != name) for k, v in sheet.vectors.items()}, sheet.born)
+    with torch.no_grad():
+        assert torch.equal(tower(sheet, items, unknown), tower(without("reviews"), items, unknown)) and not torch.equal(tower(sheet, items, items), tower(without("reviews"), items, items))
+        assert not torch.equal(tower(sheet, items, unknown), tower(without("look"), items, unknown))
