@@ -6,8 +6,8 @@
 __all__ = ['WITHOUT_SPACES', 'FROM_BUYERS', 'AGES', 'AMAZON_FEATURES', 'tokens', 'compressed', 'word_vectors', 'steps_of',
            'price_steps', 'tags_of', 'Sheet', 'padded', 'since_when', 'is_vectors', 'make_sheet', 'is_described',
            'with_catalogue', 'dot', 'space_of', 'Content', 'KindPopularity', 'before', 'traits_of', 'ItemTower',
-           'age_step', 'ContentNet', 'ContentTowers', 'judge_content', 'content_batch', 'fit_content', 'looks_at_all',
-           'vector_file', 'read_vectors', 'read_pictures', 'PictureNet', 'picture_vectors', 'missing',
+           'age_step', 'ContentNet', 'ContentTowers', 'judge_content', 'content_batch', 'fit_content', 'now_of',
+           'looks_at_all', 'vector_file', 'read_vectors', 'read_pictures', 'PictureNet', 'picture_vectors', 'missing',
            'pretrained_pictures', 'sentence_vectors', 'Reviews', 'read_reviews', 'reviews_of', 'looks_of',
            'describe_products', 'described', 'draw_worth_of_words', 'draw_map', 'same_kind', 'strongest_pairs']
 
@@ -343,11 +343,11 @@ class ContentNet(nn.Module):
         return self.item(sheet, items, ids) if self.parts != "wide" else bias[:, None], bias
 
     def forward(self, sheet: Sheet, had: torch.Tensor, weight: torch.Tensor, traits: torch.Tensor, items: torch.Tensor, now: torch.Tensor, looks: Optional[tuple] = None) -> torch.Tensor:
-        "Scores [n, m]; `looks` are vectors, biases and tags of all products, where they were made before."
+        "Scores [n, m]; `looks` are vectors, biases with that of the age, and tags of all products, where they were made before."
         size, (vectors, bias) = weight.sum(1, keepdim=True), looks[:2] if looks else self.look(sheet, items)
         if looks: bias = bias[items]
         weight = weight / size.clamp(min=1e-9)
-        scores = bias + self.of_age(age_step(now[:, None], sheet.born[items]))[..., 0]
+        scores = bias if looks else bias + self.of_age(age_step(now[:, None], sheet.born[items]))[..., 0]
         if self.parts != "deep":
             by_tag = torch.cat([self.profile(sheet.tag[had], weight), traits], 1) @ self.cross
             scores = scores + (torch.from_numpy(looks[2] @ by_tag.T.numpy()).T[:, items] if looks else F.embedding_bag(sheet.tag[items], F.pad(by_tag, (0, 1)).T, mode="sum", padding_idx=self.n_tags).T)
@@ -462,20 +462,28 @@ def fit_content(
 
 ContentTowers._judge = judge_content
 
-# %% ../nbs/10_content.ipynb #c3e6d0c0
+# %% ../nbs/10_content.ipynb #adb027fc
+def now_of(
+    log: History,  # of all users
+) -> torch.Tensor:  # int64, milliseconds since 1970; 0 where there is no time
+    "When the last event was."
+    return log.time.max() if len(log.time) else torch.tensor(0)
+
+
 def looks_at_all(
     self: ContentTowers,  # fitted
-) -> tuple:  # vectors float [items + 1, d], biases float [items + 1], tags csr 0/1 [items + 1, tags]
+) -> tuple:  # vectors float [items + 1, d], biases at the end of training float [items + 1], tags csr 0/1 [items + 1, tags]
     "What scoring needs of all products, made once."
     n, tags = len(self.sheet.tag), len(self.sheet.names)
     parts = [self.net.look(self.sheet, b) for b in torch.arange(n).split(2 ** 15)]
     row, place = (self.sheet.tag < tags).nonzero(as_tuple=True)
     has = sp.csr_array((np.ones(len(row), np.float32), (row.numpy(), self.sheet.tag[row, place].numpy())), shape=(n, tags))
-    return *(torch.cat(p) for p in zip(*parts)), has
+    vectors, bias = (torch.cat(p) for p in zip(*parts))
+    return vectors, bias + self.net.of_age(age_step(now_of(self.log), self.sheet.born))[:, 0], has
 
 
 def _scores(self, users, history, items, budget=2 ** 23):
-    last, now = len(self.sheet.tag) - 1, self.log.time.max() if len(self.log.time) else torch.tensor(0)
+    last, now = len(self.sheet.tag) - 1, now_of(self.log)
     had, weight = self._asked(history, history.ptr[1:], history.ptr[:-1])
     people, items, found = self.people[users.clamp(max=len(self.people) - 1)], items.clamp(max=last), []
     looks = self._once("looks", lambda: looks_at_all(self))

@@ -521,13 +521,14 @@ class Hybrid(Recommender):
     def _scores(self, users, history, items):
         lists, strangers, known = self.plan["lists"], self.plan["strangers"], trust(history, self.n_items) > 0
         total = torch.zeros(len(users), self.n_items + 1)                     # the last column: an item that nothing is known of
+        new = (items >= self.n_items) & (items < len(self.all_items))
+        both = torch.cat([torch.arange(self.n_items), items[new]])            # a new item's share is one of the attention beside all that is known
+        said = {name: self.models[name]._scores(users, history, both) for name in self.plan["newcomers"]} if new.any() else {}
         for name in dict.fromkeys([*lists, *strangers]):
             weight = torch.where(known, lists.get(name, 0.), strangers.get(name, 0.))
-            total[:, :-1] += weight * shares_of(name, self.models[MODEL[name]], users, history)
-        scores, new = total[:, items.clamp(max=self.n_items)], (items >= self.n_items) & (items < len(self.all_items))
-        for name, weight in self.plan["newcomers"].items() if new.any() else ():
-            both = torch.cat([torch.arange(self.n_items), items[new]])        # the share of attention beside all that is known
-            scores[:, new] += weight * share(self.models[name]._scores(users, history, both), soft=True)[:, self.n_items:]
+            total[:, :-1] += weight * (share(said[name][:, :self.n_items], soft=True) if name in said else shares_of(name, self.models[MODEL[name]], users, history))
+        scores = total[:, items.clamp(max=self.n_items)]
+        for name, logits in said.items(): scores[:, new] += self.plan["newcomers"][name] * share(logits, soft=True)[:, self.n_items:]
         return scores
 
     def _predict(self, users, items, history):
