@@ -762,7 +762,7 @@ def draw_map(
         mine = points[[k == name for k in kind]]
         ax.plot(*mine.T, "o", ms=3.5, color=colour, alpha=.8)
         at = mine[np.square(mine - np.median(mine, 0)).sum(1).argmin()]
-        ax.annotate(name.split(" > ")[-1], at, ha="center", va="center", fontsize=9, weight="bold", bbox={"boxstyle": "round,pad=.15", "facecolor": "white", "alpha": .75, "lw": 0}, color="#1f2932")
+        ax.annotate(name.split(" > ")[-1], at, (0, 11), textcoords="offset points", ha="center", va="center", fontsize=9, weight="bold", bbox={"boxstyle": "round,pad=.15", "facecolor": "white", "alpha": .75, "lw": 0}, color="#1f2932")
     ax.set_axis_off()
     return fig
 
