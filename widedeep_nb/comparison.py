@@ -40,7 +40,7 @@ from optuna.trial import TrialState
 from tqdm.auto import tqdm
 
 from .baselines import ABLATIONS, GRIDS, at_what_cost, compare, differences, on_test, on_validation, overall, records_of, shown_in, worth
-from .content import described, describe_products
+from .content import described, describe_products, is_described
 from .core import COLORS, LOSSES, Problem, Recommender, Run, Split, file_sha256, load_recommender, make_recommender, step, versions
 from .evaluation import RATING, holm, ndcg_by_lot, told
 from .hybrid import best_pass, kind_of, put_together
@@ -360,12 +360,14 @@ def tune(
         if value < 1: raise Problem(f"{name} is at least 1, not {value}")
     split, told_all, how = run.splits()[0].without_test(), described(run)[0].without_test(), {"most": run.read("evaluation.json")["most_users"], "epochs": epochs}
     askable, storage, found, left_out = floors_of(split, how["most"]), open_journal(run.folder / "tuning.journal"), [], {}
-    studies = {name: {m: study_of(storage, study_name(run, name, m, **how), m) for m in questions_of(name, askable)} for name in SPACES if split.has_stars or not wants_stars(name)}
+    cannot = {name: "this log has no stars to learn from" for name in SPACES if wants_stars(name) and not split.has_stars}
+    cannot |= {name: "nothing is known of this log's products but their ids" for name in SPACES if reads_tables(name) and not is_described(told_all)}
+    studies = {name: {m: study_of(storage, study_name(run, name, m, **how), m) for m in questions_of(name, askable)} for name in SPACES if name not in cannot}
     counts = [min(len(finished(study)), trials) for of in studies.values() for study in of.values()]
     with tqdm(total=trials * len(counts), initial=sum(counts), desc="tuning", leave=False) as bar:
         for name in SPACES:
             bar.set_description(f"tuning {name}")
-            if name not in studies: left_out[name] = "this log has no stars to learn from"
+            if name in cannot: left_out[name] = cannot[name]
             else:
                 try: found.append(tune_one(name, studies[name], told_all if reads_tables(name) else split, trials=trials, bar=bar, seed=run.seed, **how))
                 except Problem as e: left_out[name] = str(e)

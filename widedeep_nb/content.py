@@ -6,9 +6,9 @@
 __all__ = ['WITHOUT_SPACES', 'FROM_BUYERS', 'AGES', 'AMAZON_FEATURES', 'tokens', 'compressed', 'word_vectors', 'steps_of',
            'price_steps', 'tags_of', 'Sheet', 'padded', 'since_when', 'is_vectors', 'make_sheet', 'is_described',
            'with_catalogue', 'dot', 'space_of', 'Content', 'KindPopularity', 'before', 'traits_of', 'ItemTower',
-           'age_step', 'ContentNet', 'ContentTowers', 'judge_content', 'content_batch', 'fit_content', 'now_of',
-           'looks_at_all', 'vector_file', 'read_vectors', 'read_pictures', 'PictureNet', 'picture_vectors', 'missing',
-           'pretrained_pictures', 'sentence_vectors', 'Reviews', 'read_reviews', 'reviews_of', 'looks_of',
+           'age_step', 'PickedFromFew', 'ContentNet', 'ContentTowers', 'judge_content', 'content_batch', 'fit_content',
+           'now_of', 'looks_at_all', 'vector_file', 'read_vectors', 'read_pictures', 'PictureNet', 'picture_vectors',
+           'missing', 'pretrained_pictures', 'sentence_vectors', 'Reviews', 'read_reviews', 'reviews_of', 'looks_of',
            'describe_products', 'described', 'draw_worth_of_words', 'draw_map', 'same_kind', 'strongest_pairs']
 
 # %% ../nbs/10_content.ipynb #10c0ca03
@@ -314,7 +314,22 @@ def age_step(
     days = (now - born).clamp(min=0).double() / DAY
     return torch.where(born == 0, AGES, torch.log2(days / 15 + 1).long().clamp(max=AGES - 1))
 
-# %% ../nbs/10_content.ipynb #efedd07d
+
+class PickedFromFew(torch.autograd.Function):
+    "`weight[place]` for a few weights and very many places: the gradient is a weighted count, many times faster than a sparse sum."
+
+    @staticmethod
+    def forward(ctx, weight: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(place)
+        ctx.n = len(weight)
+        return weight[place]
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple:
+        place, = ctx.saved_tensors
+        return torch.bincount(place.flatten(), grad.flatten(), ctx.n).to(grad.dtype), None
+
+# %% ../nbs/10_content.ipynb #7e08832b
 class ContentNet(nn.Module):
     "Crosses of tags beside two towers (after Cheng et al., 2016, and Volkovs et al., 2017)."
 
@@ -347,7 +362,7 @@ class ContentNet(nn.Module):
         size, (vectors, bias) = weight.sum(1, keepdim=True), looks[:2] if looks else self.look(sheet, items)
         if looks: bias = bias[items]
         weight = weight / size.clamp(min=1e-9)
-        scores = bias if looks else bias + self.of_age(age_step(now[:, None], sheet.born[items]))[..., 0]
+        scores = bias if looks else bias + PickedFromFew.apply(self.of_age.weight[:, 0], age_step(now[:, None], sheet.born[items]))
         if self.parts != "deep":
             by_tag = torch.cat([self.profile(sheet.tag[had], weight), traits], 1) @ self.cross
             scores = scores + (torch.from_numpy(looks[2] @ by_tag.T.numpy()).T[:, items] if looks else F.embedding_bag(sheet.tag[items], F.pad(by_tag, (0, 1)).T, mode="sum", padding_idx=self.n_tags).T)
@@ -358,7 +373,7 @@ class ContentNet(nn.Module):
             scores = scores + (dot(user, vectors, items) if looks else user @ vectors.T) / user.shape[1] ** .5
         return scores
 
-# %% ../nbs/10_content.ipynb #c90fef72
+# %% ../nbs/10_content.ipynb #159807b4
 @register("content-towers")
 @dataclass
 class ContentTowers(Recommender):
@@ -397,7 +412,7 @@ class ContentTowers(Recommender):
         if not len(history.item): return torch.zeros_like(place), torch.zeros(place.shape)
         return history.item[place].clamp(max=len(self.sheet.tag) - 1), there * self.fade ** torch.arange(self.length)
 
-# %% ../nbs/10_content.ipynb #0bec106c
+# %% ../nbs/10_content.ipynb #347c323b
 def judge_content(
     self: ContentTowers,  # with its sheet
     split: Split,  # whose histories before validation are asked with
@@ -414,7 +429,7 @@ def judge_content(
     cost = lambda b: F.cross_entropy(self.net(self.sheet, had[b], weight[b], self.people[user[b]], items, now[b]), target[:len(item)][b], reduction="sum")
     return torch.no_grad()(lambda: float(sum(cost(b) for b in torch.arange(len(rows)).split(512)) / len(rows)))
 
-# %% ../nbs/10_content.ipynb #bb95ebeb
+# %% ../nbs/10_content.ipynb #0cda6199
 def content_batch(
     self: ContentTowers,  # being fitted
     log: History,  # training histories
@@ -433,7 +448,7 @@ def content_batch(
     scores = scores.masked_fill((self.sheet.born[items] > now[:, None]) & (items != taken[:, None]), -torch.inf)
     return F.cross_entropy(scores, torch.searchsorted(items, taken))
 
-# %% ../nbs/10_content.ipynb #5479e5e8
+# %% ../nbs/10_content.ipynb #6bf2f8d7
 def fit_content(
     self: ContentTowers,  # built; left with the best weights
     judge=None,  # cost on validation, lower is better; None: make all passes
@@ -462,7 +477,7 @@ def fit_content(
 
 ContentTowers._judge = judge_content
 
-# %% ../nbs/10_content.ipynb #adb027fc
+# %% ../nbs/10_content.ipynb #0c48fe1c
 def now_of(
     log: History,  # of all users
 ) -> torch.Tensor:  # int64, milliseconds since 1970; 0 where there is no time
@@ -510,7 +525,7 @@ def _restore(self, state):
 
 ContentTowers._scores, ContentTowers._state, ContentTowers._restore = _scores, _state, _restore
 
-# %% ../nbs/10_content.ipynb #c9c4eeee
+# %% ../nbs/10_content.ipynb #a0322c63
 AMAZON_FEATURES = np.dtype([("item", "S10"), ("vector", "<f4", 4096)])
 
 
@@ -538,7 +553,7 @@ def vector_file(
     if lists and table[lists[0]].list.len().n_unique() > 1 and isinstance(table.schema[lists[0]], pl.List): raise Problem(f"{path}: the vectors in '{lists[0]}' are not all of one length")
     return table.select(id_text(key, table.schema[key]).alias(key))[key], np.array(table[lists[0]].to_list(), np.float32) if lists else table.select(numbers).to_numpy()
 
-# %% ../nbs/10_content.ipynb #fe042b1f
+# %% ../nbs/10_content.ipynb #5457df42
 def read_vectors(
     path: str,  # .parquet, .npy or .b
     ids: pl.Series,  # of the table of items
@@ -559,7 +574,7 @@ def read_vectors(
     found[wrong] = 0
     return torch.from_numpy(found), f"vectors of {len(at) - wrong.sum():,} of {len(ids):,} products" + (f"; {wrong.sum():,} were left out, for they hold what is no number" if wrong.any() else "")
 
-# %% ../nbs/10_content.ipynb #1157f98e
+# %% ../nbs/10_content.ipynb #0a411862
 def read_pictures(
     folder: str,  # of files named by item id, with any ending
     ids: pl.Series,  # of the table of items
@@ -578,7 +593,7 @@ def read_pictures(
     if not there.any(): raise Problem(f"{folder} has no picture of any product of the log" + (f"; {bad[0]} is no image" if bad else "; the files are to be named by item id"))
     return pictures, there, f"pictures of {there.sum():,} of {len(ids):,} products" + (f"; {len(bad)} files are no images, such as {bad[0]}" if bad else "")
 
-# %% ../nbs/10_content.ipynb #1431cb1c
+# %% ../nbs/10_content.ipynb #bc913ca6
 class PictureNet(nn.Module):
     "Three convolutions and a mean over the places (after LeCun et al., 1998)."
 
@@ -614,7 +629,7 @@ def picture_vectors(
     seen = (seen - seen[learn].mean(0)) / (seen[learn].std(0) + 1e-6)
     return seen * torch.from_numpy(there)[:, None]
 
-# %% ../nbs/10_content.ipynb #3a91725d
+# %% ../nbs/10_content.ipynb #6f89bfcb
 def missing(
     extra: str,  # of this package
     package: str,  # that it brings
@@ -646,7 +661,7 @@ def sentence_vectors(
     read = SentenceTransformer(name, device=pick_device().type).encode(texts.fill_null("").to_list(), show_progress_bar=True, convert_to_numpy=True)
     return torch.from_numpy(np.asarray(read, np.float32)) * (texts.fill_null("") != "").to_torch()[:, None]
 
-# %% ../nbs/10_content.ipynb #3b58f183
+# %% ../nbs/10_content.ipynb #05b35b83
 @dataclass
 class Reviews:
     "What was learnt from reviews."
@@ -675,7 +690,7 @@ def read_reviews(
     items = mean.select("item", reviews=pl.concat_list(pl.exclude("item").cast(pl.Float32)))
     return Reviews(items, [", ".join(words[np.argsort(-c)[:4]]) for c in model.components_], pl.DataFrame({"word": words, "stars": line.coef_}).sort("stars"))
 
-# %% ../nbs/10_content.ipynb #cc6536a1
+# %% ../nbs/10_content.ipynb #be28fc45
 def reviews_of(
     run: Run,  # with reviews.parquet, if its log has reviews
     split: Split,  # whose training rows may be read
@@ -698,7 +713,7 @@ def looks_of(
     drawn = drawn_pictures(run.about["dataset"], ids)
     return None, None if drawn is None else (drawn, np.ones(len(ids), bool)), "no pictures" if drawn is None else f"pictures of all {len(ids):,} products"
 
-# %% ../nbs/10_content.ipynb #6fca08d6
+# %% ../nbs/10_content.ipynb #0d731a61
 @step(preprocess)
 def describe_products(
     run: Run,  # gets content/CUT.parquet and content.json
@@ -733,7 +748,7 @@ def described(
     about = lambda cut, split: split.items.join(run.read(f"content/{cut}.parquet"), on="item", how="left", maintain_order="left")
     return [replace(s, items=about(cut, s)) for cut, s in enumerate(with_catalogue(s, items, users) for s in run.splits())]
 
-# %% ../nbs/10_content.ipynb #a498d30a
+# %% ../nbs/10_content.ipynb #31745ca9
 def draw_worth_of_words(
     worth: pl.DataFrame,  # word, stars, from the worst to the best
     n: int = 7,  # words at each end
@@ -747,7 +762,7 @@ def draw_worth_of_words(
     ax.tick_params(axis="y", length=0), ax.spines["left"].set_visible(False)
     return fig
 
-# %% ../nbs/10_content.ipynb #f0b3cfe7
+# %% ../nbs/10_content.ipynb #9c8da37f
 def draw_map(
     points: np.ndarray,  # float [n, 2]
     kind: list,  # [n], the name of each point's kind
@@ -777,7 +792,7 @@ def same_kind(
     count = torch.bincount(kind).double()
     return float((kind[near] == kind[:, None]).double().mean()), float((count * (count - 1)).sum() / (len(kind) * (len(kind) - 1)))
 
-# %% ../nbs/10_content.ipynb #ed1ee84f
+# %% ../nbs/10_content.ipynb #56e0c006
 def strongest_pairs(
     model: ContentTowers,  # fitted
     n: int = 8,  # how many
