@@ -44,10 +44,11 @@ def small(): return prepare(log_of(), "strict")
 
 def run_of(folder, log=None, protocol="strict", seed=0):
     "A run whose rows are there, and who is asked; no model."
-    folder.mkdir(parents=True)
-    csv = folder / "toy.csv"
-    (log_of() if log is None else log).with_columns(pl.col("timestamp").dt.epoch("ms")).write_csv(csv)
-    run = Run(folder / "run", dataset=str(csv), protocol=protocol, seed=seed)
+    place = folder / "toy"
+    place.mkdir(parents=True)
+    (log_of() if log is None else log).with_columns(pl.col("timestamp").dt.epoch("ms")).write_csv(place / "ratings.csv")
+    pl.DataFrame({"item": [f"i{k}" for k in range(30)], "category": [f"A > {k % 2}" for k in range(30)]}).write_csv(place / "items.csv")
+    run = Run(folder / "run", dataset=str(place), protocol=protocol, seed=seed)
     preprocess(run)
     run.write("evaluation.json", {"relevant": 4., "most_users": 40})
     return run
