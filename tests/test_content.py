@@ -354,3 +354,15 @@ def test_what_buyers_say_is_hidden_with_the_id(split):
     with torch.no_grad():
         assert torch.equal(tower(sheet, items, unknown), tower(without("reviews"), items, unknown)) and not torch.equal(tower(sheet, items, items), tower(without("reviews"), items, items))
         assert not torch.equal(tower(sheet, items, unknown), tower(without("look"), items, unknown))
+
+
+def test_the_hybrid_ranks_new_products_by_their_share_of_attention(split):
+    "What the towers say of a new product, beside all that is known; and 0 of one that is in no table."
+    plan = {"lists": {"popularity": .6, "content towers": .4}, "newcomers": {"content towers": .5}, "passes": {"content towers": 2}}
+    model = make_recommender("hybrid", plan=plan).fit(split)
+    n, new, users = split.known_items, torch.arange(split.known_items, len(split.items)), torch.tensor([2, 9])
+    logits = model.models["content towers"].scores(users, items=torch.arange(len(split.items)))
+    assert torch.allclose(model.scores(users, items=new), .5 * torch.softmax(logits, 1)[:, n:], atol=1e-6)
+    assert model.scores(users, items=[len(split.items) + 3]).tolist() == [[0], [0]]
+    popular = make_recommender("popularity").fit(split).weight[:n]
+    assert torch.allclose(model.scores(users), .6 * popular / popular.sum() + .4 * torch.softmax(logits[:, :n], 1), atol=1e-6)
