@@ -142,6 +142,7 @@ def test_words_follow_the_numbers():
     row = lambda model, value, more, lo, hi: {"question": "new in time", "model": model, "value": value, "lo": value - .1, "hi": value + .1, "n": 9, "more": more, "more_lo": lo, "more_hi": hi}
     assert "which is beaten" in new_in_words([row("content", .5, .2, .1, .3), row("kind-popularity", .3, None, None, None)])
     assert "not told apart" in new_in_words([row("content", .5, .2, -.1, .3), row("kind-popularity", .3, None, None, None)])
+    assert "which is surely better" in new_in_words([row("content", .3, -.2, -.3, -.1), row("kind-popularity", .5, None, None, None)])
     assert new_in_words([]) == "There are no new products to ask about."
 
 

@@ -12,9 +12,9 @@ __all__ = ['WITHOUT_SPACES', 'FROM_BUYERS', 'AGES', 'AMAZON_FEATURES', 'tokens',
            'describe_products', 'described', 'draw_worth_of_words', 'draw_map', 'same_kind', 'strongest_pairs']
 
 # %% ../nbs/10_content.ipynb #10c0ca03
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Optional, Union
+from typing import Optional
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -32,9 +32,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .baselines import takers
-from .core import COLORS, History, Problem, Recommender, Run, Split, as_codes, code_table, codes_of, lot, make_recommender, pack_text, pick_device, register, step, unpack_text
+from .core import COLORS, History, Problem, Recommender, Run, Split, as_codes, codes_of, lot, make_recommender, pack_text, pick_device, register, step, unpack_text
 from .data import ITEM_NAMES, drawn_pictures, find_columns, id_text
-from .preprocessing import DAY, preprocess, rows_that_count
+from .preprocessing import DAY, preprocess
 
 # %% ../nbs/10_content.ipynb #416626e3
 WITHOUT_SPACES = r"[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*"
@@ -116,7 +116,6 @@ class Sheet:
     vectors: dict  # source -> float32 [items + 1, d]; a row of noughts where nothing is known
     born: torch.Tensor  # int64 [items + 1], since when it is sold: milliseconds since 1970, 0 where nothing is known
 
-    def to(self, device): return Sheet(self.tag.to(device), self.names, {k: v.to(device) for k, v in self.vectors.items()}, self.born.to(device))
 
 
 def padded(

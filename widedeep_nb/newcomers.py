@@ -12,7 +12,7 @@ __all__ = ['UNKNOWN', 'EVENTS', 'SHOWN', 'id_tables', 'with_mean_row', 'IdsAlone
 # %% ../nbs/13_newcomers.ipynb #13c0ca03
 import copy
 from dataclasses import replace
-from typing import Callable, Optional
+from typing import Callable
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,12 +21,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .baselines import dots
 from .comparison import lead
-from .content import described, is_described, make_sheet, price_steps
+from .content import described, is_described, make_sheet
 from .core import COLORS, History, Problem, Recommender, Run, Split, load_recommender, lot, make_recommender, mask_seen, recoded, step, top_k
 from .data import drawn_truth
-from .evaluation import Question, ask, best_lists, hits_of, ndcg, ndcg_by_lot, rank_users, rate_rows, summarise, told
+from .evaluation import ask, hits_of, ndcg, ndcg_by_lot, rank_users, rate_rows, summarise, told
 from .hybrid import NEWCOMERS
 from .training import PlainWideDeep
 
@@ -411,8 +410,8 @@ def new_in_words(
         mine = {r["model"]: r for r in rows if r["question"] == question}
         best = max((r for m, r in mine.items() if m in ("content", "content-towers")), key=lambda r: r["value"], default=None)
         if best is None: continue
-        sure = best["more_lo"] is not None and best["more_lo"] > 0
-        said.append(f"{question.capitalize()}: {best['model']} has {told(best['value'], best['lo'], best['hi'], digits=3)}, {told(best['more'], best['more_lo'], best['more_hi'], '+', 3)} beside kind-popularity" + (", which is beaten." if sure else "; the two are not told apart."))
+        sure = 0 if best["more_lo"] is None else int(best["more_lo"] > 0) - int(best["more_hi"] < 0)
+        said.append(f"{question.capitalize()}: {best['model']} has {told(best['value'], best['lo'], best['hi'], digits=3)}, {told(best['more'], best['more_lo'], best['more_hi'], '+', 3)} beside kind-popularity" + {1: ", which is beaten.", 0: "; the two are not told apart.", -1: ", which is surely better."}[sure])
     return " ".join(said) or "There are no new products to ask about."
 
 
