@@ -10,7 +10,8 @@ export PYTHONWARNINGS ?= ignore::DeprecationWarning
 report: $(READY)
 	$(BIN)/widedeep run --dataset demo --out runs/demo
 
-# two workers of one thread each: with two they would wait for one another, six times as long; what sends signals runs by itself
+# two workers of one thread and one process each: with more they would wait for one another, six times as long; what sends signals runs by itself
+test test-all: export LOKY_MAX_CPU_COUNT = 1
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" --ignore tests/test_run.py

@@ -1,5 +1,7 @@
 "The contracts: splits and codes, history, ties, files, run folders, steps."
 import json
+import os
+import time
 
 import numpy as np
 import polars as pl
@@ -122,3 +124,33 @@ def test_weights_that_were_changed_are_refused(tmp_path):
     raw = bytearray((tmp_path / "model.safetensors").read_bytes()); raw[-1] ^= 1
     (tmp_path / "model.safetensors").write_bytes(raw)
     with pytest.raises(Problem, match="not those that were saved"): load_recommender(tmp_path)
+
+
+# --- pieces of a step side by side
+
+def test_pieces_are_done_side_by_side_and_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
+    run = Run(tmp_path / "run")
+    pieces = {name: (time_and_place, str(tmp_path / name)) for name in ("a", "b", "c", "d")}
+    found = run.once_each(pieces, 1000, "waiting")
+    assert len({pid for pid, _ in found.values()} | {os.getpid()}) == 3 and {threads for _, threads in found.values()} == {1}   # two others, a thread each
+    assert run.once_each(pieces, 1000, "waiting") == found and all((tmp_path / name).read_text() == "x" for name in pieces)      # done before, and not again
+    alone = run.once_each({"e": (os.getpid,)}, 10 ** 6, "a large log")
+    assert alone == {"e": os.getpid()}
+
+
+def time_and_place(path):
+    "Leave a mark, wait, and say where."
+    with open(path, "a") as f: f.write("x")
+    time.sleep(.5)
+    return os.getpid(), torch.get_num_threads()
+
+
+def test_a_piece_that_fails_is_said_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
+    run = Run(tmp_path / "run")
+    with pytest.raises(Problem, match="^no such thing$"): run.once_each({"good": (len, "abc"), "bad": (refuse,)}, 10, "failing")
+    assert not (run.work / "bad.json").exists()
+
+
+def refuse(): raise Problem("no such thing")

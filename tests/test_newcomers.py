@@ -1,4 +1,6 @@
 "Newcomers against second implementations: what is hidden stays hidden, what is known grows, and shares are shares."
+from types import SimpleNamespace
+
 import numpy as np
 import polars as pl
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from widedeep_nb.content import with_catalogue
 from widedeep_nb.core import PROTOCOLS, History, Problem, Run, Split, as_interactions, make_recommender
 from widedeep_nb.evaluation import rank_users, rate_rows
-from widedeep_nb.newcomers import (UNKNOWN, IdsAlone, Oracle, about_new, beside_learnt, by_events, exposure, groups_of_items, groups_of_users, hidden_by_lot, id_tables, new_in_words, newcomers, rows_of_unknowns,
+from widedeep_nb.newcomers import (UNKNOWN, IdsAlone, Oracle, about_new, beside_learnt, by_events, exposure, groups_of_items, groups_of_users, hidden_by_lot, id_tables, new_in_words, newcomers, over_windows, rows_of_unknowns,
                                    served, shortened, sources_of, tables_of_new, what_sources_add, with_mean_row)
 from widedeep_nb.preprocessing import prepare
 from widedeep_nb.shop import demo_shop
@@ -148,3 +150,10 @@ def test_words_follow_the_numbers():
 
 def test_a_share_that_is_none(tmp_path):
     with pytest.raises(Problem, match="between 0 and 1, not 1.5"): newcomers.__wrapped__(Run(tmp_path / "run"), hidden=1.5)
+
+
+def test_windows_are_put_together_by_the_ids_of_people():
+    "Code 0 is another person in another window."
+    windows = [SimpleNamespace(users=pl.DataFrame({"user": ids})) for ids in (["ann", "bob"], ["bob", "cid"])]
+    found = over_windows(windows, lambda split: {"model": pl.DataFrame({"user": [0, 1], "RMSE": [1., 2.]})})
+    assert found["model"].rows() == [("ann", 1.), ("bob", 2.), ("bob", 1.), ("cid", 2.)]

@@ -24,8 +24,13 @@ from widedeep_nb.sequence import SEQUENCE
 ROOT = Path(__file__).parents[1]
 FEW = ("mean", "damped-bias", "item-knn", "svd", "funk-svd", "gru", "wide-deep", "wide-deep-bpr")
 everyone = [(name, metric) for name, of in SPACES.items() for metric in of]
-step_alone = tune.__wrapped__  # the step without the chapters before it
 told = lambda trials: [(t["settings"], t["value"], t.get("curve"), t.get("passes"), t.get("why")) for t in trials]
+
+
+def step_alone(run, **how):
+    "The step without the chapters before it, and with nothing left of an earlier try but its trials."
+    shutil.rmtree(run.folder / ".work", ignore_errors=True)
+    return tune.__wrapped__(run, **how)
 
 
 def log_of(n=1200, seed=0, stars=True):
@@ -223,11 +228,10 @@ def test_a_trial_that_cannot_be_made_counts_with_its_reason(small, monkeypatch):
     with pytest.raises(Problem, match="no numbers"): attempt("svd", LISTS, {}, small)
 
 
-def test_passes_and_curve_are_those_of_the_best_trial(small):
+def test_passes_and_curve_are_those_of_the_best_trial(small, tmp_path):
     for name, metric in (("gru", LISTS), ("wide-deep", STARS)):
-        study = study_of(None, name, metric)
-        one = comparison.tune_one(name, {metric: study}, small, trials=3, epochs=4)
-        best = best_of(search(study, name, metric, 3, small), metric)
+        one = comparison.tune_one(name, {metric: "toy"}, small, tmp_path / name, 3, how={"epochs": 4})
+        best = best_of(search(study_of(open_journal(tmp_path / name), "toy", metric), name, metric, 3, small), metric)
         assert one["curve"] == best["curve"] and one["settings"]["epochs"] == best["passes"] == best_pass(name, best["curve"])
         judged = [row["val"] for row in best["curve"]]
         assert best["passes"] == 1 + judged.index((max if name == "gru" else min)(judged))
@@ -258,7 +262,7 @@ def test_everybody_has_as_many_trials(everybody):
             assert {k: c["settings"][k] for k in chosen if k != "epochs" or "passes" in chosen} == {k: v for k, v in chosen.items() if k != "epochs" or "passes" in chosen}
         make_recommender(c["registered"], **c["settings"])
     assert tuning["window"] == "the validation part" and set(tuning["floors"]) == {STARS, LISTS}
-    assert {p.name for p in everybody.folder.glob("tuning*")} == {"tuning.journal", "tuning.json"}
+    assert {p.stem for p in (everybody.folder / "tuning").glob("*.journal")} >= {c["model"] for c in tuning["contestants"] if c["questions"]} and (everybody.folder / "tuning.json").exists()
 
 
 KILLED = """
@@ -288,7 +292,7 @@ def test_killed_for_good(tmp_path, few):
     for folder, k, when in zip(fresh, (1, 15), ("in a trial", "before it is told")):
         died = subprocess.run([sys.executable, "-c", KILLED % (FEW, k, when, k, when), str(folder)], cwd=ROOT, capture_output=True, text=True)
         assert died.returncode == -signal.SIGKILL, died.stderr
-        assert (folder / "tuning.journal").stat().st_size and not (folder / "tuning.json").exists()
+        assert any(p.stat().st_size for p in (folder / "tuning").iterdir()) and not (folder / "tuning.json").exists()
         made = pytest.MonkeyPatch()
         calls = counted(made)
         step_alone(Run(folder), trials=3, epochs=2)
@@ -316,7 +320,7 @@ def test_test_rows_are_never_read(tmp_path, few, monkeypatch, protocol):
 
 
 def test_other_data_never_meets_old_trials(tmp_path, few, monkeypatch):
-    "In one journal: other rows, another seed, another protocol, another space, other passes."
+    "In one folder: other rows, another seed, another protocol, another space, other passes."
     made, run = counted(monkeypatch), run_of(tmp_path / "a")
     step_alone(run, trials=2, epochs=1)
     total = len(made)
@@ -350,9 +354,10 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path, few, monkeypatch):
     for how, said in (({"trials": 0}, "trials is at least 1, not 0"), ({"trials": -3}, "trials is at least 1"), ({"epochs": 0}, "epochs is at least 1")):
         with pytest.raises(Problem, match=said): step_alone(run, **how)
     assert not (run.folder / "tuning.json").exists()
-    (run.folder / "tuning.journal").write_text("no journal\n{}\n{}\n")
+    (run.folder / "tuning").mkdir()
+    (run.folder / f"tuning/{FEW[1]}.journal").write_text("no journal\n{}\n{}\n")
     with pytest.raises(Problem, match="remove it to tune anew"): step_alone(run)
-    (run.folder / "tuning.journal").unlink()
+    shutil.rmtree(run.folder / "tuning")
     def narrow(name, *args, **how):
         if name in ("gru", "item-knn"): raise Problem(f"{name} would take too much")
         return attempt(name, *args, **how)

@@ -9,9 +9,9 @@ __all__ = ['STARS', 'LISTS', 'AROUND', 'AROUND_STARS', 'IN_ORDER', 'NETWORK', 'O
            'study_of', 'finished', 'sampler_of', 'propose', 'search', 'floors_of', 'questions_of', 'wants_stars',
            'best_of', 'for_good', 'tune_one', 'study_name', 'which_rows', 'tune', 'worth_of_tuning', 'worth_in_words',
            'draw_worth', 'fate', 'fates_in_words', 'draw_curves', 'give_back', 'watched', 'numbers_in', 'measured',
-           'final_fits', 'without', 'put_down', 'taken_apart', 'by_lot', 'lead', 'claims', 'named', 'beats_in_words',
-           'forest', 'forests', 'best_first', 'board', 'lists_by_stars', 'parts_in_words', 'costs', 'rivals',
-           'whom_to_ask', 'lines_on_lists', 'lines_on_stars', 'ten_lines']
+           'final_fit', 'final_fits', 'without', 'put_down', 'taken_apart', 'by_lot', 'lead', 'claims', 'named',
+           'beats_in_words', 'forest', 'forests', 'best_first', 'board', 'lists_by_stars', 'parts_in_words', 'costs',
+           'rivals', 'whom_to_ask', 'lines_on_lists', 'lines_on_stars', 'ten_lines']
 
 # %% ../nbs/12_comparison.ipynb #b8fc3755
 import ctypes
@@ -189,6 +189,7 @@ def open_journal(
     path: Path,  # of the journal, of which this process has the only pen
 ) -> JournalStorage:
     "A journal of trials, mended where the last writer was killed with the pen in the hand."
+    path.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{path}.lock").unlink(missing_ok=True)  # nobody else writes, so it is of one who was killed
     if path.exists(): os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # half a line is none
     try: return JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path))))
@@ -240,7 +241,6 @@ def search(
     metric: str,  # what it is asked
     trials: int,  # how many there shall be
     split: Split,  # fitted on its training part, judged on its validation part
-    bar: Optional[tqdm] = None,  # moved on by each trial
     seed: int = 0,  # of the run
     **how,  # most, epochs: of `attempt`
 ) -> list:  # a dict a trial: settings, value, seconds, and passes and curve, or why; a Problem where the default fails
@@ -253,7 +253,6 @@ def search(
         value = found.pop("value")
         for key, note in {**found, "seconds": round(time.perf_counter() - started, 3)}.items(): trial.set_user_attr(key, note)
         study.tell(trial, value, TrialState.FAIL if value is None else None)
-        if bar is not None: bar.update()
     if "why" in done[0].user_attrs: raise Problem(done[0].user_attrs["why"])
     return [{"settings": from_text(space, t.params), "value": t.value, **t.user_attrs} for t in done[:trials]]
 
@@ -310,12 +309,17 @@ def for_good(
 
 def tune_one(
     name: str,  # a contestant
-    studies: dict,  # question: study
+    studies: dict,  # question: name of its study
     split: Split,  # fitted on its training part, judged on its validation part
-    **how,  # trials, bar, seed, most, epochs: of `search`
-) -> dict:  # model, registered, settings, seconds, questions, curve
+    journal: Path,  # where the trials are kept
+    trials: int,  # of each question
+    seed: int = 0,  # of the run
+    how: dict = {},  # most, epochs: of `attempt`
+) -> dict:  # model, registered, settings, seconds, questions, curve; or why it cannot be tuned
     "All questions to one contestant."
-    tried = {metric: search(study, name, metric, split=split, **how) for metric, study in studies.items()}
+    storage = open_journal(journal)
+    try: tried = {metric: search(study_of(storage, study, metric), name, metric, trials, split, seed=seed, **how) for metric, study in studies.items()}
+    except Problem as e: return {"model": name, "why": str(e)}
     best = {metric: best_of(found, metric) for metric, found in tried.items()}
     spent = {metric: round(sum(t["seconds"] for t in found), 3) for metric, found in tried.items()}
     short = lambda t: {k: t[k] for k in ("settings", "value", "seconds", "why") if k in t}
@@ -351,7 +355,7 @@ def which_rows(
 # %% ../nbs/12_comparison.ipynb #832a7ecf
 @step(compare, rank_losses, in_sequence, describe_products)
 def tune(
-    run: Run,  # with all contestants fitted once; gets tuning.journal and tuning.json
+    run: Run,  # with all contestants fitted once; gets tuning/NAME.journal and tuning.json
     trials: int = 5,  # settings tried for each contestant and question, the default among them
     epochs: int = 30,  # most passes over the data
 ):
@@ -359,18 +363,14 @@ def tune(
     for name, value in (("trials", trials), ("epochs", epochs)):
         if value < 1: raise Problem(f"{name} is at least 1, not {value}")
     split, told_all, how = run.splits()[0].without_test(), described(run)[0].without_test(), {"most": run.read("evaluation.json")["most_users"], "epochs": epochs}
-    askable, storage, found, left_out = floors_of(split, how["most"]), open_journal(run.folder / "tuning.journal"), [], {}
-    cannot = {name: "this log has no stars to learn from" for name in SPACES if wants_stars(name) and not split.has_stars}
-    cannot |= {name: "nothing is known of this log's products but their ids" for name in SPACES if reads_tables(name) and not is_described(told_all)}
-    studies = {name: {m: study_of(storage, study_name(run, name, m, **how), m) for m in questions_of(name, askable)} for name in SPACES if name not in cannot}
-    counts = [min(len(finished(study)), trials) for of in studies.values() for study in of.values()]
-    with tqdm(total=trials * len(counts), initial=sum(counts), desc="tuning", leave=False) as bar:
-        for name in SPACES:
-            bar.set_description(f"tuning {name}")
-            if name in cannot: left_out[name] = cannot[name]
-            else:
-                try: found.append(tune_one(name, studies[name], told_all if reads_tables(name) else split, trials=trials, bar=bar, seed=run.seed, **how))
-                except Problem as e: left_out[name] = str(e)
+    askable = floors_of(split, how["most"])
+    left_out = {name: "this log has no stars to learn from" for name in SPACES if wants_stars(name) and not split.has_stars}
+    left_out |= {name: "nothing is known of this log's products but their ids" for name in SPACES if reads_tables(name) and not is_described(told_all)}
+    called = lambda name: {m: study_name(run, name, m, **how) for m in questions_of(name, askable)}
+    pieces = {name: (tune_one, name, called(name), told_all if reads_tables(name) else split, run.folder / f"tuning/{name}.journal", trials, run.seed, how) for name in SPACES if name not in left_out}
+    said = run.once_each(pieces, len(split.train), "tuning")
+    left_out |= {name: of["why"] for name, of in said.items() if "why" in of}
+    found = [of for name, of in said.items() if name not in left_out]
     run.write("tuning.json", {"trials": trials, "seconds": round(sum(c["seconds"] for c in found), 3), "window": which_rows(run, askable), "floors": askable, "contestants": found, "left_out": left_out})
 
 # %% ../nbs/12_comparison.ipynb #de28004a
@@ -514,6 +514,18 @@ def measured(
     return spent | {"numbers": numbers_in(model._state()), "megabytes": round((Path(folder) / "model.safetensors").stat().st_size / 2**20, 4)}
 
 # %% ../nbs/12_comparison.ipynb #b3c4e80a
+def final_fit(
+    about: dict,  # model, cut, seed
+    registered: str,  # the recommender that it is
+    settings: dict,  # its hyper-parameters
+    split: Split,  # to be fitted on
+    folder: Path,  # where it is to be kept
+) -> dict:  # `about`, and what `measured` says, or why it cannot be fitted
+    "Fit a model for good."
+    try: return about | measured(lambda: make_recommender(registered, **settings).fit(split), folder)
+    except Problem as e: return about | {"why": str(e)}
+
+
 def final_fits(
     run: Run,  # gets models/NAME
     name: str,  # of the model in all figures
@@ -521,16 +533,15 @@ def final_fits(
     settings: list,  # for each window, its hyper-parameters
     finals: list,  # for each window, what is to be fitted on
     seeds: int,  # random starts of a model that has any
-) -> list:  # a note on each fit: model, cut, seed, and what `measured` says
-    "Fit a model on every window from every start, and keep it."
-    notes = []
+) -> dict:  # for `once_each`, a piece a fit
+    "Fits of a model on every window from every start, to be made and kept."
+    pieces = {}
     for cut, split in enumerate(finals):
         random = hasattr(make_recommender(registered, **settings[cut]), "seed")
-        make = lambda start: make_recommender(registered, **settings[cut] | ({"seed": run.seed + start} if random else {})).fit(split)
         for start in range(seeds if random else 1):
-            spent = run.once(f"{name}-{cut}-{start}", lambda: measured(lambda: make(start), run.model_folder(name, start, cut)))
-            notes.append({"model": name, "cut": cut, "seed": start} | spent)
-    return notes
+            about = {"model": name, "cut": cut, "seed": start}
+            pieces[f"{name}-{cut}-{start}"] = final_fit, about, registered, settings[cut] | ({"seed": run.seed + start} if random else {}), split, run.model_folder(name, start, cut)
+    return pieces
 
 # %% ../nbs/12_comparison.ipynb #b5d9e1a6
 def without(
@@ -611,17 +622,14 @@ def lead(
     splits, asked, field = run.splits(), run.read("evaluation.json"), run.read("tuning.json")["contestants"]
     plans, plain, told_all = run.read("hybrid.json")["plans"], *[[s.final() for s in of] for of in (splits, described(run))]
     field = [("hybrid", "hybrid", [{"plan": p["plan"]} for p in plans])] + [(c["model"], c["registered"], [c["settings"]] * len(splits)) for c in field]
-    fits, left_out, names = [], {}, tqdm(field, leave=False, mininterval=1)
-    for name, registered, settings in names:
-        names.set_description(f"final fits: {name}")
-        finals = told_all if reads_tables(registered) else plain
-        try: notes = final_fits(run, name, registered, settings, finals, seeds)
-        except Problem as e:
-            if name == "hybrid": raise
-            left_out[name] = str(e)
-            continue
-        run.once(f"{name}-judged", lambda: put_down(run, notes, finals, asked))
-        fits += notes
+    finals_of = lambda registered: told_all if reads_tables(registered) else plain
+    pieces = {k: piece for name, registered, settings in field for k, piece in final_fits(run, name, registered, settings, finals_of(registered), seeds).items()}
+    notes = list(run.once_each(pieces, len(told_all[-1].train), "final fits").values())
+    left_out = {note["model"]: note["why"] for note in notes if "why" in note}
+    if "hybrid" in left_out: raise Problem(left_out["hybrid"])
+    fits = [note for note in notes if note["model"] not in left_out]
+    for name, registered, _ in tqdm([f for f in field if f[0] not in left_out], desc="judging", leave=False, mininterval=1):
+        run.once(f"{name}-judged", lambda: put_down(run, [n for n in fits if n["model"] == name], finals_of(registered), asked))
     parts = taken_apart(run, plans[-1]["plan"], told_all, asked["most_users"])
     records = pl.concat([run.read(f"{TUNED}/{name}/records.parquet") for name in dict.fromkeys(f["model"] for f in fits)] + [pl.DataFrame(schema={"p": pl.Float64})], how="diagonal")
     run.add_metrics(records)

@@ -9,8 +9,9 @@ __all__ = ['COLORS', 'LOG', 'EXTRAS', 'PROTOCOLS', 'PARTS', 'RECOMMENDERS', 'LOS
            'recoded', 'encode', 'codes_of', 'History', 'lot', 'top_k', 'as_codes', 'Recommender', 'predict',
            'baskets_as_history', 'asked_for', 'mask_seen', 'recommend', 'candidates', 'similar', 'register',
            'make_recommender', 'make_loss', 'pack_text', 'unpack_text', 'file_sha256', 'written_whole', 'save',
-           'load_recommender', 'pick_device', 'versions', 'bare_name', 'Run', 'write', 'read', 'once', 'save_splits',
-           'splits', 'metrics', 'add_metrics', 'model_folder', 'step', 'open_run']
+           'load_recommender', 'pick_device', 'versions', 'bare_name', 'Run', 'write', 'read', 'once', 'workers_for',
+           'do_piece', 'once_each', 'save_splits', 'splits', 'metrics', 'add_metrics', 'model_folder', 'step',
+           'open_run']
 
 # %% ../nbs/00_core.ipynb #ccf0e92a
 import errno
@@ -33,6 +34,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Callable, Iterable, Optional, Union
+from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -42,7 +44,9 @@ import seaborn as sns
 import torch
 from filelock import FileLock, Timeout
 from IPython.display import Markdown, display
+from joblib import Parallel, cpu_count, delayed, parallel_config
 from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 
 # %% ../nbs/00_core.ipynb #fa6363fa
 class Problem(ValueError):
@@ -798,6 +802,41 @@ def once(
 
 
 Run.write, Run.read, Run.once = write, read, once
+
+# %% ../nbs/00_core.ipynb #ebef8adc
+def workers_for(
+    rows: int,  # of the log
+) -> int:
+    "How many processes share independent work."
+    return 1 if rows > 300_000 or torch.cuda.is_available() else min(cpu_count(), 4)
+
+
+def do_piece(
+    path: Path,  # of the note on it
+    work: Callable,  # what it returns must fit into JSON
+    *given,  # what `work` is given
+):
+    "Do a piece of work, and write down what it returned."
+    with written_whole(path) as p: p.write_text(json.dumps(work(*given), default=str))
+
+
+def once_each(
+    self: Run,
+    pieces: dict,  # name: what does it, and what that is given
+    rows: int,  # of the log
+    what: str,  # is being done, for the progress bar
+) -> dict:  # name: what was returned, now or before the step was killed
+    "Do independent pieces of a long step side by side, those that were not done before it was killed."
+    at = lambda name: self.work / f"{name}.json"
+    todo = [(at(name), *piece) for name, piece in pieces.items() if not at(name).exists()]
+    quiet = patch.dict(os.environ, TQDM_DISABLE="1")                     # one bar, not one of each process
+    with quiet, parallel_config("loky", inner_max_num_threads=1):
+        done = Parallel(min(workers_for(rows), max(len(todo), 1)), return_as="generator_unordered")(delayed(do_piece)(*t) for t in todo)
+        for _ in tqdm(done, desc=what, total=len(pieces), initial=len(pieces) - len(todo), leave=False): pass
+    return {name: json.loads(at(name).read_text()) for name in pieces}
+
+
+Run.once_each = once_each
 
 # %% ../nbs/00_core.ipynb #e0f98a3f
 METRIC_KEY = ["dataset", "protocol", "cut", "seed", "model", "versus", "task", "split", "users", "items", "relevant", "metric"]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'EVENTS', 'SHOWN', 'id_tables', 'with_mean_row', 'IdsAlone', 'fitted_for_good', 'rows_of_unknowns',
-           'beside_learnt', 'shortened', 'by_events', 'hidden_by_lot', 'over_lots', 'tables_of_new', 'of_new', 'Oracle',
-           'about_new', 'sources_of', 'what_sources_add', 'groups_of_users', 'served', 'groups_of_items', 'exposure',
-           'newcomers', 'in_order_of_proof', 'unknowns_in_words', 'draw_events', 'new_in_words', 'draw_new',
-           'sources_in_words', 'draw_served', 'draw_exposure', 'exposure_in_words']
+           'over_windows', 'beside_learnt', 'shortened', 'by_events', 'hidden_by_lot', 'over_lots', 'tables_of_new',
+           'of_new', 'Oracle', 'about_new', 'sources_of', 'what_sources_add', 'groups_of_users', 'served',
+           'groups_of_items', 'exposure', 'newcomers', 'in_order_of_proof', 'unknowns_in_words', 'draw_events',
+           'new_in_words', 'draw_new', 'sources_in_words', 'draw_served', 'draw_exposure', 'exposure_in_words']
 
 # %% ../nbs/13_newcomers.ipynb #13c0ca03
 import copy
@@ -94,6 +94,15 @@ def rows_of_unknowns(
     "The same question to a model whose unknown rows were learnt, were not, or are means."
     learnt, blind = make(.5), make(0.)
     return {"learnt": measure(learnt), "as drawn": measure(blind), "mean": measure(with_mean_row(blind))}
+
+
+def over_windows(
+    splits: list,  # one a window
+    ask: Callable,  # of a split: tables of users or rows by name
+) -> dict:  # name: the tables of all windows, with ids for codes, for codes differ from window to window
+    "The same question on every window."
+    each = [{name: table.with_columns(user=split.users["user"].gather(table["user"])) for name, table in ask(split).items()} for split in splits]
+    return {name: pl.concat([of[name] for of in each]) for name in each[0]}
 
 
 def beside_learnt(
@@ -192,14 +201,14 @@ def tables_of_new(
 
 def of_new(
     question: str,  # "new in time" or "hidden by lot"
-    tables: dict,  # name: tables of users, one a window
+    tables: dict,  # name: a table of users
 ) -> list:  # a dict a model: question, model, value, lo, hi, n, and what it is more than kind-popularity: more, more_lo, more_hi
     "Figures with intervals."
-    whole, found = {name: pl.concat(of) for name, of in tables.items()}, []
-    for name, table in whole.items():
+    found = []
+    for name, table in tables.items():
         if not len(table): continue
         figure = summarise([table], ["NDCG@20"], {"all": pl.lit(True)}).row(0, named=True)
-        apart = summarise([table], ["NDCG@20"], {"all": pl.lit(True)}, versus=[whole["kind-popularity"]]).row(0, named=True) if name != "kind-popularity" else {}
+        apart = summarise([table], ["NDCG@20"], {"all": pl.lit(True)}, versus=[tables["kind-popularity"]]).row(0, named=True) if name != "kind-popularity" else {}
         found.append({"question": question, "model": name} | {k: figure[k] for k in ("value", "lo", "hi", "n")} | {k: apart.get(v) for k, v in (("more", "value"), ("more_lo", "lo"), ("more_hi", "hi"))})
     return found
 
@@ -225,16 +234,13 @@ def about_new(
     most: int = 0,  # people asked about at most; 0: all
 ) -> list:  # from `of_new`
     "Both questions about new products, to all that can answer."
-    found = []
     fits = {"kind-popularity": {}, "content": {}, "content-towers": {"epochs": passes, "patience": passes, "seed": run.seed}}
-    for question, change in (("new in time", lambda s: s), ("hidden by lot", lambda s: hidden_by_lot(s, share, run.seed))):
-        tables = {}
-        for split in (change(s.final()) for s in splits):
-            models = {name: make_recommender(name, **settings).fit(split) for name, settings in fits.items()}
-            if drawn_truth(run.about["dataset"], pl.Series([], dtype=pl.String), pl.Series([], dtype=pl.String)) is not None: models["the truth"] = Oracle(run.about["dataset"]).fit(split)
-            for name, table in tables_of_new(models, split, most).items(): tables.setdefault(name, []).append(table)
-        found += of_new(question, tables)
-    return found
+    def tables(split):
+        models = {name: make_recommender(name, **settings).fit(split) for name, settings in fits.items()}
+        if drawn_truth(run.about["dataset"], pl.Series([], dtype=pl.String), pl.Series([], dtype=pl.String)) is not None: models["the truth"] = Oracle(run.about["dataset"]).fit(split)
+        return tables_of_new(models, split, most)
+    questions = {"new in time": lambda s: s, "hidden by lot": lambda s: hidden_by_lot(s, share, run.seed)}
+    return sum([of_new(question, over_windows([change(s.final()) for s in splits], tables)) for question, change in questions.items()], [])
 
 # %% ../nbs/13_newcomers.ipynb #b47719bc
 def sources_of(
@@ -339,12 +345,13 @@ def newcomers(
     final = split.final()
     models = {name: load_recommender(run.model_folder(name)) for name in SHOWN if (run.model_folder(name) / "model.json").exists()}
     def rated():
-        makers = {"ids alone": lambda hide: IdsAlone(hide, seed=run.seed).fit(final), "wide-deep": lambda hide: fitted_for_good("wide-deep", split, hide=hide, lr_ids=.004, seed=run.seed)}
-        return sum([beside_learnt(name, rows_of_unknowns(lambda m: rate_rows(m, final, "test"), make), "RMSE", UNKNOWN) for name, make in makers.items()], []) if split.has_stars else []
-    less = hidden_by_lot(split, hidden, run.seed)
+        makers = {"ids alone": lambda s, hide: IdsAlone(hide, seed=run.seed).fit(s.final()), "wide-deep": lambda s, hide: fitted_for_good("wide-deep", s, hide=hide, lr_ids=.004, seed=run.seed)}
+        asked = lambda make: over_windows(splits, lambda s: rows_of_unknowns(lambda m: rate_rows(m, s.final(), "test"), lambda hide: make(s, hide)))
+        return sum([beside_learnt(name, asked(make), "RMSE", UNKNOWN) for name, make in makers.items()], []) if split.has_stars else []
     def ranked():
-        make = lambda hide: fitted_for_good("content-towers", less, hide=hide, seed=run.seed)
-        return beside_learnt("content-towers", rows_of_unknowns(lambda m: over_lots(m, less.final(), "new", most), make), "NDCG@20", {"products hidden by lot": pl.lit(True)})
+        make = lambda s, hide: fitted_for_good("content-towers", s, hide=hide, seed=run.seed)
+        less = [hidden_by_lot(s, hidden, run.seed) for s in splits]
+        return beside_learnt("content-towers", over_windows(less, lambda s: rows_of_unknowns(lambda m: over_lots(m, s.final(), "new", most), lambda hide: make(s, hide))), "NDCG@20", {"products hidden by lot": pl.lit(True)})
     def who():
         asked = {name: rank_users(model, final, "test", (20,), most=most) for name, model in models.items()}
         return {"served": served({n: a.users for n, a in asked.items()}, groups_of_users(final)), "exposure": exposure({n: a.lists for n, a in asked.items()}, final)}
