@@ -830,7 +830,7 @@ def once_each(
     at = lambda name: self.work / f"{name}.json"
     todo = [(at(name), *piece) for name, piece in pieces.items() if not at(name).exists()]
     quiet = patch.dict(os.environ, TQDM_DISABLE="1")                     # one bar, not one of each process
-    with quiet, parallel_config("loky", inner_max_num_threads=1):
+    with quiet, parallel_config("loky", inner_max_num_threads=1, idle_worker_timeout=10):  # seconds, then they go, whatever becomes of this process
         done = Parallel(min(workers_for(rows), max(len(todo), 1)), return_as="generator_unordered")(delayed(do_piece)(*t) for t in todo)
         for _ in tqdm(done, desc=what, total=len(pieces), initial=len(pieces) - len(todo), leave=False): pass
     return {name: json.loads(at(name).read_text()) for name in pieces}
