@@ -460,8 +460,8 @@ def lists(
     if self.rater is not None: found["stars"] = self.stars(users, codes, history)[row, place].numpy()
     found["because"] = ids.gather(of_event(history.item, len(self.items)).numpy())
     found["liked"] = (of_event(history.rating, torch.nan) >= self.model.log.rating.nanmean()).numpy()
-    about = self.items.select([c for c in SHOWN if c in self.items.columns])[codes[row, place].numpy()]
-    return pl.DataFrame(found).hstack(about.get_columns())
+    about = self.items.select("item", *[c for c in SHOWN if c in self.items.columns])[codes[row, place].numpy()]
+    return pl.DataFrame(found).hstack(about.get_columns()[1:])
 
 
 def reasons(
@@ -499,7 +499,7 @@ def similar(
     near, (open_to, _) = self.alike(code), self.opened(rules, candidates)
     value, column = top_k(near.masked_fill(~open_to, -torch.inf).index_fill(0, torch.tensor(code), -torch.inf)[self.order][None], k)
     codes = self.order[column[0]][column[0] >= 0]
-    about = self.items.select(["item", *[c for c in SHOWN if c in self.items.columns]])[codes.numpy()]
+    about = self.items.select("item", *[c for c in SHOWN if c in self.items.columns])[codes.numpy()]
     return about.select(pl.int_range(1, pl.len() + 1).alias("rank"), "item", pl.Series("similarity", value[0][column[0] >= 0].numpy()), pl.exclude("item"))
 
 
@@ -631,9 +631,9 @@ def cost_in_words(
     accuracy, spread = [rows.filter(metric=f"{metric}@{KS[-1]}").rows(named=True) for metric in ("NDCG", "Variety")]
     dear = next((i for i, r in enumerate(accuracy) if r["more_hi"] is not None and r["more_hi"] < 0), None)
     free, gain = (len(accuracy) if dear is None else dear) - 1, lambda i: f"{spread[i]['value'] - spread[0]['value']:+.3f}"
-    said = f"The plain lists have a variety of {spread[0]['value']:.3f} and an NDCG@{KS[-1]} of {told(*[accuracy[0][c] for c in ('value', 'lo', 'hi')], digits=3)}. "
-    if free: said += f"Up to strength {accuracy[free]['name']} no loss can be shown ({told(*[accuracy[free][c] for c in ('more', 'more_lo', 'more_hi')], '+', 3)}), for {gain(free)} variety. "
-    if dear is not None: said += f"From {accuracy[dear]['name']} on accuracy is surely lost: {told(*[accuracy[dear][c] for c in ('more', 'more_lo', 'more_hi')], '+', 3)} for {gain(dear)}; at {accuracy[-1]['name']} it is {told(*[accuracy[-1][c] for c in ('more', 'more_lo', 'more_hi')], '+', 3)} for {gain(-1)}."
+    said = f"The plain lists have a variety of {spread[0]['value']:.3f} and an NDCG@{KS[-1]} of {told(*[accuracy[0][c] for c in ('value', 'lo', 'hi')], digits=4)}. "
+    if free: said += f"Up to strength {accuracy[free]['name']} no loss can be shown ({told(*[accuracy[free][c] for c in ('more', 'more_lo', 'more_hi')], '+', 4)}), for {gain(free)} variety. "
+    if dear is not None: said += f"From {accuracy[dear]['name']} on accuracy is surely lost: {told(*[accuracy[dear][c] for c in ('more', 'more_lo', 'more_hi')], '+', 4)} for {gain(dear)}; at {accuracy[-1]['name']} it is {told(*[accuracy[-1][c] for c in ('more', 'more_lo', 'more_hi')], '+', 4)} for {gain(-1)}."
     return said.strip()
 
 # %% ../nbs/14_recommend.ipynb #14a10033
@@ -646,4 +646,4 @@ def orders_in_words(
     sure = lambda r: 0 if r["more_lo"] is None else int(r["more_lo"] > 0) - int(r["more_hi"] < 0)
     said = {1: "The order by expected revenue shows surely more of what is paid", 0: "Whether the order by expected revenue shows more of what is paid cannot be told", -1: "The order by expected revenue shows surely less of what is paid"}[sure(money)]
     cost = {1: "is surely better", 0: "cannot be told apart", -1: "is surely worse"}[sure(good)]
-    return f"{said}: {told(*[money[c] for c in ('more', 'more_lo', 'more_hi')], '+', 2)} a person among {KS[-1]}. Its NDCG@{KS[-1]} {cost}: {told(*[good[c] for c in ('more', 'more_lo', 'more_hi')], '+', 3)}."
+    return f"{said}: {told(*[money[c] for c in ('more', 'more_lo', 'more_hi')], '+', 2)} a person among {KS[-1]}. Its NDCG@{KS[-1]} {cost}: {told(*[good[c] for c in ('more', 'more_lo', 'more_hi')], '+', 4)}."
