@@ -103,8 +103,9 @@ def laid_out(
     table = ids.alias("item").to_frame().join(items.unique("item", keep="first", maintain_order=True), on="item", how="left", maintain_order="left")
     there = [c for c in ("title", "category", "brand", "price", "in_stock") if c in table.columns and table[c].null_count() < len(table)]
     price = pl.col("price").cast(pl.Float64, strict=False)
+    text = lambda c: pl.col(c).cast(pl.String).str.strip_chars().replace("", None)
     form = {"price": pl.when(price.is_finite() & (price > 0)).then(price), "in_stock": pl.col("in_stock").map_batches(is_there, return_dtype=pl.Boolean)}
-    return table.select("item", *[form.get(c, pl.col(c).cast(pl.String)).alias(c) for c in there], *[c for c in table.columns if c not in ("item", "title", "category", "brand", "price", "in_stock")])
+    return table.select("item", *[form.get(c, text(c)).alias(c) for c in there], *[c for c in table.columns if c not in ("item", "title", "category", "brand", "price", "in_stock")])
 
 
 def kinds_of(
@@ -342,7 +343,7 @@ class Shelf:
         return open_to, int((brand < 0).sum() + torch.bincount(brand[brand >= 0]).clamp(max=rules.most_of_brand).sum())
 
     def first(self, users, history, m, open_to=None):
-        "The m best products by score that nobody of `users` has: codes int64 [n, at most m], filled with -1, and their scores; asked for as many as there are, it gives all."
+        "The first stage, to be replaced by a quicker one: the m best by score, each once; codes int64 [n, at most m], -1 for none, and scores. Asked for as many as there are, it gives all."
         items = self.order[self.order < self.model.n_items] if open_to is None else self.order[open_to[self.order]]
         value, column = top_k(mask_seen(self.model.scores(users, history, items), history, items), m)
         return (torch.where(column < 0, -1, items[column]), value) if len(items) else (torch.full((len(users), 0), -1), value)
@@ -564,6 +565,7 @@ def some_rules(
 ) -> dict:  # what each does: the rules; the first is no rule but the stock's
     "Rules that a shop could have."
     items, found = shelf.items[:shelf.model.n_items], {"none": Rules()}
+    if "in_stock" in items.columns: found["what is sold out too"] = Rules(in_stock=False)
     if "price" in items.columns: found["at most the median price"] = Rules(highest=items["price"].median())
     if "brand" in items.columns: found["two of a brand at most"] = Rules(most_of_brand=2)
     if "category" in items.columns and len(kinds := items["category"].drop_nulls()):
@@ -620,7 +622,7 @@ def draw_cost(
         if lo is not None: ax.plot([at, at], [lo, hi], color=COLORS["alarm" if red else "hybrid"], lw=2.2, alpha=.45, solid_capstyle="round")
         ax.plot(at, more, "o", color=COLORS["alarm" if red else "hybrid"], ms=5.5)
         ax.annotate(name, (at, more), (6, 5), textcoords="offset points", fontsize=9.5, color=COLORS["ink"])
-    ax.set(xlabel=f"variety of a list of {KS[-1]}", ylabel=f"NDCG@{KS[-1]}, beside strength 0")
+    ax.set(xlabel=f"variety of a list of {KS[-1]}", ylabel=f"change of NDCG@{KS[-1]}")
     return fig
 
 
