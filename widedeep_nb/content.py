@@ -224,10 +224,14 @@ class Content(Recommender):
 
     def _restore(self, state): super()._restore({k: v.clone() for k, v in state.items()})  # laid out in memory as after fit, so that sums round alike
 
+    def weight_of(self, stars: torch.Tensor) -> torch.Tensor:
+        "How much an event counts; one without stars as much as one with the most."
+        low, high = self.stars
+        return ((stars.nan_to_num(high) - low) / max(high - low, 1e-6) + .25).clamp(min=0)
+
     def _scores(self, users, history, items):
-        last, low, high = len(self.space) - 1, *self.stars
-        weight = ((history.rating.nan_to_num(high) - low) / max(high - low, 1e-6) + .25).clamp(min=0)
-        point = torch.zeros(len(users), self.space.shape[1]).index_add(0, history.owner, weight[:, None] * self.space[history.item.clamp(max=last)])
+        last = len(self.space) - 1
+        point = torch.zeros(len(users), self.space.shape[1]).index_add(0, history.owner, self.weight_of(history.rating)[:, None] * self.space[history.item.clamp(max=last)])
         stranger = (point == 0).all(1, keepdim=True)
         return torch.where(stranger, self.popularity[items.clamp(max=self.n_items)], dot(F.normalize(point, dim=1), self.space, items.clamp(max=last)))
 
