@@ -232,6 +232,12 @@ def test_typed_times(tmp_path):
     assert load(tmp_path / "log.parquet").report["first"] == "2014-05-23T00:00:00"
 
 
+@pytest.mark.parametrize("written", ["2014-05-23T02:00:01.977", "2014-05-23T02:00:01", "2014-05-23 02:00:01.977123", "2014-05-23 02:00:01", "2014-05-23T02:00:01Z", "2014-05-23T04:00:01.977+02:00"])
+def test_times_as_programs_write_them(tmp_path, written):
+    (tmp_path / "log.csv").write_text(f"user,item,time\na,b,{written}\n")
+    assert load(tmp_path / "log.csv").report["first"].startswith("2014-05-23T02:00:01")
+
+
 def test_a_broken_line_of_json_costs_only_itself(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"user": "1", "item": "2"}\n\n{"user": "3", "it\n{"user": 4, "item": "05"}\n')

@@ -327,7 +327,7 @@ def scan(
 
 # %% ../nbs/01_data.ipynb #d0a2176e
 UNITS = {"seconds": 1e3, "milliseconds": 1., "microseconds": 1e-3, "nanoseconds": 1e-6}  # in milliseconds
-DATES = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S", "%Y-%m-%d %H:%M", "%+", "%m %d, %Y", "%Y/%m/%d", "%d.%m.%Y")
+DATES = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M", "%+", "%m %d, %Y", "%Y/%m/%d", "%d.%m.%Y")
 
 
 def unit_of_time(
