@@ -42,7 +42,7 @@ import seaborn as sns
 import torch
 from filelock import FileLock, Timeout
 from IPython.display import Markdown, display
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 # %% ../nbs/00_core.ipynb #fa6363fa
 class Problem(ValueError):
@@ -686,8 +686,9 @@ def load_recommender(
     folder = Path(folder)
     try:
         about = json.loads((folder / "model.json").read_text())
-        if file_sha256(folder / "model.safetensors") != about["sha256"]: raise Problem(f"{folder}: the weights are not those that were saved; fit the model again")
-        tensors = load_file(folder / "model.safetensors")
+        raw = (folder / "model.safetensors").read_bytes()                  # in memory: what happens to the file later is no matter
+        if hashlib.sha256(raw).hexdigest() != about["sha256"]: raise Problem(f"{folder}: the weights are not those that were saved; fit the model again")
+        tensors = load(raw)
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as e: raise Problem(f"{folder}: no saved recommender here ({type(e).__name__}); fit the model again") from None
     part = lambda name: {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(name + "/")}
     self = make_recommender(about["name"], **about["params"])
@@ -738,7 +739,7 @@ class Run:
         except OSError as e: raise Problem(f"{folder} cannot be a run folder ({e.strerror}); name another") from None
         if not (self.folder / "run.json").exists() and any(not f.name.startswith(".") for f in self.folder.iterdir()):
             raise Problem(f"{folder} holds something else than a run; name an empty or a new folder")
-        self.lock, self.work = FileLock(self.folder / ".lock", timeout=60), self.folder / ".work"
+        self.lock, self.work, self.written = FileLock(self.folder / ".lock", timeout=60), self.folder / ".work", {}
         if not (self.folder / "run.json").exists():
             self.write("run.json", {"format": RUN_FORMAT, "dataset": "demo", "protocol": "strict", "seed": 0, "parameters": {}, "steps": {}, "chapters": {},
                                     "versions": versions(), "device": pick_device().type})
@@ -771,7 +772,9 @@ def write(
 ):
     "Write a file of the run, whole or not at all."
     with written_whole(self.folder / name) as p:
-        if name.endswith(".parquet"): content.write_parquet(p)
+        if name.endswith(".parquet"):
+            content.write_parquet(p)
+            self.written[name] = file_sha256(p)
         else: p.write_text(json.dumps(content, indent=1, default=str))
 
 
@@ -884,7 +887,7 @@ def step(
                 started, run.work = time.perf_counter(), run.folder / ".work" / f"{f.__name__}-{mark}"
                 f(run, **params)
                 done = {"mark": mark, "params": params, "seconds": round(time.perf_counter() - started, 3)}
-                run.update(steps=run.about["steps"] | {f.__name__: done})
+                run.update(steps=run.about["steps"] | {f.__name__: done}, hashes=run.about.get("hashes", {}) | run.written)
                 shutil.rmtree(run.folder / ".work", ignore_errors=True)
         do.is_done = lambda about: all(n.is_done(about) for n in needs) and plan(about, {})[2]  # by what run.json says, or would say
         return do

@@ -13,8 +13,8 @@ __all__ = ['READERS', 'HIDDEN', 'OPTION', 'FOLDED', 'OUTSIDE', 'MAIN', 'HYBRIDS'
            'write_page', 'as_div', 'site_filter', 'with_outputs', 'results_of', 'compact', 'published', 'figures_of',
            'readme_table', 'rewrite_readme', 'between', 'pages_in', 'execute_pages', 'chapters_with_outputs', 'publish',
            'load_model', 'read_basket', 'most_taken', 'rows_of', 'as_history', 'suggest', 'bench', 'bench_basket',
-           'cli', 'run_command', 'existing_run', 'datasets_command', 'recommend_command', 'bench_command',
-           'publish_command', 'site_filter_command', 'main']
+           'cli', 'run_command', 'existing_run', 'datasets_command', 'recommend_command', 'serve_command',
+           'feedback_command', 'bench_command', 'publish_command', 'site_filter_command', 'main']
 
 # %% ../nbs/17_run.ipynb #70a0da2f
 import ast
@@ -67,6 +67,7 @@ from .preprocessing import in_order, preprocess, rows_that_count
 from .baselines import ABLATIONS, OURS, dots, overall
 from .training import our_epoch, plain_epoch
 from .data import DATASETS, datasets, fingerprint
+from .serving import serve, write_feedback
 
 # %% ../nbs/17_run.ipynb #fe745034
 def find_notebooks() -> Path:  # the folder nbs/ of a checkout
@@ -1062,6 +1063,27 @@ def recommend_command(folder, as_json, **asked):
     if as_json: return click.echo(json.dumps(found, indent=1))
     if found["note"]: click.echo(found["note"], err=True)
     for row in found["items"]: click.echo(f"{row['rank']:>3}  {row['score']:>9.4f}  {row['item']}  {row.get('title') or ''}".rstrip())
+
+# %% ../nbs/17_run.ipynb #17a0c0d1
+@cli.command("serve")
+@click.argument("folder", metavar="RUN")
+@click.option("--port", default=8000, type=click.IntRange(0, 65535), help="Where to listen; 0: a port that is free [8000]")
+@click.option("--host", default="127.0.0.1", help="On which address; only this machine reaches 127.0.0.1 [127.0.0.1]")
+@click.option("--model", "models", multiple=True, help="A model to serve, may be given again; the first is the default [hybrid, item-knn and popularity, as far as they are there]")
+@click.option("--token", default="", envvar="WIDEDEEP_TOKEN", help="What a writer of feedback must show; better given as WIDEDEEP_TOKEN, for others can read commands [none]")
+@click.option("--explore", default=0., type=click.FloatRange(0), help="Draw lists by lot, at this temperature [0: show the best]")
+@click.option("--wait", default=0., type=click.FloatRange(0, 1), help="Seconds that a question waits for company [0]")
+def serve_command(folder, **asked):
+    "Answer a shop's page with the models of RUN, until stopped."
+    serve(existing_run(folder).folder, tell=click.echo, **asked)
+
+
+@cli.command("feedback")
+@click.argument("folder", metavar="RUN")
+@click.option("--out", default="events.parquet", help="Where the log goes, as Parquet [events.parquet]")
+def feedback_command(folder, out):
+    "What people said to the service of RUN, as a log that can be read like any other."
+    click.echo(f"{write_feedback(existing_run(folder), Path(out)):,} events are in {out}")
 
 # %% ../nbs/17_run.ipynb #32b8f529
 @cli.command("bench")
