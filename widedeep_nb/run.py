@@ -1073,6 +1073,7 @@ def recommend_command(folder, as_json, **asked):
 @click.option("--token", default="", envvar="WIDEDEEP_TOKEN", help="What a writer of feedback must show; better given as WIDEDEEP_TOKEN, for others can read commands [none]")
 @click.option("--explore", default=0., type=click.FloatRange(0), help="Draw lists by lot, at this temperature [0: show the best]")
 @click.option("--wait", default=0., type=click.FloatRange(0, 1), help="Seconds that a question waits for company [0]")
+@click.option("--book", default="", help="Folder in which feedback and lists are kept [service/ in RUN]")
 def serve_command(folder, **asked):
     "Answer a shop's page with the models of RUN, until stopped."
     serve(existing_run(folder).folder, tell=click.echo, **asked)

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['MOST', 'Text', 'Number', 'COUNTS', 'TABLES', 'ADD_EVENT', 'ADD_LIST', 'OF_USERS', 'ABOUT', 'POOL', 'HEADERS',
-           'LOOPBACK', 'notes', 'Few', 'Search', 'STATIC', 'KINDS', 'SERVED', 'READ', 'Question', 'Had', 'Wanted',
-           'Asked', 'Said', 'Product', 'Because', 'Listed', 'Answer', 'Near', 'Alike', 'Event', 'Past', 'Person',
-           'People', 'Products', 'Kept', 'Wrong', 'About', 'Health', 'weights_of', 'drawn', 'opened', 'waiting_in',
-           'Book', 'Line', 'answers_or_errors', 'hand_over', 'Knowledge', 'end_to_end', 'as_events', 'both', 'Shop',
-           'histories', 'for_model', 'ForList', 'ForNear', 'near', 'ranked', 'told', 'lists', 'chosen', 'is_known',
-           'stars_fit', 'question_of', 'Meters', 'Door', 'wrong', 'in_one_line', 'add_errors', 'errors', 'add_lists',
-           'beginnings', 'add_reading', 'people', 'past', 'add_writing', 'add_watching', 'description', 'add_pages',
-           'make_app', 'Sealed', 'look_of', 'open_shop', 'Patient', 'listening', 'serve', 'write_feedback']
+           'LOOPBACK', 'notes', 'Few', 'Search', 'STATIC', 'KINDS', 'SERVED', 'READ', 'MADE_OF', 'Question', 'Had',
+           'Wanted', 'Asked', 'Said', 'Product', 'Because', 'Listed', 'Answer', 'Near', 'Alike', 'Event', 'Past',
+           'Person', 'People', 'Products', 'Kept', 'Wrong', 'About', 'Health', 'weights_of', 'drawn', 'opened',
+           'waiting_in', 'Book', 'Line', 'answers_or_errors', 'hand_over', 'away', 'Knowledge', 'end_to_end',
+           'as_events', 'both', 'Shop', 'histories', 'for_model', 'ForList', 'ForNear', 'near', 'ranked', 'told',
+           'lists', 'chosen', 'is_known', 'stars_fit', 'question_of', 'Meters', 'Door', 'wrong', 'in_one_line',
+           'add_errors', 'errors', 'add_lists', 'beginnings', 'add_reading', 'people', 'past', 'add_writing',
+           'add_watching', 'description', 'add_pages', 'make_app', 'Sealed', 'look_of', 'open_shop', 'Patient',
+           'listening', 'serve', 'write_feedback', 'called', 'as_request', 'hammered', 'served', 'drawn_requests',
+           'load_on', 'by_size', 'made_up', 'made_up_run', 'load_test', 'plain', 'draw_batches', 'batches_in_words',
+           'draw_latency', 'load_in_words']
 
 # %% ../nbs/16_serving.ipynb #16c0ca03
 import asyncio
@@ -23,14 +26,17 @@ import json
 import logging
 import os
 import queue
+import re
 import secrets
 import socket
 import sqlite3
+import subprocess
 import sys
+import tempfile
 import threading
 import time
-from concurrent.futures import Future
-from contextlib import asynccontextmanager, closing
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager, closing, contextmanager
 from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
@@ -40,6 +46,7 @@ from urllib.parse import quote
 import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
+import psutil
 import torch
 import uvicorn
 from fastapi import Depends, FastAPI, Header, HTTPException, Query, Response
@@ -50,8 +57,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException as AnyHTTPException
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from .core import COLORS, History, Problem, Run, as_codes, codes_of, one_of, step, versions, written_whole
 from .comparison import lead
+from .content import with_catalogue
+from .core import COLORS, PROTOCOLS, History, Problem, Run, Split, as_codes, as_interactions, codes_of, make_recommender, one_of, step, versions, written_whole
 from .data import load
 from .preprocessing import in_order, rows_that_count
 from .recommend import Rules, Shelf, laid_out, open_shelf
@@ -78,23 +86,23 @@ class Wanted(Question):
     in_stock: bool = True
     lowest: Optional[Number] = None
     highest: Optional[Number] = None
-    allowed: list[Text] = Field([], max_length=100)
-    blocked: list[Text] = Field([], max_length=100)
-    without: list[Text] = Field([], max_length=MOST["basket"])
+    allowed: list[Text] = Field(default_factory=list, max_length=100)
+    blocked: list[Text] = Field(default_factory=list, max_length=100)
+    without: list[Text] = Field(default_factory=list, max_length=MOST["basket"])
     most_of_brand: int = Field(0, ge=0, le=MOST["k"])
 
 # %% ../nbs/16_serving.ipynb #16a10003
 class Asked(Question):
     "Who wants a list, and what kind of list."
     user: Optional[Text] = None
-    basket: list[Had] = Field([], max_length=MOST["basket"])
-    not_for_me: list[Text] = Field([], max_length=MOST["basket"])
+    basket: list[Had] = Field(default_factory=list, max_length=MOST["basket"])
+    not_for_me: list[Text] = Field(default_factory=list, max_length=MOST["basket"])
     k: int = Field(10, ge=1, le=MOST["k"])
     model: Optional[Text] = None
     diversity: float = Field(0., ge=0, le=1)
     order: Literal["score", "revenue"] = "score"
     candidates: Literal["known", "new", "all"] = "known"
-    rules: Wanted = Wanted()
+    rules: Wanted = Field(default_factory=Wanted)
     explore: Optional[bool] = None
 
 
@@ -409,6 +417,13 @@ def hand_over(
     for future, answer in pairs:
         if not future.done(): (future.set_exception if isinstance(answer, Exception) else future.set_result)(answer)
 
+# %% ../nbs/16_serving.ipynb #16a10042
+def away(
+    work,  # a coroutine
+):  # what it returns
+    "Run a coroutine in a thread of its own: a notebook has a loop of its own already."
+    with ThreadPoolExecutor(1) as pool: return pool.submit(asyncio.run, work).result()
+
 # %% ../nbs/16_serving.ipynb #16a10016
 ABOUT = tuple(Product.model_fields)
 
@@ -427,6 +442,7 @@ class Knowledge:
         ids = lambda column, *more: pl.concat([s.cast(pl.String).rename(column) for s in more]).unique(maintain_order=True)
         table = laid_out(ids("item", *[m.all_items for m in models], rows["item"], items["item"]), items)
         self.products = table.with_columns(pl.lit(None, pl.Boolean if c == "in_stock" else pl.Float64 if c == "price" else pl.String).alias(c) for c in ABOUT if c not in table.columns).select(ABOUT)
+        self.rows = self.products.to_dicts()
         self.users = ids("user", rows["user"], users["user"] if "user" in users.columns else rows["user"])
         self.item, self.user = [dict(zip(s, range(len(s)))) for s in (self.products["item"], self.users)]
         rows = rows.with_columns(user=codes_of(rows["user"], self.users), item=codes_of(rows["item"], self.products["item"])).sort("user", maintain_order=True)
@@ -599,13 +615,13 @@ def told(
     reason: torch.Tensor,  # int64 [n, k], a row of the products, -1 for none
 ) -> list:  # for each of the n a list of dicts, as `Listed`
     "Lists with what is known of each product."
-    row, place = (codes >= 0).nonzero(as_tuple=True)
-    why, products = reason[row, place], self.known.products
-    table = products[self.of_model[model][codes[row, place]].numpy()].with_columns(pl.Series("rank", place.numpy() + 1), *[pl.Series(name, c[row, place].double().numpy()).fill_nan(None) for name, c in columns.items()])
-    because = products.select("item", "title")[why.clamp(min=0).numpy()].to_struct("because").set(pl.Series((why < 0).numpy()), None)
-    ends = torch.bincount(row, minlength=len(codes)).cumsum(0).tolist()
-    dicts = table.with_columns(because).to_dicts()
-    return [dicts[a:b] for a, b in zip([0, *ends], ends)]
+    rows, of, names = self.known.rows, self.of_model[model], ("rank", "because", *columns)
+    there, values = codes >= 0, [torch.where(c.isnan(), -1e300, c.double()) for c in columns.values()]
+    because = [{"item": rows[r]["item"], "title": rows[r]["title"]} if r >= 0 else None for r in reason[there].tolist()]
+    number = lambda v: None if v == -1e300 else v
+    found = [{**rows[r], **dict(zip(names, (place + 1, why, *map(number, more))))} for r, place, why, *more in zip(of[codes[there]].tolist(), there.nonzero()[:, 1].tolist(), because, *[v[there].tolist() for v in values])]
+    ends = there.sum(1).cumsum(0).tolist()
+    return [found[a:b] for a, b in zip([0, *ends], ends)]
 
 # %% ../nbs/16_serving.ipynb #16a1001e
 @torch.no_grad()
@@ -667,7 +683,7 @@ def question_of(
     if asked.user is not None and not self.is_known(asked.user): raise HTTPException(404, "nobody of that id is known here; leave the user out, or give a basket")
     self.stars_fit(model, *[h.rating for h in asked.basket])
     drawn = self.explore > 0 if asked.explore is None else asked.explore
-    return ForList(asked, model, Rules.from_dict(asked.rules.model_dump()), (self.explore or 1.) if drawn else 0.)
+    return ForList(asked, model, Rules.from_dict(asked.rules.model_dump()) if asked.rules.model_fields_set else Rules(), (self.explore or 1.) if drawn else 0.)
 
 
 Shop.chosen, Shop.is_known, Shop.stars_fit, Shop.question_of = chosen, is_known, stars_fit, question_of
@@ -990,6 +1006,7 @@ def open_shop(
     folder: Path,  # of a run
     models: tuple = (),  # names; the first one is the default; empty: those of SERVED that are there
     explore: float = 0.,  # temperature of lists that are drawn; 0: only where that is asked for
+    book: str = "",  # folder of what people say; empty: service/ of the run
     **how,  # `seed`; `most`, `wait` and `seen` of the line
 ) -> Shop:
     "A run, checked and ready to be asked."
@@ -1003,7 +1020,7 @@ def open_shop(
     known = Knowledge(run.read("interactions.parquet"), run.read("items.parquet"), run.read("users.parquet"), [s.model for s in shelves.values()])
     if look_of(files) != before: raise Problem(f"{folder} was being written while it was read; start again when that is done")
     for shelf in shelves.values(): shelf.lists([[shelf.model.item_ids[0]]], 1)            # what is made once is made before anybody asks
-    shop = Shop(shelves, known, Book(run.folder / "service" / "feedback.sqlite"), run.data_name, explore, **how)
+    shop = Shop(shelves, known, Book(Path(book or run.folder / "service") / "feedback.sqlite"), run.data_name, explore, **how)
     shop.made = {name: (run.model_folder(name) / "model.safetensors").stat().st_mtime for name in names}
     shop.changed = lambda: "; ".join(f"{p.relative_to(run.folder)} is not what it was; the service goes on with what it read at its start" for p, look in look_of(files).items() if look != before[p])
     return shop
@@ -1027,7 +1044,7 @@ class Patient(HttpToolsProtocol):
     def data_received(self, data):
         self._hurry()
         super().data_received(data)
-        self.head += len(data) * self.in_head
+        self.head += len(data) if self.due and self.in_head else 0
         if self.head > self.longest: self.transport.abort()
 
     def on_message_begin(self):
@@ -1065,13 +1082,14 @@ def serve(
     token: str = "",  # that a writer must show; empty: none
     explore: float = 0.,  # temperature of lists that are drawn; 0: only where that is asked for
     wait: float = 0.,  # seconds that a question waits for company
+    book: str = "",  # folder of what people say; empty: service/ of the run
     tell: Callable = print,  # of the line that says where it is
 ):
     "Serve a run until it is stopped."
     torch.set_num_threads(1)
     sys.setswitchinterval(.001)
     door, meters = listening(host, port), Meters()
-    shop = open_shop(folder, models, explore, wait=wait, seen=meters.batch.observe)
+    shop = open_shop(folder, models, explore, book, wait=wait, seen=meters.batch.observe)
     app = make_app(shop, token, (*LOOPBACK, host) if host in LOOPBACK else (), meters)
     at = f"http://{f'[{host}]' if ':' in host else host}:{door.getsockname()[1]}"
     tell(f"{at} serves {', '.join(shop.shelves)} of {shop.dataset}; stop it with Ctrl-C")
@@ -1091,3 +1109,222 @@ def write_feedback(
     log = load(f"sqlite:///{book}?query=SELECT * FROM log").interactions
     with written_whole(path) as p: log.write_parquet(p)
     return len(log)
+
+# %% ../nbs/16_serving.ipynb #16a10034
+async def called(
+    connections: list,  # open ones that are free: pairs of a reader and a writer
+    at: tuple,  # host and port
+    request: bytes,  # head and body
+) -> tuple:  # status, body
+    "One request over a connection that is kept."
+    reader, writer = connections.pop() if connections else await asyncio.open_connection(*at)
+    writer.write(request)
+    head = await reader.readuntil(b"\r\n\r\n")
+    body = await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)", head)[1]))
+    connections.append((reader, writer))
+    return int(head[9:12]), body
+
+
+def as_request(
+    path: str,  # of the endpoint
+    body: Optional[dict] = None,  # None: GET
+) -> bytes:
+    "A request as it goes over the wire."
+    raw = b"" if body is None else json.dumps(body).encode()
+    return f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n".encode() + raw
+
+
+async def hammered(
+    at: tuple,  # host and port
+    requests: list,  # taken in turn
+    rate: float,  # requests a second, on average
+    seconds: float,  # that they go on
+    seed: int = 0,  # of the moments
+) -> pl.DataFrame:  # a row a request: due, seconds, status (0: no answer)
+    "Requests at random moments, each from when it was due until its answer."
+    due = np.random.default_rng(seed).exponential(1 / rate, int(rate * seconds)).cumsum()
+    connections, begun, found = [], time.perf_counter(), []
+
+    async def one(moment, request):
+        try: status = (await called(connections, at, request))[0]
+        except (OSError, asyncio.IncompleteReadError): status = 0
+        found.append((moment, time.perf_counter() - begun - moment, status))
+    async with asyncio.TaskGroup() as tasks:
+        for i, moment in enumerate(due):
+            if (early := begun + moment - time.perf_counter()) > 0: await asyncio.sleep(early)
+            tasks.create_task(one(moment, requests[i % len(requests)]))
+    for _, writer in connections: writer.close()
+    return pl.DataFrame(found, schema={"due": pl.Float64, "seconds": pl.Float64, "status": pl.Int64}, orient="row").sort("due")
+
+# %% ../nbs/16_serving.ipynb #16a10035
+@contextmanager
+def served(
+    folder: Path,  # of a run
+    *words: str,  # more of the command `serve`
+):  # yields the host and port, and the process
+    "A run, served by a process of its own for a while; what people say to it is forgotten afterwards."
+    with tempfile.TemporaryDirectory(prefix="widedeep-") as book:
+        command = [sys.executable, "-m", "widedeep_nb.run", "serve", str(folder), "--port", "0", "--book", book, *words]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            at = re.match(r"http://\[?(.+?)\]?:(\d+) ", process.stdout.readline())
+            if not at: raise Problem(f"the service did not start: {process.communicate()[1].strip().splitlines()[-1:]}")
+            yield (at[1], int(at[2])), psutil.Process(process.pid)
+        finally:
+            process.terminate()
+            process.communicate()
+
+
+def drawn_requests(
+    run: Run,  # whose people and products are asked about
+    n: int = 1000,  # requests
+    seed: int = 0,  # of what is drawn
+) -> list:  # bytes
+    "Half of them people whom the shop knows, half baskets of three."
+    draw, items, users = np.random.default_rng(seed), run.read("items.parquet")["item"], run.read("interactions.parquet")["user"].unique().sort()
+    known = draw.random(n) < .5
+    basket, user = items.gather(draw.integers(0, len(items), 3 * n)).reshape((n, 3)).to_list(), users.gather(draw.integers(0, len(users), n)).to_list()
+    return [as_request("/api/recommend", {"user": u} if k else {"basket": [{"item": i} for i in dict.fromkeys(b)]}) for k, u, b in zip(known, user, basket)]
+
+# %% ../nbs/16_serving.ipynb #16a10036
+def load_on(
+    run: Run,  # to be served
+    seconds: float,  # that the load lasts
+    rate: float,  # requests a second
+) -> dict:  # asked, answered, lost, seconds, rate, median, p90, p99 and longest (milliseconds), memory (megabytes, a figure a half second), together (questions a batch)
+    "A service in a process of its own, under a load from this one."
+    memory, done = [], threading.Event()
+    with served(run.folder) as (at, process):
+        def look():
+            while not done.wait(.5): memory.append(round(process.memory_info().rss / 1e6, 1))
+        requests = drawn_requests(run)
+        away(hammered(at, requests, rate, min(1., seconds), 1))                    # once round before it counts
+        watch, begun = threading.Thread(target=look), time.perf_counter()
+        watch.start()
+        found = away(hammered(at, requests, rate, seconds))
+        took = time.perf_counter() - begun
+        done.set()
+        watch.join()
+        meters = dict(re.findall(r"(?m)^widedeep_batch_size_(sum|count) (\S+)", away(called([], at, as_request("/metrics")))[1].decode()))
+    at_most = lambda q: round(1000 * float(found["seconds"].quantile(q)), 2)
+    return {"asked": len(found), "answered": int((found["status"] == 200).sum()), "lost": int((found["status"] == 0).sum()), "seconds": round(took, 2), "rate": round(len(found) / took, 1),
+            "median": at_most(.5), "p90": at_most(.9), "p99": at_most(.99), "longest": at_most(1.), "memory": memory, "together": round(float(meters["sum"]) / float(meters["count"]), 2),
+            "spread": [at_most(q) for q in np.linspace(0, 1, 201)]}
+
+# %% ../nbs/16_serving.ipynb #16a10037
+def by_size(
+    folder: Path,  # of a run
+    sizes: tuple = (1, 2, 4, 8, 16, 32, 64),  # questions answered together
+    repeats: int = 5,  # of each; the median counts
+) -> list:  # dicts: size, seconds, rate
+    "How long batches take."
+    with tempfile.TemporaryDirectory(prefix="widedeep-") as book:
+        shop = open_shop(folder, book=book)
+        asked = [Asked(**json.loads(r.split(b"\r\n\r\n", 1)[1])) for r in drawn_requests(Sealed(folder), max(sizes) * (repeats + 1))]
+        questions, found = [shop.question_of(a) for a in asked], []
+        for size in sizes:
+            took = []
+            for i in range(repeats + 1):
+                begun = time.perf_counter()
+                shop.answer(questions[i * size:(i + 1) * size])
+                took.append(time.perf_counter() - begun)
+            found.append({"size": size, "seconds": float(np.median(took[1:])), "rate": size / float(np.median(took[1:]))})
+        shop.close()
+    return found
+
+# %% ../nbs/16_serving.ipynb #16a10039
+def made_up(
+    items: int = 50_000,  # products of a made-up shop
+    more: int = 10_000,  # events beyond one a product
+) -> tuple:  # the log and the table of items
+    "A large shop in which nothing is to be found out."
+    n, draw = items + more, np.random.default_rng(0)
+    name = lambda of, codes: pl.Series(codes).cast(pl.String).str.zfill(9).str.replace("^", of)
+    shelf = pl.DataFrame({"item": name("B", np.arange(items)), "title": name("Thing ", np.arange(items)), "category": name("A > C", np.arange(items) % 200), "brand": name("", np.arange(items) % 300), "price": draw.lognormal(3, 1, items).round(2)})
+    taken = draw.permutation(np.concatenate([np.arange(items), (items * draw.random(more) ** 2).astype(int)]))
+    log = pl.DataFrame({"user": name("U", draw.integers(0, n // 10, n)), "item": name("B", taken), "rating": draw.integers(1, 6, n), "timestamp": 10 ** 12 + 10 ** 7 * np.arange(n)})
+    return as_interactions(log.unique(["user", "item"], maintain_order=True)), shelf
+
+
+MADE_OF = {"lists": {"popularity": .2, "newer neighbours": .3, "low-pass": .2, "content towers": .3}, "newcomers": {"content towers": 1.}, "stars": {"ridge": .5, "trees": .5}, "passes": {"content towers": 1}}
+
+
+def made_up_run(
+    folder: Path,  # of a new run
+    items: int = 50_000,  # products
+) -> Run:
+    "A run of a made-up shop, with a hybrid."
+    run, (log, shelf) = Run(folder, dataset="made-up"), made_up(items)
+    for name, table in (("interactions", log), ("items", shelf), ("users", log.select("user").unique(maintain_order=True))): run.write(f"{name}.parquet", table)
+    run.update(hashes=run.written)
+    split = Split.of(log, log.clear(), log.clear(), items=shelf, protocol=PROTOCOLS["given"])
+    make_recommender("hybrid", plan=MADE_OF).fit(with_catalogue(split, shelf)).save(run.model_folder("hybrid"))
+    return run
+
+# %% ../nbs/16_serving.ipynb #16a1003a
+@step(lead)
+def load_test(
+    run: Run,  # with fitted models; gets serving.json
+    seconds: float = 5.,  # that the load lasts
+    rate: float = 500.,  # requests a second
+    catalogue: int = 0,  # products of a made-up shop to serve instead; 0: the run's own
+):
+    "How long batches take, and a load on a service of its own process."
+    if seconds <= 0 or rate <= 0: raise Problem(f"seconds and rate are above nought, not {seconds:g} and {rate:g}")
+    with tempfile.TemporaryDirectory(prefix="widedeep-") as place:
+        of = made_up_run(Path(place) / "shop", catalogue) if catalogue else run
+        run.write("serving.json", {"items": len(of.read("items.parquet")), "made_up": catalogue > 0, "cores": os.cpu_count(), "batches": by_size(of.folder), "load": load_on(of, seconds, rate)})
+
+# %% ../nbs/16_serving.ipynb #16a1003d
+def plain(
+    value: float,
+) -> str:  # as people write it
+    "A number with three figures that count."
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def draw_batches(
+    batches: list,  # of serving.json
+) -> plt.Figure:
+    "Questions a second by how many are answered together."
+    fig, ax = plt.subplots(figsize=(5.2, 3.))
+    size, rate = [b["size"] for b in batches], [b["rate"] for b in batches]
+    ax.plot(size, rate, "-o", ms=5, color=COLORS["hybrid"])
+    for b, where in ((batches[0], (9, -4)), (batches[-1], (-9, 9))): ax.annotate(f"{plain(1000 * b['seconds'])} ms a batch", (b["size"], b["rate"]), where, textcoords="offset points", ha="left" if b is batches[0] else "right", color=COLORS["ink"])
+    ax.set(xscale="log", xticks=size, xticklabels=size, xlabel="questions answered together", ylabel="questions a second, one thread", ylim=(0, 1.18 * max(rate)))
+    ax.minorticks_off()
+    return fig
+
+
+def batches_in_words(
+    batches: list,  # of serving.json
+) -> str:
+    "What a batch is worth."
+    one, best = batches[0], max(batches, key=lambda b: b["rate"])
+    return f"Alone, a question takes {plain(1000 * one['seconds'])} ms, and one thread answers {one['rate']:,.0f} a second; {best['size']} together take {plain(1000 * best['seconds'])} ms, which is {best['rate']:,.0f} a second, {best['rate'] / one['rate']:.1f} times as many."
+
+# %% ../nbs/16_serving.ipynb #16a10040
+def draw_latency(
+    load: dict,  # of serving.json
+) -> plt.Figure:
+    "How many requests were answered within how long, with the median and the 99th percentile."
+    fig, ax = plt.subplots(figsize=(5.2, 3.))
+    ax.plot(np.maximum(load["spread"], .1), np.linspace(0, 100, len(load["spread"])), color=COLORS["hybrid"], lw=1.8)
+    for name, share in (("median", 50), ("p99", 99)):
+        ax.plot(load[name], share, "o", color=COLORS["hybrid"], ms=6)
+        ax.annotate(f"{'half' if share == 50 else '99 %'}: {plain(load[name])} ms", (load[name], share), (9, -4 if share == 50 else -14), textcoords="offset points", color=COLORS["ink"])
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    ax.set(xlabel="milliseconds from when a request was due, log scale", ylabel="answered, % of requests", ylim=(0, 103), xlim=(None, max(load["longest"], load["p99"] * 4)))
+    return fig
+
+
+def load_in_words(
+    found: dict,  # serving.json
+) -> str:
+    "What came of the load."
+    load, memory = found["load"], found["load"]["memory"] or [float("nan")]
+    wrong = load["asked"] - load["answered"]
+    return (f"{load['asked']:,} requests in {load['seconds']:g} s ({load['rate']:,.0f} a second) for lists of {found['items']:,} {'made-up ' if found['made_up'] else ''}products: "
+            + ("all were answered" if not wrong else f"{wrong:,} were not answered ({load['lost']:,} of them lost)") + f", half within {plain(load['median'])} ms and 99 % within {plain(load['p99'])} ms. "
+            f"A batch held {load['together']:.3g} questions on average. Memory went from {memory[0]:,.0f} MB to {memory[-1]:,.0f} MB. Service and load shared {found['cores']} cores.")
