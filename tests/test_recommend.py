@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from widedeep_nb.content import with_catalogue
 from widedeep_nb.core import PROTOCOLS, History, Problem, Split, as_interactions, make_recommender
-from widedeep_nb.recommend import Rules, Shelf, kinds_of, laid_out, pick, read_rules, scaled, spoken
+from widedeep_nb.hybrid import shares_of
+from widedeep_nb.recommend import (REMEMBERS, Rules, Shelf, beside, cost_in_words, judged, kinds_of, laid_out, make_lists, may_be_shown, open_shelf, orders_in_words, pick, pull, read_rules, reasons, some_rules, spoken,
+                                   variety, wide_parts, worth_of)
 
 PLAN = {"lists": {"popularity": .3, "neighbours": .2, "neighbours, fading": .1, "matrix": .2, "content": .2}}
 
@@ -96,10 +98,233 @@ def test_nor_with_a_first_stage_that_finds_little(shelf, monkeypatch):
     "A quick search that neither masks nor finds all."
     monkeypatch.setattr("widedeep_nb.recommend.ORDERS", {"score": 3, "revenue": 3})
     whole = shelf.first
-    def narrow(users, history, m, open_to=None):
-        if m >= len(shelf.items): return whole(users, history_of([[]] * len(users)), m, open_to)
-        codes, scores = whole(users, history_of([[]] * len(users)), 2, open_to)
-        return codes, scores
+    narrow = lambda users, history, m, open_to=None: whole(users, history_of([[]] * len(users)), m if m >= len(shelf.items) else 2, open_to)
     other = Shelf(shelf.model, shelf.items)
     other.first = narrow
     check_batches(other, 20, seed=2)
+
+
+# --- the order
+
+def mmr_by_hand(worth, k, strength, points, brand, most):
+    left, chosen = [j for j, w in enumerate(worth) if w > -np.inf], []
+    if strength and left:
+        low, high = min(worth[j] for j in left), max(worth[j] for j in left)
+        worth = [(w - low) / max(high - low, 1e-12) for w in worth]
+    while left and len(chosen) < k:
+        near = lambda j: max([0.] + [float(points[j] @ points[c]) for c in chosen])
+        value = {j: (1 - strength) * worth[j] - strength * near(j) if strength else worth[j] for j in left}
+        best = max(left, key=lambda j: (value[j], -j))
+        chosen.append(best)
+        left = [j for j in left if j != best and not (most and brand[j] >= 0 and sum(brand[c] == brand[j] for c in chosen) >= most)]
+    return chosen + [-1] * (k - len(chosen))
+
+
+@given(st.integers(0, 10**6), st.integers(1, 8), st.sampled_from([0., .25, .5, 1.]), st.integers(0, 2))
+@settings(deadline=None, max_examples=150)
+def test_marginal_relevance_is_the_textbook_s(seed, k, strength, most):
+    "Whole numbers and halves, so that ties are ties."
+    rng = np.random.default_rng(seed)
+    n, m = 3, int(rng.integers(1, 9))
+    worth = torch.from_numpy(np.where(rng.random((n, m)) < .15, -np.inf, rng.integers(0, 5, (n, m)) / 4.))
+    points = torch.from_numpy(np.eye(3)[rng.integers(0, 3, (n, m))]).to(worth.dtype)
+    brand = torch.from_numpy(rng.integers(-1, 3, (n, m)))
+    found = pick(worth, k, strength, points if strength else None, brand, most)
+    assert found.tolist() == [mmr_by_hand(worth[i].tolist(), k, strength, points[i], brand[i].tolist(), most) for i in range(n)]
+
+
+@pytest.mark.parametrize("order", ["score", "revenue"])
+def test_the_order_is_that_of_the_scores_or_of_what_is_expected_to_be_paid(shelf, order):
+    users = torch.arange(20)
+    codes, scores = shelf.rank(users, k=6, rules=Rules(in_stock=False), order=order)
+    whole, price = shelf.model.scores(users), [p or 0 for p in shelf.items["price"]]
+    for user in range(20):
+        had = set(shelf.model.log.item[shelf.model.log.ptr[user]:shelf.model.log.ptr[user + 1]].tolist())
+        value = lambda c: float(whole[user, c]) * (price[c] if order == "revenue" else 1)
+        best = sorted((c for c in range(shelf.model.n_items) if c not in had), key=value, reverse=True)[:6]
+        assert [value(c) for c in codes[user].tolist()] == pytest.approx([value(c) for c in best])
+        assert scores[user].tolist() == pytest.approx(whole[user, codes[user]].tolist())
+
+
+def test_expected_revenue_of_scores_below_nought_is_that_of_a_softmax():
+    scores, price = torch.tensor([[2., -1., .5]]), torch.tensor([[1., 30., 2.]])
+    chance = np.exp([2., -1., .5]) / np.exp([2., -1., .5]).sum()
+    assert worth_of(scores, price)[0].tolist() == pytest.approx(list(chance * [1., 30., 2.]))
+
+
+def test_variety_is_the_mean_over_pairs():
+    rng = np.random.default_rng(0)
+    space = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(9, 4))), dim=1)
+    lists = torch.tensor([[0, 1, 2, 3], [4, 5, 8, -1], [1, -1, -1, -1]])
+    by_hand = [np.mean([1 - float(space[a] @ space[b]) for i, a in enumerate(row) for b in row[:i]]) if len(row) > 1 else np.nan for row in ([c for c in r if c >= 0] for r in lists.tolist())]
+    assert variety(lists, space).numpy() == pytest.approx(by_hand, nan_ok=True)
+    assert variety(torch.tensor([[0, 1]]), torch.tensor([[0., 0.], [1., 0.]])).item() == 1                   # nothing known of one is unlike anything
+
+
+def test_more_diversity_makes_lists_more_varied(shelf):
+    spread = [variety(shelf.rank(torch.arange(60), k=8, diversity=d)[0], shelf.space).nanmean().item() for d in (0, .3, .6, 1)]
+    assert spread == sorted(spread) and spread[-1] > spread[0] + .02
+
+
+# --- why
+
+@pytest.mark.parametrize("name, params", [("wide-matrix", {}), ("wide-matrix", {"max_items": 15}), ("wide-neighbours", {}), ("wide-rules", {}), ("wide-next", {}), ("item-knn", {"k": 7}), ("ease", {}), ("association-rules", {}), ("content", {})])
+def test_weights_are_what_a_model_makes_of_one_event(name, params):
+    split, _ = shop_of()
+    model = make_recommender(name, **params).fit(split)
+    assert isinstance(model, REMEMBERS)
+    n = model.n_items
+    shown = torch.arange(n).expand(n, -1)
+    alone = model._scores(torch.full((n,), 999), history_of([[i] for i in range(n)]), torch.arange(n))
+    found = pull(model, torch.arange(n), shown)
+    if name == "content": found, alone = torch.nn.functional.normalize(found, dim=1), torch.nn.functional.normalize(alone, dim=1)      # there an event without stars weighs 1.25
+    assert torch.allclose(found, alone, atol=1e-5) and found.abs().sum() > 0
+
+
+def test_reasons_add_up_to_the_wide_score_and_the_largest_is_given(shelf):
+    model, users = shelf.model, torch.arange(40)
+    history = model.log.take(users)
+    codes = shelf.rank(users, k=7)[0]
+    owner, event, adds = spoken(model, history, codes)
+    for user in range(40):
+        mine, row = adds[owner == user], codes[user].clamp(min=0)
+        of_user = history.take(torch.tensor([user]))
+        wide = sum(weight * shares_of(name, part, users[:1], of_user)[0, row] for weight, part, name, _ in wide_parts(model))
+        assert torch.allclose(mine.sum(0).masked_fill(codes[user] < 0, 0), wide.masked_fill(codes[user] < 0, 0), atol=1e-6)
+    given = shelf.because(history, codes)
+    for user, place in [(u, p) for u in range(40) for p in range(7)]:
+        mine = [(float(a), int(e)) for a, e, o in zip(adds[:, place], event, owner) if o == user]
+        best = max(mine, default=(0., -1))
+        assert given[user, place] == (best[1] if best[0] > 0 else -1) or float(adds[(event == given[user, place]), place]) == best[0]
+        assert given[user, place] < 0 or history.owner[given[user, place]] == user
+    assert (given >= 0).float().mean() > .8 and len(wide_parts(model)) == 4
+
+
+def test_a_stranger_and_a_new_product_have_no_reason(shelf):
+    nobody = history_of([[], [0]])
+    codes = torch.tensor([[1, 2], [len(shelf.items) - 1, -1]])
+    assert shelf.because(nobody, codes).tolist() == [[-1, -1], [-1, -1]]
+    other = Shelf(make_recommender("popularity").fit(shop_of()[0]), shop_of()[1])
+    assert other.because(history_of([[0]]), torch.tensor([[1]])).tolist() == [[-1]]
+
+
+def test_what_got_few_stars_was_not_liked(shelf):
+    asked = [{shelf.items["item"][0]: 5}, {shelf.items["item"][0]: 1}, [shelf.items["item"][0]]]
+    found = shelf.lists(asked, k=1)
+    assert found["user"].to_list() == ["basket 1", "basket 2", "basket 3"] and found["liked"].to_list() == [True, False, False]
+    assert [w.split(" thing")[0] for w in reasons(found, shelf.items)] == ["because you liked", "because you had", "because you had"]
+
+
+# --- beside
+
+def test_stars_come_from_another_model_with_other_codes(shelf):
+    split, items = shop_of()
+    ranks, rates = make_recommender("popularity").fit(split), make_recommender("damped-bias")
+    log = split.train.with_columns(user=split.users["user"].gather(split.train["user"]), item=split.items["item"].gather(split.train["item"])).filter(pl.col("item") != split.items["item"][0])
+    rates.fit(Split.of(log, log.clear(), log.clear(), protocol=PROTOCOLS["given"]))
+    assert not rates.item_ids.equals(ranks.item_ids)
+    other, users = Shelf(ranks, items, rates), torch.tensor([3, 999])
+    history, codes = history_of([[4], []]), torch.tensor([[1, 0, -1], [2, 1, 0]])
+    found = other.stars(users, codes, history)
+    for row, place in [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]:
+        user, item = ([*ranks.all_users] + [None] * 999)[users[row]], ranks.all_items[int(codes[row, place])]
+        code = lambda one, of: of.to_list().index(one) if one in of.to_list() else len(of)
+        mine = history_of([[code(ranks.all_items[4], rates.all_items)] if not row else []])
+        assert found[row, place] == rates.predict([code(user, rates.all_users)], [code(item, rates.all_items)], mine)[0]
+    assert found[0, 2].isnan() and Shelf(ranks, items).stars(users, codes, history).isnan().all()
+
+
+def test_a_log_that_knows_nothing_of_its_products_or_has_no_stars():
+    split, items = shop_of(stars=False)
+    model = make_recommender("hybrid", plan={"lists": {"popularity": .5, "neighbours": .5}}).fit(split)
+    bare = Shelf(model, items.select("item"))
+    found = bare.lists(model.user_ids[:5].to_list(), k=4, diversity=.5)
+    assert found.columns == ["user", "rank", "item", "score", "because", "liked"] and len(found) == 20 and not found["liked"].any()
+    assert len(bare.similar(model.item_ids[0], 3)) == 3 and some_rules(bare) == {"none": Rules()}
+    for rules, said in ((Rules(highest=3), "price"), (Rules(allowed=("Toys",)), "category"), (Rules(most_of_brand=1), "brand")):
+        with pytest.raises(Problem, match=f"no product here has a {said}"): bare.rank([0], rules=rules)
+    with pytest.raises(Problem, match="price"): bare.rank([0], order="revenue")
+
+
+def test_similar_products_keep_the_rules_and_leave_out_themselves(shelf):
+    item = shelf.items["item"][0]
+    found = shelf.similar(item, 100, Rules(highest=15.))
+    assert item not in found["item"] and (found["price"] <= 15).all() and found["similarity"].is_sorted(descending=True) and found["similarity"].is_between(0, 1).all()
+    assert sorted(found["item"]) == sorted(p["item"] for p in shelf.items.to_dicts() if may_stand(p, Rules(highest=15.)) and p["item"] != item)
+    with pytest.raises(Problem, match="knows no item"): shelf.similar("nothing")
+
+
+# --- rules as data
+
+@pytest.mark.parametrize("given, said", [
+    ({"colour": "red"}, "unknown rule 'colour'; known: in_stock"), ({"highest": "20"}, "highest is a price"), ({"lowest": -1}, "lowest is a price"), ({"highest": float("nan")}, "highest"), ({"lowest": True}, "lowest"),
+    ({"lowest": 5, "highest": 4}, "above"), ({"allowed": "Toys"}, "allowed is a list of texts"), ({"without": [387420489]}, "without is a list of texts"), ({"most_of_brand": -1}, "most_of_brand"),
+    ({"most_of_brand": "two"}, "most_of_brand"), ({"in_stock": "yes"}, "true or false"), (["highest"], "rules are names with values"), ({"x" * 999: 1}, r"x\.\.\.")])
+def test_rules_that_are_wrong_are_said_to_be(given, said):
+    with pytest.raises(Problem, match=said) as e: Rules.from_dict(given)
+    assert len(str(e.value)) < 800 and "\n" not in str(e.value)
+
+
+def test_rules_from_files(tmp_path):
+    (tmp_path / "rules.json").write_text(json.dumps({"blocked": ["Toys > Cars"], "highest": 1e3}))
+    (tmp_path / "rules.yaml").write_text("blocked: [Toys > Cars]\nhighest: 1000\n")
+    assert read_rules(tmp_path / "rules.json") == read_rules(tmp_path / "rules.yaml") == Rules(blocked=("Toys > Cars",), highest=1000)
+    for name, text in (("bad", "a: [b"), ("list", "[1]"), ("empty", "")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(Problem): read_rules(tmp_path / name)
+    with pytest.raises(Problem, match="cannot be read"): read_rules(tmp_path / "nowhere")
+
+
+def test_bad_questions(shelf):
+    for how, said in (({"k": 0}, "at least one place"), ({"k": 2.5}, "place"), ({"diversity": 1.5}, "0 to 1"), ({"diversity": float("nan")}, "0 to 1"), ({"order": "price"}, "unknown order"), ({"candidates": "old"}, "choice of items"),
+                      ({"rules": Rules(allowed=("Cars", "Clothes"))}, "category 'Clothes'")):
+        with pytest.raises(Problem, match=said): shelf.rank([0], **how)
+    with pytest.raises(Problem, match="stars go from 1 to 5"): shelf.lists({"i1": 9})
+
+
+@pytest.mark.parametrize("stock", [[True, False, None], [3, 0, None], [2.5, 0., None], ["yes", "sold out", None], ["TRUE", " False ", None], ["12", "0", None]])
+def test_stock_is_read_in_several_ways(stock):
+    table = laid_out(pl.Series("item", ["a", "b", "c", "d"]), pl.DataFrame({"item": ["a", "b", "c"], "In stock": stock, "price": ["3", "x", None]}))
+    assert table["in_stock"].to_list() == [True, False, None, None] and table["price"].to_list() == [3., None, None, None]
+    assert may_be_shown(table, kinds_of(table), Rules()).tolist() == [True, False, True, True]
+
+
+# --- the chapter's figures, and the command
+
+def test_figures_are_those_of_the_evaluation(shelf):
+    from widedeep_nb.evaluation import ask, rank_users
+    split, items = shop_of()
+    cut = Split.of(*[split.train.with_columns(user=split.users["user"].gather(split.train["user"]), item=split.items["item"].gather(split.train["item"]))[a:b] for a, b in ((0, 560), (560, 560), (560, 700))], items=items, protocol=PROTOCOLS["given"])
+    other = Shelf(make_recommender("item-knn").fit(cut), cut.items.with_columns(in_stock=True))
+    usual, mine = rank_users(other.model, cut, "test").users, judged(other, ask(cut, "test"))
+    for metric in ("NDCG@20", "Revenue@20"): assert mine[metric].to_numpy() == pytest.approx(usual[metric].to_numpy(), abs=1e-9)
+    rows = pl.DataFrame(beside({"score": mine, "revenue": judged(other, ask(cut, "test"), order="revenue")}))
+    assert rows.filter(name="score")["more"].to_list() == [0] * 6 and "expected revenue" in orders_in_words(rows)
+    assert "plain lists" in cost_in_words(pl.DataFrame(beside({"0": mine, "1": judged(other, ask(cut, "test"), diversity=1.)})))
+
+
+def test_the_command_keeps_rules_and_says_why(tmp_path, capsys):
+    from widedeep_nb.core import Run
+    from widedeep_nb.run import main
+    split, items = shop_of()
+    run = Run(tmp_path / "run")
+    run.write("items.parquet", items)
+    make_recommender("hybrid", plan=PLAN | {"stars": {"ridge": 1.}}).fit(split).save(run.model_folder("hybrid"))
+    (tmp_path / "rules.json").write_text('{"most_of_brand": 1, "blocked": ["Books"]}')
+    def ask(*words):
+        try: main(["recommend", str(run.folder), *map(str, words)])
+        except SystemExit as stopped: return stopped.code, capsys.readouterr()
+        return 0, capsys.readouterr()
+    code, said = ask("--basket", "i0:5,i3:4", "--rules", tmp_path / "rules.json", "--diversity", .3, "--json")
+    rows, brand = json.loads(said.out)["items"], dict(items.select("item", "brand").rows())
+    brands = [brand[r["item"]] for r in rows if brand[r["item"]]]
+    assert code == 0 and len(rows) > 3 and len(set(brands)) == len(brands) and all(1 <= r["stars"] <= 5 and r["because"] in ("i0", "i3", None) for r in rows) and {"i0", "i3"} & {r["because"] for r in rows}
+    assert not {r["item"] for r in rows} & set(items.filter(pl.col("category").str.starts_with("Books").fill_null(False) | (pl.col("in_stock") == False))["item"])
+    code, said = ask("--basket", "i0:5,i3:4", "--order", "revenue", "-k", 2)
+    assert code == 0 and said.out.startswith("rank") and "because you liked thing" in said.out and len(said.out.splitlines()) == 3
+    code, said = ask("--user", "zoe", "--rules", tmp_path / "rules.json", "--json")
+    assert "nobody called zoe" in json.loads(said.out)["note"] and not {r["item"] for r in json.loads(said.out)["items"]} & set(items.filter(pl.col("category").str.starts_with("Books").fill_null(False))["item"])
+    for words, complaint in ((["--rules", tmp_path / "nowhere"], "cannot be read"), (["--diversity", "2"], "0 to 1"), (["--order", "price"], "order")):
+        code, said = ask("--user", "u1", *words)
+        assert code == 2 and complaint in said.err and len(said.err.splitlines()) <= 3
+    assert open_shelf(run).rank([0], k=3)[0].shape == (1, 3)

@@ -12,9 +12,9 @@ __all__ = ['READERS', 'HIDDEN', 'OPTION', 'FOLDED', 'OUTSIDE', 'MAIN', 'HYBRIDS'
            'join', 'verdict', 'shortlist', 'headline', 'winners', 'who_wins', 'facts', 'title_of', 'style', 'page',
            'write_page', 'as_div', 'site_filter', 'with_outputs', 'results_of', 'compact', 'published', 'figures_of',
            'readme_table', 'rewrite_readme', 'between', 'pages_in', 'execute_pages', 'chapters_with_outputs', 'publish',
-           'load_model', 'read_basket', 'most_taken', 'rows_of', 'as_history', 'suggest', 'bench', 'bench_basket',
-           'cli', 'run_command', 'existing_run', 'datasets_command', 'recommend_command', 'serve_command',
-           'feedback_command', 'bench_command', 'publish_command', 'site_filter_command', 'main']
+           'load_model', 'read_basket', 'most_taken', 'rows_of', 'as_history', 'suggest', 'as_lines', 'bench',
+           'bench_basket', 'cli', 'run_command', 'existing_run', 'datasets_command', 'recommend_command',
+           'serve_command', 'feedback_command', 'bench_command', 'publish_command', 'site_filter_command', 'main']
 
 # %% ../nbs/17_run.ipynb #70a0da2f
 import ast
@@ -34,6 +34,7 @@ import time
 import tokenize
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -60,9 +61,10 @@ from pygments.formatters import HtmlFormatter
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import widedeep_nb
-from .core import COLORS, DEVICES, METRICS, PROTOCOLS, Problem, Recommender, Run, Split, as_interactions, as_svg, load_recommender, lot, make_recommender, one_of, open_run, pick_device, say, top_k, use_theme, versions, written_whole, bare_name, codes_of, History
+from .core import COLORS, DEVICES, METRICS, PROTOCOLS, Problem, Recommender, Run, Split, as_interactions, as_svg, load_recommender, lot, make_recommender, mask_seen, one_of, open_run, pick_device, say, top_k, use_theme, versions, written_whole, bare_name, codes_of, History
 from .content import with_catalogue
 from .evaluation import told
+from .recommend import ORDERS, Rules, open_shelf, read_rules, reasons
 from .preprocessing import in_order, preprocess, rows_that_count
 from .baselines import ABLATIONS, OURS, dots, overall
 from .training import our_epoch, plain_epoch
@@ -918,12 +920,17 @@ def read_basket(
 # %% ../nbs/17_run.ipynb #fcbd079a
 def most_taken(
     model: Recommender,  # fitted
-    k: int,  # length of the list
-) -> pl.DataFrame:  # item, score, rank
+    users: torch.Tensor,  # int64 [n], codes
+    history: History,  # of them
+    m: int,  # how many
+    open_to: torch.Tensor,  # bool [items], what may be shown
+) -> tuple:  # codes int64 [n, at most m] and scores: a first stage of a shelf
     "What everybody takes: events of each item in what the model was fitted on."
-    order = lot(model.item_ids)
-    value, column = top_k(torch.bincount(model.log.item, minlength=model.n_items)[order][None].float(), k)
-    return pl.DataFrame({"item": model.item_ids[order[column[0]].numpy()], "score": value[0].numpy(), "rank": list(range(1, value.shape[1] + 1))})
+    items = lot(model.all_items)
+    items = items[open_to[items]]
+    count = torch.bincount(model.log.item, minlength=len(model.all_items))[items].float()
+    value, column = top_k(mask_seen(count.expand(len(users), -1), history, items), m)
+    return torch.where(column < 0, -1, items[column]), value
 
 # %% ../nbs/17_run.ipynb #40eeb93a
 def rows_of(
@@ -951,7 +958,10 @@ def suggest(
     k: int = 10,  # length of the list
     model: str = "",  # name; empty: the one whose lists are best on the test part
     items: str = "known",  # to choose from: those with events, the "new" ones without, or "all"
-) -> dict:  # model, note (who this is to the model), items: rank, item, title, score
+    rules: str = "",  # a file of rules, JSON or YAML
+    diversity: float = 0.,  # strength, 0 to 1
+    order: str = "score",  # or "revenue"
+) -> dict:  # model, note (who this is to the model), items: rank, item, title, score, stars and why, as far as they are there
     "A list for a user or a basket."
     if bool(user) == bool(basket): raise Problem("recommend needs either --user ID or --basket ITEM:STARS,ITEM,...")
     fitted, things = load_model(run, model), read_basket(basket) if basket else {}
@@ -961,12 +971,24 @@ def suggest(
     note = f"nobody called {user} is in the log; {instead}" if user and stranger else \
         f"{fitted.name} knows nothing of {join(unknown)}" + (f"; {instead}" if stranger else "") if unknown else ""
     history = as_history(mine, fitted.all_items) if len(mine) else None
-    if stranger and items == "known": found = most_taken(fitted, k)
-    else: found = fitted.recommend([[]] if stranger else user or things, k, items=items, history=history).drop("user")
-    about = run.read("items.parquet") if (run.folder / "items.parquet").exists() else pl.DataFrame({"item": []}, schema={"item": pl.String})
-    if "title" in about.columns: found = found.join(about.select("item", "title").unique("item"), on="item", how="left", maintain_order="left")
-    columns = [c for c in ("rank", "item", "title", "score") if c in found.columns]
+    shelf = open_shelf(run, model=fitted)
+    if stranger and items == "known": shelf.first = partial(most_taken, fitted)
+    found = shelf.lists([[]] if stranger else user or things, k, history, rules=read_rules(rules) if rules else Rules(), diversity=diversity, order=order, candidates=items)
+    found = found.with_columns(reasons(found, shelf.items)).fill_nan(None)
+    columns = [c for c in ("rank", "item", "title", "score", "stars", "price", "because", "why") if c in found.columns]
     return {"model": fitted.name, "note": note, "items": found.select(columns).to_dicts()}
+
+# %% ../nbs/17_run.ipynb #91420564
+def as_lines(
+    rows: list,  # from `suggest`
+) -> list:  # of text: a heading, and a line a product
+    "A list in columns."
+    if not rows: return []
+    form = {"rank": "{}", "score": "{:.4f}", "stars": "{:.1f}", "price": "{:.2f}", "item": "{}", "title": "{}", "why": "{}"}
+    there = {c: f for c, f in form.items() if any(row.get(c) is not None for row in rows)}
+    cells = [[c for c in there]] + [["" if row[c] is None else f.format(row[c]) for c, f in there.items()] for row in rows]
+    width = [max(len(row[i]) for row in cells) for i in range(len(there))]
+    return ["  ".join(cell.rjust(w) if c in ("rank", "score", "stars", "price") else cell.ljust(w) for cell, w, c in zip(row, width, there)).rstrip() for row in cells]
 
 # %% ../nbs/17_run.ipynb #db273c8f
 def bench(
@@ -1056,13 +1078,16 @@ def datasets_command():
 @click.option("-k", default=10, type=click.IntRange(1), help="Length of the list [10]")
 @click.option("--model", default="", help="Name of the model [whose lists are best on the test part]")
 @click.option("--items", default="known", type=click.Choice(["known", "new", "all"]), help="Choose from products with events, from those without, or from all [known]")
+@click.option("--rules", default="", metavar="FILE", help="JSON or YAML: in_stock, lowest, highest, allowed, blocked, without, most_of_brand")
+@click.option("--diversity", default=0., help="From 0, the best ten, to 1, ten as different as can be [0]")
+@click.option("--order", default="score", type=click.Choice(list(ORDERS)), help="By what is taken most likely, or by what is expected to be paid [score]")
 @click.option("--json", "as_json", is_flag=True, help="For programs")
 def recommend_command(folder, as_json, **asked):
     "Recommend to a user or for a basket, with a model of RUN."
     found = suggest(existing_run(folder), **asked)
     if as_json: return click.echo(json.dumps(found, indent=1))
     if found["note"]: click.echo(found["note"], err=True)
-    for row in found["items"]: click.echo(f"{row['rank']:>3}  {row['score']:>9.4f}  {row['item']}  {row.get('title') or ''}".rstrip())
+    for line in as_lines(found["items"]): click.echo(line)
 
 # %% ../nbs/17_run.ipynb #17a0c0d1
 @cli.command("serve")
