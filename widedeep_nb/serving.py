@@ -41,7 +41,6 @@ from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Callable, Literal, NamedTuple, Optional
-from urllib.parse import quote
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -241,7 +240,7 @@ def weights_of(
     "Chances of the first place: of shares in proportion to themselves, of scores that may be negative by a softmax."
     there, scores = np.isfinite(scores), np.where(np.isfinite(scores), scores, 0.).astype(np.float64)
     logit = np.where((scores < 0).any(1, keepdims=True), scores, np.log(np.maximum(scores, 1e-30))) / temperature
-    weight = np.where(there, np.exp(logit - np.where(there, logit, -np.inf).max(1, keepdims=True, initial=-1e300)), 0.)
+    weight = np.where(there, np.exp(np.minimum(logit - np.where(there, logit, -np.inf).max(1, keepdims=True, initial=-1e300), 0)), 0.)
     even = there / np.maximum(there.sum(1, keepdims=True), 1)
     return (1 - floor) * weight / np.maximum(weight.sum(1, keepdims=True), 1e-300) + floor * even
 
@@ -270,7 +269,7 @@ CREATE VIEW IF NOT EXISTS shown AS SELECT lists.id AS list, time, user, model, e
 """
 ADD_EVENT = "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO NOTHING"
 ADD_LIST = "INSERT INTO lists VALUES (?, ?, ?, ?, ?, ?, ?)"
-OF_USERS = "SELECT user, item, event, rating, time FROM json_each(?) AS one JOIN events ON events.rowid IN (SELECT rowid FROM events WHERE user = one.value ORDER BY rowid DESC LIMIT 500) ORDER BY events.rowid"
+OF_USERS = "WITH one (name) AS (VALUES {}) SELECT user, item, event, rating, time FROM one JOIN events ON events.rowid IN (SELECT rowid FROM events WHERE user = one.name ORDER BY rowid DESC LIMIT 500) ORDER BY events.rowid"
 
 
 def opened(
@@ -321,7 +320,7 @@ class Book:
 
     def of(self, users: list) -> list:
         "The last events of some users, oldest first: user, item, event, rating, time."
-        return self.reader.execute(OF_USERS, [json.dumps(users)]).fetchall()
+        return self.reader.execute(OF_USERS.format(", ".join(["(?)"] * len(users))), users).fetchall() if users else []
 
     def close(self):
         "Write what waits, then stop."
@@ -856,8 +855,9 @@ def people(
 ) -> list:  # dicts, as `Person`
     "Some people, those with the most events first."
     ours = pl.DataFrame({"user": self.known.users, "events": self.known.log.ptr.diff().numpy()}).filter(pl.col("user").str.to_lowercase().str.contains(search.lower(), literal=True)).top_k(limit, by="events")
-    with closing(sqlite3.connect(f"file:{quote(str(self.book.path))}?mode=ro", uri=True)) as base:
-        said = dict(base.execute("SELECT user, count(*) FROM events WHERE instr(lower(user), ?) OR user IN (SELECT value FROM json_each(?)) GROUP BY user ORDER BY count(*) DESC LIMIT ?", [search.lower(), json.dumps(ours["user"].to_list()), 2 * limit]))
+    names = ours["user"].to_list()
+    with closing(opened(self.book.path)) as base:
+        said = dict(base.execute(f"SELECT user, count(*) FROM events WHERE instr(lower(user), ?) OR user IN ({', '.join('?' * len(names))}) GROUP BY user ORDER BY count(*) DESC LIMIT ?", [search.lower(), *names, 2 * limit]))
     both = {user: said.get(user, 0) + events for user, events in ours.rows()} | {user: n for user, n in said.items() if user not in self.known.user}
     return [{"user": user, "events": n} for user, n in sorted(both.items(), key=lambda p: -p[1])[:limit]]
 
@@ -890,7 +890,7 @@ def add_writing(
     "Feedback."
     def may_write(authorization: Annotated[Optional[str], Header(max_length=1000)] = None):
         given = (authorization or "").removeprefix("Bearer ")
-        if token and not hmac.compare_digest(given.encode(), token.encode()): raise HTTPException(401, "writing needs the token of this service: Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"})
+        if token and not hmac.compare_digest(given.encode("latin-1"), token.encode()): raise HTTPException(401, "writing needs the token of this service: Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"})
 
     @app.post("/api/feedback", response_model=Kept, responses=errors(401, 404, 409, 507) | {201: {"model": Kept}}, dependencies=[Depends(may_write)], summary="What somebody did with a product; answered when it is on the disk")
     async def feedback(said: Said, response: Response):
