@@ -10,7 +10,7 @@ const path = p => (p.category ?? "").split(" > ").join(" › ");
 const money = p => p.price == null ? "no price" : p.price.toLocaleString("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 });
 const DID = { more: "more like this", less: "not for me", purchase: "bought", cart: "in the basket", click: "clicked", view: "looked at", rating: "rated" };
 const LEAST = { user: "", basket: [], less: [], model: "", versus: "", k: 10, diversity: 0, order: "score", candidates: "known", lowest: "", highest: "", allowed: [], blocked: [] };
-const MOST = 50;  // the longest list asked for
+const MOST = 50, PAST = 100;  // the longest list, and the most events of a history, that are asked for
 const RULES = ["candidates", "lowest", "highest", "allowed", "blocked"];
 
 let about, state = structuredClone(LEAST), shown = false;
@@ -144,7 +144,8 @@ let unwritten;  // what a new visitor said last can be taken back until it is wr
 function later(told) {
   clearTimeout(later.soon);
   const before = unwritten;
-  unwritten = told; later.soon = setTimeout(() => later(), 9000);
+  unwritten = told;
+  if (told) later.soon = setTimeout(() => later(), 9000);
   if (before && (about.writing === "open" || token())) write(before).catch(() => {});  // the page keeps what a visitor says in any case
 }
 
@@ -166,7 +167,7 @@ async function say(event, product, list) {
     const [into, out] = event === "less" ? ["less", "basket"] : ["basket", "less"];
     change({ [into]: [...state[into].filter(i => i !== product.item), product.item], [out]: state[out].filter(i => i !== product.item) });
     later(told);
-    announce(`${words}: ${name(product)}`, "Undo", () => { unwritten = null; unsay(product.item); });
+    announce(`${words}: ${name(product)}`, "Undo", () => unsay(product.item));
     past(); refresh();
     return;
   }
@@ -186,6 +187,7 @@ async function say(event, product, list) {
 }
 
 function unsay(item) {
+  if (unwritten?.item === item) unwritten = null;
   saying.delete(item); marks();
   change({ basket: state.basket.filter(i => i !== item), less: state.less.filter(i => i !== item) });
   past(); refresh();
@@ -204,21 +206,21 @@ function row(product, text, label, act) {
 }
 
 async function told(item) {
-  if (!products.has(item)) try { know((await ask(at("similar", { item, k: 1 }))).item); } catch (wrong) { if (!(wrong instanceof Refused)) throw wrong; }
+  if (!products.has(item)) try { know((await ask(at("similar", { item, k: 1, model: state.model }))).item); } catch (wrong) { if (!(wrong instanceof Refused)) throw wrong; }
   return products.get(item) ?? { item, unknown: true };
 }
 
 async function past() {
   const { user } = state, mine = past.turn = (past.turn ?? 0) + 1;
   try {
-    const [had, less] = user ? [(await ask(at("history", { user, limit: 50 }))).events, []] : await Promise.all([state.basket, state.less].map(all => Promise.all(all.map(told))));
+    const [had, less] = user ? [(await ask(at("history", { user, limit: PAST }))).events, []] : await Promise.all([state.basket, state.less].map(all => Promise.all(all.map(told))));
     if (mine !== past.turn) return;
-    const short = p => p.unknown ? "not in this shop" : path(p).split(" › ").at(-1);
+    const short = p => p.unknown ? `not known to ${state.model}` : path(p).split(" › ").at(-1);
     if (user) {
       const each = new Map();
       for (const e of had) each.set(e.product.item, [...(each.get(e.product.item) ?? []), e]);
       $("past-title").textContent = "History";
-      $("past-note").textContent = had.length ? "" : "Nothing yet.";
+      $("past-note").textContent = had.length < PAST ? had.length ? "" : "Nothing yet." : `The newest ${PAST} events.`;
       $("past-rows").replaceChildren(...[...each.values()].map(events => {
         const rating = events.find(e => e.rating != null)?.rating, when = events.find(e => e.time)?.time;
         const stars = rating != null && make("span", `${Number(rating.toFixed(1))} ★`, { className: "given" });
@@ -300,7 +302,7 @@ function column(section, answer, other, before) {
   const [title, cards, note, further] = section.children, known = state.user || state.basket.length;
   const old = new Map([...cards.children].map(c => [c.dataset.item, c])), n = answer.items.length;
   section.dataset.kind = kind(answer.model); section.ariaLabel = `List of ${answer.model}`;
-  title.textContent = other ? answer.model : "";
+  title.textContent = answer.model;
   section.classList.toggle("empty", !n);
   note.textContent = answer.error ? `${answer.error}.` : (n >= state.k ? "" : ruled().length ? (n ? "No more is left by the rules." : "Nothing is left by the rules.") : n ? "The shop has no more." : "Nothing is left: everything here was had or is not wanted.");
   const now = answer.items.map(p => {
@@ -321,7 +323,7 @@ function card(li, p, answer, known, both, fresh) {
   part(".rank").textContent = p.rank;
   part("h3").textContent = part("h3").title = name(p);
   part(".kind").textContent = path(p);
-  part(".why").replaceChildren(...(p.because ? [p.because.liked === false ? "because you had " : "because you liked ", make("b", p.because.title || p.because.item)] : [known ? "no single product speaks for it" : "suits most people"]));
+  part(".why").replaceChildren(...(p.because ? [p.because.liked === false ? "because you had " : "because you liked ", make("b", p.because.title || p.because.item)] : [known ? "no single product speaks for it" : "a first guess: you are new here"]));
   part(".both").textContent = both ?? "";
   part(".stars").textContent = p.stars == null ? "" : `${p.stars.toFixed(1)} ★`;
   part(".stars").title = "predicted stars"; part(".stars").ariaLabel = `predicted ${p.stars?.toFixed(1)} stars`;
@@ -402,7 +404,11 @@ function listen() {
   $("trouble").querySelector("button").addEventListener("click", () => { past(); refresh(); });
   $("token-part").addEventListener("submit", e => { e.preventDefault(); sessionStorage.setItem("token", $("token").value); $("token").value = ""; keep(); });
   addEventListener("pagehide", () => later());
-  addEventListener("popstate", () => { read(); shown = false; past(); refresh(); });
+  addEventListener("popstate", () => {
+    read(); shown = false;
+    if (!state.basket.concat(state.less).includes(unwritten?.item)) unwritten = null;  // taken back by going back
+    past(); refresh();
+  });
 }
 
 const keep = () => { $("token-note").textContent = token() ? "A token is kept until this tab is closed." : "Without it nothing that you say is written."; };
