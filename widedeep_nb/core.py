@@ -6,7 +6,7 @@
 __all__ = ['COLORS', 'LOG', 'EXTRAS', 'PROTOCOLS', 'PARTS', 'RECOMMENDERS', 'LOSSES', 'POINTWISE', 'CANNOT_WRITE', 'RUN_FORMAT',
            'DEVICES', 'METRIC_KEY', 'METRICS', 'Problem', 'one_of', 'use_theme', 'spaced', 'as_svg', 'show_figure',
            'set_out', 'show_table', 'say', 'as_interactions', 'Protocol', 'enough', 'code_table', 'Split', 'in_time',
-           'recoded', 'encode', 'codes_of', 'History', 'lot', 'top_k', 'as_codes', 'Recommender', 'predict',
+           'recoded', 'encode', 'codes_of', 'History', 'lot', 'top_k', 'as_codes', 'columns', 'Recommender', 'predict',
            'baskets_as_history', 'asked_for', 'mask_seen', 'recommend', 'candidates', 'similar', 'register',
            'make_recommender', 'make_loss', 'pack_text', 'unpack_text', 'file_sha256', 'written_whole', 'save',
            'load_recommender', 'pick_device', 'versions', 'bare_name', 'Run', 'write', 'read', 'once', 'save_splits',
@@ -375,6 +375,15 @@ def as_codes(
 ) -> torch.Tensor:  # int64, a copy
     "Codes as a tensor of their own."
     return codes.long().clone() if isinstance(codes, torch.Tensor) else torch.from_numpy(np.array(codes, dtype=np.int64))
+
+
+def columns(
+    table: torch.Tensor,  # [n, m]
+    items: torch.Tensor,  # int64 [k], some of 0..m-1
+) -> torch.Tensor:  # [n, k], to be read only: it may share its memory with the table
+    "Some columns of a table: the first ones as they lie there, others by the quickest way there is."
+    first = torch.equal(items, torch.arange(len(items)))
+    return table[:, :len(items)] if first else table.index_select(1, items)
 
 # %% ../nbs/00_core.ipynb #be7600c2
 class Recommender:

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from .baselines import FromHistory, as_csr, as_matrix, nearest
 from .content import described, describe_products, is_described
-from .core import COLORS, History, Problem, Recommender, Run, Split, make_recommender, mask_seen, recoded, register, step
+from .core import COLORS, History, Problem, Recommender, Run, Split, columns, make_recommender, mask_seen, recoded, register, step
 from .evaluation import ask, hits_of, ndcg, rate_rows
 from .preprocessing import Snapshot, category_codes, joined, make_inputs, take_snapshot, training_inputs
 from .sequence import SEQUENCE
@@ -541,7 +541,11 @@ class Hybrid(Recommender):
 
     def _wanted(self): return list(dict.fromkeys(MODEL[n] for of in ("lists", "strangers", "newcomers", "stars") for n in self.plan[of]))
 
-    def _scores(self, users, history, items):
+    def _scores(self, users, history, items, floats=2 ** 20):
+        some = torch.arange(len(users)).split(max(1, floats // (self.n_items + 1)))       # so many people at a time that their scores stay in the cache
+        return torch.cat([self._scores_of(users[b], history.take(b), items) for b in some]) if len(some) > 1 else self._scores_of(users, history, items)
+
+    def _scores_of(self, users, history, items):
         lists, strangers, known = self.plan["lists"], self.plan["strangers"], trust(history, self.n_items) > 0
         total = torch.zeros(len(users), self.n_items + 1)                     # the last column: an item that nothing is known of
         new = (items >= self.n_items) & (items < len(self.all_items))
@@ -549,8 +553,8 @@ class Hybrid(Recommender):
         said = {name: self.models[name]._scores(users, history, both) for name in self.plan["newcomers"]} if new.any() else {}
         for name in dict.fromkeys([*lists, *strangers]):
             weight = torch.where(known, lists.get(name, 0.), strangers.get(name, 0.))
-            total[:, :-1] += weight * (share(said[name][:, :self.n_items], soft=True) if name in said else shares_of(name, self.models[MODEL[name]], users, history))
-        scores = total[:, items.clamp(max=self.n_items)]
+            total[:, :-1].addcmul_(share(said[name][:, :self.n_items], soft=True) if name in said else shares_of(name, self.models[MODEL[name]], users, history), weight)
+        scores = columns(total, items.clamp(max=self.n_items))
         for name, logits in said.items(): scores[:, new] += self.plan["newcomers"][name] * share(logits, soft=True)[:, self.n_items:]
         return scores
 
