@@ -22,7 +22,7 @@ def main(run, picture=ROOT / "results/page.png"):
         page.mouse.move(0, 0)
         page.evaluate("document.activeElement.blur(), scrollTo(0, 0)")
         page.wait_for_timeout(500)
-        Image.open(io.BytesIO(page.screenshot())).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(picture, optimize=True)
+        Image.open(io.BytesIO(page.screenshot())).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(picture, optimize=True)
         browser.close()
 
 

@@ -10,7 +10,7 @@ const path = p => (p.category ?? "").split(" > ").join(" › ");
 const money = p => p.price == null ? "no price" : p.price.toLocaleString("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 });
 const DID = { more: "more like this", less: "not for me", purchase: "bought", cart: "in the basket", click: "clicked", view: "looked at", rating: "rated" };
 const LEAST = { user: "", basket: [], less: [], model: "", versus: "", k: 10, diversity: 0, order: "score", candidates: "known", lowest: "", highest: "", allowed: [], blocked: [] };
-const MOST = 50, PAST = 100;  // the longest list, and the most events of a history, that are asked for
+const MOST = 50, PAST = 50;  // the longest list, and the most events of a history, that are asked for
 const RULES = ["candidates", "lowest", "highest", "allowed", "blocked"];
 
 let about, state = structuredClone(LEAST), shown = false;
