@@ -1,10 +1,10 @@
-# report: the demo report in runs/demo · test: everything that must hold · test-all: also what takes longer
+# report: the demo report in runs/demo · test: everything that must hold · test-all: also what takes longer · screenshot: results/page.png, the service of runs/demo
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: report test test-all lab site clean
+.PHONY: report test test-all lab site screenshot clean
 export PYTHONWARNINGS ?= ignore::DeprecationWarning
 
 report: $(READY)
@@ -28,6 +28,10 @@ lab: $(READY)
 site: $(READY)
 	@if command -v quarto >/dev/null; then PATH="$(CURDIR)/$(BIN):$$PATH" quarto render; \
 	else echo "make site needs Quarto: pip install quarto-cli, or see quarto.org/docs/get-started" >&2; exit 2; fi
+
+screenshot: $(READY)
+	@test -e runs/demo/index.html || $(MAKE) report
+	$(BIN)/python tests/screenshot.py runs/demo
 
 clean:
 	rm -rf $(VENV) _docs _proc .quarto build dist *.egg-info .pytest_cache .hypothesis

@@ -20,7 +20,7 @@ from widedeep_nb import hybrid
 from widedeep_nb.baselines import as_csr
 from widedeep_nb.hybrid import (LISTS, MODEL, PASSES, STARS, VOICES, SparseWide, at_candidates, best_pass, carved, faded, fit_part, make_plan, select, share, shares_of, strongest,
                                     suits, trust, try_part, weigh_lists, weigh_stars)
-from widedeep_nb.core import PROTOCOLS, History, Split, as_interactions, load_recommender, make_recommender
+from widedeep_nb.core import PROTOCOLS, History, Problem, Split, as_interactions, load_recommender, make_recommender
 from widedeep_nb.evaluation import ask, ndcg, rank_users
 from widedeep_nb.sequence import SEQUENCE
 
@@ -273,18 +273,28 @@ def test_low_pass_lets_through_nothing_that_nobody_does():
 
 # ---------------------------------------------------------------- stars
 
-def test_trees_are_scikit_learns():
+@pytest.mark.parametrize("leaves", [2, 9, 40, 62])
+def test_trees_are_scikit_learns(leaves):
     "Deep and shallow trees side by side, on new rows and on rows at the very thresholds."
     rng = np.random.default_rng(0)
     x = rng.integers(0, 12, (400, 6)) / 4
     y = x[:, 0] * x[:, 1] - (x[:, 2] > 1) + rng.normal(0, .1, 400)
-    model = make_recommender("trees", starts=3, rounds=20, leaves=9, least=5, seed=4)
+    model = make_recommender("trees", starts=3, rounds=20, leaves=leaves, least=5, seed=4)
     model._learn(x, y)
-    theirs = [HistGradientBoostingRegressor(learning_rate=.05, max_iter=20, max_leaf_nodes=9, min_samples_leaf=5, l2_regularization=20., max_features=.4, random_state=4 + s).fit(x, y) for s in range(3)]
+    theirs = [HistGradientBoostingRegressor(learning_rate=.05, max_iter=20, max_leaf_nodes=leaves, min_samples_leaf=5, l2_regularization=20., max_features=.4, random_state=4 + s).fit(x, y) for s in range(3)]
     for rows in (x, rng.integers(-6, 32, (300, 6)) / 8, rng.normal(size=(50, 6)) * 100):
         want = np.mean([t.predict(rows) for t in theirs], 0)
         assert np.allclose(model._from(rows), want, rtol=0, atol=1e-12) and np.allclose(model._from(rows, block=7), want, rtol=0, atol=1e-12)
-    assert np.ptp(model._from(x)) > 1 and len(model._from(x[:0])) == 0
+    assert np.ptp(model._from(x)) > 1 or leaves == 2
+    assert len(model._from(x[:0])) == 0
+
+
+def test_trees_without_a_test():
+    "Where nothing can be told apart a tree is one leaf."
+    model = make_recommender("trees", starts=1, rounds=3)
+    model._learn(np.zeros((50, 2)), np.arange(50.))
+    assert np.allclose(model._from(np.ones((3, 2))), 24.5)
+    with pytest.raises(Problem, match="62 leaves"): make_recommender("trees", leaves=63)._learn(np.zeros((50, 2)), np.arange(50.))
 
 
 def test_ridge_is_scikit_learns():

@@ -28,7 +28,7 @@ from scipy.sparse.linalg import svds
 from scipy.stats import kendalltau
 from torch import nn
 
-from .core import COLORS, LOSSES, PROTOCOLS, History, Problem, Recommender, Run, Split, load_recommender, make_recommender, one_of, pick_device, register, step
+from .core import COLORS, LOSSES, PROTOCOLS, History, Problem, Recommender, Run, Split, columns, load_recommender, make_recommender, one_of, pick_device, register, step
 from .data import ingest
 from .evaluation import by_seed_and_cut, figures, judge, measure, rank_users, rate_rows, summarise, told
 from .preprocessing import damped_bias, prepare, total
@@ -133,7 +133,7 @@ class FromHistory(Recommender):
         have = history.matrix(self.n_items)
         scores = F.pad(self._from(have), (0, 1))
         stranger = torch.bincount(have.indices()[0], minlength=len(history)) == 0
-        return torch.where(stranger[:, None], self.popularity, scores)[:, items.clamp(max=self.n_items)]
+        return columns(torch.where(stranger[:, None], self.popularity, scores), items.clamp(max=self.n_items))
 
 # %% ../nbs/07_baselines.ipynb #75d4339f
 def nearest(
@@ -455,7 +455,7 @@ class ById(FromHistory):
 
     def _scores(self, users, history, items):
         scores, known = super()._scores(users, history, items), (users < self.n_users).nonzero()[:, 0]
-        scores[known] = F.pad(self._of(users[known]), (0, 1))[:, items.clamp(max=self.n_items)]
+        scores[known] = columns(F.pad(self._of(users[known]), (0, 1)), items.clamp(max=self.n_items))
         return scores
 
 

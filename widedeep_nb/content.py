@@ -33,7 +33,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .baselines import takers
-from .core import COLORS, History, Problem, Recommender, Run, Split, as_codes, codes_of, lot, make_recommender, pack_text, pick_device, register, step, unpack_text
+from .core import COLORS, History, Problem, Recommender, Run, Split, as_codes, codes_of, columns, lot, make_recommender, pack_text, pick_device, register, step, unpack_text
 from .data import ITEM_NAMES, drawn_pictures, find_columns, id_text
 from .preprocessing import DAY, preprocess
 
@@ -195,7 +195,7 @@ def dot(
     rows: torch.Tensor,  # int64 [k], of the table
 ) -> torch.Tensor:  # float [n, k]
     "Products with some rows of a table; where most are wanted, all are multiplied and picked afterwards, which moves less memory."
-    return (points @ table.T)[:, rows] if 2 * len(rows) > len(table) else points @ table[rows].T
+    return columns(points @ table.T, rows) if 2 * len(rows) > len(table) else points @ table[rows].T
 
 
 def space_of(
@@ -377,7 +377,7 @@ class ContentNet(nn.Module):
         scores = bias if looks else bias + PickedFromFew.apply(self.of_age.weight[:, 0], age_step(now[:, None], sheet.born[items]))
         if self.parts != "deep":
             by_tag = torch.cat([self.profile(sheet.tag[had], weight), traits], 1) @ self.cross
-            scores = scores + (torch.from_numpy(looks[2] @ by_tag.T.numpy()).T[:, items] if looks else F.embedding_bag(sheet.tag[items], F.pad(by_tag, (0, 1)).T, mode="sum", padding_idx=self.n_tags).T)
+            scores = scores + (columns(torch.from_numpy(looks[2] @ by_tag.T.numpy()).T, items) if looks else F.embedding_bag(sheet.tag[items], F.pad(by_tag, (0, 1)).T, mode="sum", padding_idx=self.n_tags).T)
         if self.parts != "wide":
             things, where = (None, had) if looks else torch.unique(had, return_inverse=True)
             of = looks[0] if looks else self.look(sheet, things)[0]

@@ -6,7 +6,7 @@
 __all__ = ['COLORS', 'LOG', 'EXTRAS', 'PROTOCOLS', 'PARTS', 'RECOMMENDERS', 'LOSSES', 'POINTWISE', 'CANNOT_WRITE', 'RUN_FORMAT',
            'DEVICES', 'METRIC_KEY', 'METRICS', 'Problem', 'one_of', 'use_theme', 'spaced', 'as_svg', 'show_figure',
            'set_out', 'show_table', 'say', 'as_interactions', 'Protocol', 'enough', 'code_table', 'Split', 'in_time',
-           'recoded', 'encode', 'codes_of', 'History', 'lot', 'top_k', 'as_codes', 'Recommender', 'predict',
+           'recoded', 'encode', 'codes_of', 'History', 'lot', 'top_k', 'as_codes', 'columns', 'Recommender', 'predict',
            'baskets_as_history', 'asked_for', 'mask_seen', 'recommend', 'candidates', 'similar', 'register',
            'make_recommender', 'make_loss', 'pack_text', 'unpack_text', 'file_sha256', 'written_whole', 'save',
            'load_recommender', 'pick_device', 'versions', 'bare_name', 'Run', 'write', 'read', 'once', 'workers_for',
@@ -45,7 +45,7 @@ import torch
 from filelock import FileLock, Timeout
 from IPython.display import Markdown, display
 from joblib import Parallel, cpu_count, delayed, parallel_config
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from tqdm.auto import tqdm
 
 # %% ../nbs/00_core.ipynb #fa6363fa
@@ -380,6 +380,15 @@ def as_codes(
     "Codes as a tensor of their own."
     return codes.long().clone() if isinstance(codes, torch.Tensor) else torch.from_numpy(np.array(codes, dtype=np.int64))
 
+
+def columns(
+    table: torch.Tensor,  # [n, m]
+    items: torch.Tensor,  # int64 [k], some of 0..m-1
+) -> torch.Tensor:  # [n, k], to be read only: it may share its memory with the table
+    "Some columns of a table: the first ones as they lie there, others by the quickest way there is."
+    first = torch.equal(items, torch.arange(len(items)))
+    return table[:, :len(items)] if first else table.index_select(1, items)
+
 # %% ../nbs/00_core.ipynb #be7600c2
 class Recommender:
     "The face that evaluation, comparison, serving and monitoring rely on."
@@ -690,8 +699,9 @@ def load_recommender(
     folder = Path(folder)
     try:
         about = json.loads((folder / "model.json").read_text())
-        if file_sha256(folder / "model.safetensors") != about["sha256"]: raise Problem(f"{folder}: the weights are not those that were saved; fit the model again")
-        tensors = load_file(folder / "model.safetensors")
+        raw = (folder / "model.safetensors").read_bytes()                  # in memory: what happens to the file later is no matter
+        if hashlib.sha256(raw).hexdigest() != about["sha256"]: raise Problem(f"{folder}: the weights are not those that were saved; fit the model again")
+        tensors = load(raw)
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as e: raise Problem(f"{folder}: no saved recommender here ({type(e).__name__}); fit the model again") from None
     part = lambda name: {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(name + "/")}
     self = make_recommender(about["name"], **about["params"])
@@ -742,7 +752,7 @@ class Run:
         except OSError as e: raise Problem(f"{folder} cannot be a run folder ({e.strerror}); name another") from None
         if not (self.folder / "run.json").exists() and any(not f.name.startswith(".") for f in self.folder.iterdir()):
             raise Problem(f"{folder} holds something else than a run; name an empty or a new folder")
-        self.lock, self.work = FileLock(self.folder / ".lock", timeout=60), self.folder / ".work"
+        self.lock, self.work, self.written = FileLock(self.folder / ".lock", timeout=60), self.folder / ".work", {}
         if not (self.folder / "run.json").exists():
             self.write("run.json", {"format": RUN_FORMAT, "dataset": "demo", "protocol": "strict", "seed": 0, "parameters": {}, "steps": {}, "chapters": {},
                                     "versions": versions(), "device": pick_device().type})
@@ -775,7 +785,9 @@ def write(
 ):
     "Write a file of the run, whole or not at all."
     with written_whole(self.folder / name) as p:
-        if name.endswith(".parquet"): content.write_parquet(p)
+        if name.endswith(".parquet"):
+            content.write_parquet(p)
+            self.written[name] = file_sha256(p)
         else: p.write_text(json.dumps(content, indent=1, default=str))
 
 
@@ -923,7 +935,7 @@ def step(
                 started, run.work = time.perf_counter(), run.folder / ".work" / f"{f.__name__}-{mark}"
                 f(run, **params)
                 done = {"mark": mark, "params": params, "seconds": round(time.perf_counter() - started, 3)}
-                run.update(steps=run.about["steps"] | {f.__name__: done})
+                run.update(steps=run.about["steps"] | {f.__name__: done}, hashes=run.about.get("hashes", {}) | run.written)
                 shutil.rmtree(run.folder / ".work", ignore_errors=True)
         do.is_done = lambda about: all(n.is_done(about) for n in needs) and plan(about, {})[2]  # by what run.json says, or would say
         return do

@@ -1034,6 +1034,7 @@ def ingest(
     with written_whole(run.folder / "interactions.parquet") as path:
         report, items, users = read_log(run.about["dataset"], path, read_mapping(columns))
         if reviews_beside(path).exists(): os.replace(reviews_beside(path), run.folder / "reviews.parquet")
+    run.written |= {name: file_sha256(run.folder / name) for name in ("interactions.parquet", "reviews.parquet") if (run.folder / name).exists()}
     run.write("items.parquet", items)
     run.write("users.parquet", users)
     run.write("ingest.json", report)

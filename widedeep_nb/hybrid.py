@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LISTS', 'STARS', 'VOICES', 'NEWCOMERS', 'PASSES', 'MODEL', 'FEW', 'share', 'faded', 'trust', 'scaled', 'sums',
            'WideMatrix', 'strongest', 'SparseWide', 'WideNeighbours', 'WideRules', 'WideNext', 'LowPass',
-           'OnStatistics', 'Ridge', 'Trees', 'Part', 'fit_part', 'best_pass', 'kind_of', 'shares_of', 'carved',
-           'select', 'at_candidates', 'weigh_lists', 'weigh_stars', 'suits', 'try_part', 'completed', 'make_plan',
-           'Hybrid', 'plan_for', 'put_together', 'mean_plan', 'draw_plan', 'made_of', 'alone_and_together',
+           'OnStatistics', 'Ridge', 'Trees', 'as_tests', 'Part', 'fit_part', 'best_pass', 'kind_of', 'shares_of',
+           'carved', 'select', 'at_candidates', 'weigh_lists', 'weigh_stars', 'suits', 'try_part', 'completed',
+           'make_plan', 'Hybrid', 'plan_for', 'put_together', 'mean_plan', 'draw_plan', 'made_of', 'alone_and_together',
            'draw_alone']
 
 # %% ../nbs/11_hybrid.ipynb #c0ca5e03
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from .baselines import FromHistory, as_csr, as_matrix, nearest
 from .content import described, describe_products, is_described
-from .core import COLORS, History, Problem, Recommender, Run, Split, make_recommender, mask_seen, recoded, register, step
+from .core import COLORS, History, Problem, Recommender, Run, Split, columns, make_recommender, mask_seen, recoded, register, step
 from .evaluation import ask, hits_of, ndcg, rate_rows
 from .preprocessing import Snapshot, category_codes, joined, make_inputs, take_snapshot, training_inputs
 from .sequence import SEQUENCE
@@ -252,6 +252,7 @@ class Trees(OnStatistics):
     groups = ("time", "season")  # trees may ask when; a straight line would only run out of the picture
 
     def _learn(self, x, y):
+        if self.leaves > 62: raise Problem(f"a tree has at most 62 leaves here, not {self.leaves}")
         grown = [HistGradientBoostingRegressor(learning_rate=self.lr, max_iter=self.rounds, max_leaf_nodes=self.leaves, min_samples_leaf=self.least, l2_regularization=20., max_features=.4, random_state=self.seed + s).fit(x, y) for s in range(self.starts)]
         trees = [stage[0].nodes for model in grown for stage in model._predictors]
         begin = np.cumsum([0] + [len(t) for t in trees])
@@ -260,15 +261,37 @@ class Trees(OnStatistics):
         self.threshold, self.value, self.left, self.right = column("num_threshold"), column("value"), column("left", True), column("right", True)
         self.base = torch.tensor(np.mean([m._baseline_prediction for m in grown]))
 
-    def _from(self, x, block=2**12):
-        x, found = torch.from_numpy(x), []
-        for rows in x.split(block):
-            node = self.root.expand(len(rows), -1)
-            while not self.leaf[node].all():              # as deep as the deepest tree
-                down = torch.where(rows.gather(1, self.feature[node]) <= self.threshold[node], self.left[node], self.right[node])
-                node = torch.where(self.leaf[node].bool(), node, down)
-            found.append(self.base + self.value[node].sum(1) / self.starts)
-        return torch.cat(found).numpy()
+
+# %% ../nbs/11_hybrid.ipynb #911e4f6a
+def as_tests(
+    self: Trees,  # fitted
+) -> tuple:  # feature, threshold, leaves that a pass leaves and those that a fail leaves [tests, trees, 1]; all leaves [trees, 1]; values [leaves, trees]
+    "The tests of all trees side by side; trees with fewer have some that leave all leaves."
+    root, left, right, leaf = [t.numpy() for t in (self.root, self.left, self.right, self.leaf.bool())]
+    tree = np.searchsorted(root, np.arange(len(leaf)), side="right") - 1
+    place = np.where(leaf, np.cumsum(leaf) - (np.cumsum(leaf) - leaf)[root][tree], np.cumsum(~leaf) - (np.cumsum(~leaf) - ~leaf)[root][tree]) - 1  # among the leaves, or the tests, of its tree
+    small = np.int16 if place[leaf].max() < 14 else np.int64
+    below = np.where(leaf, small(1) << place.astype(small), small(0))
+    while (more := np.where(leaf, below, below[left] | below[right])).tolist() != below.tolist(): below = more
+    def spread(of, values, empty=0):
+        made = np.full((place[of].max(initial=-1) + 1, len(root)), empty, values.dtype)
+        made[place[of], tree[of]] = values[of]
+        return made
+    tests = spread(~leaf, self.feature.numpy()), *[spread(~leaf, v, e)[..., None] for v, e in ((self.threshold.numpy(), 0), (~below[right], -1), (~below[left], -1))]
+    return *tests, below[root][:, None], spread(leaf, self.value.numpy())
+
+
+def _from(self, x, block=64):
+    feature, threshold, passed, failed, whole, value = self._once("tests", lambda: as_tests(self))
+    found, each = [np.zeros(0)], np.arange(len(self.root))[:, None]
+    for rows in np.split(x, range(block, len(x), block)):
+        column, left = np.ascontiguousarray(rows.T), whole.repeat(len(rows), 1)
+        for f, at, yes, no in zip(feature, threshold, passed, failed): left &= np.where(column[f] <= at, yes, no)
+        found.append(float(self.base) + value[np.log2(left).astype(int), each].sum(0) / self.starts)
+    return np.concatenate(found)
+
+
+Trees._from = _from
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e1a
 class Part(NamedTuple):
@@ -518,7 +541,11 @@ class Hybrid(Recommender):
 
     def _wanted(self): return list(dict.fromkeys(MODEL[n] for of in ("lists", "strangers", "newcomers", "stars") for n in self.plan[of]))
 
-    def _scores(self, users, history, items):
+    def _scores(self, users, history, items, floats=2 ** 20):
+        some = torch.arange(len(users)).split(max(1, floats // (self.n_items + 1)))       # so many people at a time that their scores stay in the cache
+        return torch.cat([self._scores_of(users[b], history.take(b), items) for b in some]) if len(some) > 1 else self._scores_of(users, history, items)
+
+    def _scores_of(self, users, history, items):
         lists, strangers, known = self.plan["lists"], self.plan["strangers"], trust(history, self.n_items) > 0
         total = torch.zeros(len(users), self.n_items + 1)                     # the last column: an item that nothing is known of
         new = (items >= self.n_items) & (items < len(self.all_items))
@@ -526,8 +553,8 @@ class Hybrid(Recommender):
         said = {name: self.models[name]._scores(users, history, both) for name in self.plan["newcomers"]} if new.any() else {}
         for name in dict.fromkeys([*lists, *strangers]):
             weight = torch.where(known, lists.get(name, 0.), strangers.get(name, 0.))
-            total[:, :-1] += weight * (share(said[name][:, :self.n_items], soft=True) if name in said else shares_of(name, self.models[MODEL[name]], users, history))
-        scores = total[:, items.clamp(max=self.n_items)]
+            total[:, :-1].addcmul_(share(said[name][:, :self.n_items], soft=True) if name in said else shares_of(name, self.models[MODEL[name]], users, history), weight)
+        scores = columns(total, items.clamp(max=self.n_items))
         for name, logits in said.items(): scores[:, new] += self.plan["newcomers"][name] * share(logits, soft=True)[:, self.n_items:]
         return scores
 

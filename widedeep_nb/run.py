@@ -14,7 +14,8 @@ __all__ = ['READERS', 'HIDDEN', 'OPTION', 'FOLDED', 'OUTSIDE', 'MAIN', 'HYBRIDS'
            'readme_table', 'rewrite_readme', 'between', 'pages_in', 'execute_pages', 'chapters_with_outputs', 'publish',
            'load_model', 'read_basket', 'most_taken', 'rows_of', 'as_history', 'suggest', 'as_lines', 'bench',
            'bench_basket', 'bench_two_stages', 'cli', 'run_command', 'existing_run', 'datasets_command',
-           'recommend_command', 'export_command', 'bench_command', 'publish_command', 'site_filter_command', 'main']
+           'recommend_command', 'export_command', 'serve_command', 'feedback_command', 'bench_command',
+           'publish_command', 'site_filter_command', 'main']
 
 # %% ../nbs/17_run.ipynb #70a0da2f
 import ast
@@ -69,6 +70,7 @@ from .preprocessing import in_order, preprocess, rows_that_count
 from .baselines import ABLATIONS, OURS, dots, overall
 from .training import our_epoch, plain_epoch
 from .data import DATASETS, datasets, fingerprint
+from .serving import serve, write_feedback
 
 # %% ../nbs/17_run.ipynb #fe745034
 def find_notebooks() -> Path:  # the folder nbs/ of a checkout
@@ -1114,6 +1116,28 @@ def export_command(folder, model, out, length):
     if target.exists() and not target.is_dir(): raise Problem(f"{target} is a file; name a folder")
     items = run.read("items.parquet") if (run.folder / "items.parquet").exists() else pl.DataFrame({"item": fitted.item_ids})
     for file, size in write_export(fitted, items, target, length, run.data_name).items(): click.echo(f"{size / 1e6:>9,.1f} MB  {os.path.relpath(target / file)}")
+
+# %% ../nbs/17_run.ipynb #17a0c0d1
+@cli.command("serve")
+@click.argument("folder", metavar="RUN")
+@click.option("--port", default=8000, type=click.IntRange(0, 65535), help="Where to listen; 0: a port that is free [8000]")
+@click.option("--host", default="127.0.0.1", help="On which address; only this machine reaches 127.0.0.1 [127.0.0.1]")
+@click.option("--model", "models", multiple=True, help="A model to serve, may be given again; the first is the default [hybrid, item-knn and popularity, as far as they are there]")
+@click.option("--token", default="", envvar="WIDEDEEP_TOKEN", help="What a writer of feedback must show; better given as WIDEDEEP_TOKEN, for others can read commands [none]")
+@click.option("--explore", default=0., type=click.FloatRange(0), help="Draw lists by lot, at this temperature [0: show the best]")
+@click.option("--wait", default=0., type=click.FloatRange(0, 1), help="Seconds that a question waits for company [0]")
+@click.option("--book", default="", help="Folder in which feedback and lists are kept [service/ in RUN]")
+def serve_command(folder, **asked):
+    "Answer a shop's page with the models of RUN, until stopped."
+    serve(existing_run(folder).folder, tell=click.echo, **asked)
+
+
+@cli.command("feedback")
+@click.argument("folder", metavar="RUN")
+@click.option("--out", default="events.parquet", help="Where the log goes, as Parquet [events.parquet]")
+def feedback_command(folder, out):
+    "What people said to the service of RUN, as a log that can be read like any other."
+    click.echo(f"{write_feedback(existing_run(folder), Path(out)):,} events are in {out}")
 
 # %% ../nbs/17_run.ipynb #32b8f529
 @cli.command("bench")

@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .baselines import RecentPopularity, add_to_metrics, compare, differences, on_test, on_validation
-from .core import COLORS, History, Problem, Recommender, Run, Split, load_recommender, lot, make_recommender, pick_device, register, step
+from .core import COLORS, History, Problem, Recommender, Run, Split, columns, load_recommender, lot, make_recommender, pick_device, register, step
 from .evaluation import holm, measure, rank_users, summarise
 from .training import fit_final
 
@@ -264,7 +264,7 @@ def _scores(self, users, history, items):
     hidden = self.net(events.to(self.net.bias.device))[torch.arange(len(count)), (count - 1).clamp(min=0)]
     scores = self.net.scores(hidden).cpu()
     scores = torch.cat([scores, scores.amin(1, keepdim=True) - 1], 1)  # the last column: an item that training has not seen
-    return torch.where((count == 0)[:, None], self.usual, scores)[:, items.clamp(max=self.n_items)]
+    return columns(torch.where((count == 0)[:, None], self.usual, scores), items.clamp(max=self.n_items))
 
 
 def _state(self): return {"usual": self.usual} | {f"net.{k}": v for k, v in self.net.state_dict().items()}
