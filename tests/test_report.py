@@ -33,13 +33,13 @@ def run_report(folder, *args):
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "demo"
     done = run_report(folder, "--dataset", "demo?ratings=3000")
-    assert f"{folder.name}/index.html" in done.stdout and re.search(r"\[1/16\].*\n(.*\n)*.*\[16/16\]", done.stdout)
+    assert f"{folder.name}/index.html" in done.stdout and re.search(r"\[1/19\].*\n(.*\n)*.*\[19/19\]", done.stdout)
     return folder
 
 
 def test_page_is_one_file_with_everything(report):
     page = (report / "index.html").read_text()
-    assert "synthetic" in page and page.count("<section") == 16
+    assert "synthetic" in page and page.count("<section") == 19
     outside = re.findall(r"""(?:src|data|poster)=["']?(https?:[^"' >]+)|url\((https?:[^)]+)|@import|<link[^>]+href|<script[^>]+src""", page)
     assert outside == []
     assert page.count("<figure") >= 15 and "Traceback (most" not in page
