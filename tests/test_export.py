@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from widedeep_nb import export
 from widedeep_nb.content import with_catalogue
 from widedeep_nb.core import PROTOCOLS, History, Problem, Split, as_interactions, make_recommender
-from widedeep_nb.export import (NOTED, PLAIN, FromFile, SmallTable, Table, Tape, Traced, TwoStages, alike, as_onnx, bare, can_export, drawn_hybrid, drawn_log, exportable, in_eight_bits, index_of, kept_of,
-                                measure_two_stages, narrowed, piece, recall_of, side_by_side, table_of, whole_of, write_export)
-from widedeep_nb.hybrid import completed
+from widedeep_nb.export import (FromFile, SmallTable, Table, Tape, Traced, TwoStages, alike, as_onnx, bare, can_export, drawn_hybrid, drawn_log, exportable, in_eight_bits, index_of, kept_of,
+                                measure_two_stages, recall_at, recall_of, side_by_side, table_of, whole_of, write_export)
 
 ITEMS = 40
 
@@ -176,7 +175,7 @@ def test_what_is_written_down_is_what_was_done(seed):
     "A walk through random operations, run by ONNX Runtime."
     rng, tape = np.random.default_rng(seed), Tape()
     x = Traced.of(torch.from_numpy(rng.normal(size=(2, 3, 4)).astype(np.float32)), tape, "x")
-    ways = [lambda y: y + 1.5, lambda y: 2 - y, lambda y: y * y, lambda y: y.clamp(-1, 1), lambda y: y[:, 1:], lambda y: y[:, -1:], lambda y: y.transpose(1, 2), lambda y: y[..., None].sum(3), lambda y: y[:, 0][:, None], lambda y: torch.softmax(y, 2),
+    ways = [lambda y: y + 1.5, lambda y: 2 - y, lambda y: y * y, lambda y: y.clamp(-1, 1), lambda y: y[:, 1:] if y.shape[1] > 1 else y, lambda y: y[:, -1:], lambda y: y.transpose(1, 2), lambda y: y[..., None].sum(3), lambda y: y[:, 0][:, None], lambda y: torch.softmax(y, 2),
             lambda y: torch.relu(y), lambda y: torch.where(y > 0, y, -1 * y), lambda y: (y < .2).float(), lambda y: y.square().sum(2, keepdim=True).sqrt() + y, lambda y: y[:, torch.tensor([0, 0])], lambda y: y.reshape(-1, y.shape[1], y.shape[2]), lambda y: torch.tanh(y) / 3.,
             lambda y: y @ torch.ones(y.shape[2], 4), lambda y: torch.nn.functional.layer_norm(y, y.shape[2:], torch.ones(y.shape[2]), torch.zeros(y.shape[2]), 1e-5), lambda y: torch.nn.functional.linear(y, torch.ones(3, y.shape[2]), torch.arange(3.))]
     y = x
@@ -333,6 +332,9 @@ def test_new_products_are_asked_about_by_the_hybrid(hybrid):
     new = torch.arange(len(hybrid.all_items)) >= hybrid.n_items
     codes, _ = two.first(users, hybrid.log.take(users), 2, new)
     assert (codes >= hybrid.n_items).all()
+    every, history = torch.ones(len(hybrid.all_items), dtype=torch.bool), hybrid.log.take(users)
+    both = two.first(users, history, hybrid.n_items, every)[0]
+    assert torch.equal(both, two.of_all(users, history, hybrid.n_items, every)[0]) and torch.equal(two.first(users, history, 6, every)[0], both[:, :6]) and (both >= hybrid.n_items).any()
 
 
 def test_few_candidates_make_a_fallback(shop):
@@ -364,6 +366,14 @@ def test_the_estimate_is_right_on_average(seed, c, s):
     if s == 60 or c + s > 60 and s > 30 + c: assert found[0] == pytest.approx(float(value.sum()), rel=.5)
     none = (1 - s / 60) ** (60 - c)                                                 # a sample that holds candidates only says nothing of the rest
     assert abs(np.mean(found) - float(value.sum())) < 5 * np.std(found) / 300 ** .5 + (none + .02) * float(value[rest].sum()) + 1e-3
+
+
+def test_recall_counts_ties_and_gaps():
+    class Fixed:
+        def __init__(self, near): self.near = near
+        def search(self, q, k): return None, np.tile(self.near, (len(q), 1))
+    rows, ask = torch.tensor([[1.], [3.], [3.], [3.], [0.]]), torch.ones(20, 1)
+    assert [recall_at(Fixed(near), rows, ask, 2) for near in ([1, 2], [3, 2], [1, 0], [1, -1], [0, 4])] == [1, 1, .5, .5, 0]
 
 
 @pytest.mark.parametrize("n", [500, 30_000])
