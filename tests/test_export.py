@@ -19,7 +19,7 @@ from widedeep_nb import export
 from widedeep_nb.content import with_catalogue
 from widedeep_nb.core import PROTOCOLS, History, Problem, Split, as_interactions, make_recommender
 from widedeep_nb.export import (FromFile, SmallTable, Table, Tape, Traced, TwoStages, alike, as_onnx, bare, can_export, drawn_hybrid, drawn_log, exportable, in_eight_bits, index_of, kept_of,
-                                measure_two_stages, recall_at, recall_of, side_by_side, table_of, whole_of, write_export)
+                                measure_two_stages, in_row, recall_at, recall_of, row_of, read_codes, side_by_side, table_of, whole_of, write_export)
 
 ITEMS = 40
 
@@ -311,6 +311,27 @@ def test_where_nothing_is_estimated_both_ways_are_one(two):
     for u in range(len(users)):
         mine, had = set(a[u].tolist()) - {-1}, set(history.take(torch.tensor([u])).item.tolist())
         assert len(mine) == min(8, two.model.n_items - len(had)) == int((a[u] >= 0).sum()) and not mine & had and (at[u][:len(mine)].diff() <= 0).all()
+
+
+@pytest.mark.parametrize("name, how", [("wide-matrix", {}), ("wide-matrix", {"max_items": 17}), ("wide-neighbours", {}), ("wide-next", {})], ids=str)
+def test_a_row_is_the_part_without_its_noughts(name, how, split, histories):
+    model = make_recommender(name, **how).fit(split)
+    for fading in (False, True):
+        part, x = export.piece(model, fading), read_codes(bare(histories, ITEMS, 60)[0], ITEMS)
+        row, want = row_of(part, x, ITEMS), export.share(part(x))
+        assert (row[0].diff(dim=1) >= 0).all() and torch.allclose(row[1].sum(1), want.sum(1), atol=1e-5)
+        assert torch.allclose(in_row(row, torch.arange(ITEMS).expand(len(want), -1).contiguous()), want, atol=1e-6)
+
+
+def test_a_part_that_cannot_be_exported_has_its_say(hybrid, split):
+    "Asked about candidates and the sample only, by its own face."
+    odd = replace(hybrid, plan=hybrid.plan | {"lists": {"towers": .7, "neighbours, fading": .3}})
+    for name in ("user_ids", "item_ids", "more_users", "more_items", "log", "stars"): setattr(odd, name, getattr(hybrid, name))
+    odd.models, odd._kept = hybrid.models | {"towers": make_recommender("user-knn").fit(split)}, {}
+    users = everybody(odd)
+    history = odd.log.take(users)
+    (a, at), (b, whole) = TwoStages(odd).first(users, history, 8), TwoStages(odd).of_all(users, history, 8)
+    assert alike(a, b).mean() > .9 and torch.allclose(at[:, 0], whole[:, 0], rtol=1e-3)
 
 
 def test_rules_and_what_is_too_little(two):

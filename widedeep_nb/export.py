@@ -8,9 +8,9 @@ __all__ = ['PLAIN', 'SAME', 'KINDS', 'NOTED', 'SHOWN', 'PLAN', 'Table', 'SmallTa
            'piece', 'how_much', 'Alone', 'Lists', 'can_export', 'kept_of', 'exportable', 'Tape', 'Traced',
            'noted_places', 'noted_bounds', 'turned', 'split_places', 'as_onnx', 'opened', 'FromFile', 'table_of',
            'edge_page', 'write_export', 'whole_of', 'asked_by', 'firsts', 'alike', 'recall_at', 'index_of', 'frame_of',
-           'vectors_of', 'question_of', 'narrowed', 'TwoStages', 'first', 'of_all', 'found_by', 'shares_at', 'of_some',
-           'scores_at', 'mask_codes', 'drawn_log', 'drawn_hybrid', 'times_of', 'bare', 'beside_torch', 'speeds',
-           'cost_of_export', 'alone_exported', 'recall_of', 'measure_two_stages', 'export', 'export_in_words',
+           'vectors_of', 'question_of', 'narrowed', 'TwoStages', 'first', 'of_all', 'row_of', 'in_row', 'shares_at',
+           'of_some', 'scores_at', 'mask_codes', 'drawn_log', 'drawn_hybrid', 'times_of', 'bare', 'beside_torch',
+           'speeds', 'cost_of_export', 'alone_exported', 'recall_of', 'measure_two_stages', 'export', 'export_in_words',
            'draw_cost', 'quantiles', 'draw_times']
 
 # %% ../nbs/15_export.ipynb #15c0ca03
@@ -147,10 +147,11 @@ class Wide(nn.Module):
         self.table = Table(F.pad(rows, (0, int(self.some), 0, 1)))
         if self.some: self.register_buffer("place", torch.full((n_items + 1,), len(top)).index_copy(0, top, torch.arange(len(top))))
 
-    def forward(self, x):
-        rows = self.table.at(self.place[x.code] if self.some else x.code)
-        total = ((x.faded if self.fading else x.had)[:, None] @ rows)[:, 0]
-        return total[:, self.place[:-1]] if self.some else total            # the last column is of all that have none
+    def sums(self, x: Asked) -> torch.Tensor:
+        "What the rows of the basket add up to, a column each that has one; behind them, if not all have, one for the rest."
+        return ((x.faded if self.fading else x.had)[:, None] @ self.table.at(self.place[x.code] if self.some else x.code))[:, 0]
+
+    def forward(self, x): return self.sums(x)[:, self.place[:-1]] if self.some else self.sums(x)
 
 # %% ../nbs/15_export.ipynb #15c0cb04
 class Sparse(nn.Module):
@@ -836,20 +837,31 @@ def of_all(
     return F.pad(codes, (0, missing), value=-1), F.pad(value, (0, missing), value=-torch.inf)
 
 # %% ../nbs/15_export.ipynb #15c0ca2e
-def found_by(
-    self: TwoStages,
+def row_of(
     part: nn.Module,  # wide
     x: Asked,  # of n people
-    shares: torch.Tensor,  # float [n, items], what the part gives
-) -> torch.Tensor:  # int64 [n, at most depth]
-    "Candidates of a wide part: the largest in the rows of the basket."
-    n = self.model.n_items
+    none: int,  # the code behind the last
+) -> tuple:  # codes int64 [n, r], ascending, and shares float [n, r], 0 at a code that stood there before
+    "What a wide part gives, as far as it gives anything; never as long as the catalogue."
     if isinstance(part, Wide):
-        top = part.place[:-1].lt(len(part.table.rows) - 1).nonzero()[:, 0] if part.some else torch.arange(n)
-        return firsts(shares[:, top], top, self.depth, n)
-    to = part.column[x.code].long().flatten(1).sort(1)[0]
-    again = F.pad(to[:, 1:] == to[:, :-1], (1, 0)) | (to == n)
-    return firsts(shares.gather(1, to.clamp(max=n - 1)).masked_fill(again, 0.), to, self.depth, n)
+        top = part.place[:-1].lt(len(part.table.rows) - 1).nonzero()[:, 0] if part.some else torch.arange(none)
+        return top.expand(len(x.code), -1).contiguous(), share(part.sums(x)[:, :len(top)])
+    weight = (part.table.at(x.code) * (x.faded if part.fading else x.had)[..., None]).flatten(1)
+    codes, order = part.column[x.code].long().flatten(1).sort(1)
+    new = F.pad(codes[:, 1:] != codes[:, :-1], (1, 0), value=True)
+    group = new.cumsum(1) - 1
+    total = torch.zeros_like(weight).scatter_add(1, group, weight.gather(1, order)).gather(1, group)
+    return codes, share(total * (new & (codes < none)))
+
+
+def in_row(
+    row: tuple,  # from `row_of`
+    wanted: torch.Tensor,  # int64 [n, c], codes
+) -> torch.Tensor:  # float [n, c]
+    "What stands in a row."
+    codes, shares = row
+    at = torch.searchsorted(codes, wanted).clamp(max=codes.shape[1] - 1)
+    return torch.where(codes.gather(1, at) == wanted, shares.gather(1, at), 0.)
 
 # %% ../nbs/15_export.ipynb #15c0cb17
 def shares_at(
@@ -884,8 +896,8 @@ def of_some(
             said[k] = part.ask(x)
             found.append(torch.from_numpy(self.indexes[k].search(question_of(part, self.frames[k], x, said[k]).numpy(), min(self.deep, n))[1]))
         elif part is not None:
-            said[k] = share(part(x))
-            found.append(self.found_by(part, x, said[k]))
+            codes, shares = said[k] = row_of(part, x, n)
+            found.append(firsts(shares, codes, self.depth, n))
     place = self.rank[torch.cat(found, 1)].sort(1)[0]                               # a place that an index leaves empty is -1, the last
     real = (place < n) & ~F.pad(place[:, 1:] == place[:, :-1], (1, 0))
     codes = self.by_rank[place]
@@ -894,7 +906,7 @@ def of_some(
     for k, w in weights.items():
         if k in self.popular: at = self.popular[k][codes]
         elif k not in self.parts or k in self.frames: at = self.shares_at(k, self.scores_at(k, users, history, x, said.get(k), codes), real, aside)
-        else: at = said[k].gather(1, codes)
+        else: at = in_row(said[k], codes)
         total = total + w * at
     total, shown = mask_codes(total.masked_fill(~real, -torch.inf), codes, history), real if open_to is None else real & open_to[codes]
     value, column = top_k(total.masked_fill(~shown, -torch.inf), m)
@@ -932,7 +944,7 @@ def mask_codes(
     return scores.masked_fill(torch.isin(key(torch.arange(len(codes))[:, None], codes), key(history.owner, history.item)), -torch.inf)
 
 
-TwoStages.first, TwoStages.of_all, TwoStages.of_some, TwoStages.found_by, TwoStages.shares_at, TwoStages.scores_at = first, of_all, of_some, found_by, shares_at, scores_at
+TwoStages.first, TwoStages.of_all, TwoStages.of_some, TwoStages.shares_at, TwoStages.scores_at = first, of_all, of_some, shares_at, scores_at
 
 # %% ../nbs/15_export.ipynb #15c0ca32
 PLAN = {"lists": {"popularity": .1, "newer neighbours": .3, "what follows": .2, "content towers": .4}, "newcomers": {"content towers": 1.}, "passes": {"content towers": 1}}
