@@ -13,7 +13,7 @@ __all__ = ['LISTS', 'STARS', 'VOICES', 'NEWCOMERS', 'PASSES', 'MODEL', 'FEW', 's
 # %% ../nbs/11_hybrid.ipynb #c0ca5e03
 import time
 from dataclasses import dataclass, field, fields, replace
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional, Union
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -36,11 +36,12 @@ from .training import MOST_MEMORY
 def share(
     scores: torch.Tensor,  # float [n, m]; what is not above nought gets nothing
     soft: bool = False,  # are they logits?
-) -> torch.Tensor:  # float [n, m]; each row sums to one, or to nought where nothing is above nought
+    whole: Union[float, torch.Tensor] = 1.,  # what is shared out, of all or float [n, 1] of each
+) -> torch.Tensor:  # float [n, m]; each row sums to the whole, or to nought where nothing is above nought
     "Scores as shares of a person's attention."
     if soft: return torch.softmax(scores, 1)
     scores = scores.clamp(min=0)
-    return scores / scores.sum(1, keepdim=True).clamp(min=1e-12)
+    return scores.mul_(whole / scores.sum(1, keepdim=True).clamp(min=1e-12))
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e05
 def faded(
@@ -359,12 +360,13 @@ def shares_of(
 ) -> torch.Tensor:  # float [n, n_items]
     "What one part gives to every item."
     part, n = LISTS[name], model.n_items
-    if part.recommender == "content": return share(model._scores(users, history, torch.arange(n))) * trust(history, n)
-    if part.half == "popular" or name in PASSES:
-        given = share(model._scores(users, history, torch.arange(n)), soft=name in PASSES)
+    if part.half == "popular": return share(model._scores(users[:1], history.take(torch.arange(min(1, len(users)))), torch.arange(n))).expand(len(users), -1)  # the same for all
+    if part.recommender == "content": return share(model._scores(users, history, torch.arange(n)), whole=trust(history, n))
+    if name in PASSES:
+        given = share(model._scores(users, history, torch.arange(n)), soft=True)
         return given * (trust(history, n) > 0) if part.recommender in SEQUENCE else given       # to a stranger those give counts, no logits
     have = faded(history, n) if part.fading else history.matrix(n)
-    return share(model._from(have)) * trust(history, n)
+    return share(model._from(have), whole=trust(history, n))
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e1e
 def carved(

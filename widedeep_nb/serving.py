@@ -18,6 +18,7 @@ __all__ = ['MOST', 'Text', 'Number', 'COUNTS', 'TABLES', 'ADD_EVENT', 'ADD_LIST'
 
 # %% ../nbs/16_serving.ipynb #16c0ca03
 import asyncio
+import gc
 import hashlib
 import hmac
 import html
@@ -44,6 +45,7 @@ from typing import Annotated, Callable, Literal, NamedTuple, Optional
 
 import matplotlib.pyplot as plt
 import numpy as np
+import orjson
 import polars as pl
 import psutil
 import torch
@@ -370,7 +372,7 @@ class Line:
     def __init__(
         self,
         answer: Callable,  # of a list of questions: a list of answers; one that is an exception is raised where it was asked
-        most: int = 64,  # questions taken at a time
+        most: int = 32,  # questions taken at a time
         wait: float = 0.,  # seconds that the first one waits for company
         seen: Callable = lambda size: None,  # told the size of each batch
     ):
@@ -639,7 +641,8 @@ def lists(
     found = self.told(first.model, codes, {"score": scores, "stars": shelf.stars(users, codes, had), "propensity": chance}, reason)
     now = time.time_ns() // 1_000_000
     answers = [{"list": f"{now:012x}{secrets.token_hex(5)}", "model": first.model, "user": a.user, "explored": first.temperature > 0, "items": items} for a, items in zip(asked, found)]
-    self.book.shown([(a["list"], now, a["user"], a["model"], a["explored"], json.dumps([i["item"] for i in a["items"]]), json.dumps([i["propensity"] for i in a["items"]])) for a in answers])
+    text = lambda a, name: orjson.dumps([i[name] for i in a["items"]]).decode()
+    self.book.shown([(a["list"], now, a["user"], a["model"], a["explored"], text(a, "item"), text(a, "propensity")) for a in answers])
     return answers
 
 
@@ -797,7 +800,7 @@ def add_lists(
     async def recommend(asked: Asked):
         question = shop.question_of(asked)
         for h in asked.basket: meters.basket.labels("yes" if h.item in shop.known.item else "no").inc()
-        return await shop.line.ask(question)
+        return Response(orjson.dumps(await shop.line.ask(question)), media_type="application/json")       # already of that form, as the tests assure
 
     @app.get("/api/similar", response_model=Alike, responses=errors(404), summary="What goes with a product")
     async def similar(item: Text, k: Annotated[int, Query(ge=1, le=MOST["k"])] = 10, model: Optional[Text] = None):
@@ -1087,10 +1090,12 @@ def serve(
 ):
     "Serve a run until it is stopped."
     torch.set_num_threads(1)
-    sys.setswitchinterval(.001)
+    sys.setswitchinterval(.0002)                                                        # the threads hand over quickly
     door, meters = listening(host, port), Meters()
     shop = open_shop(folder, models, explore, book, wait=wait, seen=meters.batch.observe)
     app = make_app(shop, token, (*LOOPBACK, host) if host in LOOPBACK else (), meters)
+    gc.collect()
+    gc.freeze()                                                                         # what is there now stays, and need not be looked through again and again
     at = f"http://{f'[{host}]' if ':' in host else host}:{door.getsockname()[1]}"
     tell(f"{at} serves {', '.join(shop.shelves)} of {shop.dataset}; stop it with Ctrl-C")
     uvicorn.Server(uvicorn.Config(app, http=Patient, ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False, proxy_headers=False,
