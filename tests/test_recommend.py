@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from widedeep_nb.content import with_catalogue
 from widedeep_nb.core import PROTOCOLS, History, Problem, Split, as_interactions, make_recommender
 from widedeep_nb.hybrid import shares_of
-from widedeep_nb.recommend import (REMEMBERS, Rules, Shelf, beside, cost_in_words, judged, kinds_of, laid_out, make_lists, may_be_shown, open_shelf, orders_in_words, pick, pull, read_rules, reasons, some_rules, spoken,
+from widedeep_nb.recommend import (REMEMBERS, Rules, Shelf, beside, cost_in_words, judged, kinds_of, laid_out, may_be_shown, open_shelf, orders_in_words, pick, pull, read_rules, reasons, some_rules, spoken,
                                    variety, wide_parts, worth_of)
 
 PLAN = {"lists": {"popularity": .3, "neighbours": .2, "neighbours, fading": .1, "matrix": .2, "content": .2}}
@@ -200,6 +200,27 @@ def test_reasons_add_up_to_the_wide_score_and_the_largest_is_given(shelf):
     assert (given >= 0).float().mean() > .8 and len(wide_parts(model)) == 4
 
 
+def test_each_event_s_part_is_its_own_weight(shelf):
+    "With dense tables, a person at a time; people who took a product twice among them."
+    model, n = shelf.model, shelf.model.n_items
+    history, codes = model.log.take(torch.arange(30)), torch.arange(n).expand(30, -1)
+    owner, event, adds = spoken(model, history, codes)
+    for user in range(30):
+        items, stars = [history.take(torch.tensor([user])).item, history.take(torch.tensor([user])).rating]
+        by_hand = torch.zeros(n, n)
+        for name, weight in model.plan["lists"].items():
+            if name == "popularity": continue
+            part = model.models[name.split(",")[0]]
+            amount = torch.zeros(n)
+            for age, (i, r) in enumerate(zip(items.flip(0).tolist(), stars.flip(0).tolist())):
+                amount[i] += (r - 1) / 4 + .25 if name == "content" else np.exp(-age / 3) if "fading" in name else 1
+            if name != "content": amount.clamp_(max=1)
+            of_each = part.space[:n] @ part.space[:n].T if name == "content" else part._from(torch.eye(n).to_sparse())
+            pulls = amount[:, None] * of_each
+            by_hand += weight * len(items) / (len(items) + 10) * torch.where(pulls.sum(0) > 0, pulls, 0) / pulls.sum(0).clamp(min=0).sum()
+        assert torch.allclose(adds[owner == user], by_hand[history.item[event[owner == user]]], atol=1e-6)
+
+
 def test_a_stranger_and_a_new_product_have_no_reason(shelf):
     nobody = history_of([[], [0]])
     codes = torch.tensor([[1, 2], [len(shelf.items) - 1, -1]])
@@ -251,6 +272,7 @@ def test_similar_products_keep_the_rules_and_leave_out_themselves(shelf):
     found = shelf.similar(item, 100, Rules(highest=15.))
     assert item not in found["item"] and (found["price"] <= 15).all() and found["similarity"].is_sorted(descending=True) and found["similarity"].is_between(0, 1).all()
     assert sorted(found["item"]) == sorted(p["item"] for p in shelf.items.to_dicts() if may_stand(p, Rules(highest=15.)) and p["item"] != item)
+    assert item not in shelf.similar(item, 100, Rules(in_stock=False))["item"] and len(shelf.similar(item, 100, Rules(in_stock=False))) == len(shelf.items) - 1
     with pytest.raises(Problem, match="knows no item"): shelf.similar("nothing")
 
 

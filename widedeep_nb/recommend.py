@@ -621,7 +621,12 @@ def draw_cost(
         red = hi is not None and hi < 0
         if lo is not None: ax.plot([at, at], [lo, hi], color=COLORS["alarm" if red else "hybrid"], lw=2.2, alpha=.45, solid_capstyle="round")
         ax.plot(at, more, "o", color=COLORS["alarm" if red else "hybrid"], ms=5.5)
-        ax.annotate(name, (at, more), (6, 5), textcoords="offset points", fontsize=9.5, color=COLORS["ink"])
+    spots = np.c_[x, cost["more"].to_numpy()]
+    far = np.r_[True, (np.abs(np.diff(spots, axis=0)) > .04 * np.maximum(np.ptp(spots, axis=0), 1e-9)).any(1)]     # those that lie on one another share a label
+    for group in np.split(np.arange(len(spots)), np.flatnonzero(far)[1:]):
+        label = cost["name"][int(group[0])] + (f" to {cost['name'][int(group[-1])]}" if len(group) > 1 else "")
+        right = spots[group[0], 0] < spots[:, 0].mean()
+        ax.annotate(label, spots[group[0]], (6 if right or len(group) == 1 else -6, 5), textcoords="offset points", ha="left" if right or len(group) == 1 else "right", fontsize=9.5, color=COLORS["ink"])
     ax.set(xlabel=f"variety of a list of {KS[-1]}", ylabel=f"change of NDCG@{KS[-1]}")
     return fig
 
@@ -635,7 +640,7 @@ def cost_in_words(
     free, gain = (len(accuracy) if dear is None else dear) - 1, lambda i: f"{spread[i]['value'] - spread[0]['value']:+.3f}"
     said = f"The plain lists have a variety of {spread[0]['value']:.3f} and an NDCG@{KS[-1]} of {told(*[accuracy[0][c] for c in ('value', 'lo', 'hi')], digits=4)}. "
     if free: said += f"Up to strength {accuracy[free]['name']} no loss can be shown ({told(*[accuracy[free][c] for c in ('more', 'more_lo', 'more_hi')], '+', 4)}), for {gain(free)} variety. "
-    if dear is not None: said += f"From {accuracy[dear]['name']} on accuracy is surely lost: {told(*[accuracy[dear][c] for c in ('more', 'more_lo', 'more_hi')], '+', 4)} for {gain(dear)}; at {accuracy[-1]['name']} it is {told(*[accuracy[-1][c] for c in ('more', 'more_lo', 'more_hi')], '+', 4)} for {gain(-1)}."
+    if dear is not None: said += f"At {accuracy[dear]['name']} accuracy is surely lost: {told(*[accuracy[dear][c] for c in ('more', 'more_lo', 'more_hi')], '+', 4)} for {gain(dear)}; at {accuracy[-1]['name']} it is {told(*[accuracy[-1][c] for c in ('more', 'more_lo', 'more_hi')], '+', 4)} for {gain(-1)}."
     return said.strip()
 
 # %% ../nbs/14_recommend.ipynb #14a10033
