@@ -543,23 +543,6 @@ class Hybrid(Recommender):
 
     def _wanted(self): return list(dict.fromkeys(MODEL[n] for of in ("lists", "strangers", "newcomers", "stars") for n in self.plan[of]))
 
-    def _scores(self, users, history, items, floats=2 ** 20):
-        some = torch.arange(len(users)).split(max(1, floats // (self.n_items + 1)))       # so many people at a time that their scores stay in the cache
-        return torch.cat([self._scores_of(users[b], history.take(b), items) for b in some]) if len(some) > 1 else self._scores_of(users, history, items)
-
-    def _scores_of(self, users, history, items):
-        lists, strangers, known = self.plan["lists"], self.plan["strangers"], trust(history, self.n_items) > 0
-        total = torch.zeros(len(users), self.n_items + 1)                     # the last column: an item that nothing is known of
-        new = (items >= self.n_items) & (items < len(self.all_items))
-        both = torch.cat([torch.arange(self.n_items), items[new]])            # a new item's share is one of the attention beside all that is known
-        said = {name: self.models[name]._scores(users, history, both) for name in self.plan["newcomers"]} if new.any() else {}
-        for name in dict.fromkeys([*lists, *strangers]):
-            weight = torch.where(known, lists.get(name, 0.), strangers.get(name, 0.))
-            total[:, :-1].addcmul_(share(said[name][:, :self.n_items], soft=True) if name in said else shares_of(name, self.models[MODEL[name]], users, history), weight)
-        scores = columns(total, items.clamp(max=self.n_items))
-        for name, logits in said.items(): scores[:, new] += self.plan["newcomers"][name] * share(logits, soft=True)[:, self.n_items:]
-        return scores
-
     def _predict(self, users, items, history):
         each = [w * self.models[n]._predict(users, items, history).clamp(*self.stars) for n, w in self.plan["stars"].items()]
         return sum(each) / sum(self.plan["stars"].values())
@@ -572,6 +555,28 @@ class Hybrid(Recommender):
             self.models[name] = model = make_recommender(VOICES[name].recommender, **VOICES[name].settings)
             for about in ("user_ids", "item_ids", "more_users", "more_items", "log", "stars"): setattr(model, about, getattr(self, about))
             model._restore({k[len(name) + 1:]: v for k, v in state.items() if k.startswith(f"{name}/")})
+
+# %% ../nbs/11_hybrid.ipynb #cdc19a51
+def _scores(self, users, history, items, floats=2 ** 20):
+    some = torch.arange(len(users)).split(max(1, floats // (self.n_items + 1)))       # so many people at a time that their scores stay in the cache
+    return torch.cat([self._scores_of(users[b], history.take(b), items) for b in some]) if len(some) > 1 else self._scores_of(users, history, items)
+
+
+def _scores_of(self, users, history, items):
+    lists, strangers, known = self.plan["lists"], self.plan["strangers"], trust(history, self.n_items) > 0
+    total = torch.zeros(len(users), self.n_items + 1)                     # the last column: an item that nothing is known of
+    new = (items >= self.n_items) & (items < len(self.all_items))
+    both = torch.cat([torch.arange(self.n_items), items[new]])            # a new item's share is one of the attention beside all that is known
+    said = {name: self.models[name]._scores(users, history, both) for name in self.plan["newcomers"]} if new.any() else {}
+    for name in dict.fromkeys([*lists, *strangers]):
+        weight = torch.where(known, lists.get(name, 0.), strangers.get(name, 0.))
+        total[:, :-1].addcmul_(share(said[name][:, :self.n_items], soft=True) if name in said else shares_of(name, self.models[MODEL[name]], users, history), weight)
+    scores = columns(total, items.clamp(max=self.n_items))
+    for name, logits in said.items(): scores[:, new] += self.plan["newcomers"][name] * share(logits, soft=True)[:, self.n_items:]
+    return scores
+
+
+Hybrid._scores, Hybrid._scores_of = _scores, _scores_of
 
 # %% ../nbs/11_hybrid.ipynb #97870893
 def plan_for(
