@@ -210,6 +210,19 @@ def test_models_that_know_fewer_products(shop, ask):
     assert ask("POST", "/api/recommend", {"basket": [{"item": only}], "model": "item-knn"}).status_code == 200
 
 
+def test_very_many_products_are_looked_at_in_two_stages(shop, made, tmp_path, monkeypatch):
+    "The same lists, by way of candidates."
+    monkeypatch.setattr(serving, "LARGE", 100)
+    two = open_shop(made.folder, book=tmp_path / "two")
+    assert two.shelves["hybrid"].first.__self__.__class__.__name__ == "TwoStages" and not hasattr(two.shelves["item-knn"].first, "parts")
+    alike = []
+    for user in shop.known.users[:20]:
+        one, other = [[i["item"] for i in s.answer([s.question_of(Asked(user=user))])[0]["items"]] for s in (shop, two)]
+        alike.append(len(set(one) & set(other)) / 10)
+    assert np.mean(alike) > .9
+    two.close()
+
+
 # ---------------------------------------------------------------- feedback
 
 def test_feedback_is_history_at_once(shop, ask):

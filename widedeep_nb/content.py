@@ -382,7 +382,8 @@ class ContentNet(nn.Module):
             things, where = (None, had) if looks else torch.unique(had, return_inverse=True)
             of = looks[0] if looks else self.look(sheet, things)[0]
             user = self.user(torch.cat([(of[where] * weight[..., None]).sum(1), traits, size.log1p()], 1))
-            scores = scores + (dot(user, vectors, items) if looks else user @ vectors.T) / user.shape[1] ** .5
+            user = user / user.shape[1] ** .5
+            scores = scores + (dot(user, vectors, items) if looks else user @ vectors.T)
         return scores
 
 # %% ../nbs/10_content.ipynb #159807b4

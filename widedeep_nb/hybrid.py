@@ -13,7 +13,7 @@ __all__ = ['LISTS', 'STARS', 'VOICES', 'NEWCOMERS', 'PASSES', 'MODEL', 'FEW', 's
 # %% ../nbs/11_hybrid.ipynb #c0ca5e03
 import time
 from dataclasses import dataclass, field, fields, replace
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional, Union
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -36,11 +36,12 @@ from .training import MOST_MEMORY
 def share(
     scores: torch.Tensor,  # float [n, m]; what is not above nought gets nothing
     soft: bool = False,  # are they logits?
-) -> torch.Tensor:  # float [n, m]; each row sums to one, or to nought where nothing is above nought
+    whole: Union[float, torch.Tensor] = 1.,  # what is shared out, of all or float [n, 1] of each
+) -> torch.Tensor:  # float [n, m]; each row sums to the whole, or to nought where nothing is above nought
     "Scores as shares of a person's attention."
     if soft: return torch.softmax(scores, 1)
     scores = scores.clamp(min=0)
-    return scores / scores.sum(1, keepdim=True).clamp(min=1e-12)
+    return scores.mul_(whole / scores.sum(1, keepdim=True).clamp(min=1e-12))
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e05
 def faded(
@@ -359,12 +360,13 @@ def shares_of(
 ) -> torch.Tensor:  # float [n, n_items]
     "What one part gives to every item."
     part, n = LISTS[name], model.n_items
-    if part.recommender == "content": return share(model._scores(users, history, torch.arange(n))) * trust(history, n)
-    if part.half == "popular" or name in PASSES:
-        given = share(model._scores(users, history, torch.arange(n)), soft=name in PASSES)
+    if part.half == "popular": return share(model._scores(users[:1], history.take(torch.arange(min(1, len(users)))), torch.arange(n))).expand(len(users), -1)  # the same for all
+    if part.recommender == "content": return share(model._scores(users, history, torch.arange(n)), whole=trust(history, n))
+    if name in PASSES:
+        given = share(model._scores(users, history, torch.arange(n)), soft=True)
         return given * (trust(history, n) > 0) if part.recommender in SEQUENCE else given       # to a stranger those give counts, no logits
     have = faded(history, n) if part.fading else history.matrix(n)
-    return share(model._from(have)) * trust(history, n)
+    return share(model._from(have), whole=trust(history, n))
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e1e
 def carved(
@@ -541,23 +543,6 @@ class Hybrid(Recommender):
 
     def _wanted(self): return list(dict.fromkeys(MODEL[n] for of in ("lists", "strangers", "newcomers", "stars") for n in self.plan[of]))
 
-    def _scores(self, users, history, items, floats=2 ** 20):
-        some = torch.arange(len(users)).split(max(1, floats // (self.n_items + 1)))       # so many people at a time that their scores stay in the cache
-        return torch.cat([self._scores_of(users[b], history.take(b), items) for b in some]) if len(some) > 1 else self._scores_of(users, history, items)
-
-    def _scores_of(self, users, history, items):
-        lists, strangers, known = self.plan["lists"], self.plan["strangers"], trust(history, self.n_items) > 0
-        total = torch.zeros(len(users), self.n_items + 1)                     # the last column: an item that nothing is known of
-        new = (items >= self.n_items) & (items < len(self.all_items))
-        both = torch.cat([torch.arange(self.n_items), items[new]])            # a new item's share is one of the attention beside all that is known
-        said = {name: self.models[name]._scores(users, history, both) for name in self.plan["newcomers"]} if new.any() else {}
-        for name in dict.fromkeys([*lists, *strangers]):
-            weight = torch.where(known, lists.get(name, 0.), strangers.get(name, 0.))
-            total[:, :-1].addcmul_(share(said[name][:, :self.n_items], soft=True) if name in said else shares_of(name, self.models[MODEL[name]], users, history), weight)
-        scores = columns(total, items.clamp(max=self.n_items))
-        for name, logits in said.items(): scores[:, new] += self.plan["newcomers"][name] * share(logits, soft=True)[:, self.n_items:]
-        return scores
-
     def _predict(self, users, items, history):
         each = [w * self.models[n]._predict(users, items, history).clamp(*self.stars) for n, w in self.plan["stars"].items()]
         return sum(each) / sum(self.plan["stars"].values())
@@ -570,6 +555,28 @@ class Hybrid(Recommender):
             self.models[name] = model = make_recommender(VOICES[name].recommender, **VOICES[name].settings)
             for about in ("user_ids", "item_ids", "more_users", "more_items", "log", "stars"): setattr(model, about, getattr(self, about))
             model._restore({k[len(name) + 1:]: v for k, v in state.items() if k.startswith(f"{name}/")})
+
+# %% ../nbs/11_hybrid.ipynb #cdc19a51
+def _scores(self, users, history, items, floats=2 ** 20):
+    some = torch.arange(len(users)).split(max(1, floats // (self.n_items + 1)))       # so many people at a time that their scores stay in the cache
+    return torch.cat([self._scores_of(users[b], history.take(b), items) for b in some]) if len(some) > 1 else self._scores_of(users, history, items)
+
+
+def _scores_of(self, users, history, items):
+    lists, strangers, known = self.plan["lists"], self.plan["strangers"], trust(history, self.n_items) > 0
+    total = torch.zeros(len(users), self.n_items + 1)                     # the last column: an item that nothing is known of
+    new = (items >= self.n_items) & (items < len(self.all_items))
+    both = torch.cat([torch.arange(self.n_items), items[new]])            # a new item's share is one of the attention beside all that is known
+    said = {name: self.models[name]._scores(users, history, both) for name in self.plan["newcomers"]} if new.any() else {}
+    for name in dict.fromkeys([*lists, *strangers]):
+        weight = torch.where(known, lists.get(name, 0.), strangers.get(name, 0.))
+        total[:, :-1].addcmul_(share(said[name][:, :self.n_items], soft=True) if name in said else shares_of(name, self.models[MODEL[name]], users, history), weight)
+    scores = columns(total, items.clamp(max=self.n_items))
+    for name, logits in said.items(): scores[:, new] += self.plan["newcomers"][name] * share(logits, soft=True)[:, self.n_items:]
+    return scores
+
+
+Hybrid._scores, Hybrid._scores_of = _scores, _scores_of
 
 # %% ../nbs/11_hybrid.ipynb #97870893
 def plan_for(

@@ -13,8 +13,8 @@ __all__ = ['READERS', 'HIDDEN', 'OPTION', 'FOLDED', 'OUTSIDE', 'MAIN', 'HYBRIDS'
            'write_page', 'as_div', 'site_filter', 'with_outputs', 'results_of', 'compact', 'published', 'figures_of',
            'readme_table', 'rewrite_readme', 'between', 'pages_in', 'execute_pages', 'chapters_with_outputs', 'publish',
            'load_model', 'read_basket', 'most_taken', 'rows_of', 'as_history', 'suggest', 'as_lines', 'bench',
-           'bench_basket', 'bench_two_stages', 'cli', 'run_command', 'existing_run', 'datasets_command',
-           'recommend_command', 'export_command', 'serve_command', 'feedback_command', 'bench_command',
+           'bench_lists', 'bench_two_stages', 'cli', 'run_command', 'existing_run', 'datasets_command',
+           'recommend_command', 'serve_command', 'feedback_command', 'export_command', 'bench_command',
            'publish_command', 'site_filter_command', 'main']
 
 # %% ../nbs/17_run.ipynb #70a0da2f
@@ -62,15 +62,13 @@ from pygments.formatters import HtmlFormatter
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import widedeep_nb
-from .core import COLORS, DEVICES, METRICS, PROTOCOLS, Problem, Recommender, Run, Split, as_interactions, as_svg, load_recommender, lot, make_recommender, mask_seen, one_of, open_run, pick_device, say, top_k, use_theme, versions, written_whole, bare_name, codes_of, History
-from .content import with_catalogue
+from .core import COLORS, DEVICES, METRICS, PROTOCOLS, Problem, Recommender, Run, as_svg, load_recommender, lot, mask_seen, one_of, open_run, pick_device, say, top_k, use_theme, versions, written_whole, bare_name, codes_of, History
 from .evaluation import told
 from .recommend import ORDERS, Rules, open_shelf, read_rules, reasons
 from .preprocessing import in_order, preprocess, rows_that_count
 from .baselines import ABLATIONS, OURS, dots, overall
 from .training import our_epoch, plain_epoch
 from .data import DATASETS, datasets, fingerprint
-from .serving import serve, write_feedback
 
 # %% ../nbs/17_run.ipynb #fe745034
 def find_notebooks() -> Path:  # the folder nbs/ of a checkout
@@ -1010,24 +1008,23 @@ def bench(
     return {"row by row, examples a second": float(theirs), "wide-deep, examples a second": float(mine), "ratio": float(np.median(np.array(ours) / np.array(common)))}
 
 # %% ../nbs/17_run.ipynb #c36f5266
-def bench_basket(
-    repeats: int = 50,  # lists; the median counts
+def bench_lists(
+    repeats: int = 50,  # lists, one after the other; the median counts
     items: int = 50_000,  # products of a made-up shop
-    ratings: int = 20_000,  # events of its log
-) -> float:  # milliseconds a list
-    "The time from a basket to its list."
-    draw, name = np.random.default_rng(0), lambda of, codes: pl.Series(codes).cast(pl.String).str.zfill(9).str.replace("^", of)
-    shelf = pl.DataFrame({"item": name("B", np.arange(items)), "category": name("A > C", np.arange(items) % 200), "brand": name("", np.arange(items) % 300)})
-    bought = pl.DataFrame({"user": name("U", draw.integers(0, ratings // 10, ratings)), "item": name("B", (items * draw.random(ratings) ** 2).astype(int)), "timestamp": 10**12 + 10**7 * np.arange(ratings)})
-    log = as_interactions(bought.unique(["user", "item"], maintain_order=True))
-    plan = {"lists": {"popularity": .2, "newer neighbours": .3, "low-pass": .2, "content towers": .3}, "newcomers": {"content towers": 1.}, "passes": {"content towers": 1}}
-    model = make_recommender("hybrid", plan=plan).fit(with_catalogue(Split.of(log, log.clear(), log.clear(), items=shelf, protocol=PROTOCOLS["given"]), shelf))
-    seconds = []
-    for basket in shelf["item"].gather(draw.integers(0, items, (repeats + 5, 3)).ravel()).reshape((-1, 3)).to_list():
-        started = time.perf_counter()
-        model.recommend([basket], items="all")
-        seconds.append(time.perf_counter() - started)
-    return 1000 * float(np.median(seconds[5:]))
+    seconds: float = 10.,  # that a load on its service lasts
+    rate: float = 500.,  # requests a second
+) -> dict:  # name -> figure
+    "The time from a basket to its list, and a service under load."
+    from widedeep_nb.serving import load_on, made_up_run
+    with tempfile.TemporaryDirectory() as place:
+        run, took = made_up_run(Path(place) / "shop", items), []
+        model, codes = load_recommender(run.model_folder("hybrid")), np.random.default_rng(0).integers(0, items, (repeats + 5, 3))
+        for basket in model.all_items.gather(codes.ravel()).reshape(codes.shape).to_list():
+            started = time.perf_counter()
+            model.recommend([basket], items="all")
+            took.append(time.perf_counter() - started)
+        load = load_on(run, seconds, rate)
+    return {f"a basket's list of {items:,}, ms": 1000 * float(np.median(took[5:])), f"of {items:,}: requests answered a second": load["answered"] / load["seconds"], "99 % of them within, ms": load["p99"], "requests not answered": load["asked"] - load["answered"]}
 
 # %% ../nbs/17_run.ipynb #a6780317
 def bench_two_stages(
@@ -1102,6 +1099,30 @@ def recommend_command(folder, as_json, **asked):
     if found["note"]: click.echo(found["note"], err=True)
     for line in as_lines(found["items"]): click.echo(line)
 
+# %% ../nbs/17_run.ipynb #17a0c0d1
+@cli.command("serve")
+@click.argument("folder", metavar="RUN")
+@click.option("--port", default=8000, type=click.IntRange(0, 65535), help="Where to listen; 0: a port that is free [8000]")
+@click.option("--host", default="127.0.0.1", help="On which address; only this machine reaches 127.0.0.1 [127.0.0.1]")
+@click.option("--model", "models", multiple=True, help="A model to serve, may be given again; the first is the default [hybrid, item-knn and popularity, as far as they are there]")
+@click.option("--token", default="", envvar="WIDEDEEP_TOKEN", help="What a writer of feedback must show; better given as WIDEDEEP_TOKEN, for others can read commands [none]")
+@click.option("--explore", default=0., type=click.FloatRange(0), help="Draw lists by lot, at this temperature [0: show the best]")
+@click.option("--wait", default=0., type=click.FloatRange(0, 1), help="Seconds that a question waits for company [0]")
+@click.option("--book", default="", help="Folder in which feedback and lists are kept [service/ in RUN]")
+def serve_command(folder, **asked):
+    "Answer a shop's page with the models of RUN, until stopped."
+    from widedeep_nb.serving import serve
+    serve(existing_run(folder).folder, tell=click.echo, **asked)
+
+
+@cli.command("feedback")
+@click.argument("folder", metavar="RUN")
+@click.option("--out", default="events.parquet", help="Where the log goes, as Parquet [events.parquet]")
+def feedback_command(folder, out):
+    "What people said to the service of RUN, as a log that can be read like any other."
+    from widedeep_nb.serving import write_feedback
+    click.echo(f"{write_feedback(existing_run(folder), Path(out)):,} events are in {out}")
+
 # %% ../nbs/17_run.ipynb #ac8dff3c
 @cli.command("export")
 @click.argument("folder", metavar="RUN")
@@ -1117,34 +1138,12 @@ def export_command(folder, model, out, length):
     items = run.read("items.parquet") if (run.folder / "items.parquet").exists() else pl.DataFrame({"item": fitted.item_ids})
     for file, size in write_export(fitted, items, target, length, run.data_name).items(): click.echo(f"{size / 1e6:>9,.1f} MB  {os.path.relpath(target / file)}")
 
-# %% ../nbs/17_run.ipynb #17a0c0d1
-@cli.command("serve")
-@click.argument("folder", metavar="RUN")
-@click.option("--port", default=8000, type=click.IntRange(0, 65535), help="Where to listen; 0: a port that is free [8000]")
-@click.option("--host", default="127.0.0.1", help="On which address; only this machine reaches 127.0.0.1 [127.0.0.1]")
-@click.option("--model", "models", multiple=True, help="A model to serve, may be given again; the first is the default [hybrid, item-knn and popularity, as far as they are there]")
-@click.option("--token", default="", envvar="WIDEDEEP_TOKEN", help="What a writer of feedback must show; better given as WIDEDEEP_TOKEN, for others can read commands [none]")
-@click.option("--explore", default=0., type=click.FloatRange(0), help="Draw lists by lot, at this temperature [0: show the best]")
-@click.option("--wait", default=0., type=click.FloatRange(0, 1), help="Seconds that a question waits for company [0]")
-@click.option("--book", default="", help="Folder in which feedback and lists are kept [service/ in RUN]")
-def serve_command(folder, **asked):
-    "Answer a shop's page with the models of RUN, until stopped."
-    serve(existing_run(folder).folder, tell=click.echo, **asked)
-
-
-@cli.command("feedback")
-@click.argument("folder", metavar="RUN")
-@click.option("--out", default="events.parquet", help="Where the log goes, as Parquet [events.parquet]")
-def feedback_command(folder, out):
-    "What people said to the service of RUN, as a log that can be read like any other."
-    click.echo(f"{write_feedback(existing_run(folder), Path(out)):,} events are in {out}")
-
 # %% ../nbs/17_run.ipynb #32b8f529
 @cli.command("bench")
 @click.option("--json", "as_json", is_flag=True, help="For programs")
 def bench_command(as_json):
     "Our training beside the common row-by-row loop, measured in turn on this machine, and how long a basket waits for its list; a few minutes."
-    found = bench() | {"a basket's list of 50,000, ms": bench_basket()} | bench_two_stages()
+    found = bench() | bench_lists() | bench_two_stages()
     click.echo(json.dumps(found) if as_json else "\n".join(f"{k:<46}{v:>14,.1f}" for k, v in found.items()))
 
 

@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['MOST', 'Text', 'Number', 'COUNTS', 'TABLES', 'ADD_EVENT', 'ADD_LIST', 'OF_USERS', 'ABOUT', 'POOL', 'HEADERS',
-           'LOOPBACK', 'notes', 'Few', 'Search', 'STATIC', 'KINDS', 'SERVED', 'READ', 'MADE_OF', 'Question', 'Had',
-           'Wanted', 'Asked', 'Said', 'Product', 'Because', 'Listed', 'Answer', 'Near', 'Alike', 'Event', 'Past',
+           'LOOPBACK', 'notes', 'Few', 'Search', 'STATIC', 'KINDS', 'SERVED', 'READ', 'LARGE', 'MADE_OF', 'Question',
+           'Had', 'Wanted', 'Asked', 'Said', 'Product', 'Because', 'Listed', 'Answer', 'Near', 'Alike', 'Event', 'Past',
            'Person', 'People', 'Products', 'Kept', 'Wrong', 'About', 'Health', 'weights_of', 'drawn', 'opened',
-           'waiting_in', 'Book', 'Line', 'answers_or_errors', 'hand_over', 'away', 'Knowledge', 'end_to_end',
+           'waiting_in', 'Book', 'answers_or_errors', 'hand_over', 'Line', 'away', 'Knowledge', 'end_to_end',
            'as_events', 'both', 'Shop', 'histories', 'for_model', 'ForList', 'ForNear', 'near', 'ranked', 'told',
            'lists', 'chosen', 'is_known', 'stars_fit', 'question_of', 'Meters', 'Door', 'wrong', 'in_one_line',
            'add_errors', 'errors', 'add_lists', 'beginnings', 'add_reading', 'people', 'past', 'add_writing',
-           'add_watching', 'description', 'add_pages', 'make_app', 'Sealed', 'look_of', 'open_shop', 'Patient',
-           'listening', 'serve', 'write_feedback', 'called', 'as_request', 'hammered', 'served', 'drawn_requests',
-           'load_on', 'by_size', 'made_up', 'made_up_run', 'load_test', 'plain', 'draw_batches', 'batches_in_words',
-           'draw_latency', 'load_in_words']
+           'add_watching', 'description', 'add_pages', 'make_app', 'Sealed', 'look_of', 'quickened', 'open_shop',
+           'Patient', 'listening', 'serve', 'write_feedback', 'called', 'as_request', 'hammered', 'served',
+           'drawn_requests', 'load_on', 'by_size', 'made_up', 'made_up_run', 'load_test', 'plain', 'draw_batches',
+           'batches_in_words', 'draw_latency', 'load_in_words']
 
 # %% ../nbs/16_serving.ipynb #16c0ca03
 import asyncio
+import gc
 import hashlib
 import hmac
 import html
@@ -42,8 +43,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Callable, Literal, NamedTuple, Optional
 
+# %% ../nbs/16_serving.ipynb #16c0ca06
 import matplotlib.pyplot as plt
 import numpy as np
+import orjson
 import polars as pl
 import psutil
 import torch
@@ -60,6 +63,7 @@ from .comparison import lead
 from .content import with_catalogue
 from .core import COLORS, PROTOCOLS, History, Problem, Run, Split, as_codes, as_interactions, codes_of, make_recommender, one_of, step, versions, written_whole
 from .data import load
+from .hybrid import Hybrid
 from .preprocessing import in_order, rows_that_count
 from .recommend import Rules, Shelf, laid_out, open_shelf
 
@@ -363,6 +367,23 @@ def _write(self: Book):
 
 Book._put, Book._commit, Book._write = _put, _commit, _write
 
+# %% ../nbs/16_serving.ipynb #16a1004b
+def answers_or_errors(
+    answer: Callable,  # of a list of questions
+    questions: list,  # of whatever kind
+) -> list:  # an answer or an exception each
+    "Answer together; where that fails, one by one, so that one bad question spoils no other."
+    try: return answer(questions)
+    except Exception as e: return [e] if len(questions) == 1 else [answers_or_errors(answer, [q])[0] for q in questions]
+
+
+def hand_over(
+    pairs: list,  # of a future and its answer
+):
+    "Tell those who wait, unless they have gone."
+    for future, answer in pairs:
+        if not future.done(): (future.set_exception if isinstance(answer, Exception) else future.set_result)(answer)
+
 # %% ../nbs/16_serving.ipynb #16a10013
 class Line:
     "Questions in line, answered in batches by one thread."
@@ -370,7 +391,7 @@ class Line:
     def __init__(
         self,
         answer: Callable,  # of a list of questions: a list of answers; one that is an exception is raised where it was asked
-        most: int = 64,  # questions taken at a time
+        most: int = 32,  # questions taken at a time
         wait: float = 0.,  # seconds that the first one waits for company
         seen: Callable = lambda size: None,  # told the size of each batch
     ):
@@ -398,23 +419,6 @@ class Line:
             answers = answers_or_errors(self.answer, [question for question, _, _ in asked])
             for loop in {loop for _, _, loop in asked}: loop.call_soon_threadsafe(hand_over, [(f, a) for (_, f, l), a in zip(asked, answers) if l is loop])
             if batch[-1] is None: break
-
-
-def answers_or_errors(
-    answer: Callable,  # of a list of questions
-    questions: list,  # of whatever kind
-) -> list:  # an answer or an exception each
-    "Answer together; where that fails, one by one, so that one bad question spoils no other."
-    try: return answer(questions)
-    except Exception as e: return [e] if len(questions) == 1 else [answers_or_errors(answer, [q])[0] for q in questions]
-
-
-def hand_over(
-    pairs: list,  # of a future and its answer
-):
-    "Tell those who wait, unless they have gone."
-    for future, answer in pairs:
-        if not future.done(): (future.set_exception if isinstance(answer, Exception) else future.set_result)(answer)
 
 # %% ../nbs/16_serving.ipynb #16a10042
 def away(
@@ -490,8 +494,8 @@ class Shop:
     def __init__(
         self,
         shelves: dict,  # name: Shelf; the first one answers where none is asked for
-        knowledge: Knowledge,
-        book: Book,
+        knowledge: Knowledge,  # of the shop
+        book: Book,  # where feedback and lists are kept
         dataset: str = "",  # its name
         explore: float = 0.,  # temperature of lists that are drawn; 0: lists are drawn only where that is asked for
         seed: Optional[int] = None,  # of what is drawn
@@ -639,7 +643,8 @@ def lists(
     found = self.told(first.model, codes, {"score": scores, "stars": shelf.stars(users, codes, had), "propensity": chance}, reason)
     now = time.time_ns() // 1_000_000
     answers = [{"list": f"{now:012x}{secrets.token_hex(5)}", "model": first.model, "user": a.user, "explored": first.temperature > 0, "items": items} for a, items in zip(asked, found)]
-    self.book.shown([(a["list"], now, a["user"], a["model"], a["explored"], json.dumps([i["item"] for i in a["items"]]), json.dumps([i["propensity"] for i in a["items"]])) for a in answers])
+    text = lambda a, name: orjson.dumps([i[name] for i in a["items"]]).decode()
+    self.book.shown([(a["list"], now, a["user"], a["model"], a["explored"], text(a, "item"), text(a, "propensity")) for a in answers])
     return answers
 
 
@@ -789,15 +794,15 @@ def errors(
 
 def add_lists(
     app: FastAPI,  # gets endpoints
-    shop: Shop,
-    meters: Meters,
+    shop: Shop,  # what is asked
+    meters: Meters,  # that count
 ):
     "Lists, and similar products."
     @app.post("/api/recommend", response_model=Answer, responses=errors(404), summary="A list for a user, a basket, or anybody")
     async def recommend(asked: Asked):
         question = shop.question_of(asked)
         for h in asked.basket: meters.basket.labels("yes" if h.item in shop.known.item else "no").inc()
-        return await shop.line.ask(question)
+        return Response(orjson.dumps(await shop.line.ask(question)), media_type="application/json")       # already of that form, as the tests assure
 
     @app.get("/api/similar", response_model=Alike, responses=errors(404), summary="What goes with a product")
     async def similar(item: Text, k: Annotated[int, Query(ge=1, le=MOST["k"])] = 10, model: Optional[Text] = None):
@@ -823,7 +828,7 @@ def beginnings(
 
 def add_reading(
     app: FastAPI,  # gets endpoints
-    shop: Shop,
+    shop: Shop,  # what is asked
     writing: str,  # "open" or "token"
 ):
     "What the shop knows."
@@ -883,8 +888,8 @@ Shop.people, Shop.past = people, past
 # %% ../nbs/16_serving.ipynb #16a10028
 def add_writing(
     app: FastAPI,  # gets an endpoint
-    shop: Shop,
-    meters: Meters,
+    shop: Shop,  # what is asked
+    meters: Meters,  # that count
     token: str,  # that a writer must show; empty: none
 ):
     "Feedback."
@@ -905,8 +910,8 @@ def add_writing(
 # %% ../nbs/16_serving.ipynb #16a10029
 def add_watching(
     app: FastAPI,  # gets endpoints
-    shop: Shop,
-    meters: Meters,
+    shop: Shop,  # what is asked
+    meters: Meters,  # that count
 ):
     "Health and measures."
     @app.get("/health", response_model=Health, summary="How the service is")
@@ -952,7 +957,7 @@ def add_pages(
 
 # %% ../nbs/16_serving.ipynb #16a1002b
 def make_app(
-    shop: Shop,
+    shop: Shop,  # what is asked
     token: str = "",  # that a writer must show; empty: none
     hosts: tuple = (),  # names that it goes by; empty: any
     meters: Optional[Meters] = None,  # what the shop's line tells the sizes of its batches
@@ -1001,6 +1006,19 @@ def look_of(
     look = lambda s: (s.st_ino, s.st_size, s.st_mtime_ns)
     return {p: look(p.stat()) if p.exists() else None for p in paths}
 
+# %% ../nbs/16_serving.ipynb #16a1004a
+LARGE = 200_000  # products from which on that is quicker
+
+
+def quickened(
+    shelf: Shelf,  # as it was opened
+) -> Shelf:  # the same
+    "A shelf that is quick enough for its size."
+    if isinstance(shelf.model, Hybrid) and shelf.model.n_items >= LARGE:
+        from widedeep_nb.export import TwoStages
+        shelf.first = TwoStages(shelf.model).first
+    return shelf
+
 # %% ../nbs/16_serving.ipynb #16a1002e
 def open_shop(
     folder: Path,  # of a run
@@ -1016,7 +1034,7 @@ def open_shop(
     names = [one_of(name, there, "model") for name in dict.fromkeys(models)] or [m for m in SERVED if m in there] or there[:1]
     files = [run.folder / name for name in READ] + [run.model_folder(m) / f for m in names for f in ("model.json", "model.safetensors")]
     before = look_of(files)
-    shelves = {name: open_shelf(run, name) for name in names}
+    shelves = {name: quickened(open_shelf(run, name)) for name in names}
     known = Knowledge(run.read("interactions.parquet"), run.read("items.parquet"), run.read("users.parquet"), [s.model for s in shelves.values()])
     if look_of(files) != before: raise Problem(f"{folder} was being written while it was read; start again when that is done")
     for shelf in shelves.values(): shelf.lists([[shelf.model.item_ids[0]]], 1)            # what is made once is made before anybody asks
@@ -1087,10 +1105,12 @@ def serve(
 ):
     "Serve a run until it is stopped."
     torch.set_num_threads(1)
-    sys.setswitchinterval(.001)
+    sys.setswitchinterval(.0002)                                                        # the threads hand over quickly
     door, meters = listening(host, port), Meters()
     shop = open_shop(folder, models, explore, book, wait=wait, seen=meters.batch.observe)
     app = make_app(shop, token, (*LOOPBACK, host) if host in LOOPBACK else (), meters)
+    gc.collect()
+    gc.freeze()                                                                         # what is there now stays, and need not be looked through again and again
     at = f"http://{f'[{host}]' if ':' in host else host}:{door.getsockname()[1]}"
     tell(f"{at} serves {', '.join(shop.shelves)} of {shop.dataset}; stop it with Ctrl-C")
     uvicorn.Server(uvicorn.Config(app, http=Patient, ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False, proxy_headers=False,
@@ -1277,7 +1297,7 @@ def load_test(
 
 # %% ../nbs/16_serving.ipynb #16a1003d
 def plain(
-    value: float,
+    value: float,  # above nought
 ) -> str:  # as people write it
     "A number with three figures that count."
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
