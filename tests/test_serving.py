@@ -284,17 +284,16 @@ def test_it_can_be_read_back_as_a_log(shop, ask, made, tmp_path):
 
 
 def test_the_command_feedback(made, tmp_path, capsys):
-    book = Book(made.folder / "service" / "feedback.sqlite")
-    try:
-        with pytest.raises(SystemExit): main(["feedback", str(made.folder), "--out", str(tmp_path / "x.parquet")])
-        assert "nobody has said anything" in capsys.readouterr().err
-        book.keep(Said(key="1", user="u", item="i", event="click")).result()
-        main(["feedback", str(made.folder), "--out", str(tmp_path / "x.parquet")])
-        assert pl.read_parquet(tmp_path / "x.parquet")["user"].to_list() == ["u"] and load(tmp_path / "x.parquet").interactions["item"].to_list() == ["i"]
-    finally:
-        book.close()
-        for file in (made.folder / "service").iterdir(): file.unlink()
-        (made.folder / "service").rmdir()
+    words = ["feedback", str(made.folder), "--out", str(tmp_path / "x.parquet"), "--book", str(tmp_path)]
+    with pytest.raises(SystemExit): main(words)
+    assert "widedeep serve" in capsys.readouterr().err
+    book = Book(tmp_path / "feedback.sqlite")
+    with pytest.raises(SystemExit): main(words)
+    assert "nobody has said anything" in capsys.readouterr().err
+    book.keep(Said(key="1", user="u", item="i", event="click")).result()
+    main(words)                                                              # while the service runs
+    assert pl.read_parquet(tmp_path / "x.parquet")["user"].to_list() == ["u"] and load(tmp_path / "x.parquet").interactions["item"].to_list() == ["i"]
+    book.close()
 
 
 def test_every_list_is_written_down(shop, ask):
@@ -428,6 +427,13 @@ def test_what_is_missing_is_said(copied, capsys):
     (copied / "items.parquet").unlink()
     with pytest.raises(Problem, match="items.parquet"): open_shop(copied)
     with pytest.raises(Problem, match="unknown model 'gru'; known: hybrid, item-knn, popularity"): open_shop(copied, ("gru",))
+
+
+def test_a_book_that_cannot_be_written(made, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(Problem, match="cannot be written.*--book"): open_shop(made.folder, book=tmp_path / "file")
+    (tmp_path / "feedback.sqlite").write_text("no database at all, and longer than the head of one " * 100)
+    with pytest.raises(Problem, match="cannot be written.*--book"): open_shop(made.folder, book=tmp_path)
 
 
 def test_a_run_writes_its_hashes(made, tmp_path):
@@ -689,6 +695,16 @@ def test_the_log_of_the_process_holds_no_token(made, tmp_path):
         child.send_signal(signal.SIGTERM)
         said = "".join(child.communicate(timeout=30))
     assert "t0p-secret" not in said and "wr0ng-guess" not in said
+
+
+def test_it_ends_when_it_is_told_to(made, tmp_path):
+    "Both ways, without a word and with nothing lost."
+    for life, told in enumerate((signal.SIGINT, signal.SIGTERM)):
+        with process(made.folder, "--book", tmp_path) as (child, address):
+            assert post(address, "/api/recommend", {})[0] == 200
+            child.send_signal(told)
+            assert "Traceback" not in child.communicate(timeout=30)[1]
+        with closing(sqlite3.connect(tmp_path / "feedback.sqlite")) as base: assert base.execute("SELECT count(*) FROM lists").fetchone() == (life + 1,)
 
 
 def test_it_listens_to_this_machine_only(made, capsys):

@@ -1118,10 +1118,11 @@ def serve_command(folder, **asked):
 @cli.command("feedback")
 @click.argument("folder", metavar="RUN")
 @click.option("--out", default="events.parquet", help="Where the log goes, as Parquet [events.parquet]")
-def feedback_command(folder, out):
+@click.option("--book", default="", help="Folder in which feedback was kept [service/ in RUN]")
+def feedback_command(folder, out, book):
     "What people said to the service of RUN, as a log that can be read like any other."
     from widedeep_nb.serving import write_feedback
-    click.echo(f"{write_feedback(existing_run(folder), Path(out)):,} events are in {out}")
+    click.echo(f"{write_feedback(existing_run(folder), Path(out), book):,} events are in {out}")
 
 # %% ../nbs/17_run.ipynb #ac8dff3c
 @cli.command("export")

@@ -941,7 +941,7 @@ def description(
     line = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
     body = "".join([line(("path", "method", "what", "asked with"), "th"), *[line(r, "td") for r in rows]])
     forms = "".join(f"<h2>{html.escape(name)}</h2><pre>{html.escape(json.dumps(form, indent=1))}</pre>" for name, form in api["components"]["schemas"].items())
-    return f'<!doctype html><html lang="en"><title>{html.escape(api["info"]["title"])}</title><h1>{html.escape(api["info"]["title"])}</h1><p><a href="/openapi.json">openapi.json</a></p><table>{body}</table>{forms}</html>'
+    return f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark"><title>{html.escape(api["info"]["title"])}</title><h1>{html.escape(api["info"]["title"])}</h1><p><a href="/openapi.json">openapi.json</a></p><table>{body}</table>{forms}</html>'
 
 
 def add_pages(
@@ -1038,7 +1038,10 @@ def open_shop(
     known = Knowledge(run.read("interactions.parquet"), run.read("items.parquet"), run.read("users.parquet"), [s.model for s in shelves.values()])
     if look_of(files) != before: raise Problem(f"{folder} was being written while it was read; start again when that is done")
     for shelf in shelves.values(): shelf.lists([[shelf.model.item_ids[0]]], 1)            # what is made once is made before anybody asks
-    shop = Shop(shelves, known, Book(Path(book or run.folder / "service") / "feedback.sqlite"), run.data_name, explore, **how)
+    place = Path(book or run.folder / "service") / "feedback.sqlite"
+    try: kept = Book(place)
+    except (OSError, sqlite3.Error) as e: raise Problem(f"{place} cannot be written ({getattr(e, 'strerror', None) or e}); name another folder with --book") from None
+    shop = Shop(shelves, known, kept, run.data_name, explore, **how)
     shop.made = {name: (run.model_folder(name) / "model.safetensors").stat().st_mtime for name in names}
     shop.changed = lambda: "; ".join(f"{p.relative_to(run.folder)} is not what it was; the service goes on with what it read at its start" for p, look in look_of(files).items() if look != before[p])
     return shop
@@ -1120,10 +1123,11 @@ def serve(
 def write_feedback(
     run: Run,  # that was served
     path: Path,  # of a Parquet file
+    book: str = "",  # folder of what people say; empty: service/ of the run
 ) -> int:  # its rows
     "What people said, as a log; what they do not want to see is not in it."
-    book = run.folder / "service" / "feedback.sqlite"
-    if not book.exists(): raise Problem(f"{run.folder} has no feedback; serve it first with: widedeep serve {run.folder}")
+    book = Path(book or run.folder / "service") / "feedback.sqlite"
+    if not book.exists(): raise Problem(f"there is no feedback in {book.parent}; serve the run first with: widedeep serve {run.folder}")
     with closing(opened(book)) as base: some = base.execute("SELECT count(*) FROM log").fetchone()[0]
     if not some: raise Problem(f"nobody has said anything to the service of {run.folder} yet")
     log = load(f"sqlite:///{book}?query=SELECT * FROM log").interactions
