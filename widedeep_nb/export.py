@@ -720,7 +720,7 @@ def recall_at(
     for q in questions.split(16):
         exact, near = q @ vectors.T, torch.from_numpy(index.search(q.detach().numpy(), k)[1])
         least = exact.topk(k, 1)[0][:, -1:]
-        found.append((exact.gather(1, near.clamp(min=0)) >= least - 1e-5 * least.abs()) & (near >= 0))
+        found.append((exact.gather(1, near.clamp(min=0)) >= least - 1e-6 * exact.abs().amax(1, keepdim=True)) & (near >= 0))
     return float(torch.cat(found).float().mean())
 
 # %% ../nbs/15_export.ipynb #15c0cb13
