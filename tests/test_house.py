@@ -74,6 +74,19 @@ def test_chapter_form(path):
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=names)
+def test_no_cell_takes_a_name_that_a_function_needs(path):
+    "In a chapter the exported functions look their helpers up among the notebook's own names."
+    code = {c["id"]: ast.parse(re.sub(r"(?m)^[%!].*$", "", source(c))).body for c in cells(path) if c["cell_type"] == "code"}
+    shared = {c["id"] for c in cells(path) if source(c).startswith("#| export")}
+    needed = {(a.asname or a.name).split(".")[0] for i in shared for n in code[i] if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    needed |= {n.name for i in shared for n in code[i] if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    def taken(node):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)): return set()
+        return {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set().union(*map(taken, ast.iter_child_nodes(node)))
+    assert not needed & set().union(*[taken(n) for i in code.keys() - shared for n in code[i]])
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=names)
 def test_public_functions_are_documented(path):
     "One line of docstring and a comment for each argument."
     text = (ROOT / "widedeep_nb" / f"{path.stem[3:]}.py").read_text()
