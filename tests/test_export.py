@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from widedeep_nb import export
 from widedeep_nb.content import with_catalogue
 from widedeep_nb.core import PROTOCOLS, History, Problem, Split, as_interactions, make_recommender
-from widedeep_nb.export import (NOTED, PLAIN, FromFile, SmallTable, Table, Tape, Traced, TwoStages, alike, as_onnx, bare, can_export, drawn_hybrid, drawn_log, exportable, in_eight_bits, index_of, kept_of,
-                                measure_two_stages, narrowed, piece, recall_of, side_by_side, table_of, whole_of, write_export)
-from widedeep_nb.hybrid import completed
+from widedeep_nb.export import (FromFile, SmallTable, Table, Tape, Traced, TwoStages, alike, as_onnx, bare, can_export, drawn_hybrid, drawn_log, exportable, in_eight_bits, index_of, kept_of,
+                                measure_two_stages, in_row, recall_at, recall_of, row_of, read_codes, side_by_side, table_of, whole_of, write_export)
 
 ITEMS = 40
 
@@ -176,7 +175,7 @@ def test_what_is_written_down_is_what_was_done(seed):
     "A walk through random operations, run by ONNX Runtime."
     rng, tape = np.random.default_rng(seed), Tape()
     x = Traced.of(torch.from_numpy(rng.normal(size=(2, 3, 4)).astype(np.float32)), tape, "x")
-    ways = [lambda y: y + 1.5, lambda y: 2 - y, lambda y: y * y, lambda y: y.clamp(-1, 1), lambda y: y[:, 1:], lambda y: y[:, -1:], lambda y: y.transpose(1, 2), lambda y: y[..., None].sum(3), lambda y: y[:, 0][:, None], lambda y: torch.softmax(y, 2),
+    ways = [lambda y: y + 1.5, lambda y: 2 - y, lambda y: y * y, lambda y: y.clamp(-1, 1), lambda y: y[:, 1:] if y.shape[1] > 1 else y, lambda y: y[:, -1:], lambda y: y.transpose(1, 2), lambda y: y[..., None].sum(3), lambda y: y[:, 0][:, None], lambda y: torch.softmax(y, 2),
             lambda y: torch.relu(y), lambda y: torch.where(y > 0, y, -1 * y), lambda y: (y < .2).float(), lambda y: y.square().sum(2, keepdim=True).sqrt() + y, lambda y: y[:, torch.tensor([0, 0])], lambda y: y.reshape(-1, y.shape[1], y.shape[2]), lambda y: torch.tanh(y) / 3.,
             lambda y: y @ torch.ones(y.shape[2], 4), lambda y: torch.nn.functional.layer_norm(y, y.shape[2:], torch.ones(y.shape[2]), torch.zeros(y.shape[2]), 1e-5), lambda y: torch.nn.functional.linear(y, torch.ones(3, y.shape[2]), torch.arange(3.))]
     y = x
@@ -314,6 +313,27 @@ def test_where_nothing_is_estimated_both_ways_are_one(two):
         assert len(mine) == min(8, two.model.n_items - len(had)) == int((a[u] >= 0).sum()) and not mine & had and (at[u][:len(mine)].diff() <= 0).all()
 
 
+@pytest.mark.parametrize("name, how", [("wide-matrix", {}), ("wide-matrix", {"max_items": 17}), ("wide-neighbours", {}), ("wide-next", {})], ids=str)
+def test_a_row_is_the_part_without_its_noughts(name, how, split, histories):
+    model = make_recommender(name, **how).fit(split)
+    for fading in (False, True):
+        part, x = export.piece(model, fading), read_codes(bare(histories, ITEMS, 60)[0], ITEMS)
+        row, want = row_of(part, x, ITEMS), export.share(part(x))
+        assert (row[0].diff(dim=1) >= 0).all() and torch.allclose(row[1].sum(1), want.sum(1), atol=1e-5)
+        assert torch.allclose(in_row(row, torch.arange(ITEMS).expand(len(want), -1).contiguous()), want, atol=1e-6)
+
+
+def test_a_part_that_cannot_be_exported_has_its_say(hybrid, split):
+    "Asked about candidates and the sample only, by its own face."
+    odd = replace(hybrid, plan=hybrid.plan | {"lists": {"towers": .7, "neighbours, fading": .3}})
+    for name in ("user_ids", "item_ids", "more_users", "more_items", "log", "stars"): setattr(odd, name, getattr(hybrid, name))
+    odd.models, odd._kept = hybrid.models | {"towers": make_recommender("user-knn").fit(split)}, {}
+    users = everybody(odd)
+    history = odd.log.take(users)
+    (a, at), (b, whole) = TwoStages(odd).first(users, history, 8), TwoStages(odd).of_all(users, history, 8)
+    assert alike(a, b).mean() > .9 and torch.allclose(at[:, 0], whole[:, 0], rtol=1e-3)
+
+
 def test_rules_and_what_is_too_little(two):
     model, users = two.model, everybody(two.model)[:9]
     history = model.log.take(users)
@@ -333,6 +353,9 @@ def test_new_products_are_asked_about_by_the_hybrid(hybrid):
     new = torch.arange(len(hybrid.all_items)) >= hybrid.n_items
     codes, _ = two.first(users, hybrid.log.take(users), 2, new)
     assert (codes >= hybrid.n_items).all()
+    every, history = torch.ones(len(hybrid.all_items), dtype=torch.bool), hybrid.log.take(users)
+    both = two.first(users, history, hybrid.n_items, every)[0]
+    assert torch.equal(both, two.of_all(users, history, hybrid.n_items, every)[0]) and torch.equal(two.first(users, history, 6, every)[0], both[:, :6]) and (both >= hybrid.n_items).any()
 
 
 def test_few_candidates_make_a_fallback(shop):
@@ -364,6 +387,14 @@ def test_the_estimate_is_right_on_average(seed, c, s):
     if s == 60 or c + s > 60 and s > 30 + c: assert found[0] == pytest.approx(float(value.sum()), rel=.5)
     none = (1 - s / 60) ** (60 - c)                                                 # a sample that holds candidates only says nothing of the rest
     assert abs(np.mean(found) - float(value.sum())) < 5 * np.std(found) / 300 ** .5 + (none + .02) * float(value[rest].sum()) + 1e-3
+
+
+def test_recall_counts_ties_and_gaps():
+    class Fixed:
+        def __init__(self, near): self.near = near
+        def search(self, q, k): return None, np.tile(self.near, (len(q), 1))
+    rows, ask = torch.tensor([[1.], [3.], [3.], [3.], [0.]]), torch.ones(20, 1)
+    assert [recall_at(Fixed(near), rows, ask, 2) for near in ([1, 2], [3, 2], [1, 0], [1, -1], [0, 4])] == [1, 1, .5, .5, 0]
 
 
 @pytest.mark.parametrize("n", [500, 30_000])

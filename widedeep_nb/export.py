@@ -7,11 +7,11 @@ __all__ = ['PLAIN', 'SAME', 'KINDS', 'NOTED', 'SHOWN', 'PLAN', 'Table', 'SmallTa
            'side_by_side', 'Popular', 'Wide', 'Sparse', 'Thin', 'Liked', 'Factors', 'Towers', 'Steps', 'Glances',
            'piece', 'how_much', 'Alone', 'Lists', 'can_export', 'kept_of', 'exportable', 'Tape', 'Traced',
            'noted_places', 'noted_bounds', 'turned', 'split_places', 'as_onnx', 'opened', 'FromFile', 'table_of',
-           'edge_page', 'write_export', 'whole_of', 'asked_by', 'firsts', 'alike', 'index_of', 'frame_of', 'vectors_of',
-           'question_of', 'narrowed', 'TwoStages', 'found_by', 'shares_at', 'of_some', 'scores_at', 'mask_codes',
-           'drawn_log', 'drawn_hybrid', 'times_of', 'bare', 'beside_torch', 'speeds', 'cost_of_export',
-           'alone_exported', 'recall_of', 'measure_two_stages', 'export', 'export_in_words', 'draw_cost', 'quantiles',
-           'draw_times']
+           'edge_page', 'write_export', 'whole_of', 'asked_by', 'firsts', 'alike', 'recall_at', 'index_of', 'frame_of',
+           'vectors_of', 'question_of', 'narrowed', 'TwoStages', 'first', 'of_all', 'row_of', 'in_row', 'shares_at',
+           'of_some', 'scores_at', 'mask_codes', 'drawn_log', 'drawn_hybrid', 'times_of', 'bare', 'beside_torch',
+           'speeds', 'cost_of_export', 'alone_exported', 'recall_of', 'measure_two_stages', 'export', 'export_in_words',
+           'draw_cost', 'quantiles', 'draw_times']
 
 # %% ../nbs/15_export.ipynb #15c0ca03
 import base64
@@ -55,13 +55,13 @@ class Table(nn.Module):
 
     def at(self, place: torch.Tensor) -> torch.Tensor:
         "The rows at some places: [...] to [..., d]."
-        return self.rows[place]
+        return F.embedding(place, self.rows)
 
     def by(self, points: torch.Tensor) -> torch.Tensor:
         "Products of points with every row but the empty one: [n, d] to [n, items]."
         return (points @ self.rows.T)[:, :-1]
 
-
+# %% ../nbs/15_export.ipynb #15c0cb00
 class SmallTable(Table):
     "The same in eight bits, with a scale for each row."
 
@@ -71,7 +71,7 @@ class SmallTable(Table):
         self.register_buffer("rows", (rows / scale[:, None]).round().to(torch.int8))
         self.register_buffer("scale", scale)
 
-    def at(self, place): return self.rows[place].float() * self.scale[place][..., None]
+    def at(self, place): return F.embedding(place, self.rows).float() * self.scale[place][..., None]
 
     def by(self, points): return ((points @ self.rows.float().T) * self.scale)[:, :-1]
 
@@ -97,7 +97,7 @@ class Asked(NamedTuple):
     liked: Optional[torch.Tensor] = None  # float [n, l], how much each event counts by its stars; None: all alike
     traits: Optional[torch.Tensor] = None  # float [n, traits], what is known of the people; None: nothing
 
-
+# %% ../nbs/15_export.ipynb #15c0cb01
 def read_codes(
     code: torch.Tensor,  # int64 [n, l]
     n_items: int,  # products that are known
@@ -112,7 +112,7 @@ def read_codes(
     had, age = there * (1 - later), torch.arange(l - 1, -1, -1.)
     return Asked(code, there, had, had * (same * torch.exp(-age / steps)).sum(2).clamp(max=1), there.sum(1, keepdim=True), **more)
 
-
+# %% ../nbs/15_export.ipynb #15c0cb02
 def side_by_side(
     history: History,  # of n people
     n_items: int,  # products that are known; events with others are left out
@@ -137,7 +137,7 @@ class Popular(nn.Module):
 
     def forward(self, x: Asked) -> torch.Tensor: return self.weight * (0. * x.count + 1.)
 
-
+# %% ../nbs/15_export.ipynb #15c0cb03
 class Wide(nn.Module):
     "Rows of what goes with what, added up; `at` and `back` say where a product has its row and its column, if not all have."
 
@@ -147,12 +147,13 @@ class Wide(nn.Module):
         self.table = Table(F.pad(rows, (0, int(self.some), 0, 1)))
         if self.some: self.register_buffer("place", torch.full((n_items + 1,), len(top)).index_copy(0, top, torch.arange(len(top))))
 
-    def forward(self, x):
-        rows = self.table.at(self.place[x.code] if self.some else x.code)
-        total = ((x.faded if self.fading else x.had)[:, None] @ rows)[:, 0]
-        return total[:, self.place[:-1]] if self.some else total            # the last column is of all that have none
+    def sums(self, x: Asked) -> torch.Tensor:
+        "What the rows of the basket add up to, a column each that has one; behind them, if not all have, one for the rest."
+        return ((x.faded if self.fading else x.had)[:, None] @ self.table.at(self.place[x.code] if self.some else x.code))[:, 0]
 
+    def forward(self, x): return self.sums(x)[:, self.place[:-1]] if self.some else self.sums(x)
 
+# %% ../nbs/15_export.ipynb #15c0cb04
 class Sparse(nn.Module):
     "The same where a row has few numbers: which products, and how much of each."
 
@@ -190,7 +191,7 @@ class Thin(nn.Module):
 
     def forward(self, x: Asked) -> torch.Tensor: return self.table.by(self.ask(x)) + self.more(x)
 
-
+# %% ../nbs/15_export.ipynb #15c0cb05
 class Liked(Thin):
     "The mean of what one has, by stars: content."
 
@@ -296,7 +297,7 @@ class Steps(Thin):
 
     def more(self, x, codes=None): return self.bias if codes is None else self.bias[codes]
 
-
+# %% ../nbs/15_export.ipynb #15c0cb06
 class Glances(Steps):
     "Self-attention of chapter 09; nobody looks at an empty place."
 
@@ -327,7 +328,7 @@ def piece(
     known = [n for n in RECOMMENDERS if can_export(make_recommender(n))]
     raise Problem(f"{model.name or type(model).__name__} needs more than a basket and cannot be exported; these can: hybrid, {', '.join(known)}")
 
-
+# %% ../nbs/15_export.ipynb #15c0ca46
 @piece.register
 def _(model: Popularity, fading=False): return Popular(model.weight[:-1])
 
@@ -392,7 +393,7 @@ def how_much(
         found.append(plan["lists"].get(n, 0.) * (believed if trusted else known) + stranger * (1 - known))
     return found
 
-
+# %% ../nbs/15_export.ipynb #15c0cb07
 class Alone(nn.Module):
     "One part: scores of all products for baskets of codes; who has nothing gets what is usual."
 
@@ -405,7 +406,7 @@ class Alone(nn.Module):
         x = read_codes(basket, self.n_items)
         return self.part(x) if self.usual is None else torch.where(x.count > 0, self.part(x), self.usual)
 
-
+# %% ../nbs/15_export.ipynb #15c0cb08
 class Lists(nn.Module):
     "The hybrid: weighted shares of attention."
 
@@ -425,7 +426,7 @@ def can_export(
     "Is it made of plain operations on a basket?"
     return piece.dispatch(type(model)) is not piece.dispatch(object)
 
-
+# %% ../nbs/15_export.ipynb #15c0cb09
 def kept_of(
     model: Hybrid,  # fitted
 ) -> Hybrid:  # the same models under a plan of those parts that can be exported; weights sum as before
@@ -438,7 +439,7 @@ def kept_of(
     if not other.plan["lists"] or not other.plan["strangers"]: raise Problem("none of this hybrid's parts can be exported; export one of its models by name, such as --model gru")
     return other
 
-
+# %% ../nbs/15_export.ipynb #15c0cb0a
 @torch.no_grad()
 def exportable(
     model: Recommender,  # fitted
@@ -456,7 +457,7 @@ PLAIN = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "matmul": "MatM
 SAME = {"__radd__": "add", "__rmul__": "mul", "true_divide": "div", "__truediv__": "div", "__matmul__": "matmul", "__eq__": "eq", "__gt__": "gt", "__lt__": "lt"}
 KINDS = {torch.float32: onnx.TensorProto.FLOAT, torch.int64: onnx.TensorProto.INT64, torch.int32: onnx.TensorProto.INT32, torch.int16: onnx.TensorProto.INT16, torch.int8: onnx.TensorProto.INT8, torch.bool: onnx.TensorProto.BOOL}
 
-
+# %% ../nbs/15_export.ipynb #15c0cb0b
 class Tape:
     "Nodes and constants of a graph."
 
@@ -523,7 +524,7 @@ def noted_places(
             axis += 1
     return found
 
-
+# %% ../nbs/15_export.ipynb #15c0cb0c
 def noted_bounds(
     tape: Tape,  # to write on
     named,  # gives the name of an operand
@@ -535,7 +536,7 @@ def noted_bounds(
     found = named(x) if min is None else tape.note("Max", named(x), torch.tensor(min, dtype=x.dtype))
     return found if max is None else tape.note("Min", found, torch.tensor(max, dtype=x.dtype))
 
-
+# %% ../nbs/15_export.ipynb #15c0cb0d
 def turned(
     x: torch.Tensor,  # [...]
     a: int,  # an axis
@@ -552,10 +553,11 @@ def split_places(sizes: list) -> list:
     ends = np.cumsum(sizes).tolist()
     return list(zip([0] + ends, ends))
 
-
+# %% ../nbs/15_export.ipynb #15c0cb0e
 NOTED = {  # what is more than one operator, or takes settings
     "__getitem__": noted_places, "clamp": noted_bounds,
     "__rsub__": lambda tape, named, x, y: tape.note("Sub", named(y), named(x)), "rsub": lambda tape, named, x, y: tape.note("Sub", named(y), named(x)),
+    "embedding": lambda tape, named, place, rows, *_, **__: tape.note("Gather", named(rows), named(place), axis=0),
     "square": lambda tape, named, x: tape.note("Mul", named(x), named(x)),
     "float": lambda tape, named, x: tape.note("Cast", named(x), to=onnx.TensorProto.FLOAT), "long": lambda tape, named, x: tape.note("Cast", named(x), to=onnx.TensorProto.INT64),
     "sum": lambda tape, named, x, dim, keepdim=False: tape.note("ReduceSum", named(x), [dim] if isinstance(dim, int) else list(dim), keepdims=int(keepdim)),
@@ -604,7 +606,7 @@ def opened(
     how.intra_op_num_threads = torch.get_num_threads()
     return onnxruntime.InferenceSession(str(file), how, providers=["CPUExecutionProvider"])
 
-
+# %% ../nbs/15_export.ipynb #15c0cb0f
 class FromFile(Recommender):
     "An exported model behind the usual face; it reads codes, and knows neither stars nor people."
 
@@ -634,7 +636,7 @@ def table_of(
     rows = pl.DataFrame({"item": model.item_ids}).join(about, on="item", how="left", maintain_order="left").to_dicts()
     return [{k: v for k, v in row.items() if v is not None and v == v} for row in rows]
 
-
+# %% ../nbs/15_export.ipynb #15c0cb10
 def edge_page(
     model: bytes,  # an exported model
     about: dict,  # model, items
@@ -644,7 +646,7 @@ def edge_page(
     parts = {"ITEMS": json.dumps(about).replace("<", "\\u003c"), "MODEL": base64.b64encode(model).decode(), "SCRIPT": (static / "edge.js").read_text()}
     return re.sub(r"(?<=>)(ITEMS|MODEL)(?=<)|(?<=\n)SCRIPT(?=\n)", lambda m: parts[m[0]], (static / "edge.html").read_text())
 
-
+# %% ../nbs/15_export.ipynb #15c0cb11
 def write_export(
     model: Recommender,  # fitted
     items: pl.DataFrame,  # what is known of products, a row an `item`
@@ -687,7 +689,7 @@ def asked_by(
     x = read_codes(code, model.n_items)
     return x._replace(liked=liked.clamp(min=0) * x.there, traits=None if people is None else people[users.clamp(max=len(people) - 1)])
 
-
+# %% ../nbs/15_export.ipynb #15c0cb12
 def firsts(
     scores: torch.Tensor,  # float [n, m]
     codes: torch.Tensor,  # int64 [n, m] or [m]
@@ -706,7 +708,22 @@ def alike(
     "The share of a list that another has, too."
     return (one[:, :, None] == other[:, None]).any(2).float().mean(1)
 
+# %% ../nbs/15_export.ipynb #15c0cbf0
+def recall_at(
+    index: faiss.Index,  # of the vectors
+    vectors: torch.Tensor,  # float [n, d]
+    questions: torch.Tensor,  # float [m, d]
+    k: int = 10,  # how many
+) -> float:
+    "The share of what an index finds that is among the k largest inner products, ties counted in."
+    found, k = [], min(k, len(vectors))
+    for q in questions.split(16):
+        exact, near = q @ vectors.T, torch.from_numpy(index.search(q.detach().numpy(), k)[1])
+        least = exact.topk(k, 1)[0][:, -1:]
+        found.append((exact.gather(1, near.clamp(min=0)) >= least - 1e-6 * exact.abs().amax(1, keepdim=True)) & (near >= 0))
+    return float(torch.cat(found).float().mean())
 
+# %% ../nbs/15_export.ipynb #15c0cb13
 def index_of(
     vectors: torch.Tensor,  # float [n, d]
     questions: torch.Tensor,  # float [m, d], such as will be asked
@@ -723,8 +740,7 @@ def index_of(
     made.cp.max_points_per_centroid, made.cp.niter, made.nprobe = 64, 8, 16
     made.train(rows)
     made.add(rows)
-    best = torch.cat([(q @ vectors.T).topk(10, 1)[1] for q in questions.split(16)]) if len(asked) else torch.zeros(0, 10)
-    while len(asked) and made.nprobe < made.nlist and alike(best, torch.from_numpy(made.search(asked, 10)[1])).mean() < recall: made.nprobe *= 2
+    while len(asked) and made.nprobe < made.nlist and recall_at(made, vectors, questions) < recall: made.nprobe *= 2
     return made
 
 # %% ../nbs/15_export.ipynb #15c0ca2c
@@ -736,7 +752,7 @@ def frame_of(
     if not getattr(part, "wide", False): return torch.zeros(1, 0)
     return torch.linalg.svd(torch.cat([part.cross.rows, F.pad(part.of_traits, (0, 1))]), full_matrices=False)[2][:most].T.contiguous()
 
-
+# %% ../nbs/15_export.ipynb #15c0cb14
 def vectors_of(
     part: nn.Module,  # thin
     frame: torch.Tensor,  # from `frame_of`
@@ -745,7 +761,7 @@ def vectors_of(
     bias = part.bias[:, None] if hasattr(part, "bias") else part.table.rows[:-1, :0]
     return torch.cat([part.table.rows[:-1], bias, frame[part.tag[:-1]].sum(1) if frame.shape[1] else bias[:, :0]], 1)
 
-
+# %% ../nbs/15_export.ipynb #15c0cb15
 def question_of(
     part: nn.Module,  # thin
     frame: torch.Tensor,  # from `frame_of`
@@ -788,48 +804,66 @@ class TwoStages:
         self.sample = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:sample].sort()[0]
         self.sampled = {k: narrowed(p, self.sample) for k, p in thin.items()}       # side by side in memory
 
-    @torch.no_grad()
-    def first(
-        self,
-        users: torch.Tensor,  # int64 [n], codes
-        history: History,  # of the n users
-        m: int,  # how many are wanted
-        open_to: Optional[torch.Tensor] = None,  # bool [all items], what rules leave; None: all that have events
-    ) -> tuple:  # codes int64 [n, at most m], -1 for none, and scores; best first
-        "The m best products of each user, as far as candidates go; of all, where too few of these may be shown."
-        new = open_to is not None and bool(open_to[self.model.n_items:].any())     # of those only the hybrid itself can speak
-        if new or m >= self.model.n_items or not len(users): return self.of_all(users, history, m, open_to)
-        found = [self.of_some(users[b], history.take(b), m, open_to) for b in torch.arange(len(users)).split(16)]
-        codes, scores, few = (torch.cat(f) for f in zip(*found))
-        if few.any(): codes[few], scores[few] = self.of_all(users[few], history.take(few.nonzero()[:, 0]), m, open_to)
-        return codes, scores
+# %% ../nbs/15_export.ipynb #15c0ca45
+@torch.no_grad()
+def first(
+    self: TwoStages,
+    users: torch.Tensor,  # int64 [n], codes
+    history: History,  # of the n users
+    m: int,  # how many are wanted
+    open_to: Optional[torch.Tensor] = None,  # bool [all items], what rules leave; None: all that have events
+) -> tuple:  # codes int64 [n, m], -1 for none, and scores float [n, m]; best first
+    "The m best products of each user, as far as candidates go; of all, where too few of these may be shown."
+    new = open_to is not None and bool(open_to[self.model.n_items:].any())          # of those only the hybrid itself can speak
+    if new or m >= self.model.n_items or not len(users): return self.of_all(users, history, m, open_to)
+    found = [self.of_some(users[b], history.take(b), m, open_to) for b in torch.arange(len(users)).split(16)]
+    codes, scores, few = (torch.cat(f) for f in zip(*found))
+    if few.any(): codes[few], scores[few] = self.of_all(users[few], history.take(few.nonzero()[:, 0]), m, open_to)
+    return codes, scores
 
-    def of_all(self, users, history, m, open_to=None):
-        "The same by asking about everything."
-        items = self.order if open_to is None else (lot(self.model.all_items) if len(open_to) > len(self.order) else self.order)
-        items = items if open_to is None else items[open_to[items]]
-        value, column = top_k(mask_seen(self.model.scores(users, history, items), history, items), m)
-        if not len(items): return torch.full((len(users), m), -1), torch.full((len(users), m), -torch.inf)
-        codes, missing = torch.where(column < 0, -1, items[column]), m - column.shape[1]
-        return F.pad(codes, (0, missing), value=-1), F.pad(value, (0, missing), value=-torch.inf)
+# %% ../nbs/15_export.ipynb #15c0cb16
+def of_all(
+    self: TwoStages,
+    users: torch.Tensor,  # int64 [n], codes
+    history: History,  # of the n users
+    m: int,  # how many are wanted
+    open_to: Optional[torch.Tensor] = None,  # bool [all items], what rules leave; None: all that have events
+) -> tuple:  # as for `first`
+    "The same by asking about everything."
+    items = self.order if open_to is None or len(open_to) == len(self.order) else lot(self.model.all_items)
+    items = items if open_to is None else items[open_to[items]]
+    value, column = top_k(mask_seen(self.model.scores(users, history, items), history, items), m)
+    codes, missing = torch.where(column < 0, -1, items[column]) if len(items) else column, m - column.shape[1]
+    return F.pad(codes, (0, missing), value=-1), F.pad(value, (0, missing), value=-torch.inf)
 
 # %% ../nbs/15_export.ipynb #15c0ca2e
-def found_by(
-    self: TwoStages,
+def row_of(
     part: nn.Module,  # wide
     x: Asked,  # of n people
-    shares: torch.Tensor,  # float [n, items], what the part gives
-) -> torch.Tensor:  # int64 [n, at most depth]
-    "Candidates of a wide part: the largest in the rows of the basket."
-    n = self.model.n_items
+    none: int,  # the code behind the last
+) -> tuple:  # codes int64 [n, r], ascending, and shares float [n, r], 0 at a code that stood there before
+    "What a wide part gives, as far as it gives anything; never as long as the catalogue."
     if isinstance(part, Wide):
-        top = part.place[:-1].lt(len(part.table.rows) - 1).nonzero()[:, 0] if part.some else torch.arange(n)
-        return firsts(shares[:, top], top, self.depth, n)
-    to = part.column[x.code].long().flatten(1).sort(1)[0]
-    again = F.pad(to[:, 1:] == to[:, :-1], (1, 0)) | (to == n)
-    return firsts(shares.gather(1, to.clamp(max=n - 1)).masked_fill(again, 0.), to, self.depth, n)
+        top = part.place[:-1].lt(len(part.table.rows) - 1).nonzero()[:, 0] if part.some else torch.arange(none)
+        return top.expand(len(x.code), -1).contiguous(), share(part.sums(x)[:, :len(top)])
+    weight = (part.table.at(x.code) * (x.faded if part.fading else x.had)[..., None]).flatten(1)
+    codes, order = part.column[x.code].long().flatten(1).sort(1)
+    new = F.pad(codes[:, 1:] != codes[:, :-1], (1, 0), value=True)
+    group = new.cumsum(1) - 1
+    total = torch.zeros_like(weight).scatter_add(1, group, weight.gather(1, order)).gather(1, group)
+    return codes, share(total * (new & (codes < none)))
 
 
+def in_row(
+    row: tuple,  # from `row_of`
+    wanted: torch.Tensor,  # int64 [n, c], codes
+) -> torch.Tensor:  # float [n, c]
+    "What stands in a row."
+    codes, shares = row
+    at = torch.searchsorted(codes, wanted).clamp(max=codes.shape[1] - 1)
+    return torch.where(codes.gather(1, at) == wanted, shares.gather(1, at), 0.)
+
+# %% ../nbs/15_export.ipynb #15c0cb17
 def shares_at(
     self: TwoStages,
     name: str,  # of a part whose whole is estimated
@@ -862,8 +896,8 @@ def of_some(
             said[k] = part.ask(x)
             found.append(torch.from_numpy(self.indexes[k].search(question_of(part, self.frames[k], x, said[k]).numpy(), min(self.deep, n))[1]))
         elif part is not None:
-            said[k] = share(part(x))
-            found.append(self.found_by(part, x, said[k]))
+            codes, shares = said[k] = row_of(part, x, n)
+            found.append(firsts(shares, codes, self.depth, n))
     place = self.rank[torch.cat(found, 1)].sort(1)[0]                               # a place that an index leaves empty is -1, the last
     real = (place < n) & ~F.pad(place[:, 1:] == place[:, :-1], (1, 0))
     codes = self.by_rank[place]
@@ -872,7 +906,7 @@ def of_some(
     for k, w in weights.items():
         if k in self.popular: at = self.popular[k][codes]
         elif k not in self.parts or k in self.frames: at = self.shares_at(k, self.scores_at(k, users, history, x, said.get(k), codes), real, aside)
-        else: at = said[k].gather(1, codes)
+        else: at = in_row(said[k], codes)
         total = total + w * at
     total, shown = mask_codes(total.masked_fill(~real, -torch.inf), codes, history), real if open_to is None else real & open_to[codes]
     value, column = top_k(total.masked_fill(~shown, -torch.inf), m)
@@ -899,7 +933,7 @@ def scores_at(
     part, sampled = self.parts[name], self.sampled[name]
     return torch.cat([(part.table.at(codes) @ point[..., None])[..., 0] + part.more(x, codes), sampled.table.by(point) + sampled.more(x)], 1)
 
-
+# %% ../nbs/15_export.ipynb #15c0cb18
 def mask_codes(
     scores: torch.Tensor,  # float [n, c]
     codes: torch.Tensor,  # int64 [n, c]
@@ -910,17 +944,17 @@ def mask_codes(
     return scores.masked_fill(torch.isin(key(torch.arange(len(codes))[:, None], codes), key(history.owner, history.item)), -torch.inf)
 
 
-TwoStages.of_some, TwoStages.found_by, TwoStages.shares_at, TwoStages.scores_at = of_some, found_by, shares_at, scores_at
+TwoStages.first, TwoStages.of_all, TwoStages.of_some, TwoStages.shares_at, TwoStages.scores_at = first, of_all, of_some, shares_at, scores_at
 
 # %% ../nbs/15_export.ipynb #15c0ca32
 PLAN = {"lists": {"popularity": .1, "newer neighbours": .3, "what follows": .2, "content towers": .4}, "newcomers": {"content towers": 1.}, "passes": {"content towers": 1}}
 
-
+# %% ../nbs/15_export.ipynb #15c0cb19
 def drawn_log(
     items: int,  # products, each of which was had once at least
     ratings: int,  # events, about
     kinds: int = 500,  # categories at most; a person keeps to three of them, mostly
-    seed: int = 0,
+    seed: int = 0,  # of the draw
 ) -> Split:  # all of it for training
     "A shop of any size, drawn in seconds."
     draw, more = np.random.default_rng(seed), max(0, ratings - items)
@@ -935,7 +969,7 @@ def drawn_log(
     log = as_interactions(rows[order].with_columns(timestamp=10 ** 12 + 6 * 10 ** 10 * np.arange(items + more) // (items + more)).unique(["user", "item"], maintain_order=True))
     return with_catalogue(Split.of(log, log.clear(), log.clear(), items=shelf, protocol=PROTOCOLS["given"]), shelf)
 
-
+# %% ../nbs/15_export.ipynb #15c0cb1a
 def drawn_hybrid(
     items: int,  # products
     ratings: int = 0,  # events, about; 0: one and a quarter for each product
@@ -952,7 +986,7 @@ def drawn_hybrid(
 # %% ../nbs/15_export.ipynb #15c0ca35
 def times_of(
     ask,  # of a question
-    questions: list,
+    questions: list,  # one after another
 ) -> list:  # milliseconds, one a question; the first few only warm up
     "How long each answer takes."
     found = []
@@ -962,7 +996,7 @@ def times_of(
         found.append(round(1000 * (time.perf_counter() - started), 3))
     return found[5:]
 
-
+# %% ../nbs/15_export.ipynb #15c0cb1b
 def bare(
     history: History,  # of n users
     n_items: int,  # products that the model knows
@@ -989,7 +1023,7 @@ def beside_torch(
     off, lists = (got - want).abs(), [top_k(mask_seen(s, seen, items), 10)[1] for s in (want, rough)]
     return {"off": float(off.max()), "relative": float((off.amax(1) / want.abs().amax(1).clamp(min=1e-9)).max()), "overlap": float(alike(*lists).mean()), "lists": len(code)}
 
-
+# %% ../nbs/15_export.ipynb #15c0cb1c
 @torch.no_grad()
 def speeds(
     model: Recommender,  # fitted
@@ -1020,7 +1054,7 @@ def cost_of_export(
         found += [{"model": name} | {k: r[k] for k in ("value", "lo", "hi", "n")} | {f"less{k}": less[0][v] if less else None for k, v in (("", "value"), ("_lo", "lo"), ("_hi", "hi"))} for r in row]
     return found
 
-
+# %% ../nbs/15_export.ipynb #15c0cb1d
 def alone_exported(
     run: Run,  # with fitted models
     history: History,  # of those who are asked about
@@ -1039,21 +1073,16 @@ def alone_exported(
 # %% ../nbs/15_export.ipynb #15c0ca38
 @torch.no_grad()
 def recall_of(
-    two: TwoStages,
+    two: TwoStages,  # ready to be asked
     name: str,  # of a thin part
     users: torch.Tensor,  # int64 [n], codes
     history: History,  # of the n users
-    k: int = 10,
 ) -> float:
-    "The share of the k largest inner products that an index finds."
-    part, frame = two.parts[name], two.frames[name]
-    x, vectors, found = asked_by(two.model, users, history, people=two.people), vectors_of(part, frame), []
-    for point in question_of(part, frame, x, part.ask(x)).split(16):
-        near = torch.from_numpy(two.indexes[name].search(point.numpy(), k)[1])
-        found.append(alike((point @ vectors.T).topk(min(k, len(vectors)), 1)[1], near))
-    return float(torch.cat(found).mean())
+    "The share of the ten largest inner products that an index finds."
+    part, frame, x = two.parts[name], two.frames[name], asked_by(two.model, users, history, people=two.people)
+    return recall_at(two.indexes[name], vectors_of(part, frame), question_of(part, frame, x, part.ask(x)))
 
-
+# %% ../nbs/15_export.ipynb #15c0cb1e
 @torch.no_grad()
 def measure_two_stages(
     model: Hybrid,  # fitted
@@ -1100,7 +1129,7 @@ def export_in_words(
     said = [f"{others[r['model']]} {told(r['value'], r['lo'], r['hi'])}, {told(r['less'], r['less_lo'], r['less_hi'], '+')} beside it" + ("" if r["less_lo"] is None or r["less_lo"] <= 0 <= r["less_hi"] else ", a sure gain" if r["less_lo"] > 0 else ", a sure loss") for r in rows[1:]]
     return f"The whole hybrid has an NDCG@20 of {told(whole['value'], whole['lo'], whole['hi'])}; the file, which reads the last {length} events and neither stars nor traits, has {'; '.join(said)}. {whole['n']:,} people."
 
-
+# %% ../nbs/15_export.ipynb #15c0cb1f
 def draw_cost(
     rows: list,  # "cost" of export.json
     sizes: dict,  # file -> bytes
@@ -1123,7 +1152,7 @@ def quantiles(
     "What half of the people wait at most, and all but one in a hundred."
     return tuple(float(q) for q in np.quantile(times, (.5, .99)))
 
-
+# %% ../nbs/15_export.ipynb #15c0cb20
 def draw_times(
     times: dict,  # name -> milliseconds, one a list
     ours: str,  # the name that has the hybrid's colour
@@ -1138,7 +1167,8 @@ def draw_times(
         ax.plot([half, most], [y, y], "|", color=COLORS["ink"], ms=14, mew=1.6)
         labels.append(f"{name}\n{half:.1f} ms, 99 %: {most:.1f}")
     if limit: ax.axvline(limit, color=COLORS["alarm"], lw=1, ls="--")
-    ax.set(xscale="log", yticks=range(len(times)), yticklabels=labels, ylim=(len(times) - .5, -.5), xlabel="milliseconds a list, log scale")
+    ax.set(xscale="log", ylim=(len(times) - .5, -.5), xlabel="milliseconds a list, log scale")
+    ax.set_yticks(range(len(times)), labels, multialignment="right")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()
