@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLAIN', 'SAME', 'KINDS', 'NOTED', 'SHOWN', 'PLAN', 'Table', 'SmallTable', 'in_eight_bits', 'Asked', 'read_codes',
            'side_by_side', 'Popular', 'Wide', 'Sparse', 'Thin', 'Liked', 'Factors', 'Towers', 'Steps', 'Glances',
-           'piece', 'how_much', 'Alone', 'Lists', 'can_export', 'kept_of', 'exportable', 'Tape', 'Traced',
+           'piece', 'how_much', 'Alone', 'shared_out', 'Lists', 'can_export', 'kept_of', 'exportable', 'Tape', 'Traced',
            'noted_places', 'noted_bounds', 'turned', 'split_places', 'as_onnx', 'opened', 'FromFile', 'table_of',
            'edge_page', 'write_export', 'whole_of', 'asked_by', 'firsts', 'alike', 'recall_at', 'index_of', 'frame_of',
            'vectors_of', 'question_of', 'narrowed', 'TwoStages', 'first', 'of_all', 'row_of', 'in_row', 'shares_at',
@@ -407,6 +407,16 @@ class Alone(nn.Module):
         return self.part(x) if self.usual is None else torch.where(x.count > 0, self.part(x), self.usual)
 
 # %% ../nbs/15_export.ipynb #15c0cb08
+def shared_out(
+    scores: torch.Tensor,  # float [n, m]
+    soft: bool,  # are they logits?
+) -> torch.Tensor:  # float [n, m]
+    "`share` of chapter 11 in operations that can be written down."
+    if soft: return torch.softmax(scores, 1)
+    scores = scores.clamp(min=0)
+    return scores / scores.sum(1, keepdim=True).clamp(min=1e-12)
+
+
 class Lists(nn.Module):
     "The hybrid: weighted shares of attention."
 
@@ -417,7 +427,7 @@ class Lists(nn.Module):
 
     def forward(self, basket: torch.Tensor) -> torch.Tensor:
         x = read_codes(basket, self.n_items)
-        return sum(w * share(part(x), soft=n in PASSES) for n, w, part in zip(self.names, how_much(self.plan, self.names, x), self.parts))
+        return sum(w * shared_out(part(x), n in PASSES) for n, w, part in zip(self.names, how_much(self.plan, self.names, x), self.parts))
 
 # %% ../nbs/15_export.ipynb #15c0ca19
 def can_export(
