@@ -302,7 +302,8 @@ def move_in(
         target = run.folder / path.relative_to(beside.folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
-    run.update(data=beside.about["data"], steps=run.about["steps"] | beside.about["steps"])
+    now, read = run.about, beside.about
+    run.update(data=read["data"], steps=now["steps"] | read["steps"], hashes=now.get("hashes", {}) | read["hashes"])
     shutil.rmtree(beside.folder)
 
 # %% ../nbs/17_run.ipynb #d071e9ed
