@@ -135,6 +135,10 @@ def test_a_list_is_the_shelfs(shop, ask, made):
     assert [i["because"] and i["because"]["item"] for i in found["items"]] == want["because"].to_list() and any(i["because"] for i in found["items"])
     assert [i["title"] for i in found["items"]] == want["title"].to_list() and [i["price"] for i in found["items"]] == want["price"].to_list()
     assert found["user"] == user and found["model"] == "hybrid" and not found["explored"] and {i["propensity"] for i in found["items"]} == {1.}
+    a, b, c = want["item"][:3]
+    found = ask("POST", "/api/recommend", {"basket": [{"item": a, "rating": 5}, {"item": b, "rating": 1}, {"item": c}], "k": 50}).json()
+    said = {i["because"]["item"]: i["because"]["liked"] for i in found["items"] if i["because"]}
+    assert said.items() <= {a: True, b: False, c: None}.items() and len(said) >= 2
     basket = dict(zip(want["item"][:2], (5., None)))
     found = ask("POST", "/api/recommend", {"basket": [{"item": i, "rating": r} for i, r in basket.items()], "model": "item-knn", "diversity": .3, "rules": {"highest": 90}})
     assert codes_in(found) == shop.shelves["item-knn"].lists([basket], 10, diversity=.3, rules=Rules(highest=90))["item"].to_list()

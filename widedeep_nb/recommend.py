@@ -329,6 +329,7 @@ class Shelf:
     brand = cached_property(lambda self: self._column("brand", lambda c: codes_of(c, c.drop_nulls().unique(maintain_order=True)).set(c.is_null(), -1).cast(pl.Int64)))
 
     as_rater = cached_property(lambda self: codes_between(self.model, self.rater))
+    usual = cached_property(lambda self: self.model.log.rating.nanmean())  # stars: what gets less was not liked
     takers = cached_property(lambda self: as_csr(self.model.log.matrix(self.model.n_items)).T.tocsr())
 
     def _column(self, name, form):
@@ -460,7 +461,7 @@ def lists(
     found = {"user": pl.Series(names, dtype=pl.String).gather(row.numpy()), "rank": place.numpy() + 1, "item": ids.gather(codes[row, place].numpy()), "score": scores[row, place].numpy()}
     if self.rater is not None: found["stars"] = self.stars(users, codes, history)[row, place].numpy()
     found["because"] = ids.gather(of_event(history.item, len(self.items)).numpy())
-    found["liked"] = (of_event(history.rating, torch.nan) >= self.model.log.rating.nanmean()).numpy()
+    found["liked"] = (of_event(history.rating, torch.nan) >= self.usual).numpy()
     about = self.items.select("item", *[c for c in SHOWN if c in self.items.columns])[codes[row, place].numpy()]
     return pl.DataFrame(found).hstack(about.get_columns()[1:])
 
@@ -588,7 +589,7 @@ def explained(
         had = question.seen.take(users)
         codes = shelf.rank(users, had, k)[0]
         event = shelf.because(had, codes)[codes >= 0]
-        liked = F.pad(had.rating, (0, 1), value=torch.nan)[event] >= shelf.model.log.rating.nanmean()
+        liked = F.pad(had.rating, (0, 1), value=torch.nan)[event] >= shelf.usual
         counts += [len(event), int((event >= 0).sum()), int(liked.sum())]
     return dict(zip(("places", "with a reason", "liked"), counts.tolist()))
 

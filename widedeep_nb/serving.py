@@ -141,6 +141,7 @@ class Because(BaseModel):
     "The product that speaks most for another."
     item: str
     title: Optional[str] = None
+    liked: Optional[bool] = None  # did it get at least the mean of all stars? null: it got none
 
 
 class Listed(Product):
@@ -616,11 +617,12 @@ def told(
     codes: torch.Tensor,  # int64 [n, k], -1 for none
     columns: dict,  # name: float [n, k]
     reason: torch.Tensor,  # int64 [n, k], a row of the products, -1 for none
+    liked: torch.Tensor,  # float [n, k], 1 or 0, NaN where that is not known
 ) -> list:  # for each of the n a list of dicts, as `Listed`
     "Lists with what is known of each product."
     rows, of, names = self.known.rows, self.of_model[model], ("rank", "because", *columns)
     there, values = codes >= 0, [torch.where(c.isnan(), -1e300, c.double()) for c in columns.values()]
-    because = [{"item": rows[r]["item"], "title": rows[r]["title"]} if r >= 0 else None for r in reason[there].tolist()]
+    because = [{"item": rows[r]["item"], "title": rows[r]["title"], "liked": None if yes != yes else yes > 0} if r >= 0 else None for r, yes in zip(reason[there].tolist(), liked[there].tolist())]
     number = lambda v: None if v == -1e300 else v
     found = [{**rows[r], **dict(zip(names, (place + 1, why, *map(number, more))))} for r, place, why, *more in zip(of[codes[there]].tolist(), there.nonzero()[:, 1].tolist(), because, *[v[there].tolist() for v in values])]
     ends = there.sum(1).cumsum(0).tolist()
@@ -640,7 +642,9 @@ def lists(
     codes, scores, chance = self.ranked(first, users, had, barred)
     event = shelf.because(had, codes)
     reason = torch.where(event < 0, -1, self.of_model[first.model][had.item[event.clamp(min=0)]]) if len(had.item) else event
-    found = self.told(first.model, codes, {"score": scores, "stars": shelf.stars(users, codes, had), "propensity": chance}, reason)
+    stars = torch.cat([had.rating, torch.tensor([torch.nan])])[event]                            # of no event, -1, none
+    liked = torch.where(stars.isnan(), torch.nan, (stars >= shelf.usual).float())
+    found = self.told(first.model, codes, {"score": scores, "stars": shelf.stars(users, codes, had), "propensity": chance}, reason, liked)
     now = time.time_ns() // 1_000_000
     answers = [{"list": f"{now:012x}{secrets.token_hex(5)}", "model": first.model, "user": a.user, "explored": first.temperature > 0, "items": items} for a, items in zip(asked, found)]
     text = lambda a, name: orjson.dumps([i[name] for i in a["items"]]).decode()
