@@ -320,7 +320,7 @@ class History:
 
     def to(self, device): return History(*[getattr(self, f.name).to(device) for f in fields(self)])
 
-    @property
+    @functools.cached_property
     def owner(self) -> torch.Tensor:
         "Which user each event belongs to, int64 [events]."
         return torch.repeat_interleave(torch.arange(len(self), device=self.ptr.device), self.ptr.diff())

@@ -12,9 +12,9 @@ __all__ = ['MOST', 'Text', 'Number', 'COUNTS', 'TABLES', 'ADD_EVENT', 'ADD_LIST'
            'lists', 'chosen', 'is_known', 'stars_fit', 'question_of', 'Meters', 'Door', 'wrong', 'in_one_line',
            'add_errors', 'errors', 'add_lists', 'beginnings', 'add_reading', 'people', 'past', 'add_writing',
            'add_watching', 'description', 'add_pages', 'make_app', 'Sealed', 'look_of', 'quickened', 'open_shop',
-           'Patient', 'listening', 'serve', 'write_feedback', 'called', 'as_request', 'hammered', 'served',
-           'drawn_requests', 'load_on', 'by_size', 'made_up', 'made_up_run', 'load_test', 'plain', 'draw_batches',
-           'batches_in_words', 'draw_latency', 'load_in_words']
+           'settle', 'scores_for', 'Apart', 'Patient', 'listening', 'serve', 'write_feedback', 'called', 'as_request',
+           'hammered', 'served', 'drawn_requests', 'load_on', 'by_size', 'made_up', 'made_up_run', 'load_test', 'plain',
+           'draw_batches', 'batches_in_words', 'draw_latency', 'load_in_words']
 
 # %% ../nbs/16_serving.ipynb #16c0ca03
 import asyncio
@@ -25,10 +25,12 @@ import html
 import io
 import json
 import logging
+import multiprocessing
 import os
 import queue
 import re
 import secrets
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -37,9 +39,10 @@ import tempfile
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.resources import files
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Callable, Literal, NamedTuple, Optional
 
@@ -57,6 +60,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException as AnyHTTPException
+from threadpoolctl import threadpool_limits
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .comparison import lead
@@ -504,6 +508,7 @@ class Shop:
     ):
         self.shelves, self.known, self.book, self.dataset, self.explore = shelves, knowledge, book, dataset, explore
         self.default, self.draw, self.changed = next(iter(shelves)), np.random.default_rng(seed), lambda: ""
+        self.stars, self.rates = {name: s.model.stars for name, s in shelves.items()}, any(s.rater is not None for s in shelves.values())
         item, user = knowledge.products["item"], knowledge.users
         self.to_model = {name: (as_codes(codes_of(user, s.model.all_users)), as_codes(codes_of(item, s.model.all_items))) for name, s in shelves.items()}
         self.of_model = {name: as_codes(codes_of(s.model.all_items, item)) for name, s in shelves.items()}
@@ -678,7 +683,7 @@ def stars_fit(
     *ratings: Optional[float],  # that were given
 ):
     "Refuse stars beyond those that the model knows."
-    low, high = self.shelves[name].model.stars
+    low, high = self.stars[name]
     if any(r is not None and not low <= r <= high for r in ratings): raise HTTPException(422, f"stars go from {low:g} to {high:g} here")
 
 
@@ -841,7 +846,7 @@ def add_reading(
     @app.get("/api/about", response_model=About, summary="What is served")
     def about():
         return {"dataset": shop.dataset, "models": list(shop.shelves), "default": shop.default, "items": len(known.products), "users": len(known.users), "categories": beginnings(known.products["category"]),
-                "stars": any(s.rater is not None for s in shop.shelves.values()), "prices": known.products["price"].null_count() < len(known.products), "writing": writing}
+                "stars": shop.rates, "prices": known.products["price"].null_count() < len(known.products), "writing": writing}
 
     @app.get("/api/users", response_model=People, responses=errors(), summary="People whose id holds a text")
     def users(search: Search = "", limit: Few = 20): return {"users": shop.people(search, limit)}
@@ -1050,6 +1055,67 @@ def open_shop(
     shop.changed = lambda: "; ".join(f"{p.relative_to(run.folder)} is not what it was; the service goes on with what it read at its start" for p, look in look_of(files).items() if look != before[p])
     return shop
 
+# %% ../nbs/16_serving.ipynb #16a1004d
+def settle():
+    "What is there now stays, and need not be looked through again and again for what has gone."
+    gc.collect()
+    gc.freeze()
+
+
+def scores_for(
+    pipe: Connection,  # questions come, answers go; None is the end
+    *of,  # as for `open_shop`: the folder of a run, models, explore, book
+):
+    "The work of the process that scores."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                                       # Ctrl-C reaches both; the first process tells this one when it is time
+    torch.set_num_threads(1)
+    threadpool_limits(1)
+    try: shop = open_shop(*of)
+    except (Problem, OSError): return                                                   # the first process finds and says the same
+    settle()
+    try:
+        pipe.send(None)
+        while (questions := pipe.recv()) is not None: pipe.send((shop.answer(questions), shop.book.lost))
+    except (EOFError, OSError): pass                                                    # the first process has gone
+    finally: shop.close()
+
+# %% ../nbs/16_serving.ipynb #16a1004e
+class Apart:
+    "A second process, in which questions are answered."
+
+    def __init__(
+        self,
+        *of,  # as for `open_shop`: the folder of a run, models, explore, book
+    ):
+        new, self.gone = multiprocessing.get_context("spawn"), False
+        self.pipe, there = new.Pipe()
+        self.process = new.Process(target=scores_for, args=(there, *of), name="scores", daemon=True)
+        self.process.start()
+        there.close()
+
+    def __enter__(self): return self
+
+    def __exit__(self, *error):
+        with suppress(OSError): self.pipe.send(None)
+        self.process.join(0 if error[0] else 5)
+        self.process.kill()
+
+    def answers_for(self, shop: Shop, stop: Callable):
+        "Answer the questions in its line, instead of it; its models are let go."
+        try: self.pipe.recv()
+        except EOFError: raise Problem("the process that scores did not start; is there memory for it?") from None
+        self.shop, self.stop, shop.shelves, shop.line.answer = shop, stop, dict.fromkeys(shop.shelves), self
+
+    def __call__(self, questions: list) -> list:
+        try:
+            self.pipe.send(questions)
+            answers, self.shop.book.lost = self.pipe.recv()
+            return answers
+        except (EOFError, OSError):
+            self.gone = True
+            self.stop()
+            return [HTTPException(503, "the service is stopping; ask again in a moment")] * len(questions)
+
 # %% ../nbs/16_serving.ipynb #16a10030
 class Patient(HttpToolsProtocol):
     "A connection that ends where a request does not come whole in time."
@@ -1111,17 +1177,18 @@ def serve(
     tell: Callable = print,  # of the line that says where it is
 ):
     "Serve a run until it is stopped."
-    torch.set_num_threads(1)
-    sys.setswitchinterval(.0002)                                                        # the threads hand over quickly
     door, meters = listening(host, port), Meters()
-    shop = open_shop(folder, models, explore, book, wait=wait, seen=meters.batch.observe)
-    app = make_app(shop, token, (*LOOPBACK, host) if host in LOOPBACK else (), meters)
-    gc.collect()
-    gc.freeze()                                                                         # what is there now stays, and need not be looked through again and again
-    at = f"http://{f'[{host}]' if ':' in host else host}:{door.getsockname()[1]}"
-    tell(f"{at} serves {', '.join(shop.shelves)} of {shop.dataset}; stop it with Ctrl-C")
-    uvicorn.Server(uvicorn.Config(app, http=Patient, ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False, proxy_headers=False,
-                                  timeout_keep_alive=30, limit_concurrency=MOST["connections"], timeout_graceful_shutdown=5)).run(sockets=[door])
+    with Apart(folder, models, explore, book) as apart:
+        shop = open_shop(folder, models, explore, book, wait=wait, seen=meters.batch.observe)
+        app = make_app(shop, token, (*LOOPBACK, host) if host in LOOPBACK else (), meters)
+        server = uvicorn.Server(uvicorn.Config(app, http=Patient, ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False, proxy_headers=False,
+                                               timeout_keep_alive=30, limit_concurrency=MOST["connections"], timeout_graceful_shutdown=5))
+        apart.answers_for(shop, lambda: setattr(server, "should_exit", True))
+        settle()
+        at = f"http://{f'[{host}]' if ':' in host else host}:{door.getsockname()[1]}"
+        tell(f"{at} serves {', '.join(shop.shelves)} of {shop.dataset}; stop it with Ctrl-C")
+        server.run(sockets=[door])
+    if apart.gone: raise Problem("the process that scores has gone, perhaps for want of memory; the service has stopped")
 
 # %% ../nbs/16_serving.ipynb #16a10032
 def write_feedback(
@@ -1224,7 +1291,7 @@ def load_on(
     memory, done = [], threading.Event()
     with served(run.folder) as (at, process):
         def look():
-            while not done.wait(.5): memory.append(round(process.memory_info().rss / 1e6, 1))
+            while not done.wait(.5): memory.append(round(sum(p.memory_info().rss for p in (process, *process.children(recursive=True))) / 1e6, 1))
         requests = drawn_requests(run)
         away(hammered(at, requests, rate, min(1., seconds), 1))                    # once round before it counts
         watch, begun = threading.Thread(target=look), time.perf_counter()
