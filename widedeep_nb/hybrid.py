@@ -197,7 +197,7 @@ class LowPass(FromHistory):
         taken = torch.from_numpy(taken).float()[:, None]
         self.into, self.out = directions * taken ** -.5, directions * taken ** self.lift
 
-    def _from(self, have): return torch.from_numpy(torch.sparse.mm(have, self.into).numpy() @ self.out.numpy().T)  # numpy multiplies few rows faster
+    def _from(self, have): return torch.sparse.mm(have, self.into) @ self.out.T
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e15
 class OnStatistics(Recommender):

@@ -1110,6 +1110,7 @@ def recommend_command(folder, as_json, **asked):
 @click.option("--explore", default=0., type=click.FloatRange(0), help="Draw lists by lot, at this temperature [0: show the best]")
 @click.option("--wait", default=0., type=click.FloatRange(0, 1), help="Seconds that a question waits for company [0]")
 @click.option("--book", default="", help="Folder in which feedback and lists are kept [service/ in RUN]")
+@click.option("--scorers", default=1, type=click.IntRange(1, 64), help="Processes that score, each with the models in its memory [1]")
 def serve_command(folder, **asked):
     "Answer a shop's page with the models of RUN, until stopped."
     from widedeep_nb.serving import serve

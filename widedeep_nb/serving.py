@@ -60,7 +60,6 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException as AnyHTTPException
-from threadpoolctl import threadpool_limits
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .comparison import lead
@@ -399,10 +398,11 @@ class Line:
         most: int = 32,  # questions taken at a time
         wait: float = 0.,  # seconds that the first one waits for company
         seen: Callable = lambda size: None,  # told the size of each batch
+        threads: int = 1,  # batches that are answered at a time
     ):
         self.answer, self.most, self.wait, self.seen, self.line = answer, most, wait, seen, queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._work, name="scores", daemon=True)
-        self.thread.start()
+        self.threads = [threading.Thread(target=self._work, name=f"scores {n}", daemon=True) for n in range(threads)]
+        for thread in self.threads: thread.start()
 
     async def ask(self, question):
         "Wait in line for an answer."
@@ -414,8 +414,8 @@ class Line:
 
     def close(self):
         "Answer what waits, then stop."
-        self.line.put(None)
-        self.thread.join()
+        for _ in self.threads: self.line.put(None)
+        for thread in self.threads: thread.join()
 
     def _work(self):
         while (batch := waiting_in(self.line, self.most, self.wait))[0] is not None:
@@ -1069,52 +1069,61 @@ def scores_for(
     "The work of the process that scores."
     signal.signal(signal.SIGINT, signal.SIG_IGN)                                       # Ctrl-C reaches both; the first process tells this one when it is time
     torch.set_num_threads(1)
-    threadpool_limits(1)
     try: shop = open_shop(*of)
     except (Problem, OSError): return                                                   # the first process finds and says the same
     settle()
     try:
         pipe.send(None)
-        while (questions := pipe.recv()) is not None: pipe.send((shop.answer(questions), shop.book.lost))
+        while (questions := pipe.recv()) is not None:
+            answers, (lost, shop.book.lost) = shop.answer(questions), (shop.book.lost, 0)
+            pipe.send((answers, lost))
     except (EOFError, OSError): pass                                                    # the first process has gone
     finally: shop.close()
 
 # %% ../nbs/16_serving.ipynb #16a1004e
 class Apart:
-    "A second process, in which questions are answered."
+    "Processes in which questions are answered."
 
     def __init__(
         self,
+        number: int,  # of processes
         *of,  # as for `open_shop`: the folder of a run, models, explore, book
     ):
-        new, self.gone = multiprocessing.get_context("spawn"), False
-        self.pipe, there = new.Pipe()
-        self.process = new.Process(target=scores_for, args=(there, *of), name="scores", daemon=True)
-        self.process.start()
-        there.close()
+        new, self.gone, self.free, self.processes = multiprocessing.get_context("spawn"), False, queue.SimpleQueue(), []
+        for _ in range(number):
+            pipe, there = new.Pipe()
+            self.processes.append((new.Process(target=scores_for, args=(there, *of), name="scores", daemon=True), pipe))
+            self.processes[-1][0].start()
+            there.close()
 
     def __enter__(self): return self
 
     def __exit__(self, *error):
-        with suppress(OSError): self.pipe.send(None)
-        self.process.join(0 if error[0] else 5)
-        self.process.kill()
+        for process, pipe in self.processes:
+            with suppress(OSError): pipe.send(None)
+            process.join(0 if error[0] else 5)
+            process.kill()
 
     def answers_for(self, shop: Shop, stop: Callable):
         "Answer the questions in its line, instead of it; its models are let go."
-        try: self.pipe.recv()
-        except EOFError: raise Problem("the process that scores did not start; is there memory for it?") from None
+        for _, pipe in self.processes:
+            try: pipe.recv()
+            except EOFError: raise Problem("a process that scores did not start; is there memory for it?") from None
+            self.free.put(pipe)
         self.shop, self.stop, shop.shelves, shop.line.answer = shop, stop, dict.fromkeys(shop.shelves), self
 
     def __call__(self, questions: list) -> list:
+        pipe = self.free.get()
         try:
-            self.pipe.send(questions)
-            answers, self.shop.book.lost = self.pipe.recv()
+            pipe.send(questions)
+            answers, lost = pipe.recv()
+            self.shop.book.lost += lost
             return answers
         except (EOFError, OSError):
             self.gone = True
             self.stop()
             return [HTTPException(503, "the service is stopping; ask again in a moment")] * len(questions)
+        finally: self.free.put(pipe)
 
 # %% ../nbs/16_serving.ipynb #16a10030
 class Patient(HttpToolsProtocol):
@@ -1174,12 +1183,13 @@ def serve(
     explore: float = 0.,  # temperature of lists that are drawn; 0: only where that is asked for
     wait: float = 0.,  # seconds that a question waits for company
     book: str = "",  # folder of what people say; empty: service/ of the run
+    scorers: int = 1,  # processes that score, each with the models in its memory
     tell: Callable = print,  # of the line that says where it is
 ):
     "Serve a run until it is stopped."
     door, meters = listening(host, port), Meters()
-    with Apart(folder, models, explore, book) as apart:
-        shop = open_shop(folder, models, explore, book, wait=wait, seen=meters.batch.observe)
+    with Apart(scorers, folder, models, explore, book) as apart:
+        shop = open_shop(folder, models, explore, book, wait=wait, seen=meters.batch.observe, threads=scorers)
         app = make_app(shop, token, (*LOOPBACK, host) if host in LOOPBACK else (), meters)
         server = uvicorn.Server(uvicorn.Config(app, http=Patient, ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False, proxy_headers=False,
                                                timeout_keep_alive=30, limit_concurrency=MOST["connections"], timeout_graceful_shutdown=5))
@@ -1312,7 +1322,9 @@ def by_size(
     sizes: tuple = (1, 2, 4, 8, 16, 32, 64),  # questions answered together
     repeats: int = 5,  # of each; the median counts
 ) -> list:  # dicts: size, seconds, rate
-    "How long batches take."
+    "How long batches take, on one thread, as in the process that scores."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="widedeep-") as book:
         shop = open_shop(folder, book=book)
         asked = [Asked(**json.loads(r.split(b"\r\n\r\n", 1)[1])) for r in drawn_requests(Sealed(folder), max(sizes) * (repeats + 1))]
@@ -1325,6 +1337,7 @@ def by_size(
                 took.append(time.perf_counter() - begun)
             found.append({"size": size, "seconds": float(np.median(took[1:])), "rate": size / float(np.median(took[1:]))})
         shop.close()
+    torch.set_num_threads(threads)
     return found
 
 # %% ../nbs/16_serving.ipynb #16a10039
