@@ -101,6 +101,18 @@ def test_a_learnt_row_is_better_than_one_as_drawn():
     assert found["as drawn"]["hi"] < 0 and found["learnt"]["value"] < found["as drawn"]["value"] and found["learnt"]["n"] == 1000
 
 
+def test_passes_are_chosen_on_validation(split, monkeypatch):
+    "The best on the validation part, for the mean row with the mean in place; then fitted on both parts."
+    import widedeep_nb.newcomers as chapter
+    monkeypatch.setattr(chapter, "PASSES", (1, 9))
+    for hide in (.5, 0.):
+        made = [IdsAlone(hide, n, 3).fit(split) for n in (1, 9)]
+        costs = [rate_rows(m if hide else with_mean_row(m), split, "val")["RMSE"].mean() for m in made]
+        chosen = chapter.ids_alone(split, hide, 3)
+        assert chosen.passes == (1, 9)[int(np.argmin(costs))] and costs[0] != costs[1]
+        rate_rows(chosen, split.final(), "test")          # refused, had it been fitted on the first part only
+
+
 def test_new_products(split):
     models = {name: make_recommender(name, **({"epochs": 6, "patience": 6} if "towers" in name else {})).fit(hidden_by_lot(split, .3)) for name in ("kind-popularity", "content", "content-towers")}
     less = hidden_by_lot(split, .3)
