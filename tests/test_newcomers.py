@@ -13,6 +13,7 @@ from widedeep_nb.core import PROTOCOLS, History, Problem, Run, Split, as_interac
 from widedeep_nb.evaluation import rank_users, rate_rows
 from widedeep_nb.newcomers import (UNKNOWN, IdsAlone, Oracle, about_new, beside_learnt, by_events, exposure, groups_of_items, groups_of_users, hidden_by_lot, id_tables, new_in_words, newcomers, over_windows, rows_of_unknowns,
                                    served, shortened, sources_of, tables_of_new, what_sources_add, with_mean_row)
+from widedeep_nb.data import load
 from widedeep_nb.preprocessing import prepare
 from widedeep_nb.shop import demo_shop
 
@@ -101,9 +102,10 @@ def test_a_learnt_row_is_better_than_one_as_drawn():
     assert found["as drawn"]["hi"] < 0 and found["learnt"]["value"] < found["as drawn"]["value"] and found["learnt"]["n"] == 1000
 
 
-def test_passes_are_chosen_on_validation(split, monkeypatch):
+def test_passes_are_chosen_on_validation(monkeypatch):
     "The best on the validation part, for the mean row with the mean in place; then fitted on both parts."
     import widedeep_nb.newcomers as chapter
+    split = prepare(load("demo?ratings=4000")[0], "strict")
     monkeypatch.setattr(chapter, "PASSES", (1, 9))
     for hide in (.5, 0.):
         made = [IdsAlone(hide, n, 3).fit(split) for n in (1, 9)]
