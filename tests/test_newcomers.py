@@ -105,7 +105,7 @@ def test_a_learnt_row_is_better_than_one_as_drawn():
 def test_passes_are_chosen_on_validation(monkeypatch):
     "The best on the validation part, for the mean row with the mean in place; then fitted on both parts."
     import widedeep_nb.newcomers as chapter
-    split = prepare(load("demo?ratings=4000")[0], "strict")
+    split = prepare(load("demo?ratings=4000").interactions, "strict")
     monkeypatch.setattr(chapter, "PASSES", (1, 9))
     for hide in (.5, 0.):
         made = [IdsAlone(hide, n, 3).fit(split) for n in (1, 9)]
