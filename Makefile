@@ -12,13 +12,15 @@ report: $(READY)
 
 # two workers of one thread and one process each: with more they would wait for one another, six times as long; what sends signals runs by itself
 test test-all: export LOKY_MAX_CPU_COUNT = 1
+# each worker goes through the chapters with the same tiny runs, left for the next chapter in a folder of their own
+NOTEBOOKS = tiny=$$(mktemp -d) && trap 'rm -rf "$$tiny"' EXIT && WIDEDEEP_TINY="$$tiny" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	$(NOTEBOOKS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" --ignore tests/test_run.py
 	$(BIN)/python -m pytest -m "not long" tests/test_run.py
 
 test-all: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	$(NOTEBOOKS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/test_run.py
 	$(BIN)/python -m pytest tests/test_run.py
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from widedeep_nb import core, load_recommender, make_recommender
-from widedeep_nb.core import PROTOCOLS, History, Problem, Recommender, Run, Split, as_interactions, codes_of, lot, mask_seen, step, top_k
+from widedeep_nb.core import PROTOCOLS, History, Problem, Recommender, Run, Split, as_interactions, codes_of, lot, mask_seen, open_run, step, top_k
 
 ids = st.text(min_size=1, max_size=8)
 logs = st.lists(st.tuples(ids, ids, st.integers(1, 5)), min_size=3, max_size=40)
@@ -154,3 +154,14 @@ def test_a_piece_that_fails_is_said_in_one_line(tmp_path, monkeypatch):
 
 
 def refuse(): raise Problem("no such thing")
+
+
+def test_tiny_runs_are_left_for_the_next_chapter(tmp_path, monkeypatch):
+    "In one process and with the same parameters; else they are removed with the process's object."
+    alone = open_run("")
+    assert alone.folder != open_run("").folder and alone.about["parameters"] == {"seeds": 2, "epochs": 8}
+    monkeypatch.setenv("WIDEDEEP_TINY", str(tmp_path))
+    first = open_run("", seeds=1)
+    first.update(steps={"train": {"mark": "m"}})
+    assert first.about["parameters"] == {"seeds": 1, "epochs": 8} and tmp_path in first.folder.parents
+    assert open_run("", seeds=1).about["steps"] == {"train": {"mark": "m"}} and open_run("", seeds=2).about["steps"] == {}
