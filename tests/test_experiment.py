@@ -89,10 +89,10 @@ def test_a_lot_is_stable_and_knows_nothing_of_the_others():
     assert ex.numbers_of(pl.Series(["U1"]), "button")[0] == int.from_bytes(__import__("hashlib").sha256(b"button\0U1").digest()[:8], "big") // 2**11 / 2**53
     parts = whole.filter(whole != "holdout")
     assert ex.sample_ratio([int((parts == a).sum()) for a in shares], [*shares.values()]) > .001
-    for name in ("y", "z"): assert ((ex.assign(IDS, name, HALVES, .1) == "holdout") == (whole == "holdout")).all()
+    for name in ("y", "holdout"): assert ((ex.assign(IDS, name, HALVES, .1) == "holdout") == (whole == "holdout")).all()
 
 
-@pytest.mark.parametrize("arms, holdout", [({"a": 1.}, 0.), ({"a": .5, "b": .6}, 0.), ({"a": 0., "b": 1.}, 0.), (HALVES, 1.), (HALVES, -.1)])
+@pytest.mark.parametrize("arms, holdout", [({"a": 1.}, 0.), ({"a": .5, "b": .6}, 0.), ({"a": 0., "b": 1.}, 0.), (HALVES, 1.), (HALVES, -.1), ({"holdout": .5, "b": .5}, .1)])
 def test_wrong_shares_are_refused(arms, holdout):
     with pytest.raises(Problem): ex.assign(IDS, "x", arms, holdout)
 
@@ -289,7 +289,7 @@ def test_people_who_met_both_models_are_left_out_and_a_loss_is_noticed(made, fou
     gone = shown.filter((pl.col("model") == "hybrid") | pl.Series(ex.numbers_of(shown["user"], "gone") > .6))
     lost = ex.read_test(gone, name, shares, .1, before)
     assert lost["mismatch"] < ex.MISMATCH
-    said = ex.test_in_words({"test": lost, "pair": ("hybrid", "popularity"), "people": {}, "lost": 0, "planned": found["planned"]})
+    said = ex.experiment_in_words({"test": lost, "pair": ("hybrid", "popularity"), "people": {}, "lost": 0, "planned": found["planned"]})
     assert "nothing can be said" in said[-1] and not any("So:" in s for s in said)
 
 
@@ -303,9 +303,9 @@ def test_words_follow_the_numbers(found):
     test = found["test"]
     for value, end in ((.3, "use hybrid."), (-.3, "use popularity.")):
         turned = [e | {"value": value, "lo": value - .1, "hi": value + .1} for e in test["effects"]]
-        assert ex.test_in_words({"pair": ("hybrid", "popularity")} | found | {"test": test | {"effects": turned}})[-1].endswith(end)
+        assert ex.experiment_in_words({"pair": ("hybrid", "popularity")} | found | {"test": test | {"effects": turned}})[-1].endswith(end)
     level = [e | {"value": .01, "lo": -.1, "hi": .12} for e in test["effects"]]
-    assert "not told apart. Keep popularity" in ex.test_in_words({"pair": ("hybrid", "popularity")} | found | {"test": test | {"effects": level}})[-1]
+    assert "not told apart. Keep popularity" in ex.experiment_in_words({"pair": ("hybrid", "popularity")} | found | {"test": test | {"effects": level}})[-1]
 
 
 def test_the_page_fits(found, proof, tmp_path, fits):
@@ -331,7 +331,7 @@ def test_any_log_gets_a_plan_or_is_told_why_not(gone):
 
 def test_where_there_is_nobody_to_ask_it_says_what_would_be_done():
     said = ex.nobody_in_words({"pair": ("hybrid", "popularity"), "groups": {"hybrid": 12, "popularity": 9, "holdout": 3}})
-    assert "12" in said and "keep 3" in said and ex.test_in_words({"trials": 1}) == []
+    assert "12" in said and "keep 3" in said and ex.experiment_in_words({"pair": ("hybrid", "popularity"), "groups": {"hybrid": 12, "popularity": 9, "holdout": 3}}) == [said]
     assert drawn_shoppers("ciao.csv") is None
 
 

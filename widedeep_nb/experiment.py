@@ -9,9 +9,8 @@ __all__ = ['MISMATCH', 'KINDS', 'LEAST', 'EFFECTS', 'PLACES', 'IN_BOOK', 'MAIN',
            'on_the_way', 'tested', 'limits', 'trials', 'checks', 'checks_in_words', 'chance_of', 'off_policy',
            'overlap', 'guesses', 'exploring', 'estimates', 'what_it_takes', 'asked_all', 'come_by', 'went_before',
            'serve_shoppers', 'in_book', 'compared', 'read_test', 'policy_of', 'places_in', 'traits_of', 'read_policies',
-           'worth_of', 'truth_of', 'rivals_in', 'plan_from', 'with_shoppers', 'experiment', 'test_in_words', 'draw_way',
-           'test_table', 'report', 'nobody_in_words', 'policies_in_words', 'draw_power', 'draw_p_values',
-           'draw_looking', 'draw_estimates', 'estimates_in_words']
+           'worth_of', 'truth_of', 'rivals_in', 'plan_from', 'with_shoppers', 'experiment', 'experiment_in_words',
+           'draw_way', 'test_table', 'report', 'nobody_in_words', 'policies_in_words', 'estimates_in_words']
 
 # %% ../nbs/20_experiment.ipynb #20c0ca03
 import asyncio
@@ -52,7 +51,7 @@ def sample_size(
     if 6 * sd < effect: return 2                                        # beyond what the solver bears, and seen at once
     return max(2, int(np.ceil(TTestIndPower().solve_power(effect / sd, None, alpha, power, ratio))))
 
-
+# %% ../nbs/20_experiment.ipynb #20b00001
 def power_of(
     n: int,  # people in each group
     sd: float,  # standard deviation of what is counted
@@ -62,7 +61,7 @@ def power_of(
     "The chance that a true difference is called."
     return float(TTestIndPower().power(abs(effect) / sd, n, alpha))
 
-
+# %% ../nbs/20_experiment.ipynb #20b00002
 def smallest_effect(
     n: int,  # people in each group
     sd: float,  # standard deviation of what is counted
@@ -72,7 +71,7 @@ def smallest_effect(
     "The smallest true difference that so many people find with that chance."
     return sd * float(TTestIndPower().solve_power(None, max(n, 2), alpha, power))
 
-
+# %% ../nbs/20_experiment.ipynb #20b00003
 def days_for(
     people: int,  # that the experiment needs, both groups together
     a_day: float,  # new people a day
@@ -89,7 +88,7 @@ def numbers_of(
     hashes = (hashlib.sha256(f"{name}\0{user}".encode()).digest()[:8] for user in users)
     return (np.frombuffer(b"".join(hashes), ">u8") >> np.uint64(11)).astype(np.float64) / 2**53
 
-
+# %% ../nbs/20_experiment.ipynb #20b00004
 def assign(
     users: pl.Series,  # ids
     experiment: str,  # its name
@@ -99,8 +98,8 @@ def assign(
     "Who sees what."
     shares = np.array([*arms.values()], np.float64)
     if len(arms) < 2 or (shares <= 0).any() or abs(shares.sum() - 1) > 1e-9: raise Problem(f"an experiment has two arms or more, whose shares are above 0 and sum to 1, not {arms}")
-    if not 0 <= holdout < 1: raise Problem(f"holdout is a share from 0 to below 1, not {holdout:g}")
-    arm = np.searchsorted(shares.cumsum()[:-1], numbers_of(users, experiment), side="right")
+    if "holdout" in arms or not 0 <= holdout < 1: raise Problem(f"holdout is a share from 0 to below 1 and no arm's name, not {holdout:g} with arms {', '.join(arms)}")
+    arm = np.searchsorted(shares.cumsum()[:-1], numbers_of(users, f"experiment {experiment}"), side="right")
     arm[numbers_of(users, "holdout") < holdout] = len(arms)
     return pl.Series("arm", [*arms, "holdout"]).gather(arm)
 
@@ -124,7 +123,7 @@ class Effect(NamedTuple):
     p: np.ndarray  # two-sided
     se: np.ndarray  # standard error
 
-
+# %% ../nbs/20_experiment.ipynb #20b00005
 def difference(
     a: np.ndarray,  # [..., n]: a value of each person in the first group
     b: np.ndarray,  # [..., m]: in the second
@@ -180,7 +179,7 @@ def running(
     (a, var_a), (b, var_b) = found
     return b - a, np.sqrt(np.maximum(var_a + var_b, 0))
 
-
+# %% ../nbs/20_experiment.ipynb #20b00006
 def confidence_sequence(
     value: np.ndarray,  # [..., looks]: difference on the way
     se: np.ndarray,  # [..., looks]: its standard error
@@ -204,7 +203,7 @@ class People(NamedTuple):
     first: np.ndarray  # purchases with the first list
     second: np.ndarray  # purchases with the second
 
-
+# %% ../nbs/20_experiment.ipynb #20b00007
 def lists_by_lot(
     taste: np.ndarray,  # [people, items]: the more the better
     user: np.ndarray,  # rows of people [n]
@@ -216,7 +215,7 @@ def lists_by_lot(
     items = (draw.integers(taste.shape[1], size=(len(user), 1)) + draw.permutation(taste.shape[1])[:of]) % taste.shape[1]
     return np.take_along_axis(items, np.argsort(-taste[user[:, None], items], 1)[:, :k], 1)
 
-
+# %% ../nbs/20_experiment.ipynb #20b00008
 def population(
     n: int = 60_000,  # people, of the demo shop, each with whims of her own
     seed: int = 0,  # of all that is drawn
@@ -242,7 +241,7 @@ def verdicts(
     "How often a test was right."
     return {"called": int((found.p < alpha).sum()), "covered": int(((found.lo <= truth) & (truth <= found.hi)).sum()), "width": float((found.hi - found.lo).mean())}
 
-
+# %% ../nbs/20_experiment.ipynb #20b00009
 def on_the_way(
     values: np.ndarray,  # [tests, 2, n]: of both groups
     truth: float,  # the true difference
@@ -281,7 +280,7 @@ def tested(
              "by visit": {"called": int((naive > stats.norm.ppf(.975)).sum())}}
     return {"truth": mean, "n": n, "tests": tests, "p": np.sort(plain.p)[:: max(tests // 200, 1)].tolist(), "uniform": float(stats.kstest(plain.p, "uniform").pvalue)} | found | on_the_way(y, mean)
 
-
+# %% ../nbs/20_experiment.ipynb #20b0000a
 def limits(
     tests: int,  # made
     share: float,  # expected of each
@@ -307,7 +306,7 @@ def trials(
 # %% ../nbs/20_experiment.ipynb #20a1001d
 KINDS = {"mean": "purchases a person, Welch", "ratio": "purchases a visit, delta method", "cuped": "purchases a person, CUPED", "sequential": "sequential, at every look"}
 
-
+# %% ../nbs/20_experiment.ipynb #20b0000b
 def checks(
     found: dict,  # from `trials`
 ) -> list:  # dicts: what, of, count, tests, due (the share expected), lo, hi (counts), holds
@@ -323,7 +322,7 @@ def checks(
     rows.append({"what": "differences found", "of": "A/B", "kind": KINDS["mean"], "count": found["A/B"]["mean"]["called"], "tests": tests, "due": planned, **dict(zip(("lo", "hi"), limits(tests, planned))), "at_most": False})
     return [r | {"holds": r["lo"] <= r["count"] <= r["hi"]} for r in rows]
 
-
+# %% ../nbs/20_experiment.ipynb #20b0000c
 def checks_in_words(
     rows: list,  # from `checks`
 ) -> str:
@@ -342,7 +341,7 @@ def chance_of(
     left = weights.sum(1, keepdims=True) - taken.cumsum(1) + taken
     return np.prod(taken / np.maximum(left, 1e-300), 1)
 
-
+# %% ../nbs/20_experiment.ipynb #20b0000d
 def off_policy(
     reward: np.ndarray,  # [..., n]: of each list that was shown
     chance: np.ndarray,  # [..., n]: with which it was shown
@@ -389,7 +388,7 @@ def guesses(
         guess[mine], expected[mine] = with_one(known[mine]) @ slope, (with_one(other[mine]) @ slope).mean(1)
     return guess, expected
 
-
+# %% ../nbs/20_experiment.ipynb #20b0000e
 def exploring(
     n: int = 500,  # lists in a log
     logs: int = 400,  # so many logs
@@ -431,7 +430,7 @@ def estimates(
 # %% ../nbs/20_experiment.ipynb #20a1002a
 EFFECTS = (.02, .05, .1, .2)  # relative
 
-
+# %% ../nbs/20_experiment.ipynb #20b0000f
 def what_it_takes(
     log: pl.DataFrame,  # interactions
 ) -> dict:  # days, people, a_day (None without times); metrics: name, mean, sd, correlation; sizes: metric, effect, people, with CUPED, days
@@ -457,7 +456,7 @@ def what_it_takes(
 # %% ../nbs/20_experiment.ipynb #20a1002d
 PLACES = {"drawn": 2, "shown": 5}  # of lists that are drawn by lot, and of those in the test
 
-
+# %% ../nbs/20_experiment.ipynb #20b00010
 async def asked_all(
     at: tuple,  # host and port
     requests: list,  # heads and bodies
@@ -476,7 +475,7 @@ async def asked_all(
     for _, writer in connections: writer.close()
     return answers
 
-
+# %% ../nbs/20_experiment.ipynb #20b00011
 def come_by(
     at: tuple,  # host and port of the service
     shop,  # its people, who can answer
@@ -502,7 +501,7 @@ def went_before(
     mean = rows["rating"].mean() or 0.
     return rows.group_by("user").agg(pl.len().alias("events"), (pl.col("rating").fill_null(mean).sum() + 5 * mean) / (pl.len() + 5)).rename({"rating": "stars"}).sort("user")
 
-
+# %% ../nbs/20_experiment.ipynb #20b00012
 def serve_shoppers(
     run: Run,  # to be served
     shop,  # its people
@@ -534,9 +533,9 @@ def in_book(
     return table.with_columns(pl.col("items").str.json_decode(pl.List(pl.String)), chance=chance, explored=pl.col("explored") > 0).drop("propensities")
 
 # %% ../nbs/20_experiment.ipynb #20a10030
-MAIN = "purchases a visit, CUPED"  # what is decided by, said beforehand
+MAIN = "purchases a visit with CUPED"  # what is decided by, said beforehand
 
-
+# %% ../nbs/20_experiment.ipynb #20b00013
 def compared(
     people: pl.DataFrame,  # model, visits, bought, stars: a row a person
     models: list,  # names; the second is the one that is tried
@@ -546,7 +545,7 @@ def compared(
     rate = [*map(linearised, y, v)]
     return {"purchases a person": difference(*y), "purchases a visit": difference(*rate), MAIN: difference(*adjusted(*rate, *x))}
 
-
+# %% ../nbs/20_experiment.ipynb #20b00014
 def read_test(
     shown: pl.DataFrame,  # from `in_book`
     name: str,  # of the experiment
@@ -586,7 +585,7 @@ def policy_of(
     rows = torch.where(codes >= 0, shop.of_model[model][codes.clamp(min=0)], -1)
     return rows.numpy(), weights_of(scores.masked_fill(codes < 0, -torch.inf).numpy(), temperature)
 
-
+# %% ../nbs/20_experiment.ipynb #20b00015
 def places_in(
     pool: np.ndarray,  # [n, m]: rows of products
     lists: np.ndarray,  # [n, k]: rows of products
@@ -605,7 +604,7 @@ def traits_of(
     table = items.alias("user").to_frame().join(known, on="user", how="left", maintain_order="left")
     return table.select(pl.col("stars").fill_null(known["stars"].mean()), pl.col("events").fill_null(0).log1p()).to_numpy()
 
-
+# %% ../nbs/20_experiment.ipynb #20b00016
 def read_policies(
     run: Run,  # that was served
     shown: pl.DataFrame,  # from `in_book`
@@ -646,7 +645,7 @@ def worth_of(
     near = stats.norm.ppf(.975)
     return {"worth": worth, "estimates": {name: [float(v), float(v - near * se), float(v + near * se)] for name, (v, se) in off_policy(reward, chance, target, guess, expected).items()}}
 
-
+# %% ../nbs/20_experiment.ipynb #20b00017
 def truth_of(
     people,  # who can answer
     items: pl.Series,  # ids of products, by row
@@ -689,7 +688,7 @@ def plan_from(
     sd = float(np.concatenate(adjusted(rate[::2], rate[1::2], x[::2], x[1::2])).std(ddof=1))
     return {"people": n, "sd": sd, "effect": smallest_effect(n, sd)}
 
-
+# %% ../nbs/20_experiment.ipynb #20b00018
 def with_shoppers(
     run: Run,  # with fitted models
     shop,  # its people
@@ -733,11 +732,11 @@ def experiment(
     with written_whole(run.folder / "experiment.html") as p: p.write_text(report(found, run.data_name))
 
 # %% ../nbs/20_experiment.ipynb #20a1003b
-def test_in_words(
+def experiment_in_words(
     found: dict,  # experiment.json
-) -> list:  # sentences; empty where nobody was asked
-    "What came of the experiment, and what to do."
-    if "test" not in found: return []
+) -> list:  # sentences
+    "What came of the experiment, and what to do; where nobody could be asked, what would be done."
+    if "test" not in found: return [nobody_in_words(found)]
     test, (new, old) = found["test"], found["pair"]
     arms, by = {a["model"]: a for a in test["arms"]}, {e["what"]: e for e in test["effects"]}
     main, way, plan = by[MAIN], test["way"], found["planned"]
@@ -776,13 +775,13 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 <style>body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 44rem; margin: 0 auto; padding: 1rem; color: #1f2933; background: #fff }} td, th {{ text-align: left; padding: .1rem .8rem .1rem 0 }} .wide {{ overflow-x: auto }} svg {{ max-width: 100% }}
 @media (prefers-color-scheme: dark) {{ body {{ color: #e6edf3; background: #0f1720 }} }}</style><h1>{title}</h1>{body}</html>"""
 
-
+# %% ../nbs/20_experiment.ipynb #20b00019
 def report(
     found: dict,  # experiment.json
     name: str,  # of the log
 ) -> str:  # HTML
     "The experiment as one page."
-    title, said = html.escape(f"{found['pair'][0]} against {found['pair'][1]} on {name}"), test_in_words(found) or [nobody_in_words(found)]
+    title, said = html.escape(f"{found['pair'][0]} against {found['pair'][1]} on {name}"), experiment_in_words(found)
     body = [f"<p>{html.escape(spaced(s))}</p>" for s in said]
     if "test" in found:
         table, fig = test_table(found["test"]), draw_way(found["test"]["way"])
@@ -792,7 +791,7 @@ def report(
     body += [f"<h2>What was read without a test</h2>{''.join(f'<p>{html.escape(spaced(s))}</p>' for s in policies_in_words(found['policies']))}"] if "policies" in found else []
     return PAGE.format(title=title, body="".join(body) + f"<h2>How far to trust it</h2><p>{html.escape(spaced(checks_in_words(checks(found['trials']))))}</p>")
 
-
+# %% ../nbs/20_experiment.ipynb #20b0001a
 def nobody_in_words(
     found: dict,  # experiment.json
 ) -> str:
@@ -815,72 +814,7 @@ def policies_in_words(
             said.append(f"{who} would have led to {told(value, lo, hi, digits=3)} purchases a list, doubly robust, from what is worth {r['worth']:,.0f} of its lists; asked, people buy from {r['truth']:.3f}, which " + ("the interval holds." if lo <= r["truth"] <= hi else "the interval does not hold."))
     return said
 
-# %% ../nbs/20_experiment.ipynb #20a10043
-def draw_power(
-    trials: dict,  # of experiment.json
-) -> plt.Figure:
-    "Power that was planned and power that was found, along the number of people."
-    fig, ax = plt.subplots(figsize=(5.2, 3.))
-    n = np.geomspace(trials["curve"][0]["n"], trials["curve"][-1]["n"], 60)
-    ax.plot(n, [100 * power_of(m, trials["sd"], trials["effect"]) for m in n], color=COLORS["baseline"], lw=1.6)
-    for c in trials["curve"]:
-        lo, hi = stats.binomtest(c["called"], trials["tests"]).proportion_ci(method="exact")
-        ax.plot([c["n"]] * 2, [100 * lo, 100 * hi], color=COLORS["hybrid"], lw=2.2, alpha=.5)
-        ax.plot(c["n"], 100 * c["called"] / trials["tests"], "o", ms=5, color=COLORS["hybrid"])
-    ax.axvline(trials["n"], color=COLORS["ink"], lw=.8, ls=":")
-    ax.annotate(f"planned for 80 %:\n{trials['n']:,} in each group", (trials["n"], 25), (6, 0), textcoords="offset points", va="center")
-    ax.set(xscale="log", xlabel="people in each group, log scale", ylabel="differences found, %", ylim=(0, 103))
-    ax.set_xticks([c["n"] for c in trials["curve"]][::2], [f"{c['n']:,}" for c in trials["curve"]][::2])
-    ax.minorticks_off()
-    return fig
-
-# %% ../nbs/20_experiment.ipynb #20a10045
-def draw_p_values(
-    trials: dict,  # of experiment.json
-) -> plt.Figure:
-    "Which share of tests has a p-value up to so much."
-    fig, ax = plt.subplots(figsize=(5.2, 3.))
-    share, far = np.linspace(0, 100, len(trials["A/A"]["p"])), 100 * stats.kstwo.ppf(.95, trials["tests"])
-    ax.fill_between([0, 1], [-far, 100 - far], [far, 100 + far], color=COLORS["baseline"], alpha=.3, lw=0)
-    for of, color, at, say in (("A/A", "hybrid", (.62, 50), "no effect (A/A)"), ("A/B", "wide", (.12, 84), "an effect (A/B)")):
-        ax.plot(trials[of]["p"], share, color=COLORS[color], lw=1.8)
-        ax.annotate(say, at, color=COLORS[color], weight="bold")
-    ax.set(xlabel="p-value", ylabel="tests with at most that, %", xlim=(0, 1), ylim=(0, 103))
-    return fig
-
-# %% ../nbs/20_experiment.ipynb #20a10047
-def draw_looking(
-    trials: dict,  # of experiment.json
-) -> plt.Figure:
-    "False alarms by now, of an ordinary test at every look, and of the sequential one."
-    fig, ax = plt.subplots(figsize=(5.2, 3.))
-    same = trials["A/A"]
-    ax.axhline(5, color=COLORS["ink"], lw=.8, ls=":")
-    for how, color, say, up in (("looking", "alarm", "an ordinary test, looked at on the way", 1), ("once", "baseline", "read once, then", 1), ("sequential", "hybrid", "sequential, looked at on the way", -1)):
-        y = 100 * np.array(same["by now"][how])
-        ax.plot(same["at"], y, color=COLORS[color], lw=1.8)
-        ax.annotate(say, (same["at"][-1], y[-1]), (0, 7 * up - 3 + (-6 if up < 0 else 0)), textcoords="offset points", ha="right", color=COLORS[color], weight="bold", fontsize=9.5)
-    ax.set(xlabel="people so far", ylabel="false alarms, %", ylim=(-3, None))
-    return fig
-
-# %% ../nbs/20_experiment.ipynb #20a1004a
-def draw_estimates(
-    rows: list,  # from `estimates`
-) -> plt.Figure:
-    "Mean and spread of each estimate beside the truth."
-    fig, ax = plt.subplots(figsize=(5.2, 2.7))
-    truth = rows[0]["mean"] - rows[0]["bias"]
-    ax.axvline(truth, color=COLORS["ink"], lw=1, ls=":")
-    for y, r in enumerate(rows):
-        color = COLORS["hybrid" if r["name"] == "doubly robust" else "alarm" if abs(r["bias"]) > 4 * r["bias_se"] else "baseline"]
-        ax.plot([r["mean"] - 1.96 * r["sd"], r["mean"] + 1.96 * r["sd"]], [y, y], color=color, lw=2.4, alpha=.45, solid_capstyle="round")
-        ax.plot(r["mean"], y, "o", color=color, ms=6)
-    ax.set(yticks=range(len(rows)), yticklabels=[r["name"] for r in rows], ylim=(len(rows) - .5, -.9), xlabel="purchases a list: mean, and where 95 % of logs lie")
-    ax.annotate("the truth", (truth, -.6), (4, 0), textcoords="offset points", va="center")
-    ax.tick_params(axis="y", length=0)
-    return fig
-
-
+# %% ../nbs/20_experiment.ipynb #20a10051
 def estimates_in_words(
     rows: list,  # from `estimates`
 ) -> str:
