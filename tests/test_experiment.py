@@ -41,7 +41,7 @@ def found(made):
     for day in ("drawn", "test"):
         (made.work / day).mkdir(parents=True)
         (made.work / day / "feedback.sqlite").write_bytes(b"half a book")
-    return ex.with_shoppers(made, drawn_shoppers(made.about["dataset"]), ("hybrid", "popularity"), .1, 3)
+    return ex.with_shoppers(made, drawn_shoppers(made.about["dataset"]), ("hybrid", "popularity"), .1, 3, 1000)
 
 
 # plan
@@ -137,6 +137,13 @@ def test_the_sequential_p_is_the_mixture_of_likelihoods():
         return integrate.quad(lambda d: stats.norm.pdf(d, 0, tau) * np.exp((v * d - d * d / 2) / s**2), -8 * tau - 2 * abs(v), 8 * tau + 2 * abs(v))[0]
     due = np.minimum.accumulate([min(1, 1 / ratio(*row)) for row in zip(value, se, n)])
     assert np.allclose(ex.confidence_sequence(value, se, n, planned)[2], due, rtol=1e-5)
+
+
+def test_the_sequential_interval_leaves_out_nought_where_its_p_is_small():
+    z, n = np.linspace(2, 4.5, 500)[:, None], np.full((500, 1), 300)
+    for alpha in (.05, .01):
+        lo, hi, p = ex.confidence_sequence(z, np.ones((500, 1)), n, 250, alpha)
+        assert ((lo > 0) == (p < alpha)).all() and 0 < (lo > 0).sum() < 500
 
 
 def test_a_confidence_sequence_is_narrowest_where_it_was_planned():
@@ -238,6 +245,20 @@ def test_no_list_has_a_say_in_its_own_guess():
 def test_a_log_that_cannot_answer_is_refused_with_the_reason(chance, target, words):
     with pytest.raises(Problem) as e: ex.overlap(chance, target)
     assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_lists_of_one_person_are_not_counted_as_if_each_was_drawn_by_itself():
+    "The standard error of a mean over people, each of whom has four lists (statsmodels, clustered)."
+    draw = np.random.default_rng(8)
+    person = np.repeat(np.arange(150), 4)
+    reward, half = (draw.random(150)[person] > draw.random(600) / 2).astype(float), np.full(600, .5)
+    value, se = ex.off_policy(reward, half, half, 0 * reward, 0 * reward, person)["IPS"]
+    due = sm.OLS(reward, np.ones(600)).fit(cov_type="cluster", cov_kwds={"groups": person, "use_correction": False}).bse[0]
+    assert np.isclose(value, reward.mean()) and np.isclose(se, due) and se > 1.3 * ex.off_policy(reward, half, half, 0 * reward, 0 * reward)["IPS"][1]
+
+
+def test_too_few_people_are_not_asked(made):
+    with pytest.raises(Problem, match="people take part"): ex.with_shoppers(made, drawn_shoppers(made.about["dataset"]), ("hybrid", "popularity"), .95, 3, 1000)
 
 
 # a book

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MISMATCH', 'KINDS', 'LEAST', 'EFFECTS', 'PLACES', 'IN_BOOK', 'MAIN', 'SIMPLE', 'PAGE', 'sample_size', 'power_of',
            'smallest_effect', 'days_for', 'numbers_of', 'assign', 'sample_ratio', 'Effect', 'difference', 'linearised',
-           'adjusted', 'running', 'confidence_sequence', 'People', 'lists_by_lot', 'population', 'verdicts',
-           'on_the_way', 'tested', 'limits', 'trials', 'checks', 'checks_in_words', 'chance_of', 'off_policy',
-           'overlap', 'guesses', 'exploring', 'estimates', 'what_it_takes', 'asked_all', 'come_by', 'went_before',
-           'serve_shoppers', 'in_book', 'compared', 'read_test', 'policy_of', 'places_in', 'traits_of', 'read_policies',
-           'worth_of', 'truth_of', 'rivals_in', 'plan_from', 'with_shoppers', 'experiment', 'experiment_in_words',
-           'draw_way', 'test_table', 'report', 'nobody_in_words', 'policies_in_words', 'estimates_in_words']
+           'adjusted', 'explained', 'running', 'confidence_sequence', 'People', 'lists_by_lot', 'population',
+           'verdicts', 'on_the_way', 'tested', 'limits', 'trials', 'checks', 'checks_in_words', 'chance_of',
+           'off_policy', 'overlap', 'guesses', 'exploring', 'estimates', 'what_it_takes', 'asked_all', 'come_by',
+           'went_before', 'serve_shoppers', 'in_book', 'compared', 'read_test', 'policy_of', 'places_in', 'traits_of',
+           'read_policies', 'worth_of', 'truth_of', 'rivals_in', 'plan_from', 'with_shoppers', 'experiment',
+           'experiment_in_words', 'draw_way', 'test_table', 'report', 'nobody_in_words', 'policies_in_words',
+           'estimates_in_words']
 
 # %% ../nbs/20_experiment.ipynb #20c0ca03
 import asyncio
@@ -32,7 +33,7 @@ from scipy import stats
 from statsmodels.stats.power import TTestIndPower
 
 from .comparison import best_first, lead
-from .core import COLORS, Problem, Run, as_svg, one_of, spaced, step, written_whole
+from .core import COLORS, Problem, Run, as_svg, codes_of, one_of, spaced, step, written_whole
 from .data import drawn_shoppers, drawn_truth
 from .evaluation import told
 from .preprocessing import in_order, rows_that_count
@@ -84,7 +85,7 @@ def numbers_of(
     users: pl.Series,  # ids
     name: str,  # of what is drawn
 ) -> np.ndarray:  # float64 [users], in [0, 1)
-    "A lot for each user that is always the same: the first 53 bits of SHA-256."
+    "A lot for each user that is always the same: the first 53 bits of SHA-256 (which no library takes of whole columns)."
     hashes = (hashlib.sha256(f"{name}\0{user}".encode()).digest()[:8] for user in users)
     return (np.frombuffer(b"".join(hashes), ">u8") >> np.uint64(11)).astype(np.float64) / 2**53
 
@@ -132,9 +133,9 @@ def difference(
     "Second mean minus first, with Welch's interval and test (Welch, 1947)."
     parts = [x.var(-1, ddof=1) / x.shape[-1] for x in (a, b)]
     value, se = b.mean(-1) - a.mean(-1), np.sqrt(parts[0] + parts[1])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        free = se**4 / (parts[0]**2 / (a.shape[-1] - 1) + parts[1]**2 / (b.shape[-1] - 1))
-        p = 2 * stats.t.sf(np.abs(value / se), free)
+    with np.errstate(invalid="ignore", divide="ignore"):                                                          # where nobody differs, what is seen is certain
+        free = np.nan_to_num(se**4 / (parts[0]**2 / (a.shape[-1] - 1) + parts[1]**2 / (b.shape[-1] - 1)), nan=1.)
+        p = 2 * stats.t.sf(np.nan_to_num(np.abs(value) / se), free)
     half = stats.t.ppf(1 - alpha / 2, free) * se
     return Effect(value, value - half, value + half, p, se)
 
@@ -163,6 +164,14 @@ def adjusted(
     theta = np.where(spread > 0, (within(x) * within(y)).sum(-1, keepdims=True) / np.where(spread > 0, spread, 1), 0)
     y = y - theta * x
     return y[..., :n], y[..., n:]
+
+# %% ../nbs/20_experiment.ipynb #20b00020
+def explained(
+    before: np.ndarray,  # [n]: what each did before
+    after: np.ndarray,  # [n]: and does now
+) -> float:  # share of the variance that CUPED takes away
+    "The square of the correlation; nought where nobody differs."
+    return float(np.corrcoef(before, after)[0, 1]**2) if len(after) > 2 and np.std(before) > 0 and np.std(after) > 0 else 0.
 
 # %% ../nbs/20_experiment.ipynb #20a10014
 def running(
@@ -296,11 +305,11 @@ def trials(
     "Every kind of test on experiments whose truth is known, with as many people as the plan asks for."
     people = population(seed=seed)
     sd, effect = float(np.sqrt((people.first.var() + people.second.var()) / 2)), float(people.second.mean() - people.first.mean())
-    n, explained = sample_size(sd, effect), float(np.corrcoef(people.before, people.first)[0, 1])**2
+    n, known = sample_size(sd, effect), explained(people.before, people.first)
     def found(m, draw): return int((difference(people.first[draw.integers(len(people.first), size=(tests, m))], people.second[draw.integers(len(people.first), size=(tests, m))]).p < .05).sum())
     sizes = [max(10, round(share * n)) for share in (.15, .3, .5, .75, 1., 1.4, 2.)]
     curve = [{"n": m, "planned": power_of(m, sd, effect), "called": found(m, np.random.default_rng([seed, m]))} for m in sizes]
-    return {"sd": sd, "effect": effect, "n": n, "tests": tests, "explained": explained, "cuped n": sample_size(sd * np.sqrt(1 - explained), effect), "curve": curve,
+    return {"sd": sd, "effect": effect, "n": n, "tests": tests, "explained": known, "cuped n": sample_size(sd * np.sqrt(1 - known), effect), "curve": curve,
             "A/A": tested(people, n, tests, apart=False, seed=seed + 1), "A/B": tested(people, n, tests, seed=seed + 2)}
 
 # %% ../nbs/20_experiment.ipynb #20a1001d
@@ -348,11 +357,15 @@ def off_policy(
     target: np.ndarray,  # [..., n]: with which the other policy would have shown it
     guess: np.ndarray,  # [..., n]: of the reward of the list that was shown
     expected: np.ndarray,  # [..., n]: mean guess over what the other policy would show
+    person: Optional[np.ndarray] = None,  # [n], from 0: to whom each list was shown; default: every list to another
 ) -> dict:  # name: value and its standard error, [...]
     "What another policy would have earned (Dudík et al., 2011; Swaminathan and Joachims, 2015)."
-    weight, of = target / chance, lambda x: (x.mean(-1), x.std(-1, ddof=1) / np.sqrt(x.shape[-1]))
-    seen = weight.sum(-1, keepdims=True) > 0
-    return {"IPS": of(weight * reward), "self-normalised": of(linearised(weight * reward, np.where(seen, weight, np.nan))), "doubly robust": of(expected + weight * (reward - guess))}
+    weight = target / chance
+
+    def of(x):
+        apart = x - x.mean(-1, keepdims=True)
+        return x.mean(-1), np.sqrt(((apart if person is None else np.bincount(person, apart))**2).sum(-1)) / x.shape[-1]      # lists of one person are not drawn by themselves
+    return {"IPS": of(weight * reward), "self-normalised": of(linearised(weight * reward, weight)), "doubly robust": of(expected + weight * (reward - guess))}
 
 # %% ../nbs/20_experiment.ipynb #20a10023
 LEAST = 100  # lists of the other policy that a log must be worth
@@ -395,7 +408,7 @@ def exploring(
     k: int = 2,  # places of a list
     pool: int = 20,  # products that lists are drawn from
     seed: int = 0,  # of all that is drawn
-) -> dict:  # reward, chance, target, guess, expected [logs, n]; truth and its standard error; own: the mean reward of the log
+) -> dict:  # reward, chance, target, guess, expected [logs, n]; truth and its standard error
     "Logs with propensities whose truth is known, of the demo shop."
     draw, shop, total = np.random.default_rng(seed), drawn_shoppers("demo"), n * logs
     taste, user = drawn_truth("demo", shop.users, shop.items), draw.integers(len(shop.users), size=total)
@@ -414,18 +427,18 @@ def exploring(
     feature, features, parts = known(shown), np.stack([known(t) for t in theirs], 1), np.split(np.arange(total), logs)
     guess, expected = (np.stack(x) for x in zip(*[guesses(feature[p], reward[p], features[p]) for p in parts]))
     table = lambda x: x.reshape(logs, n)
-    return {"reward": table(reward), "chance": table(chance.prod(1)), "target": table(chance_of(other, shown)), "guess": guess, "expected": expected, "truth": float(would.mean()), "se": float(would.std() / np.sqrt(len(would))), "own": float(reward.mean())}
+    return {"reward": table(reward), "chance": table(chance.prod(1)), "target": table(chance_of(other, shown)), "guess": guess, "expected": expected, "truth": float(would.mean()), "se": float(would.std() / np.sqrt(len(would)))}
 
 # %% ../nbs/20_experiment.ipynb #20a10027
 def estimates(
     of: dict,  # from `exploring`
-) -> list:  # dicts: name, mean, sd over logs, bias, rmse, covered (share of 95 % intervals that hold the truth; None where there are none)
+) -> list:  # dicts: name, mean, sd over logs, bias and its standard error, covered: share of 95 % intervals that hold the truth
     "Bias and spread of each estimate, over logs."
     plain = lambda x: (x.mean(-1), x.std(-1, ddof=1) / np.sqrt(x.shape[-1]))
     ways = {"mean of the log": plain(of["reward"]), "guess alone": plain(of["expected"])} | off_policy(*[of[c] for c in ("reward", "chance", "target", "guess", "expected")])
     near = stats.norm.ppf(.975)
     return [{"name": name, "mean": float(value.mean()), "sd": float(value.std()), "bias": float(value.mean() - of["truth"]), "bias_se": float(np.hypot(value.std() / np.sqrt(len(value)), of["se"])),
-             "rmse": float(np.sqrt(((value - of["truth"])**2).mean())), "covered": float((np.abs(value - of["truth"]) <= near * se).mean())} for name, (value, se) in ways.items()]
+             "covered": float((np.abs(value - of["truth"]) <= near * se).mean())} for name, (value, se) in ways.items()]
 
 # %% ../nbs/20_experiment.ipynb #20a1002a
 EFFECTS = (.02, .05, .1, .2)  # relative
@@ -433,7 +446,7 @@ EFFECTS = (.02, .05, .1, .2)  # relative
 # %% ../nbs/20_experiment.ipynb #20b0000f
 def what_it_takes(
     log: pl.DataFrame,  # interactions
-) -> dict:  # days, people, a_day (None without times); metrics: name, mean, sd, correlation; sizes: metric, effect, people, with CUPED, days
+) -> dict:  # days, people, a_day (None without times); metrics: metric, mean, sd, explained; sizes: metric, effect, people, with CUPED, days
     "Sizes and durations for what this log can count."
     rows = in_order(rows_that_count(log))
     timed, cut = rows["timestamp"].n_unique() > 1, len(rows) - max(len(rows) // 10, 1)
@@ -445,11 +458,10 @@ def what_it_takes(
     metrics, sizes = [], []
     for column, name in names.items():
         y, x = table[column].to_numpy().astype(float), np.log1p(table[f"{column} before"].to_numpy())
-        r = float(np.corrcoef(x, y)[0, 1]) if len(y) > 2 and x.std() > 0 and y.std() > 0 else 0.
-        mean, sd = float(y.mean()), float(y.std(ddof=1)) if len(y) > 1 else 0.
-        metrics.append({"metric": name, "mean": mean, "sd": sd, "correlation": r})
+        known, mean, sd = explained(x, y), float(y.mean()), float(y.std(ddof=1)) if len(y) > 1 else 0.
+        metrics.append({"metric": name, "mean": mean, "sd": sd, "explained": known})
         for effect in EFFECTS if sd > 0 and mean > 0 else ():
-            both = [2 * sample_size(s, effect * mean) for s in (sd, sd * np.sqrt(1 - r**2))]
+            both = [2 * sample_size(s, effect * mean) for s in (sd, sd * np.sqrt(1 - known))]
             sizes.append({"metric": name, "effect": effect, "people": both[0], "with CUPED": both[1], "days": None if days is None else days_for(both[1], len(table) / days)})
     return {"days": days, "people": len(table), "a_day": None if days is None else len(table) / days, "metrics": metrics, "sizes": sizes}
 
@@ -490,7 +502,7 @@ def come_by(
     place, stars = shop.answer(pl.Series([a["user"] for a in whole]), pl.Series([i["item"] for a in whole for i in a["items"]]), draw)
     said = [{"key": a["list"], "list": a["list"], "user": a["user"], "item": a["items"][p]["item"], "event": "purchase" if s[p] >= 4 else "click"} for a, p, s in zip(whole, place, stars)]
     kept = away(asked_all(at, [as_request("/api/feedback", s) for s in said]))
-    return len(wanted) - sum(k is not None for k in kept)
+    return len(wanted) - sum(answer is not None for answer in kept)
 
 # %% ../nbs/20_experiment.ipynb #20a1002e
 def went_before(
@@ -617,17 +629,17 @@ def read_policies(
     logged = shown.filter(pl.col("explored") & (pl.col("model") == models[0]) & (pl.col("answered") > 0) & (pl.col("items").list.len() == k))
     if not len(logged): raise Problem("the book holds no drawn lists; ask the service for some with explore: true")
     with tempfile.TemporaryDirectory(prefix="widedeep-") as empty, closing(open_shop(run.folder, models, book=empty)) as shop:
-        users, reward, chance = logged["user"].to_list(), logged["bought"].to_numpy().astype(float), logged["chance"].to_numpy()
-        lists, traits = np.array([[shop.known.item[i] for i in of] for of in logged["items"]]), traits_of(run.read("interactions.parquet"), shop.known.products["item"])
-        before = dict(went_before(run.read("interactions.parquet")).select("user", "stars").rows())
-        leaning = np.array([before.get(u, 0.) for u in users])
+        log, items = run.read("interactions.parquet"), shop.known.products["item"]
+        users, reward, chance, person = logged["user"].to_list(), logged["bought"].to_numpy().astype(float), logged["chance"].to_numpy(), logged["user"].rank("dense").to_numpy().astype(int) - 1
+        lists, traits, before = codes_of(logged["items"].explode(), items).to_numpy().reshape(-1, k), traits_of(log, items), went_before(log)
+        leaning = logged.join(before, on="user", how="left", maintain_order="left")["stars"].fill_null(before["stars"].mean()).to_numpy()
         known = lambda rows: np.concatenate([traits[rows].mean(-2), np.broadcast_to(leaning.reshape(-1, *[1] * (rows.ndim - 1)), (*rows.shape[:-1], 1))], -1)
         pools = {(m, t): policy_of(shop, m, users, t, k) for m, t in ((models[0], 1.), (models[0], .5), (models[1], 1.))}
         found = []
         for (model, temperature), (pool, weights) in pools.items():
             target = chance_of(weights, places_in(pool, lists))
             other = np.stack([np.take_along_axis(pool, drawn(weights, k, draw)[0], 1) for _ in range(draws)], 1)
-            found.append({"policy": model, "temperature": temperature} | worth_of(reward, chance, target, *guesses(known(lists), reward, known(other))) | truth_of(people, shop.known.products["item"], logged["user"], other, draw))
+            found.append({"policy": model, "temperature": temperature} | worth_of(reward, chance, target, *guesses(known(lists), reward, known(other)), person) | truth_of(people, items, logged["user"], other, draw))
         own = chance_of(pools[models[0], 1.][1], places_in(pools[models[0], 1.][0], lists))
     return [{"lists": len(logged), "earned": float(reward.mean()), "agrees": float(np.mean(np.isclose(own, chance, rtol=1e-3)))} | f for f in found]
 
@@ -638,12 +650,13 @@ def worth_of(
     target: np.ndarray,  # [n]: with which the other policy would have shown it
     guess: np.ndarray,  # [n]: from `guesses`
     expected: np.ndarray,  # [n]
+    person: np.ndarray,  # [n], from 0
 ) -> dict:  # worth and estimates (name: value, lo, hi), or refused: the reason
     "Estimates with intervals, or why there are none."
     try: worth = overlap(chance, target)
     except Problem as e: return {"refused": str(e), "weight": float((target / chance).mean())}
     near = stats.norm.ppf(.975)
-    return {"worth": worth, "estimates": {name: [float(v), float(v - near * se), float(v + near * se)] for name, (v, se) in off_policy(reward, chance, target, guess, expected).items()}}
+    return {"worth": worth, "estimates": {name: [float(v), float(v - near * se), float(v + near * se)] for name, (v, se) in off_policy(reward, chance, target, guess, expected, person).items()}}
 
 # %% ../nbs/20_experiment.ipynb #20b00017
 def truth_of(
@@ -685,7 +698,7 @@ def plan_from(
     "What a test of so many people can find."
     people = shown.group_by("user", maintain_order=True).agg(pl.col("bought").sum(), pl.len()).join(before, on="user", maintain_order="left")
     rate, x = linearised(*[people[c].to_numpy().astype(float) for c in ("bought", "len")]), people["stars"].to_numpy()
-    sd = float(np.concatenate(adjusted(rate[::2], rate[1::2], x[::2], x[1::2])).std(ddof=1))
+    sd = float(rate.std(ddof=1) * np.sqrt(1 - explained(x, rate)))
     return {"people": n, "sd": sd, "effect": smallest_effect(n, sd)}
 
 # %% ../nbs/20_experiment.ipynb #20b00018
@@ -695,16 +708,18 @@ def with_shoppers(
     pair: tuple,  # models: tried, and tried against
     holdout: float,  # share of the people who are kept out
     visits: int,  # of one person at most
+    shoppers: int,  # who come by, at most
 ) -> dict:  # test, policies, plan, lost, people
     "Serve, then read the book."
     log, name, shares = run.read("interactions.parquet"), f"{pair[0]} against {pair[1]}", {pair[1]: .5, pair[0]: .5}
     before = went_before(log).filter(pl.col("user").is_in(shop.users.implode()))
     arms = before.select("user", assign(before["user"], name, shares, holdout), visits=(pl.col("events") // 5).clip(1, visits))
-    part = arms.filter(pl.col("arm") != "holdout").sample(fraction=1., shuffle=True, seed=run.seed)
+    part = arms.filter(pl.col("arm") != "holdout").sample(fraction=1., shuffle=True, seed=run.seed).head(shoppers)
+    if len(part) < 20: raise Problem(f"only {len(part)} people take part; a test needs 20 or more, so keep fewer out")
     books = {day: run.work / day for day in ("drawn", "test")}
     lost = serve_shoppers(run, shop, books["drawn"], pair, [([{"user": u, "model": pair[0], "explore": True} for u in part["user"]] * 2, PLACES["drawn"])])
     by_lot = in_book(books["drawn"] / "feedback.sqlite")
-    planned = plan_from(by_lot, before, int((arms["arm"] == pair[0]).sum()))
+    planned = plan_from(by_lot, before, int((part["arm"] == pair[0]).sum()))
     lost += serve_shoppers(run, shop, books["test"], pair, [([{"user": u, "model": m} for u, m, v in part.select("user", "arm", "visits").rows() if v > i], PLACES["shown"]) for i in range(int(part["visits"].max()))])
     found = {"planned": planned, "test": read_test(in_book(books["test"] / "feedback.sqlite"), name, shares, holdout, before), "policies": read_policies(run, by_lot, shop, pair), "lost": lost, "people": dict(arms["arm"].value_counts(sort=True).rows())}
     for day, folder in books.items():
@@ -720,6 +735,7 @@ def experiment(
     against: str = "",  # model that it is tried against; empty: the best simple one
     holdout: float = .1,  # share of the people who are kept out of all experiments
     visits: int = 4,  # of one person at most
+    shoppers: int = 1500,  # who come by, at most
 ):
     "Prove the tests, say what an experiment takes on this log, and make one where there are people to ask."
     if not 0 <= holdout < 1 or visits < 1: raise Problem(f"holdout is a share from 0 to below 1 and visits 1 or more, not {holdout:g} and {visits}")
@@ -727,7 +743,7 @@ def experiment(
     users = log["user"].unique().sort()
     groups = assign(users, f"{pair[0]} against {pair[1]}", {pair[1]: .5, pair[0]: .5}, holdout)
     found = {"pair": pair, "takes": what_it_takes(log), "groups": dict(groups.value_counts(sort=True).rows()), "holdout": holdout, "trials": run.once("trials", trials), "off_policy": run.once("off-policy", lambda: estimates(exploring()))}
-    if shop is not None: found |= run.once("shoppers", lambda: with_shoppers(run, shop, pair, holdout, visits))
+    if shop is not None: found |= run.once("shoppers", lambda: with_shoppers(run, shop, pair, holdout, visits, shoppers))
     run.write("experiment.json", found)
     with written_whole(run.folder / "experiment.html") as p: p.write_text(report(found, run.data_name))
 
