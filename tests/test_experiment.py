@@ -4,6 +4,7 @@ import json
 import sqlite3
 from contextlib import closing
 
+import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 import pytest
@@ -192,13 +193,15 @@ def test_cuped_needs_fewer_people(proof):
 
 @pytest.mark.long
 def test_promises_over_ten_thousand_other_experiments():
+    "Within the limits that hold 95 % of six such counts together."
     people = ex.population(seed=5)
     n = ex.sample_size(float(people.first.std()), float(people.second.mean() - people.first.mean()))
     for apart in (False, True):
         rows = [ex.tested(people, n, 2000, apart, seed) for seed in range(20, 25)]
         for kind in ("mean", "ratio", "cuped"):
             count = sum(r["tests"] - r[kind]["covered"] for r in rows)
-            assert ex.limits(10_000, .05)[0] <= count <= ex.limits(10_000, .05)[1], (apart, kind, count)
+            lo, hi = stats.binom.interval(1 - .05 / 6, 10_000, .05)
+            assert lo <= count <= hi, (apart, kind, count)
         assert sum(r["tests"] - r["sequential"]["covered"] for r in rows) <= 500
 
 
@@ -320,6 +323,14 @@ def test_what_is_no_book_is_refused(tmp_path):
     with pytest.raises(Problem, match="not a book"): ex.in_book(tmp_path / "feedback.sqlite")
 
 
+@pytest.mark.long
+def test_an_experiment_repeats(made, found):
+    "The same people, groups and whims; what the service draws by lot is its own, and only the drawn day is of that."
+    made.work = made.folder / ".work/experiment-again"
+    again = ex.with_shoppers(made, drawn_shoppers(made.about["dataset"]), ("hybrid", "popularity"), .1, 3, 1000)
+    assert again["test"]["arms"] == found["test"]["arms"] and all(a == pytest.approx(b) for a, b in zip(again["test"]["effects"], found["test"]["effects"], strict=True))
+
+
 def test_words_follow_the_numbers(found):
     test = found["test"]
     for value, end in ((.3, "use hybrid."), (-.3, "use popularity.")):
@@ -330,7 +341,10 @@ def test_words_follow_the_numbers(found):
 
 
 def test_the_page_fits(found, proof, tmp_path, fits):
-    (tmp_path / "experiment.html").write_text(ex.report(found | {"pair": ("hybrid", "popularity"), "trials": proof}, "demo"))
+    plt.rcdefaults()                                                                              # whoever was here before
+    page = ex.report(found | {"pair": ("hybrid", "popularity"), "trials": proof}, "demo")
+    (tmp_path / "experiment.html").write_text(page)
+    assert page.count("currentColor") > 10                                                         # the figure's ink is the page's, by night too
     fits(tmp_path / "experiment.html")
 
 

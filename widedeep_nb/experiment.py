@@ -33,7 +33,7 @@ from scipy import stats
 from statsmodels.stats.power import TTestIndPower
 
 from .comparison import best_first, lead
-from .core import COLORS, Problem, Run, as_svg, codes_of, one_of, spaced, step, written_whole
+from .core import COLORS, Problem, Run, as_svg, codes_of, one_of, spaced, step, use_theme, written_whole
 from .data import drawn_shoppers, drawn_truth
 from .evaluation import told
 from .preprocessing import in_order, rows_that_count
@@ -798,8 +798,9 @@ def report(
 ) -> str:  # HTML
     "The experiment as one page."
     title, said = html.escape(f"{found['pair'][0]} against {found['pair'][1]} on {name}"), experiment_in_words(found)
-    body = [f"<p>{html.escape(spaced(s))}</p>" for s in said]
+    body = [f"<p><strong>{html.escape(spaced(said[-1]))}</strong></p>", *[f"<p>{html.escape(spaced(s))}</p>" for s in said[:-1]]]
     if "test" in found:
+        use_theme()
         table, fig = test_table(found["test"]), draw_way(found["test"]["way"])
         body.append('<div class="wide">' + table.to_pandas().to_html(index=False, border=0) + "</div>")
         body.append(as_svg(fig, "fig-way", "The difference of the two models and its confidence sequence along the number of people.") + "<p>The difference with its confidence sequence, which may be looked at at any time.</p>")
