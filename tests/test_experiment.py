@@ -115,7 +115,7 @@ def test_cuped_is_the_regression_on_what_was_before():
     y += .7 * x + np.array([[0], [.4]])
     design = np.column_stack([np.ones(600), np.repeat([0, 1], 300), x.ravel()])
     fit = sm.OLS(y.ravel(), design).fit()
-    ours = ex.difference(*ex.adjusted(*y, *x))
+    ours = ex.difference(*ex.cuped(*y, *x))
     assert np.isclose(ours.value, fit.params[1]) and abs(ours.se / fit.bse[1] - 1) < .02
 
 

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['MISMATCH', 'KINDS', 'LEAST', 'EFFECTS', 'PLACES', 'IN_BOOK', 'MAIN', 'SIMPLE', 'PAGE', 'sample_size', 'power_of',
            'smallest_effect', 'days_for', 'numbers_of', 'assign', 'sample_ratio', 'Effect', 'difference', 'linearised',
-           'adjusted', 'explained', 'running', 'confidence_sequence', 'People', 'lists_by_lot', 'population',
-           'verdicts', 'on_the_way', 'tested', 'limits', 'trials', 'checks', 'checks_in_words', 'chance_of',
-           'off_policy', 'overlap', 'guesses', 'exploring', 'estimates', 'what_it_takes', 'asked_all', 'come_by',
-           'went_before', 'serve_shoppers', 'in_book', 'compared', 'read_test', 'policy_of', 'places_in', 'traits_of',
-           'read_policies', 'worth_of', 'truth_of', 'rivals_in', 'plan_from', 'with_shoppers', 'experiment',
-           'experiment_in_words', 'draw_way', 'test_table', 'report', 'nobody_in_words', 'policies_in_words',
-           'estimates_in_words']
+           'cuped', 'explained', 'running', 'confidence_sequence', 'People', 'lists_by_lot', 'population', 'verdicts',
+           'on_the_way', 'tested', 'limits', 'trials', 'checks', 'checks_in_words', 'chance_of', 'off_policy',
+           'overlap', 'guesses', 'exploring', 'estimates', 'what_it_takes', 'asked_all', 'come_by', 'went_before',
+           'serve_shoppers', 'in_book', 'compared', 'read_test', 'policy_of', 'places_in', 'traits_of', 'read_policies',
+           'worth_of', 'truth_of', 'rivals_in', 'plan_from', 'with_shoppers', 'experiment', 'experiment_in_words',
+           'draw_way', 'test_table', 'report', 'nobody_in_words', 'policies_in_words', 'estimates_in_words']
 
 # %% ../nbs/20_experiment.ipynb #20c0ca03
 import asyncio
@@ -149,7 +148,7 @@ def linearised(
     return ratio + (total - ratio * count) / mean
 
 # %% ../nbs/20_experiment.ipynb #20a10011
-def adjusted(
+def cuped(
     a: np.ndarray,  # [..., n]: a value of each person in the first group
     b: np.ndarray,  # [..., m]: in the second
     before_a: np.ndarray,  # [..., n]: what each did before the experiment
@@ -285,7 +284,7 @@ def tested(
     plain, ratio = difference(y[:, 0], y[:, 1]), linearised(y, v)
     share = y.sum(-1) / v.sum(-1)
     naive = np.abs(share[:, 1] - share[:, 0]) / np.sqrt((share * (1 - share) / v.sum(-1)).sum(1))
-    found = {"mean": verdicts(plain, mean), "ratio": verdicts(difference(ratio[:, 0], ratio[:, 1]), rate), "cuped": verdicts(difference(*adjusted(y[:, 0], y[:, 1], x[:, 0], x[:, 1])), mean),
+    found = {"mean": verdicts(plain, mean), "ratio": verdicts(difference(ratio[:, 0], ratio[:, 1]), rate), "cuped": verdicts(difference(*cuped(y[:, 0], y[:, 1], x[:, 0], x[:, 1])), mean),
              "by visit": {"called": int((naive > stats.norm.ppf(.975)).sum())}}
     return {"truth": mean, "n": n, "tests": tests, "p": np.sort(plain.p)[:: max(tests // 200, 1)].tolist(), "uniform": float(stats.kstest(plain.p, "uniform").pvalue)} | found | on_the_way(y, mean)
 
@@ -555,7 +554,7 @@ def compared(
     "The second model's people beside the first one's."
     y, v, x = [[people.filter(model=m)[c].to_numpy().astype(float) for m in models] for c in ("bought", "visits", "stars")]
     rate = [*map(linearised, y, v)]
-    return {"purchases a person": difference(*y), "purchases a visit": difference(*rate), MAIN: difference(*adjusted(*rate, *x))}
+    return {"purchases a person": difference(*y), "purchases a visit": difference(*rate), MAIN: difference(*cuped(*rate, *x))}
 
 # %% ../nbs/20_experiment.ipynb #20b00014
 def read_test(
