@@ -359,8 +359,8 @@ def log_of(**columns):
 @pytest.mark.parametrize("gone", [{}, {"rating": [None] * 300}, {"timestamp": [None] * 300}, {"rating": [None] * 300, "timestamp": [None] * 300}, {"user": ["u"] * 300}, {"rating": [5.] * 300}])
 def test_any_log_gets_a_plan_or_is_told_why_not(gone):
     needs = ex.what_it_takes(log_of(**gone))
-    assert (needs["days"] is None) == ("timestamp" in gone) and len(needs["metrics"]) == (1 if None in gone.get("rating", ()) else 2)
-    for row in needs["sizes"]: assert row["with CUPED"] <= row["people"] and (row["days"] is None) == ("timestamp" in gone)
+    assert (needs["days"] is None) == ("timestamp" in gone) and len(needs["metrics"]) == (1 if None in gone.get("rating", ()) else 3)
+    for row in needs["sizes"]: assert row["with CUPED"] <= row["people"] and (row["days"] is None) == ("timestamp" in gone) and (row["days"] or 0) % 7 == 0
     json.dumps(needs, allow_nan=False)
 
 

@@ -453,10 +453,13 @@ def what_it_takes(
     of = lambda part, tail: part.group_by("user").agg(pl.len().alias(f"events{tail}"), (pl.col("rating") >= (rows["rating"].mean() or 0.)).sum().alias(f"liked{tail}"))
     table = of(now, "").join(of(earlier, " before"), on="user", how="left").fill_null(0)
     days = max((now["timestamp"].max() - now["timestamp"].min()).total_seconds() / 86_400, 1.) if timed else None
-    names = {"events": "events a person"} | ({"liked": "liked a person"} if rows["rating"].null_count() < len(rows) else {})
+    column = {c: table[c].to_numpy().astype(float) for c in table.columns if c != "user"}
+    counted = {"events a person": (column["events"], np.log1p(column["events before"]))}
+    if rows["rating"].null_count() < len(rows):
+        usual = column["liked"].sum() / column["events"].sum()
+        counted |= {"liked a person": (column["liked"], np.log1p(column["liked before"])), "liked an event": (linearised(column["liked"], column["events"]), (column["liked before"] + 5 * usual) / (column["events before"] + 5))}
     metrics, sizes = [], []
-    for column, name in names.items():
-        y, x = table[column].to_numpy().astype(float), np.log1p(table[f"{column} before"].to_numpy())
+    for name, (y, x) in counted.items():
         known, mean, sd = explained(x, y), float(y.mean()), float(y.std(ddof=1)) if len(y) > 1 else 0.
         metrics.append({"metric": name, "mean": mean, "sd": sd, "explained": known})
         for effect in EFFECTS if sd > 0 and mean > 0 else ():
