@@ -245,9 +245,9 @@ def verdicts(
     found: Effect,  # of many tests
     truth: float,  # the true difference
     alpha: float = .05,  # level
-) -> dict:  # called: tests that find a difference; covered: intervals that hold the truth; width: mean
+) -> dict:  # called: tests that find a difference; covered: intervals that hold the truth
     "How often a test was right."
-    return {"called": int((found.p < alpha).sum()), "covered": int(((found.lo <= truth) & (truth <= found.hi)).sum()), "width": float((found.hi - found.lo).mean())}
+    return {"called": int((found.p < alpha).sum()), "covered": int(((found.lo <= truth) & (truth <= found.hi)).sum())}
 
 # %% ../nbs/20_experiment.ipynb #20b00009
 def on_the_way(
@@ -264,8 +264,8 @@ def on_the_way(
     lo, hi, p = confidence_sequence(value, se, at, 2 * n)
     stop = np.where((p < .05).any(1), at[(p < .05).argmax(1)], 2 * n)
     ordinary = (np.abs(value) > half).mean(0)
-    return {"looking": {"called": int((np.abs(value) > half).any(1).sum()), "covered": int((np.abs(value - truth) <= half).all(1).sum()), "width": float(2 * half[:, -1].mean())},
-            "sequential": {"called": int((p < .05).any(1).sum()), "covered": int(((lo <= truth) & (truth <= hi)).all(1).sum()), "width": float((hi - lo)[:, -1].mean())},
+    return {"looking": {"called": int((np.abs(value) > half).any(1).sum()), "covered": int((np.abs(value - truth) <= half).all(1).sum())},
+            "sequential": {"called": int((p < .05).any(1).sum()), "covered": int(((lo <= truth) & (truth <= hi)).all(1).sum())},
             "at": at.tolist(), "people": float(stop.mean()), "by now": {"looking": np.maximum.accumulate(np.abs(value) > half, 1).mean(0).tolist(), "sequential": (p < .05).mean(0).tolist(), "once": ordinary.tolist()}}
 
 # %% ../nbs/20_experiment.ipynb #20a1001b
@@ -275,7 +275,7 @@ def tested(
     tests: int = 5000,  # how many
     apart: bool = True,  # do the groups see different lists?
     seed: int = 0,  # of the draws
-) -> dict:  # truth, n, tests; by kind of test: called, covered, width; p: of the ordinary test, some in order; uniform: are all of them?
+) -> dict:  # truth, n, tests; by kind of test: called, covered; p: of the ordinary test, some in order; uniform: are all of them?
     "The same experiment again and again, read by each kind of test."
     draw, second = np.random.default_rng(seed), people.second if apart else people.first
     who = draw.integers(len(people.visits), size=(tests, 2, n))
