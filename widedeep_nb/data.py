@@ -13,7 +13,8 @@ __all__ = ['LOG_NAMES', 'ITEM_NAMES', 'USER_NAMES', 'KINDS', 'PACKED', 'AMAZON',
            'holds_json', 'described', 'as_table', 'numbers', 'sum_of', 'from_files', 'files_in', 'from_database', 'ask',
            'no_answer', 'without_password', 'ask_sqlite', 'Dataset', 'cache_of', 'cached', 'is_whole', 'why_failed',
            'announcement', 'fetch', 'options_of', 'sum_of_drawn', 'from_name', 'drawn_by', 'drawn_pictures',
-           'drawn_truth', 'find', 'read_log', 'load', 'fingerprint', 'datasets', 'ingest', 'draw_ingest', 'share_of']
+           'drawn_truth', 'drawn_shoppers', 'find', 'read_log', 'load', 'fingerprint', 'datasets', 'ingest',
+           'draw_ingest', 'share_of']
 
 # %% ../nbs/01_data.ipynb #6723d196
 import ast
@@ -801,6 +802,7 @@ class Dataset:
     make: str = ""  # "module:function" that draws it, called with n_ratings and seed
     pictures: str = ""  # "module:function" that draws pictures of its items, called with their ids, n_ratings and seed
     truth: str = ""  # "module:function" that says who likes what, called with ids of users and of items, n_ratings and seed
+    shoppers: str = ""  # "module:function" of people who answer lists, called with n_ratings and seed
     options: dict = field(default_factory=dict)  # what may stand behind the name, with defaults: name?option=value
 
 
@@ -809,7 +811,7 @@ UCSD = ("https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/", "https:
 DATASETS = {
     "demo": Dataset(
         "a synthetic shop for electronics", 20_000, "Apache-2.0",
-        make="widedeep_nb.shop:demo_shop", pictures="widedeep_nb.shop:demo_pictures", truth="widedeep_nb.shop:demo_taste", options={"ratings": 20_000, "seed": 0}),
+        make="widedeep_nb.shop:demo_shop", pictures="widedeep_nb.shop:demo_pictures", truth="widedeep_nb.shop:demo_taste", shoppers="widedeep_nb.shop:demo_shoppers", options={"ratings": 20_000, "seed": 0}),
     "electronics-2014": Dataset(
         "Amazon Electronics until 2014", 7_824_482, "not stated; cite McAuley et al., 2015", 318_766_497,
         (SNAP + "ratings_Electronics.csv",), "a8e5b66b7f5371d1659ff88ae4acec91604125d6850f4f7e1c418120f2f9c16c",
@@ -935,9 +937,9 @@ def from_name(
 # %% ../nbs/01_data.ipynb #ff09df1b
 def drawn_by(
     dataset: str,  # a known name, or any other
-    what: str,  # which of its drawers: "pictures" or "truth"
+    what: str,  # which of its drawers: "pictures", "truth" or "shoppers"
     *ids,  # what it is called with
-) -> Optional[np.ndarray]:  # None where nothing is drawn
+):  # None where nothing is drawn
     "What can be had of a dataset that is drawn, beside its log."
     name, _, options = dataset.partition("?")
     if name not in DATASETS or not getattr(DATASETS[name], what): return None
@@ -961,6 +963,13 @@ def drawn_truth(
 ) -> Optional[np.ndarray]:  # float [users, items], the more the better liked; None where nobody knows
     "Who likes what in a dataset that is drawn."
     return drawn_by(dataset, "truth", users, items)
+
+
+def drawn_shoppers(
+    dataset: str,  # a known name, or any other
+):  # None where there are none; else `users` and `items`, ids, and `answer`: place taken and stars for all of lists
+    "People of a dataset that is drawn, who can be shown lists."
+    return drawn_by(dataset, "shoppers")
 
 # %% ../nbs/01_data.ipynb #850040b6
 def find(

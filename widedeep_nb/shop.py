@@ -9,7 +9,8 @@ __all__ = ['SIZES', 'ACTIVITY', 'POPULARITY', 'OPEN', 'CLOSE', 'GROWTH', 'SEASON
            'power_law', 'shares', 'calendar', 'unit', 'item_truth', 'user_truth', 'Truth', 'match', 'presence', 'stock',
            'choose', 'visits', 'follow', 'repeats', 'purchases', 'opinion', 'rate', 'affinity', 'respond', 'looks',
            'words', 'adjective', 'reviews', 'item_ids', 'user_ids', 'item_frame', 'user_frame', 'log_frame', 'soil',
-           'Shop', 'demo_shop', 'with_rows', 'pictures', 'demo_truth', 'demo_pictures', 'demo_taste']
+           'Shop', 'demo_shop', 'with_rows', 'pictures', 'demo_truth', 'demo_pictures', 'demo_taste', 'Shoppers',
+           'demo_shoppers']
 
 # %% ../nbs/18_shop.ipynb #4f8fc5e6
 from dataclasses import dataclass, field
@@ -562,3 +563,25 @@ def demo_taste(
     theirs, ours, found = user < len(truth.taste), item < len(truth.leaf), np.zeros((len(users), len(items)))
     if theirs.any() and ours.any(): found[np.ix_(theirs, ours)] = match(truth, user[theirs], np.tile(item[ours], (theirs.sum(), 1)), np.full(theirs.sum(), CLOSE))
     return found
+
+# %% ../nbs/18_shop.ipynb #20b07a11
+@dataclass
+class Shoppers:
+    "People of a demo shop, who can be shown lists"
+    users: pl.Series  # ids
+    items: pl.Series  # ids of what can be shown
+    truth: Truth  # rows as in `users` and `items`
+
+    def answer(self, users: pl.Series, lists: pl.Series, rng: np.random.Generator):
+        "Place that each of n `users` takes of her list, [n], and the stars she would give, [n, k]; `lists` holds all their ids end to end"
+        user, item = codes_of(users, self.users).to_numpy(), codes_of(lists, self.items).to_numpy().reshape(len(users), -1)
+        if len(user) and (user.max() >= len(self.users) or item.max() >= len(self.items)): raise Problem("these users and items are not all of this shop")
+        return respond(self.truth, user, item, np.full(len(user), CLOSE), rng)
+
+def demo_shoppers(
+    n_ratings: int = 20_000,  # that the shop was drawn with
+    seed: int = 0,  # of the shop
+) -> Shoppers:
+    "The people of a demo shop, as they are on its last day"
+    shop = demo_shop(n_ratings, seed, views=0, dirt=0)
+    return Shoppers(shop.users["user"], shop.items["item"], shop.truth)
