@@ -14,14 +14,15 @@ __all__ = ['READERS', 'HIDDEN', 'OPTION', 'FOLDED', 'OUTSIDE', 'MAIN', 'HYBRIDS'
            'readme_table', 'rewrite_readme', 'between', 'pages_in', 'execute_pages', 'chapters_with_outputs', 'publish',
            'load_model', 'read_basket', 'most_taken', 'rows_of', 'as_history', 'suggest', 'as_lines', 'bench',
            'bench_lists', 'bench_two_stages', 'cli', 'run_command', 'existing_run', 'datasets_command',
-           'recommend_command', 'serve_command', 'feedback_command', 'export_command', 'bench_command',
-           'publish_command', 'site_filter_command', 'main']
+           'recommend_command', 'serve_command', 'feedback_command', 'export_command', 'of_chapter',
+           'experiment_command', 'bench_command', 'publish_command', 'site_filter_command', 'main']
 
 # %% ../nbs/17_run.ipynb #70a0da2f
 import ast
 import copy
 import hashlib
 import html
+import importlib
 import io
 import json
 import logging
@@ -62,7 +63,7 @@ from pygments.formatters import HtmlFormatter
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import widedeep_nb
-from .core import COLORS, DEVICES, METRICS, PROTOCOLS, Problem, Recommender, Run, as_svg, load_recommender, lot, mask_seen, one_of, open_run, pick_device, say, top_k, use_theme, versions, written_whole, bare_name, codes_of, History
+from .core import COLORS, DEVICES, METRICS, PROTOCOLS, Problem, Recommender, Run, as_svg, load_recommender, lot, mask_seen, one_of, open_run, pick_device, say, spaced, top_k, use_theme, versions, written_whole, bare_name, codes_of, History
 from .evaluation import told
 from .recommend import ORDERS, Rules, open_shelf, read_rules, reasons
 from .preprocessing import in_order, preprocess, rows_that_count
@@ -1140,6 +1141,29 @@ def export_command(folder, model, out, length):
     if target.exists() and not target.is_dir(): raise Problem(f"{target} is a file; name a folder")
     items = run.read("items.parquet") if (run.folder / "items.parquet").exists() else pl.DataFrame({"item": fitted.item_ids})
     for file, size in write_export(fitted, items, target, length, run.data_name).items(): click.echo(f"{size / 1e6:>9,.1f} MB  {os.path.relpath(target / file)}")
+
+# %% ../nbs/17_run.ipynb #17a20001
+def of_chapter(
+    chapter: str,  # its name
+    name: str,  # of what is wanted of it
+):
+    "Something of a chapter, by name."
+    return getattr(importlib.import_module(f"widedeep_nb.{chapter}"), name)
+
+
+@cli.command("experiment")
+@click.argument("folder", metavar="RUN")
+@click.option("--test", default="hybrid", help="The model that is tried [hybrid]")
+@click.option("--against", default="", help="The model that it is tried against [the best simple one]")
+@click.option("--holdout", default=.1, type=click.FloatRange(0, 1, max_open=True), help="Share of the people who are kept out of all experiments [0.1]")
+@click.option("--visits", default=4, type=click.IntRange(1), help="Visits of one person at most [4]")
+@click.option("--shoppers", default=1500, type=click.IntRange(20), help="People who come by at most [1500]")
+def experiment_command(folder, **asked):
+    "Try one model of RUN against another: simulated shoppers, the real service, a test that is read and reported."
+    run = existing_run(folder)
+    of_chapter("experiment", "experiment")(run, **asked)
+    for line in of_chapter("experiment", "experiment_in_words")(run.read("experiment.json")): click.echo(spaced(line))
+    click.echo(f"The report: {os.path.relpath(run.folder / 'experiment.html')}")
 
 # %% ../nbs/17_run.ipynb #32b8f529
 @cli.command("bench")
