@@ -21,12 +21,12 @@ from scipy.stats import binomtest, ks_2samp
 import widedeep_nb.training as training
 from widedeep_nb.content import with_catalogue
 from widedeep_nb.core import PROTOCOLS, Problem, Run, Split, as_interactions, load_recommender, make_recommender
-from widedeep_nb.data import ingest, load
+from widedeep_nb.data import load
 from widedeep_nb.evaluation import hits_of, ndcg
-from widedeep_nb.monitoring import (AGES, PLANTS, RATE, Calendar, Input, aligned, apart, append, asked_of_all, at_age, beyond, calendar_of, continued, dashboard, delays, distances, drift,
-                                    drift_in_words, health_of, judge_period, listed_by, live, measures, planted, read_book, replayed, shares_taken, split_at, trial, united, verdicts, within_seconds)
+from widedeep_nb.monitoring import (AGES, PLANTS, RATE, Input, ageing, ageing_in_words, apart, append, asked_of_all, at_age, calendar_of, catch_up, catch_up_in_words, continued, dashboard, distances, drift,
+                                    drift_in_words, health_of, judge_period, listed_by, live, measures, outputs_drift, outputs_in_words, read_book, replay, replayed, shares_taken, split_at, trial, watch, within_seconds)
 from widedeep_nb.preprocessing import in_order, placed, preprocess, rows_that_count
-from widedeep_nb.serving import Asked, Book, Said, open_shop
+from widedeep_nb.serving import Asked, Book, Said, open_shop, write_feedback
 
 ROOT = Path(__file__).parents[1]
 PLAN = {"lists": {"popularity": .3, "newer neighbours": .4, "self-attention": .3}, "stars": {"ridge": .5, "network 1": .5}, "passes": {"self-attention": 1, "network 1": 1}}
@@ -140,10 +140,19 @@ def test_replay_on_a_real_log(shared):
     calendar = calendar_of(rows["timestamp"], rows=200)
     period, n = calendar.of(rows["timestamp"]), len(calendar.starts)
     rows, period = rows.filter(period < n), period[period < n]
-    from widedeep_nb.monitoring import ageing
     users = pl.DataFrame([row for end in range(n - 30, n - 1, 1) for row in replayed(rows, period, end, n - 1, PROTOCOLS["strict"], 200)["users"]])
     found = {(r["model"], r["age"]): r for r in ageing(users)}
     assert found["wide-neighbours", 12]["more_hi"] < 0 and found["recent-popularity", 12]["more_hi"] < 0
+
+
+@pytest.mark.parametrize("columns", [["user", "item"], pytest.param(["user", "item", "timestamp"], marks=pytest.mark.long), pytest.param(["user", "item", "rating"], marks=pytest.mark.long)], ids=["ids only", "no stars", "no time"])
+def test_the_chapter_on_poor_logs(tmp_path, columns):
+    load("demo?ratings=2000").interactions.filter(pl.col("rating").is_not_null()).select(columns).write_csv(tmp_path / "log.csv")
+    run = Run(tmp_path / "run", dataset=str(tmp_path / "log.csv"), parameters={"seeds": 1, "epochs": 1, "tune": False, "minutes": .02})
+    for step in (watch, replay, catch_up): step(run)
+    told_of = [drift_in_words(run.read("drift.json")), ageing_in_words(run.read("replay.json")), outputs_in_words(run.read("replay.json")), catch_up_in_words(run.read("catchup.json"))]
+    assert all(told_of) and ("no time" in told_of[0]) == ("timestamp" not in columns)
+    assert dashboard(run).read_text().count("<section") == 6
 
 
 # --- new events
@@ -304,7 +313,6 @@ def test_the_service_serves_what_was_appended_and_is_not_disturbed_by_more(befor
 
 
 def test_feedback_of_the_service_can_be_appended(run, tmp_path):
-    from widedeep_nb.serving import write_feedback
     book = Book(run.folder / "service/feedback.sqlite")
     items = run.read("items.parquet")["item"]
     for i in range(8): book.keep(Said(key=str(i), user="Visitor", item=items[i], event="click" if i % 2 else "purchase")).result()
@@ -388,7 +396,6 @@ def test_the_page(booked, fits, tmp_path, with_all):
 
 def before_replay(run):
     "A replay of the run's own log, small."
-    from widedeep_nb.monitoring import ageing, outputs_drift
     rows = in_order(placed(rows_that_count(run.read("interactions.parquet"))))
     calendar = calendar_of(rows["timestamp"], rows=30)
     period, n = calendar.of(rows["timestamp"]), len(calendar.starts)

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'LEAST', 'RATE', 'PAST', 'SHOWN', 'PLANTS', 'REPLAYED', 'AGES', 'OUTPUTS', 'NAMED', 'TABLES', 'LIVE',
-           'MARGIN', 'STATES', 'NORMAL', 'TAKEN', 'Calendar', 'calendar_of', 'tally', 'kinds_of', 'Input', 'inputs_of',
-           'apart', 'distances', 'Verdict', 'but_season', 'judge_period', 'scored', 'verdicts', 'drift', 'planted',
-           'plantable', 'delays', 'trial', 'within', 'watch', 'draw_drift', 'drift_in_words', 'planted_in_words',
-           'split_at', 'at_age', 'asked_of_all', 'listed_by', 'outputs_of', 'replayed', 'ageing', 'outputs_drift',
-           'replay', 'draw_ageing', 'ageing_in_words', 'outputs_in_words', 'aligned', 'beyond', 'united', 'moved',
-           'grown', 'turned', 'same_kinds', 'look_anew', 'begun_from', 'continued', 'live', 'last_told', 'split_of_all',
-           'checked', 'append', 'renew', 'judged_by', 'side_by_side', 'catch_up', 'catch_up_in_words', 'Panel',
-           'measures', 'within_seconds', 'health_of', 'read_book', 'by_hour', 'bustle_of', 'shares_taken', 'quality_of',
-           'drift_panels', 'drift_panel', 'age_panel', 'experiment_panel', 'as_section', 'dashboard']
+           'MARGIN', 'STATES', 'NORMAL', 'TAKEN', 'DAYS', 'Calendar', 'calendar_of', 'tally', 'kinds_of', 'Input',
+           'inputs_of', 'apart', 'distances', 'Verdict', 'but_season', 'judge_period', 'scored', 'verdicts', 'drift',
+           'planted', 'plantable', 'delays', 'trial', 'within', 'watch', 'draw_drift', 'drift_in_words',
+           'planted_in_words', 'split_at', 'at_age', 'asked_of_all', 'listed_by', 'outputs_of', 'replayed', 'ageing',
+           'outputs_drift', 'replay', 'draw_ageing', 'ageing_in_words', 'outputs_in_words', 'aligned', 'beyond',
+           'united', 'moved', 'grown', 'turned', 'same_kinds', 'look_anew', 'begun_from', 'continued', 'live',
+           'last_told', 'split_of_all', 'checked', 'append', 'renew', 'judged_by', 'side_by_side', 'catch_up',
+           'catch_up_in_words', 'Panel', 'measures', 'within_seconds', 'health_of', 'read_book', 'by_hour', 'bustle_of',
+           'shares_taken', 'quality_of', 'drift_panels', 'drift_panel', 'age_panel', 'experiment_panel', 'as_section',
+           'dashboard']
 
 # %% ../nbs/21_monitoring.ipynb #21a1df19
 import html
@@ -56,7 +57,7 @@ from .serving import SERVED, Sealed
 UNITS = {"1h": ("hour", 168, 24), "1d": ("day", 28, 7), "1w": ("week", 26, 0), "1mo": ("month", 12, 12), "1q": ("quarter", 4, 4), "1y": ("year", 2, 0)}  # name; periods of training that others are compared with; periods after which a season comes back
 LEAST = 40  # periods that a unit must leave, as long as any does
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1cb65
 class Calendar(NamedTuple):
     "Periods of a log."
     unit: str  # one of UNITS
@@ -70,7 +71,7 @@ class Calendar(NamedTuple):
         "The period of each moment; one behind the last for what comes later."
         return self.starts.search_sorted(times, side="right").to_numpy().astype(np.int64) - 1
 
-
+# %% ../nbs/21_monitoring.ipynb #21a17584
 def calendar_of(
     times: pl.Series,  # of a log, without nulls
     rows: int = 400,  # that three of four late periods must have
@@ -112,7 +113,7 @@ class Input(NamedTuple):
     how: str  # "kinds" without an order, "order", or "unknown"
     counts: np.ndarray  # float [periods, kinds]; of "unknown" the kinds are periods since the first event of a row's user or item
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1c28f
 def inputs_of(
     log: pl.DataFrame,  # interactions with times
     items: pl.DataFrame,  # what is known of products at training
@@ -153,7 +154,7 @@ def apart(
         distance = jensenshannon(p, q, axis=-1) if how == "kinds" else np.abs((p - q).cumsum(-1)).max(-1)
         return distance, distance * np.sqrt(n * m / (n + m))
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1cecb
 def distances(
     one: Input,  # what is watched
     window: int,  # periods of training that others are compared with
@@ -174,7 +175,7 @@ def distances(
 # %% ../nbs/21_monitoring.ipynb #21a14e4c
 RATE, PAST = .05, 60  # false alarms a period, over all inputs together; past periods that the line is drawn from
 
-
+# %% ../nbs/21_monitoring.ipynb #21a155da
 class Verdict(NamedTuple):
     "What is said of a period."
     z: np.ndarray  # float [inputs], how unusual each one is
@@ -184,7 +185,7 @@ class Verdict(NamedTuple):
 
     alarm = property(lambda self: bool(np.nanmax(self.z, initial=-np.inf) > self.line))
 
-
+# %% ../nbs/21_monitoring.ipynb #21a191c2
 def but_season(
     x: np.ndarray,  # float [inputs, periods]
     at: np.ndarray,  # int [periods], the place of each in its season
@@ -196,7 +197,7 @@ def but_season(
     usual = np.nanmedian(others, 2) if same.sum(1).min() >= least else np.zeros_like(x)
     return x - usual
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1b5b6
 def judge_period(
     scores: np.ndarray,  # float [inputs, periods, lags]
     sided: np.ndarray,  # bool [inputs], does less than usual count as well?
@@ -220,7 +221,7 @@ def judge_period(
 # %% ../nbs/21_monitoring.ipynb #21a14ddc
 SHOWN = 24  # past periods that a figure shows
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1de79
 def scored(
     found: dict,  # name: Input
     window: int,  # periods that others are compared with
@@ -230,7 +231,7 @@ def scored(
     both = [distances(one, window, lags) for one in found.values()]
     return *[np.stack(x) for x in zip(*both)], np.array([one.how == "unknown" for one in found.values()])
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1866d
 def verdicts(
     names: list,  # of the inputs
     distance: np.ndarray,  # float [inputs, periods, lags]
@@ -251,7 +252,7 @@ def verdicts(
             for t, v in told_of.items() if t > end or t in before[-SHOWN:]]
     return {"inputs": names, "unit": calendar.name, "rate": RATE, "window": calendar.window, "periods": rows, "before": {"alarms": sum(drawn[t].alarm for t in before), "periods": len(before)}}
 
-
+# %% ../nbs/21_monitoring.ipynb #21a134ff
 def drift(
     log: pl.DataFrame,  # interactions; what has no time is left out
     items: pl.DataFrame,  # what is known of products at training
@@ -273,7 +274,7 @@ PLANTS = {"stars fall": "two of five ratings lose a star", "a category surges": 
           "bots come": "three people do a quarter of all that is done", "a wave of new users": "a quarter of the events are of people whom nobody knows",
           "a wave of new products": "a quarter of the events are about products that nobody knows"}
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1cd09
 def planted(
     log: pl.DataFrame,  # interactions
     items: pl.DataFrame,  # what is known of products
@@ -295,7 +296,7 @@ def planted(
     names = [f"new {i}" for i in draw.integers(0, max(late.sum() // 20, 1), len(log))]
     return instead("user" if kind == "a wave of new users" else "item", .25, names), items
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1ca6d
 def plantable(
     log: pl.DataFrame,  # interactions
     items: pl.DataFrame,  # what is known of products
@@ -305,7 +306,7 @@ def plantable(
              "a category surges": "category" in items.columns and items["category"].null_count() < len(items)}
     return [kind for kind in PLANTS if needs.get(kind, True)]
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1d608
 def delays(
     log: pl.DataFrame,  # interactions
     items: pl.DataFrame,  # what is known of products
@@ -343,7 +344,7 @@ def trial(
     first = next(r for r in drift(log, shop.items, trained, unit=calendar.unit, look_back=0)["periods"] if not r["trained"])
     return {"alarm": first["alarm"], "past": first["past"], "delays": {k: d["after"] for k, d in delays(log, shop.items, trained, lags, seed, calendar.unit).items()}}
 
-
+# %% ../nbs/21_monitoring.ipynb #21a11eef
 def within(
     hits: int,  # what happened
     n: int,  # of so many
@@ -397,7 +398,7 @@ def draw_drift(
     ax.tick_params(length=0)
     return fig
 
-
+# %% ../nbs/21_monitoring.ipynb #21a12731
 def drift_in_words(
     found: dict,  # drift.json
 ) -> str:
@@ -468,7 +469,7 @@ def asked_of_all(
     if len(users) > most: users = users.gather(lot(split.users["user"].gather(users))[:most].numpy()).sort()
     return Question(as_codes(users), candidates_of(split, "test"), right.filter(pl.col("user").is_in(users.implode())).sort("user", "item"), History.of(seen, len(split.users)), {})
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1f830
 def listed_by(
     model: Recommender,  # fitted on the split's training part
     question: Question,  # who is asked
@@ -530,7 +531,9 @@ def ageing(
 ) -> list:  # a dict a model and age: value, lo, hi; more, more_lo, more_hi: minus the same model when it is young
     "What lists are worth as models age, on the periods that all ages are asked about."
     ages = users["age"].unique().sort().to_list()
-    both = users.group_by("period").agg(pl.col("age").n_unique()).filter(age=len(ages))["period"]
+    asked = {age: set(users.filter(age=age)["period"]) for age in ages}
+    while len(ages) > 1 and not set.intersection(*[asked[a] for a in ages]): ages.pop()      # too few origins for the oldest
+    both = pl.Series(sorted(set.intersection(*[asked[a] for a in ages])), dtype=pl.Int64)
     users, found = users.filter(pl.col("period").is_in(both.implode())), []
     for name in users["model"].unique(maintain_order=True):
         of = {age: users.filter(model=name, age=age) for age in ages}
@@ -539,7 +542,7 @@ def ageing(
             found.append({"model": name, "age": age, "n": own["n"]} | {k: own[k] for k in ("value", "lo", "hi")} | {f"more{k}": more[v] for k, v in (("", "value"), ("_lo", "lo"), ("_hi", "hi"))})
     return found
 
-
+# %% ../nbs/21_monitoring.ipynb #21a132c7
 def outputs_drift(
     each: dict,  # end of training -> age -> counts [3, 64]
     calendar: Calendar,  # its periods
@@ -555,22 +558,23 @@ def outputs_drift(
             distance[:, start + int(age), int(age) - 1], scores[:, start + int(age), int(age) - 1] = apart(np.array(counts), np.sum(young, 0), "order")
     return verdicts(list(OUTPUTS), distance, scores, np.zeros(len(OUTPUTS), bool), calendar._replace(), end) | {"window": before}
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1685e
 @step(watch)
 def replay(
     run: Run,  # with its log; gets replay.json
-    origins: int = 60,  # moments from which on it is asked what comes next, at least 2
+    origins: int = 0,  # moments from which on it is asked what comes next; 0: 60, or 24 where there are more than 100,000 rows
 ):
     "Train up to the end of each of the last periods, and ask about those after it."
     rows, last = in_order(placed(rows_that_count(run.read("interactions.parquet")))).drop("part", strict=False), run.splits()[-1].final().train["timestamp"].max()
-    try: calendar = calendar_of(rows["timestamp"].drop_nulls(), rows=200)
+    try: calendar = calendar_of(rows["timestamp"].drop_nulls(), unit="1mo" if (rows["timestamp"].max() or datetime.min) - (rows["timestamp"].min() or datetime.min) > timedelta(days=730) else "")
     except Problem as e: return run.write("replay.json", {"why": str(e)})
     period, n = calendar.of(rows["timestamp"]), len(calendar.starts)
     rows, period = rows.filter(period < n), period[period < n]
-    ends = [e for e in range(max(0, n - 1 - origins), n - 1) if (period <= e).sum() >= 200 and (period == e + 1).any()]
+    ends = [e for e in range(max(0, n - 1 - (origins or (60 if len(rows) <= 100_000 else 24))), n - 1) if (period <= e).sum() >= 200 and (period == e + 1).any()]
     if len(ends) < 2: return run.write("replay.json", {"why": f"there are {n} {calendar.name}s with events, which leaves too few to train on one and ask about the next"})
     each = {e: run.once(f"replay-{e}", lambda: replayed(rows, period, e, n - 1, run.protocol)) for e in tqdm(ends, desc="replay", leave=False, mininterval=1)}
-    users = pl.DataFrame([row for of in each.values() for row in of["users"]])
+    users = pl.DataFrame([row for of in each.values() for row in of["users"]], {"model": pl.String, "age": pl.Int64, "period": pl.Int64, "user": pl.String, "NDCG@20": pl.Float64})
+    if not len(users): return run.write("replay.json", {"why": "nobody took anything new in the periods that were asked about"})
     by_period = users.filter(age=1).group_by("model", "period", maintain_order=True).agg(pl.col("NDCG@20").mean().alias("value"), pl.len().alias("n")).with_columns(start=pl.col("period").map_elements(lambda t: str(calendar.starts[t])[:16], return_dtype=pl.String))
     end = int(np.clip(calendar.of(pl.Series([last]).cast(pl.Datetime("ms")))[0], 0, n - 1))
     run.write("replay.json", {"unit": calendar.name, "origins": len(ends), "ages": ageing(users), "by_period": by_period.to_dicts(), "outputs": outputs_drift({e: of["outputs"] for e, of in each.items()}, calendar, end)})
@@ -578,7 +582,7 @@ def replay(
 # %% ../nbs/21_monitoring.ipynb #21a18614
 NAMED = {"wide-neighbours": ("wide", "neighbours"), "popularity": ("baseline", "popularity"), "recent-popularity": ("baseline", "recent popularity")}
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1c906
 def draw_ageing(
     rows: list,  # "ages" of replay.json
     unit: str,  # name of a period
@@ -604,7 +608,7 @@ def draw_ageing(
     ax.set(xticks=range(len(ages)), xticklabels=ages, xlabel=f"age of the model, {unit}s since training", ylabel="NDCG@20", ylim=(0, None), xlim=(-.3, len(ages) + .75))
     return fig
 
-
+# %% ../nbs/21_monitoring.ipynb #21a13800
 def ageing_in_words(
     found: dict,  # replay.json
 ) -> str:
@@ -614,14 +618,15 @@ def ageing_in_words(
     for name in dict.fromkeys(r["model"] for r in found["ages"]):
         of = [r for r in found["ages"] if r["model"] == name]
         first, oldest, lost = of[0], of[-1], [r for r in of if r["more_hi"] is not None and r["more_hi"] < 0]
-        what = f"{NAMED[name][1]} starts at {told(first['value'], first['lo'], first['hi'], digits=3)} and "
-        if lost: what += f"has surely lost something at {lost[0]['age']} {unit}s ({told(*[lost[0][c] for c in ('more', 'more_lo', 'more_hi')], '+', 3)})" + (f", and {told(*[oldest[c] for c in ('more', 'more_lo', 'more_hi')], '+', 3)} at {oldest['age']}" if oldest is not lost[0] and oldest in lost else "")
-        else: what += f"no loss can be shown up to {oldest['age']} {unit}s ({told(*[oldest[c] for c in ('more', 'more_lo', 'more_hi')], '+', 3)})"
+        less = lambda r: told(*[r[k] for k in ("more", "more_lo", "more_hi")], "+", 4)
+        what = f"{NAMED[name][1]}: {told(first['value'], first['lo'], first['hi'], digits=3)} at {first['age']} {unit}" + "s" * (first["age"] != 1) + ", "
+        if lost: what += f"surely less at {lost[0]['age']} {unit}s ({less(lost[0])})" + (f" and at {oldest['age']} ({less(oldest)})" if oldest is not lost[0] and oldest in lost else "")
+        else: what += f"no loss that could be shown up to {oldest['age']} {unit}s ({less(oldest)})"
         said.append(what)
     ours = [r for r in found["ages"] if r["model"] == REPLAYED[-1]]
     lost = next((r["age"] for r in ours if r["more_hi"] is not None and r["more_hi"] < 0), None)
     advice = f"So retrain before {lost} {unit}s have passed." if lost else f"So nothing asks for retraining within {ours[-1]['age']} {unit}s; new products and people still do."
-    return "; ".join(said) + ". " + advice
+    return f"NDCG@20 of {'; of '.join(said)}. {advice}"
 
 # %% ../nbs/21_monitoring.ipynb #21a1729a
 def outputs_in_words(
@@ -658,7 +663,7 @@ def united(
 # %% ../nbs/21_monitoring.ipynb #21a1332e
 TABLES = {"user": ("wide.user.weight", "deep.user.weight"), "item": ("wide.item.weight", "deep.item.weight", "item.weight", "bias", "item.id.weight", "of_id.weight"), "tag": ("item.tag.weight", "of_tag.weight")}  # weights that belong to one of many
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1e526
 def moved(
     new: torch.Tensor,  # [n or n + 1, ...], a table as it would begin
     old: torch.Tensor,  # [m or m + 1, ...], as it was learnt
@@ -670,7 +675,7 @@ def moved(
     if len(new) > len(code): found[-1] = old[-1]
     return found
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1ef85
 def grown(
     net: torch.nn.Module,  # as it would begin
     old: dict,  # the weights of the one that it goes on from
@@ -704,7 +709,7 @@ def turned(
         found[f"item.source.{name}.weight"] = old[f"item.source.{name}.weight"] @ turn.T
     return found | {"cross": cross}
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1c62d
 def same_kinds(
     base: Recommender,  # with a snapshot
     split: Split,  # with all that is known now
@@ -724,7 +729,7 @@ def look_anew(
     now = vars(take_snapshot(model.log, category, model.n_items, model.stars[1], None, model.groups))
     model._restore({k: v for k, v in base._state().items() if not k.startswith("snap.")} | {f"snap.{k}": v for k, v in now.items()})
 
-
+# %% ../nbs/21_monitoring.ipynb #21a11ce2
 def begun_from(
     base: Recommender,  # fitted, with a network
     model: Recommender,  # the same, to be fitted
@@ -741,7 +746,7 @@ def begun_from(
         return net
     model._build = begin
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1d033
 def continued(
     base: Recommender,  # fitted, on less
     split: Split,  # with all that is known now
@@ -763,7 +768,7 @@ def continued(
 # %% ../nbs/21_monitoring.ipynb #21a11a53
 LIVE = "live.json"
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1abd9
 def live(
     folder: Path,  # of a run
 ) -> Path:  # of a run: the same until something has been appended
@@ -771,7 +776,7 @@ def live(
     try: return Path(folder) / json.loads((Path(folder) / LIVE).read_text())["folder"]
     except FileNotFoundError: return Path(folder)
 
-
+# %% ../nbs/21_monitoring.ipynb #21a10813
 def last_told(
     table: pl.DataFrame,  # what was known of each, a row an id
     came: pl.DataFrame,  # what has come
@@ -783,7 +788,7 @@ def last_told(
     twice = [c for c in came.columns if c != key and c in table.columns]
     return both.with_columns(pl.coalesce(f"{c} told", c).alias(c) for c in twice).drop([f"{c} told" for c in twice])
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1ab51
 def split_of_all(
     run: Run,  # says how to filter
     log: pl.DataFrame,  # from `united`
@@ -814,7 +819,7 @@ def checked(
     if beyond_scale is not False and len(beyond_scale): raise Problem(f"{len(beyond_scale)} ratings in {log} are beyond the stars of this run, which go from {about['scale'][0]:g} to {about['scale'][1]:g}")
     return came, rows
 
-
+# %% ../nbs/21_monitoring.ipynb #21a156e8
 def append(
     run: Run,  # with fitted models
     log: str,  # a file, a folder, or a database with a query: what has come
@@ -874,7 +879,7 @@ def renew(
 # %% ../nbs/21_monitoring.ipynb #21a1074c
 MARGIN = {"NDCG@20": .05, "RMSE": .01}  # largest loss that is none to speak of, as a share of the figure of the model that was trained anew
 
-
+# %% ../nbs/21_monitoring.ipynb #21a10649
 def judged_by(
     model: Recommender,  # fitted
     split: Split,  # that it was fitted on, with a test part
@@ -890,7 +895,7 @@ def judged_by(
         found["RMSE"] = rated.select(user=ids(rated["user"]), RMSE="RMSE")
     return found
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1f82a
 def side_by_side(
     tables: dict,  # way -> metric -> table, from `judged_by`
     seconds: dict,  # way -> seconds that it took
@@ -958,11 +963,11 @@ class Panel(NamedTuple):
     alt: str = ""  # what the picture shows
     table: Optional[pl.DataFrame] = None  # a few rows
 
-
-STATES = {"ok": "as usual", "look": "look here", "none": "nothing to see"}
+# %% ../nbs/21_monitoring.ipynb #21a1add8
+STATES = {"ok": "in order", "look": "look here", "none": "nothing to see"}
 NORMAL = {"errors": .01, "p99": .2, "waiting": 100}  # share of answers that are errors of ours; seconds; questions in line
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1cce6
 def measures(
     source: str,  # an address of a service, such as http://127.0.0.1:8000, or a file with what its /metrics said
 ) -> dict:  # (name, labels as a sorted tuple) -> number
@@ -974,7 +979,7 @@ def measures(
         return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in text_string_to_metric_families(text) for s in family.samples}
     except (OSError, ValueError) as e: raise Problem(f"no measures at {source} ({getattr(e, 'reason', None) or getattr(e, 'strerror', None) or type(e).__name__}); give the address of a running service, or a file with what its /metrics said") from None
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1deee
 def within_seconds(
     found: dict,  # from `measures`
     share: float,  # of the answers
@@ -1015,7 +1020,7 @@ def read_book(
     except sqlite3.Error as e: raise Problem(f"{path} is no book of a service ({e})") from None
     return tuple(t.with_columns(time=pl.from_epoch("time", "ms")).sort("time") for t in (lists, events))
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1b48a
 def by_hour(
     lists: pl.DataFrame,  # of the book
     events: pl.DataFrame,  # of the book
@@ -1027,7 +1032,7 @@ def by_hour(
     count = lambda t, name: t.group_by(at=pl.col("time").dt.truncate("1h").cast(pl.Datetime("ms"))).len(name)
     return all_.to_frame().join(count(lists, "lists"), on="at", how="left").join(count(events, "events"), on="at", how="left").fill_null(0).sort("at").tail(hours)
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1f03f
 def bustle_of(
     lists: pl.DataFrame,  # of the book
     events: pl.DataFrame,  # of the book
@@ -1041,17 +1046,19 @@ def bustle_of(
     lo, hi = (before["lists"].quantile(q, "linear") for q in (.025, .975)) if not few else (0, np.inf)
     normal = f"Normal is what 95 % of the {len(before)} hours before had: {lo:,.0f} to {hi:,.0f} lists. The last hour may not be over." if not few else f"What is normal can be said after 24 hours; there are {len(before)} so far."
     fig, ax = plt.subplots(figsize=(5.2, 2.2))
-    for name, colour in (("lists", "hybrid"), ("events", "baseline")): ax.plot(hours["at"], hours[name], color=COLORS[colour], lw=1.4, drawstyle="steps-post"), ax.annotate(name, (hours["at"][-1], hours[name][-1]), (4, 0), textcoords="offset points", color=COLORS["hybrid" if colour == "hybrid" else "ink"])
+    for name, colour, y in (("lists", "hybrid", .9), ("events", "baseline", .7)):
+        ax.plot(hours["at"], hours[name], color=COLORS[colour], lw=1.4, drawstyle="steps-post")
+        ax.annotate(name, (1, y), (4, 0), xycoords="axes fraction", textcoords="offset points", color=COLORS["hybrid" if colour == "hybrid" else "ink"])
     if not few: ax.axhspan(lo, hi, color=COLORS["hybrid"], alpha=.1, lw=0)
     ax.set(ylim=(0, None), ylabel="an hour")
-    ax.xaxis.set_major_locator(plt.MaxNLocator(4)), ax.margins(x=.08)
+    ax.xaxis.set_major_locator(plt.MaxNLocator(4))
     ax.xaxis.set_major_formatter(lambda x, _: f"{datetime(1970, 1, 1) + timedelta(days=x):%d %b %H:%M}")
     return Panel(title, "none" if few else "look" if last["lists"] > hi or len(before) and before["lists"][-1] < lo else "ok", says, normal, fig, "Lists and events by the hour, with the band of what is usual.")
 
 # %% ../nbs/21_monitoring.ipynb #21a1cc45
 TAKEN = ("click", "cart", "purchase", "more", "rating")  # what says that somebody took something of a list
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1ca91
 def shares_taken(
     lists: pl.DataFrame,  # of the book
     events: pl.DataFrame,  # of the book
@@ -1067,7 +1074,7 @@ def shares_taken(
         found.append({by: key[0], "value": float(value[0]), "lo": float(lo[0]) if len(people) > 4 else None, "hi": float(hi[0]) if len(people) > 4 else None, "n": len(of)})
     return pl.DataFrame(found, {by: pl.String, "value": pl.Float64, "lo": pl.Float64, "hi": pl.Float64, "n": pl.Int64})
 
-
+# %% ../nbs/21_monitoring.ipynb #21a10463
 def quality_of(
     book: Optional[tuple],  # from `read_book`
 ) -> Panel:
@@ -1109,7 +1116,7 @@ def drift_panels(
     outputs = run.read("replay.json") if (run.folder / "replay.json").exists() else {"why": "the chapter on monitoring has not been run here"}
     return [drift_panel("Drift of what comes in", found), drift_panel("Drift of what goes out", outputs if "why" in outputs else outputs["outputs"])]
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1abb6
 def drift_panel(
     title: str,  # what it is about
     found: dict,  # from `verdicts`, or why there is none
@@ -1121,19 +1128,25 @@ def drift_panel(
     return Panel(title, "none" if not since else "look" if since[-1]["alarm"] else "ok", drift_in_words(found), normal, *picture)
 
 # %% ../nbs/21_monitoring.ipynb #21a1dd38
+DAYS = {"hour": 1 / 24, "day": 1, "week": 7, "month": 30.44, "quarter": 91.3, "year": 365.25}
+
+# %% ../nbs/21_monitoring.ipynb #21a156b5
 def age_panel(
     run: Run,  # of the report
 ) -> Panel:
-    "How models age, and when the one that is served has last learnt."
+    "How old the model is by now, and how old it may become."
     found = run.read("replay.json") if (run.folder / "replay.json").exists() else {"why": "the chapter on monitoring has not been run here"}
-    told_of = json.loads((run.folder / LIVE).read_text()) if (run.folder / LIVE).exists() else None
-    says = f"{told_of['appended']:,} events have been appended since the report; the last time {told_of['new']:,} of {told_of['kept']:,} were new and {told_of['late']:,} late. " if told_of else "Nothing has been appended since the report. "
-    if "why" in found: return Panel("Age of the models", "none", says + ageing_in_words(found), "Normal would be a model younger than the age at which a loss is sure.")
-    lost = next((r["age"] for r in found["ages"] if r["model"] == REPLAYED[-1] and r["more_hi"] is not None and r["more_hi"] < 0), None)
-    normal = f"Normal is a model younger than {lost} {found['unit']}s, the age at which a loss is sure." if lost else f"No age up to {found['ages'][-1]['age']} {found['unit']}s shows a loss that is sure."
-    return Panel("Age of the models", "ok", says + ageing_in_words(found), normal, draw_ageing(found["ages"], found["unit"]), "Quality along the age of models, with intervals.")
+    told_of, now = json.loads((run.folder / LIVE).read_text()) if (run.folder / LIVE).exists() else None, Run(live(run.folder)).read("interactions.parquet")["timestamp"].max()
+    learnt = now if told_of else run.splits()[-1].final().train["timestamp"].max()
+    says = f"{told_of['appended']:,} events have been appended since the report; the last time {told_of['new']:,} of {told_of['kept']:,} were new and {told_of['late']:,} late." if told_of else "Nothing has been appended since the report."
+    if "why" in found or learnt is None: return Panel("Age of the models", "none", f"{says} {ageing_in_words(found)}", "Normal would be a model younger than the age at which a loss is sure.")
+    unit, lost = found["unit"], next((r["age"] for r in found["ages"] if r["model"] == REPLAYED[-1] and r["more_hi"] is not None and r["more_hi"] < 0), None)
+    age = (now - learnt).total_seconds() / 86400 / DAYS[unit]
+    says += f" What is served has learnt up to {learnt:%Y-%m-%d}, and the log goes to {now:%Y-%m-%d}: an age of {age:.1f} {unit}s."
+    normal = f"Normal is a model younger than {lost} {unit}s, the age at which neighbours have surely lost something." if lost else f"No age up to {found['ages'][-1]['age']} {unit}s shows a loss that is sure."
+    return Panel("Age of the models", "look" if lost and age >= lost else "ok", says, normal, draw_ageing(found["ages"], unit), "Quality along the age of models, with intervals.")
 
-
+# %% ../nbs/21_monitoring.ipynb #21a10c6d
 def experiment_panel(
     run: Run,  # of the report
 ) -> Panel:
@@ -1164,7 +1177,7 @@ def as_section(
     text = lambda t: html.escape(spaced(t))
     return f'<section id="{at}" class="{panel.state}"><div class="head"><h2>{text(panel.title)}</h2><span class="state">{STATES[panel.state]}</span></div><p>{text(panel.says)}</p>{figure}{table}<p class="normal">{text(panel.normal)}</p></section>'
 
-
+# %% ../nbs/21_monitoring.ipynb #21a1cd79
 def dashboard(
     run: Run,  # of the report
     log: str = "",  # a newer log, as for `load`; empty: what has been appended
