@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 from scipy.stats import binomtest, ks_2samp
 
+import widedeep_nb.content as content
 import widedeep_nb.training as training
 from widedeep_nb.content import with_catalogue
 from widedeep_nb.core import PROTOCOLS, Problem, Run, Split, as_interactions, load_recommender, make_recommender
@@ -68,7 +70,7 @@ def some_shops(n, first=1000):
     return [trial(first + i) for i in range(n)]
 
 
-@pytest.mark.parametrize("n", [40, pytest.param(600, marks=pytest.mark.long)])
+@pytest.mark.parametrize("n", [40, pytest.param(300, marks=pytest.mark.long)])
 def test_silent_at_the_stated_rate_and_loud_on_planted_drifts(n):
     tried = some_shops(n)
     assert all(t["past"] >= 19 for t in tried)
@@ -137,10 +139,10 @@ def test_what_a_model_cannot_list_counts_as_missed():
 def test_replay_on_a_real_log(shared):
     "Neighbours and popularity age on ciao; the young model is never worse beyond chance."
     rows = in_order(placed(rows_that_count(load(shared / "ciao").interactions)))
-    calendar = calendar_of(rows["timestamp"], rows=200)
+    calendar = calendar_of(rows["timestamp"], unit="1mo")
     period, n = calendar.of(rows["timestamp"]), len(calendar.starts)
     rows, period = rows.filter(period < n), period[period < n]
-    users = pl.DataFrame([row for end in range(n - 30, n - 1, 1) for row in replayed(rows, period, end, n - 1, PROTOCOLS["strict"], 200)["users"]])
+    users = pl.DataFrame([row for end in range(n - 24, n - 1, 1) for row in replayed(rows, period, end, n - 1, PROTOCOLS["strict"], 200)["users"]])
     found = {(r["model"], r["age"]): r for r in ageing(users)}
     assert found["wide-neighbours", 12]["more_hi"] < 0 and found["recent-popularity", 12]["more_hi"] < 0
 
@@ -256,6 +258,31 @@ def test_a_network_goes_on_from_its_weights(before, run, monkeypatch):
         assert torch.equal(a, b)
     for what in old.item_ids[:5]: assert torch.equal(*[m.net.deep.item.weight[code(m.item_ids, what)] for m in (old, new)])
     assert torch.equal(new.net.deep.user.weight[code(new.user_ids, "Newcomer")], old.net.deep.user.weight[-1])
+
+
+def test_a_network_on_words_goes_on_where_tags_and_space_are_turned(monkeypatch):
+    "Products change places, a new one comes: before any pass the scores are the old ones."
+    shop = load("demo?ratings=2500")
+    rows = rows_that_count(shop.interactions)
+    split = lambda log, items: with_catalogue(Split.of(log, log.clear(), log.clear(), items=items, users=shop.users, protocol=PROTOCOLS["given"]), items, shop.users)
+    old = make_recommender("content-towers", epochs=2).fit(split(rows, shop.items))
+    monkeypatch.setattr(content, "fit_content", lambda self, judge: self.net.eval() and [])
+    more = rows.filter(item=rows["item"].mode()[0])[:40].with_columns(item=old.item_ids[-1] + pl.lit(""), user=rows["user"].unique().sort()[:40])
+    new = continued(old, split(pl.concat([rows, more]), shop.items.reverse()))
+    who = old.user_ids[:50].to_list()
+    def scores(model):
+        users, items = [torch.tensor([{u: i for i, u in enumerate(ids)}[x] for x in wanted]) for ids, wanted in ((model.user_ids, who), (model.item_ids, old.item_ids.to_list()))]
+        had = old.log.take(torch.arange(50))
+        return model.scores(users, had if model is old else replace(had, item=items[had.item]), items)
+    assert new.item_ids.to_list() != old.item_ids.to_list()
+    assert np.corrcoef(scores(old).flatten(), scores(new).flatten())[0, 1] > .98
+
+
+def test_a_run_with_another_log_leaves_aside_what_was_appended(before, run):
+    append(run, before.parent / "one.csv", models=("popularity",))
+    assert live(run.folder) != run.folder
+    run.update(data={"sha256": "another", "rows": 1})
+    assert live(run.folder) == run.folder
 
 
 @pytest.mark.parametrize("what, why", [("user,item,rating,timestamp\nu,A,5,1700000000\n,A,5,1700000000\n,B,4,1700000000\n", "faulty"), ("user,item,rating\nu,A,5\nv,B,4\nw,C,3\n", "no time"),
