@@ -222,12 +222,13 @@ def test_the_reports_own_files_stay(before, run):
 def test_repeated_rows_count_once_and_an_older_rating_gives_way(run, tmp_path):
     log = run.read("interactions.parquet")
     pair = log.filter(pl.col("rating").is_not_null())[-1]
-    again = pl.concat([pair, pair, pair.with_columns(rating=pl.lit(1.).cast(pl.Float32), timestamp=pl.col("timestamp") - pl.duration(days=900)), log[:50]])
-    again.write_parquet(tmp_path / "again.parquet")
-    told_of = append(run, tmp_path / "again.parquet", models=("popularity",))
+    pl.concat([pair, pair, log[:50]]).write_parquet(tmp_path / "again.parquet")
+    pl.concat([pair.with_columns(rating=pl.lit(1.).cast(pl.Float32), timestamp=pl.col("timestamp") - pl.duration(days=900)), log[:50]]).write_parquet(tmp_path / "older.parquet")
+    assert append(run, tmp_path / "again.parquet", models=("popularity",))["new"] == 0
+    told_of = append(run, tmp_path / "older.parquet", models=("popularity",))
     after = pl.read_parquet(live(run.folder) / "interactions.parquet")
     found = after.filter(pl.col("rating").is_not_null(), user=pair["user"][0], item=pair["item"][0])
-    assert told_of["new"] <= 1 and found["rating"].to_list() == pair["rating"].to_list() and found["timestamp"].to_list() == pair["timestamp"].to_list()
+    assert told_of["new"] == told_of["late"] == 1 and len(found) == 1 and found["rating"].to_list() == pair["rating"].to_list() and found["timestamp"].to_list() == pair["timestamp"].to_list()
 
 
 def test_popularity_and_features_are_of_now(before, run):

@@ -369,7 +369,7 @@ def watch(
         found = drift(log, items, last)
         found["planted"] = delays(log, items, last, 6)
     except Problem as e: found = {"why": str(e)}
-    if run.data_name == "demo": found["trials"] = [run.once(f"trial-{i}", lambda: trial(i)) for i in tqdm(range(trials), desc="demo shops", leave=False, mininterval=1)]
+    if run.data_name == "demo": found["trials"] = [run.once(f"trial-{i}", lambda: trial(i)) for i in tqdm(range(1, trials + 1), desc="demo shops", leave=False, mininterval=1)]
     run.write("drift.json", found)
 
 # %% ../nbs/21_monitoring.ipynb #21a19510
@@ -663,7 +663,8 @@ def united(
     return rows.filter(pl.col("rating").is_null() | pl.struct("user", "item", pl.col("rating").is_null()).is_last_distinct())
 
 # %% ../nbs/21_monitoring.ipynb #21a1332e
-TABLES = {"user": ("wide.user.weight", "deep.user.weight"), "item": ("wide.item.weight", "deep.item.weight", "item.weight", "bias", "item.id.weight", "of_id.weight"), "tag": ("item.tag.weight", "of_tag.weight")}  # weights that belong to one of many
+TABLES = {"user": ("wide.user.weight", "deep.user.weight", "user.weight", "user_deep.weight", "by_user.weight"), "tag": ("item.tag.weight", "of_tag.weight"),
+          "item": ("wide.item.weight", "deep.item.weight", "item.weight", "item_deep.weight", "by_item.weight", "item.id.weight", "of_id.weight", "bias")}  # weights that belong to one of many
 
 # %% ../nbs/21_monitoring.ipynb #21a1e526
 def moved(
