@@ -268,6 +268,9 @@ def test_a_network_on_words_goes_on_where_tags_and_space_are_turned(monkeypatch)
     split = lambda log, items: with_catalogue(Split.of(log, log.clear(), log.clear(), items=items, users=shop.users, protocol=PROTOCOLS["given"]), items, shop.users)
     old = make_recommender("content-towers", epochs=2).fit(split(rows, shop.items))
     monkeypatch.setattr(content, "fit_content", lambda self, judge: self.net.eval() and [])
+    words, width = content.word_vectors, old.sheet.vectors["text"].shape[1]
+    turn = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)))[0]
+    monkeypatch.setattr(content, "word_vectors", lambda *given: words(*given) @ turn)
     more = rows.filter(item=rows["item"].mode()[0])[:40].with_columns(item=old.item_ids[-1] + pl.lit(""), user=rows["user"].unique().sort()[:40])
     new = continued(old, split(pl.concat([rows, more]), shop.items.reverse()))
     who = old.user_ids[:50].to_list()
@@ -313,7 +316,8 @@ def test_killed_at_random_moments(before, run):
         time.sleep(draw.uniform(.05, .7) * took)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        if (run.folder / "live.json").exists():                                # it was quicker this time
+        if (run.folder / "live.json").exists():                                # it was quicker this time, and so it is whole
+            assert learnt(run)[0].equals(whole[0]) and learnt(run)[1].keys() == whole[1].keys()
             clear()
             took /= 2
             continue
