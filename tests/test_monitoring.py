@@ -279,7 +279,7 @@ def test_a_network_on_words_goes_on_where_tags_and_space_are_turned(monkeypatch)
         had = old.log.take(torch.arange(50))
         return model.scores(users, had if model is old else replace(had, item=items[had.item]), items)
     assert new.item_ids.to_list() != old.item_ids.to_list()
-    assert np.corrcoef(scores(old).flatten(), scores(new).flatten())[0, 1] > .98
+    assert (scores(old) - scores(new)).abs().mean() < .01 * scores(old).std()
 
 
 def test_a_run_with_another_log_leaves_aside_what_was_appended(before, run):
