@@ -26,7 +26,7 @@ from widedeep_nb.core import PROTOCOLS, Problem, Run, Split, as_interactions, lo
 from widedeep_nb.data import load
 from widedeep_nb.evaluation import hits_of, ndcg
 from widedeep_nb.monitoring import (AGES, PLANTS, RATE, Input, ageing, ageing_in_words, apart, append, asked_of_all, at_age, calendar_of, catch_up, catch_up_in_words, continued, dashboard, distances, drift,
-                                    drift_in_words, health_of, judge_period, listed_by, live, measures, outputs_drift, outputs_in_words, read_book, replay, replayed, shares_taken, split_at, trial, watch, within_seconds)
+                                    drift_in_words, health_of, judge_period, judged_by, listed_by, live, measures, outputs_drift, outputs_in_words, read_book, replay, replayed, shares_taken, side_by_side, split_at, trial, watch, within_seconds)
 from widedeep_nb.preprocessing import in_order, placed, preprocess, rows_that_count
 from widedeep_nb.serving import Asked, Book, Said, open_shop, write_feedback
 
@@ -282,6 +282,20 @@ def test_a_network_on_words_goes_on_where_tags_and_space_are_turned(monkeypatch)
     assert (scores(old) - scores(new)).abs().mean() < .01 * scores(old).std()
 
 
+@pytest.mark.long
+def test_a_warm_start_is_as_good_as_training_anew():
+    "On a demo shop, within the margins that are stated."
+    shop = load("demo?ratings=20000")
+    rows = in_order(placed(rows_that_count(shop.interactions)))
+    known, new, later = rows[:17_000], rows[17_000:18_000], rows[18_000:]
+    split = lambda log, test, aside=None: with_catalogue(Split.of(log, log.clear(), test, shop.users, shop.items, PROTOCOLS["given"], aside), shop.items, shop.users)
+    plan = {"lists": {"newer neighbours": .4, "self-attention": .2, "content towers": .4}, "newcomers": {"content towers": 1.}, "stars": {"ridge": .3, "network 1": .7}, "passes": {"self-attention": 15, "content towers": 7, "network 1": 15}}
+    now, base = split(pl.concat([known, new]), later), make_recommender("hybrid", plan=plan).fit(split(known, later))
+    tables = {"anew": judged_by(make_recommender("hybrid", plan=plan).fit(now), now, 5000), "warm": judged_by(continued(base, now), now, 5000), "stale": judged_by(base, split(known, later, new), 5000)}
+    found = {row["metric"]: row for row in side_by_side(tables, {})}
+    assert found["NDCG@20"]["as good"] and found["RMSE"]["as good"], found
+
+
 def test_a_run_with_another_log_leaves_aside_what_was_appended(before, run):
     append(run, before.parent / "one.csv", models=("popularity",))
     assert live(run.folder) != run.folder
@@ -387,6 +401,22 @@ def test_health_in_numbers(tmp_path):
         assert health_of(measures(str(tmp_path / "m.txt"))).state == "look", old
     with pytest.raises(Problem, match="no measures"): measures(str(tmp_path / "none.txt"))
     with pytest.raises(Problem, match="no measures"): measures("http://127.0.0.1:9")
+
+
+def test_measures_of_a_real_service(before, run):
+    from widedeep_nb.serving import make_app
+    httpx = pytest.importorskip("httpx")
+    import asyncio
+    shop = open_shop(run.folder, book=str(run.folder / "service"))
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(make_app(shop)), base_url="http://shop") as client:
+            for _ in range(20): assert (await client.post("/api/recommend", json={"k": 3})).status_code == 200
+            return (await client.get("/metrics")).text
+    try: (run.folder / "said.txt").write_text(asyncio.run(ask()))
+    finally: shop.close()
+    found = measures(str(run.folder / "said.txt"))
+    panel = health_of(found)
+    assert within_seconds(found, .99) is not None and panel.says.startswith("20 requests") and "lists came within" in panel.says and len(read_book(run.folder / "service")[0]) == 20
 
 
 @pytest.fixture

@@ -210,7 +210,7 @@ def judge_period(
 ) -> Verdict:
     "Is a period unlike the past?"
     there = ~np.isnan(scores[:, end + lag, lag - 1])
-    past = np.flatnonzero(~np.isnan(scores[there, :end + 1, lag - 1]).any(0))[-PAST:]
+    past = np.flatnonzero(~np.isnan(scores[there, :end + 1, lag - 1]).any(0) & there.any())[-PAST:]
     both = scores[there][:, [*past, end + lag], lag - 1]
     if season: both = but_season(both, np.append(past, end + lag) % season)
     middle = np.median(both, 1, keepdims=True)
@@ -564,7 +564,7 @@ def outputs_drift(
 @step(watch)
 def replay(
     run: Run,  # with its log; gets replay.json
-    origins: int = 0,  # moments from which on it is asked what comes next; 0: 60, or 24 where there are more than 100,000 rows
+    origins: int = 0,  # moments from which on it is asked what comes next; 0: 60, or 36 where there are more than 100,000 rows
 ):
     "Train up to the end of each of the last periods, and ask about those after it."
     rows, last = in_order(placed(rows_that_count(run.read("interactions.parquet")))).drop("part", strict=False), run.splits()[-1].final().train["timestamp"].max()
@@ -572,13 +572,13 @@ def replay(
     except Problem as e: return run.write("replay.json", {"why": str(e)})
     period, n = calendar.of(rows["timestamp"]), len(calendar.starts)
     rows, period = rows.filter(period < n), period[period < n]
-    ends = [e for e in range(max(0, n - 1 - (origins or (60 if len(rows) <= 100_000 else 24))), n - 1) if (period <= e).sum() >= 200 and (period == e + 1).any()]
+    ends = [e for e in range(max(0, n - 1 - (origins or (60 if len(rows) <= 100_000 else 36))), n - 1) if (period <= e).sum() >= 200 and (period == e + 1).any()]
     if len(ends) < 2: return run.write("replay.json", {"why": f"there are {n} {calendar.name}s with events, which leaves too few to train on one and ask about the next"})
     each = {e: run.once(f"replay-{e}", lambda: replayed(rows, period, e, n - 1, run.protocol)) for e in tqdm(ends, desc="replay", leave=False, mininterval=1)}
     users = pl.DataFrame([row for of in each.values() for row in of["users"]], {"model": pl.String, "age": pl.Int64, "period": pl.Int64, "user": pl.String, "NDCG@20": pl.Float64})
     if not len(users): return run.write("replay.json", {"why": "nobody took anything new in the periods that were asked about"})
     by_period = users.filter(age=1).group_by("model", "period", maintain_order=True).agg(pl.col("NDCG@20").mean().alias("value"), pl.len().alias("n")).with_columns(start=pl.col("period").map_elements(lambda t: str(calendar.starts[t])[:16], return_dtype=pl.String))
-    end = int(np.clip(calendar.of(pl.Series([last]).cast(pl.Datetime("ms")))[0], 0, n - 1))
+    end = max(int(calendar.of(pl.Series([last]).cast(pl.Datetime("ms")))[0]), ends[3 * len(ends) // 4])      # where training ended long ago, as if it had been done again
     run.write("replay.json", {"unit": calendar.name, "origins": len(ends), "ages": ageing(users), "by_period": by_period.to_dicts(), "outputs": outputs_drift({e: of["outputs"] for e, of in each.items()}, calendar, end)})
 
 # %% ../nbs/21_monitoring.ipynb #21a18614
@@ -620,7 +620,7 @@ def ageing_in_words(
     for name in dict.fromkeys(r["model"] for r in found["ages"]):
         of = [r for r in found["ages"] if r["model"] == name]
         first, oldest, lost = of[0], of[-1], [r for r in of if r["more_hi"] is not None and r["more_hi"] < 0]
-        less = lambda r: told(*[r[k] for k in ("more", "more_lo", "more_hi")], "+", 4)
+        less = lambda r: told(*[r[k] for k in ("more", "more_lo", "more_hi")], "+", 4 if abs(r["more"]) >= 5e-4 else 6)
         what = f"{NAMED[name][1]}: {told(first['value'], first['lo'], first['hi'], digits=3)} at {first['age']} {unit}" + "s" * (first["age"] != 1) + ", "
         if lost: what += f"surely less at {lost[0]['age']} {unit}s ({less(lost[0])})" + (f" and at {oldest['age']} ({less(oldest)})" if oldest is not lost[0] and oldest in lost else "")
         else: what += f"no loss that could be shown up to {oldest['age']} {unit}s ({less(oldest)})"
