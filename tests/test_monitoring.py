@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -25,7 +26,7 @@ from widedeep_nb.content import with_catalogue
 from widedeep_nb.core import PROTOCOLS, Problem, Run, Split, as_interactions, load_recommender, make_recommender
 from widedeep_nb.data import load
 from widedeep_nb.evaluation import hits_of, ndcg
-from widedeep_nb.monitoring import (AGES, PLANTS, RATE, Input, ageing, ageing_in_words, apart, append, asked_of_all, at_age, calendar_of, catch_up, catch_up_in_words, continued, dashboard, distances, drift,
+from widedeep_nb.monitoring import (PLANTS, RATE, Input, ageing, ageing_in_words, apart, append, asked_of_all, at_age, calendar_of, catch_up, catch_up_in_words, continued, dashboard, distances, drift,
                                     drift_in_words, health_of, judge_period, judged_by, listed_by, live, measures, outputs_drift, outputs_in_words, read_book, replay, replayed, shares_taken, side_by_side, split_at, trial, watch, within_seconds)
 from widedeep_nb.preprocessing import in_order, placed, preprocess, rows_that_count
 from widedeep_nb.serving import Asked, Book, Said, open_shop, write_feedback
@@ -70,7 +71,7 @@ def some_shops(n, first=1000):
     return [trial(first + i) for i in range(n)]
 
 
-@pytest.mark.parametrize("n", [40, pytest.param(300, marks=pytest.mark.long)])
+@pytest.mark.parametrize("n", [30, pytest.param(300, marks=pytest.mark.long)])
 def test_silent_at_the_stated_rate_and_loud_on_planted_drifts(n):
     tried = some_shops(n)
     assert all(t["past"] >= 19 for t in tried)
@@ -325,7 +326,7 @@ def test_killed_at_random_moments(before, run):
     took, whole = time.monotonic() - begun, learnt(run)
     clear = lambda: [shutil.rmtree(p) if p.is_dir() else p.unlink() for p in (run.folder / "events", run.folder / "live.json") if p.exists()]
     clear()
-    while killed < 4:
+    while killed < 3:
         process, _ = start()
         time.sleep(draw.uniform(.05, .7) * took)
         process.send_signal(signal.SIGKILL)
@@ -472,4 +473,6 @@ def test_a_newer_log_is_told_of_drift(booked, tmp_path, before):
     log = load("demo?ratings=2500").interactions[-300:]
     log.with_columns(rating=pl.lit(1.).cast(pl.Float32), event=pl.lit("rating")).with_columns(pl.col("timestamp").dt.epoch("ms"), pl.when(pl.int_range(pl.len()) < 5).then(5.).otherwise("rating").alias("rating")).write_csv(tmp_path / "new.csv")
     text = dashboard(booked, log=str(tmp_path / "new.csv"), to=str(tmp_path / "page.html")).read_text()
-    assert "Drift of what comes in" in text and (tmp_path / "page.html").exists()
+    assert "Drift of what comes in" in text and (tmp_path / "page.html").exists() and "Nothing has been appended" in text
+    append(booked, before.parent / "one.csv", models=("popularity",))
+    assert re.search(r"\d+ events have been appended since the report", dashboard(booked).read_text())

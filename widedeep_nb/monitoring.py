@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'LEAST', 'MOST', 'DAYS', 'RATE', 'PAST', 'SHOWN', 'PLANTS', 'REPLAYED', 'AGES', 'OUTPUTS', 'NAMED', 'TABLES',
-           'LIVE', 'MARGIN', 'STATES', 'NORMAL', 'TAKEN', 'Calendar', 'calendar_of', 'tally', 'kinds_of', 'Input',
-           'inputs_of', 'apart', 'distances', 'Verdict', 'but_season', 'judge_period', 'scored', 'verdicts', 'drift',
-           'planted', 'plantable', 'delays', 'trial', 'within', 'watch', 'draw_drift', 'drift_in_words',
-           'planted_in_words', 'split_at', 'at_age', 'asked_of_all', 'listed_by', 'outputs_of', 'replayed', 'ageing',
-           'outputs_drift', 'replay', 'draw_ageing', 'ageing_in_words', 'outputs_in_words', 'aligned', 'beyond',
-           'united', 'moved', 'grown', 'turned', 'same_kinds', 'look_anew', 'begun_from', 'continued', 'live',
-           'last_told', 'split_of_all', 'checked', 'append', 'renew', 'judged_by', 'side_by_side', 'catch_up',
-           'catch_up_in_words', 'Panel', 'measures', 'within_seconds', 'health_of', 'read_book', 'by_hour', 'bustle_of',
-           'shares_taken', 'quality_of', 'drift_panels', 'drift_panel', 'age_panel', 'experiment_panel', 'as_section',
-           'dashboard']
+           'LIVE', 'MARGIN', 'STATES', 'NORMAL', 'Calendar', 'calendar_of', 'tally', 'kinds_of', 'Input', 'inputs_of',
+           'apart', 'distances', 'Verdict', 'but_season', 'judge_period', 'scored', 'verdicts', 'drift', 'planted',
+           'plantable', 'delays', 'trial', 'within', 'watch', 'draw_drift', 'drift_in_words', 'planted_in_words',
+           'split_at', 'at_age', 'asked_of_all', 'listed_by', 'outputs_of', 'replayed', 'ageing', 'outputs_drift',
+           'replay', 'draw_ageing', 'ageing_in_words', 'outputs_in_words', 'aligned', 'beyond', 'united', 'moved',
+           'grown', 'turned', 'same_kinds', 'look_anew', 'begun_from', 'continued', 'live', 'last_told', 'split_of_all',
+           'checked', 'append', 'renew', 'judged_by', 'side_by_side', 'catch_up', 'catch_up_in_words', 'Panel',
+           'measures', 'within_seconds', 'health_of', 'read_book', 'by_hour', 'bustle_of', 'shares_taken', 'quality_of',
+           'drift_panels', 'drift_panel', 'age_panel', 'experiment_panel', 'as_section', 'dashboard']
 
 # %% ../nbs/21_monitoring.ipynb #21a1df19
 import html
@@ -51,7 +50,7 @@ from .evaluation import Question, bootstrap, candidates_of, hits_of, ndcg, rate_
 from .hybrid import Hybrid, OnStatistics, put_together
 from .preprocessing import category_codes, in_order, placed, relaxed, rows_that_count, take_snapshot
 from .sequence import SEQUENCE
-from .serving import SERVED, Sealed
+from .serving import COUNTS, SERVED, Sealed
 
 # %% ../nbs/21_monitoring.ipynb #21a10015
 UNITS = {"1h": ("hour", 168, 24), "1d": ("day", 28, 7), "1w": ("week", 26, 0), "1mo": ("month", 12, 12), "1q": ("quarter", 4, 4), "1y": ("year", 2, 0)}  # name; periods of training that others are compared with; periods after which a season comes back
@@ -1061,16 +1060,13 @@ def bustle_of(
     return Panel(title, "none" if few else "look" if last["lists"] > hi or len(before) and before["lists"][-1] < lo else "ok", says, normal, fig, "Lists and events by the hour, with the band of what is usual.")
 
 # %% ../nbs/21_monitoring.ipynb #21a1cc45
-TAKEN = ("click", "cart", "purchase", "more", "rating")  # what says that somebody took something of a list
-
-# %% ../nbs/21_monitoring.ipynb #21a1ca91
 def shares_taken(
     lists: pl.DataFrame,  # of the book
     events: pl.DataFrame,  # of the book
     by: str,  # "model", or "day"
 ) -> pl.DataFrame:  # by, value, lo, hi, n
     "Of how many lists something was taken, with intervals over people; who has no name is one of their own."
-    took = events.filter(pl.col("event").is_in(TAKEN))["list"].drop_nulls().unique()
+    took = events.filter(pl.col("event").is_in(COUNTS))["list"].drop_nulls().unique()
     rows = lists.with_columns(taken=pl.col("id").is_in(took.implode()).cast(pl.Float64), user=pl.coalesce("user", "id"), day=pl.col("time").dt.strftime("%Y-%m-%d"))
     found = []
     for key, of in rows.group_by(by, maintain_order=True):
@@ -1079,7 +1075,7 @@ def shares_taken(
         found.append({by: key[0], "value": float(value[0]), "lo": float(lo[0]) if len(people) > 4 else None, "hi": float(hi[0]) if len(people) > 4 else None, "n": len(of)})
     return pl.DataFrame(found, {by: pl.String, "value": pl.Float64, "lo": pl.Float64, "hi": pl.Float64, "n": pl.Int64})
 
-# %% ../nbs/21_monitoring.ipynb #21a10463
+# %% ../nbs/21_monitoring.ipynb #21a1ca91
 def quality_of(
     book: Optional[tuple],  # from `read_book`
 ) -> Panel:
