@@ -67,7 +67,7 @@ def test_the_alarm_has_its_rate_where_nothing_changes():
     assert binomtest(hits, 2000, 3 / 61).pvalue > .05
 
 
-def some_shops(n, first=1000):
+def some_shops(n, first=5000):
     return [trial(first + i) for i in range(n)]
 
 

@@ -160,7 +160,7 @@ def distances(
     one: Input,  # what is watched
     window: int,  # periods of training that others are compared with
     lags: int,  # how many periods after training are looked at
-) -> tuple:  # distance, and score in units of chance: float [periods, lags], NaN where there is no past
+) -> tuple:  # distance; score: of shares above what is usual, of the others in units of chance: float [periods, lags], NaN where there is no past
     "How far each period is from the training data that ended one, two, ... periods before."
     n = len(one.counts)
     t, lag = np.meshgrid(np.arange(n), np.arange(1, lags + 1), indexing="ij")
@@ -169,7 +169,9 @@ def distances(
     if one.how == "unknown":
         with np.errstate(invalid="ignore", divide="ignore"): share = one.counts.cumsum(1)[t, np.minimum(lag - 1, n - 1)] / size
         share = np.where(start >= 0, share, np.nan)
-        return share, share
+        past = np.stack([np.where(t - lag - i >= 0, share[np.maximum(t - lag - i, 0), lag - 1], np.nan) for i in range(window)])
+        usual = past.mean(0)
+        return share, share - usual
     distance, score = apart(one.counts[t], sums[np.maximum(start + window, 0)] - sums[np.maximum(start, 0)], one.how)
     return [np.where(start >= 0, x, np.nan) for x in (distance, score)]
 
