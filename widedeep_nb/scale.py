@@ -409,7 +409,8 @@ def split_by(
     if protocol.cut != "time" or protocol.counted_on == "core": raise Problem(f"protocol '{protocol.name}' is made by `prepare`, in memory; strict, filtered-first and as-reported work at any size")
     rows = rows.filter(~nw.col("timestamp").is_null())
     if protocol.counted_on == "all":
-        for ids, column in [(often(rows, c, least), c) for c, least in (("user", protocol.min_user), ("item", protocol.min_item))]: rows = rows.join(ids, on=column, how="semi")
+        kept = {c: engine.keep(often(rows, c, least), f"{c}s that stay") for c, least in (("user", protocol.min_user), ("item", protocol.min_item))}   # one after the other: less memory
+        for column, ids in kept.items(): rows = rows.join(ids, on=column, how="semi")
     if not count(rows := engine.keep(rows, "rows")): raise Problem(f"protocol '{protocol.name}' leaves no rows that have a time; take strict, or a log with times")
     (rows, users), tables = numbered(rows, "user", engine), {}
     rows, items = numbered(rows, "item", engine)
