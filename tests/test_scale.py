@@ -184,7 +184,7 @@ def test_two_processes_learn_what_one_learns(data):
     alone, both, rows = curves_of(data, passes=4)
     assert alone["curve"][0] - alone["curve"][-1] > 100 * TOLERANCE                              # it learns, so that agreeing means something
     for other in (both, rows): assert np.allclose(alone["curve"], other["curve"], rtol=TOLERANCE, atol=0)
-    assert both["held"] == alone["held"] and .5 <= rows["held"] / alone["held"] < .6
+    assert both["held"] == alone["held"] and .5 <= rows["held"] / alone["held"] < .7              # the network behind the tables is held by both
 
 
 @pytest.mark.long

@@ -11,8 +11,8 @@ __all__ = ['STATUS', 'PEAK', 'JOBS', 'HOW', 'RAW', 'KEYS', 'DAY', 'CONTESTS', 'M
            'dense_and_lazy', 'needs', 'too_much', 'grid_scores', 'last_events', 'Shortlist', 'lists_within', 'Watched',
            'Stages', 'shop_file', 'whole_way', 'amazon_size', 'largest_log', 'grown', 'exponents', 'spread_out',
            'own_part', 'kept_passes', 'tensors_of', 'keep_pass', 'go_on', 'give_data', 'shares_of', 'some_steps',
-           'lay_out', 'train_together', 'torchrun', 'curves_of', 'on_spark', 'engines_by_size', 'measure_scale',
-           'draw_ratios', 'ratios_in_words', 'draw_growth', 'growth_in_words', 'draw_lazy']
+           'lay_out', 'train_together', 'one_of_several', 'torchrun', 'curves_of', 'on_spark', 'engines_by_size',
+           'measure_scale', 'draw_ratios', 'ratios_in_words', 'draw_growth', 'growth_in_words', 'draw_lazy']
 
 # %% ../nbs/22_scale.ipynb #22c0ca03
 import importlib
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Optional
@@ -845,7 +846,7 @@ def spread_out(
     if not by_rows: return DistributedDataParallel(net)
     n, mesh = dist.get_world_size(), init_device_mesh(pick_device().type, (dist.get_world_size(),))
     large = [name for name, m in net.named_modules() if isinstance(m, nn.Embedding) and m.num_embeddings >= 64 * n]
-    parallelize_module(net, mesh, {name: RowwiseParallel(input_layouts=Shard(0), output_layouts=Shard(0)) for name in large})
+    parallelize_module(net, mesh, {name: RowwiseParallel(input_layouts=Shard(0), output_layouts=Shard(0)) for name in large}, src_data_rank=None)   # each keeps its rows of what all have made alike
     dealt = {name: p for name, p in net.named_parameters() if isinstance(p, DTensor)}
     for p in dealt.values(): p.register_hook(lambda gradient: gradient / n)                                # each process's loss is a mean over its share
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, dealt)
@@ -966,10 +967,7 @@ def train_together(
     batch_size: int = 1024,  # rows a step, of all processes together
     pause: float = 0.,  # seconds after each pass, for those who would stop it
 ) -> list:  # the mean loss of each pass
-    "Train as one of several processes that torchrun has started, or alone."
-    alone = {} if dist.is_torchelastic_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)
-    if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    "Train as one of the processes of a group."
     n, path, device = dist.get_world_size(), Path(folder) / "data.safetensors", pick_device()
     with safe_open(path, "pt") as f: sizes, data = json.loads(f.metadata()["sizes"]), [f.get_tensor(k).to(device) for k in ("codes", "x0", "x1", "x2", "y")]
     torch.manual_seed(0)
@@ -986,12 +984,25 @@ def train_together(
     held = sum(own_part(p).numel() for p in net.parameters())
     if dist.get_rank() == 0:
         with written_whole(Path(folder) / f"{way}-{n}.json") as p: p.write_text(json.dumps({"curve": curve, "held": held}))
-    dist.destroy_process_group()
     return curve
 
 # %% ../nbs/22_scale.ipynb #22a80007
+@contextmanager
+def one_of_several():
+    "Be one of the processes that torchrun has started, or alone."
+    alone = {} if dist.is_torchelastic_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)
+    if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    try: yield
+    finally: dist.destroy_process_group()
+
+
 @job("together")
-def _together_job(ways: tuple = ("data", "rows"), **given): return lambda: [train_together(way=way, **given) for way in ways]
+def _together_job(ways: tuple = ("data", "rows"), **given):
+    "Train in each way, one after the other."
+    def once():
+        with one_of_several(): return [train_together(way=way, **given) for way in ways]
+    return once
 
 
 def torchrun(
