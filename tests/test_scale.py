@@ -202,6 +202,6 @@ def test_one_of_two_is_killed_and_training_goes_on(data, tmp_path, way):
     victims[-1].kill()
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 0, said
-    assert "SIGKILL" in said or "Signal 9" in said or "restart" in said.lower(), said             # it was killed before it was done
+    assert "exitcode: -9" in said, said                                                          # it was killed before it was done
     first, second = [json.loads((tmp_path / name / f"{way}-2.json").read_text()) for name in ("undisturbed", "killed")]
     assert first == second and len(first["curve"]) == 6

@@ -45,6 +45,7 @@ from safetensors.torch import save_file
 from sklearn.preprocessing import LabelEncoder
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -990,8 +991,9 @@ def train_together(
 @contextmanager
 def one_of_several():
     "Be one of the processes that torchrun has started, or alone."
-    alone = {} if dist.is_torchelastic_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)
+    store, rank, n = next(rendezvous("env://")) if dist.is_torchelastic_launched() else (dist.HashStore(), 0, 1)
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)             # what those said who have died is not to be listened to
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=n)
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     try: yield
     finally: dist.destroy_process_group()
@@ -1008,7 +1010,7 @@ def _together_job(ways: tuple = ("data", "rows"), **given):
 def torchrun(
     folder: Path,  # with data.safetensors; gets the curves
     processes: int,  # on this machine
-    restarts: int = 3,  # times that all are started again when one dies
+    restarts: int = 5,  # times that all are started again when one dies
     **given,  # ways, passes, batch_size, pause: as for `train_together`
 ) -> subprocess.Popen:
     "Start the processes, as on a command line: `torchrun --nproc-per-node 2 -m widedeep_nb.scale together '{...}'`."
