@@ -51,6 +51,7 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
+# %% ../nbs/22_scale.ipynb #22c0ca06
 from .baselines import as_csr, cosine, nearest
 from .core import COLORS, EXTRAS, PARTS, PROTOCOLS, DEVICES, History, Problem, Protocol, Recommender, Run, Split, as_codes, as_interactions, lot, make_loss, mask_seen, one_of, pick_device, step, top_k, versions, written_whole
 from .data import DATASETS, ingest, options_of, read_log
@@ -823,7 +824,11 @@ def grown(
 
 
 @job("several sizes")
-def _sizes_job(sources: dict, people: int): return lambda: [(n, whole_way(source, f"{source}/work", people=people)) for n, source in sources.items()]
+def _sizes_job(sources: dict, people: int):
+    "The whole way for each source; memory is what came on top."
+    held = memory(most=False)
+    less = lambda stages: [row | {"memory": max(row["memory"] - held, .001)} for row in stages]
+    return lambda: [(n, less(whole_way(source, f"{source}/work", people=people))) for n, source in sources.items()]
 
 
 def exponents(
@@ -1095,7 +1100,7 @@ def measure_scale(
             give_data(Path(place), split, 20_000)
             return curves_of(Path(place))
         users, items = max(2, bench_ratings * 8_352 // 134_829), max(2, bench_ratings * 3_715 // 134_829)
-        pieces = {"bench": lambda: bench(bench_repeats, bench_ratings, users, items, min(users, 100), bench_rows), "growth": lambda: grown(Path(place), growth, min(bench_repeats, 3)),
+        pieces = {"bench": lambda: bench(bench_repeats, bench_ratings, users, items, min(users, 100), bench_rows), "growth": lambda: grown(Path(place), growth, min(bench_repeats, 2)),
                   "steps": lambda: steps_by_size(TABLES), "lazy": lambda: dense_and_lazy(run.splits()[-1]), "together": together,
                   "needs": lambda: needs(split, ceiling()).to_dicts()}
         done = {name: run.once(name, make) for name, make in tqdm(pieces.items(), desc="scale", leave=False)}
@@ -1181,6 +1186,7 @@ def draw_lazy(
             learnt.plot(line["epoch"], line["val" if judged else "train"], color=colour, lw=2.2 if way == "dense" else 1.1, alpha=.6 if way == "dense" else 1)
     cost.set(xscale="log", yscale="log", xlabel="ids, log scale", title="a step, ms")
     cost.yaxis.set_major_formatter("{x:g}")
+    learnt.locator_params(axis="x", integer=True)
     learnt.set(xlabel="passes", title="validation loss" if curves["val"].null_count() == 0 else "training loss")
     return fig
 
