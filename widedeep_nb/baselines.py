@@ -142,6 +142,7 @@ def nearest(
     alike: Callable,  # of (block of columns, other, own, in common): how alike; 0 or less: no neighbour
     asked: Optional[sp.csr_array] = None,  # 0/1 [m, q]: columns whose neighbours are wanted; default: those of `have`, none its own neighbour
     budget: int = 20_000_000,  # pairs worked on at a time: bounds the memory
+    most: float = 2e10,  # pairs that may be looked at in all: about an hour
 ) -> tuple:  # neighbours int64 [q, k] and how alike float32 [q, k]; nearest first, ties to the smaller code, padded with n and 0
     "The nearest columns of each column."
     n, itself = have.shape[1], asked is None
@@ -150,6 +151,7 @@ def nearest(
     q = asked.shape[1]
     # a column costs at most as many pairs as its rows have entries; blocks of columns of about equal cost
     cost = (asked.astype(bool).astype(float).T @ np.diff(have.tocsr().indptr)).cumsum()
+    if q and cost[-1] > most: raise Problem(f"exact neighbours would look at {cost[-1]:,.0f} pairs (at most {most:,.0f}): hours; take als or svd")
     edges = np.unique(np.r_[0, np.searchsorted(cost, np.arange(budget, cost[-1] if q else 0, budget)), q])
     neighbour, similarity = np.full((q, k), n), np.zeros((q, k), np.float32)
     for start, end in zip(edges, edges[1:]):

@@ -126,10 +126,12 @@ def _rows(self, users, items):
 
 
 def _scores(self, users, history, items, floats=2**19):
-    (users, items), net, first = self._rows(users, items), self.net, self.net.mlp[0]
+    (users, items), net, (first, _, second, _, last) = self._rows(users, items), self.net, self.net.mlp
     of_user, of_item = [table(codes) @ weight.T for table, codes, weight in zip((net.user, net.item), (users, items), first.weight.split(64, 1))]
-    block = max(1, floats // (len(items) * len(first.bias)))  # small enough to stay in the processor's cache
-    deep = torch.cat([net.mlp[1:](u[:, None] + of_item + first.bias)[..., 0] for u in of_user.split(block)])
+    block = max(1, floats // of_item.numel())  # small enough to stay in the processor's cache
+    of_item, hidden, deep = of_item + first.bias, torch.empty(block, *of_item.shape), torch.empty(len(users), len(items))
+    for b in torch.arange(len(users)).split(block):
+        deep[b] = last(second(torch.add(of_user[b, None], of_item, out=hidden[:len(b)]).relu_()).relu_())[..., 0]
     return deep + net.by_user(users) + net.by_item(items).T + net.offset
 
 

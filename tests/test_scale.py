@@ -1,0 +1,207 @@
+"Sharing out changes nothing: engines, processes and lazy steps give what one plain way gives."
+import json
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from widedeep_nb.core import PARTS, PROTOCOLS, Problem, as_interactions
+from widedeep_nb.evaluation import best_lists
+from widedeep_nb.preprocessing import prepare
+from widedeep_nb.scale import DAY, TOLERANCE, Engine, Shortlist, Worker, bench, curves_of, drawn_question, draw_raw, exponents, give_data, kept_passes, lists_one_by_one, lists_within, needs, on_spark, plain_log, read_split, split_by, told_in_lines, torchrun, whole_way
+from widedeep_nb.training import LazyAdamW, WideDeep
+
+TABLES = (*PARTS, "aside", "users", "items")
+
+
+def drawn(rows, users, items, days, seed=0, whole_days=False):
+    "A log without repeats; with whole days many rows share their time, so that ids decide the order."
+    draw = np.random.default_rng(seed)
+    time = draw.integers(0, days * DAY, rows) // (DAY if whole_days else 1) * (DAY if whole_days else 1)
+    frame = pl.DataFrame({"user": draw.integers(0, users, rows), "item": (items * draw.random(rows) ** 2).astype(int), "rating": draw.integers(1, 6, rows), "timestamp": time})
+    ids = [pl.format("{}{}", pl.lit(c), pl.col(name)).alias(name) for name, c in (("user", "u"), ("item", "i"))]
+    return as_interactions(frame.with_columns(*ids, pl.from_epoch("timestamp", "ms")).unique(["user", "item"], maintain_order=True))
+
+
+def same(place, log, protocol):
+    mine, theirs = read_split(place, protocol), prepare(log, protocol)
+    return [name for name in TABLES if not getattr(mine, name).equals(getattr(theirs, name))]
+
+
+@pytest.mark.parametrize("whole_days", [False, True])
+@pytest.mark.parametrize("name, least", [("strict", 4), ("strict", 30), ("filtered-first", 4), ("as-reported", 4)])
+def test_streamed_split_is_that_of_chapter_03(tmp_path, name, least, whole_days):
+    for seed in range(3):
+        log, protocol = drawn(1500, 150, 120, 40, seed, whole_days), replace(PROTOCOLS[name], min_user=least, min_item=least + 1)
+        engine = Engine(tmp_path)
+        split_by(engine, engine.read(plain_log(log.lazy(), tmp_path / "log.parquet")), protocol)
+        assert same(tmp_path, log, protocol) == []
+
+
+def test_what_cannot_be_streamed_is_refused(tmp_path):
+    log, engine = drawn(200, 20, 20, 9), Engine(tmp_path)
+    rows = engine.read(plain_log(log.lazy(), tmp_path / "log.parquet"))
+    for name in ("leave-one-out", "given"):
+        with pytest.raises(Problem, match="prepare"): split_by(engine, rows, PROTOCOLS[name])
+    with pytest.raises(Problem, match="no rows"): split_by(engine, engine.read(plain_log(log.with_columns(timestamp=pl.lit(None, pl.Datetime("ms"))).lazy(), tmp_path / "untimed.parquet")))
+
+
+@pytest.mark.long
+def test_spark_and_polars_give_the_same_split(tmp_path):
+    "Row for row and code for code."
+    pytest.importorskip("pyspark")
+    if not shutil.which("java"): pytest.skip("Spark needs a Java")
+    session = on_spark("local[2]")
+    try:
+        for i, (name, least) in enumerate((("strict", 3), ("filtered-first", 4))):
+            log, protocol, place = drawn(3000, 200, 150, 40, whole_days=bool(i)), replace(PROTOCOLS[name], min_user=least, min_item=least), tmp_path / name
+            place.mkdir()
+            plain = plain_log(log.lazy(), place / "log.parquet")
+            for engine in (Engine(place / "spark", session), Engine(place / "polars")):
+                engine.place.mkdir()
+                split_by(engine, engine.read(plain), protocol)
+            spark, polars = [read_split(place / engine, protocol) for engine in ("spark", "polars")]
+            assert [t for t in TABLES if not getattr(spark, t).equals(getattr(polars, t))] == [] and len(spark.train)
+            assert same(place / "spark", log, protocol) == []
+    finally: session.stop()
+
+
+def test_lazy_steps_are_adams_where_every_row_is_touched():
+    torch.manual_seed(0)
+    dense, lazy = nn.Embedding(6, 4), nn.Embedding(6, 4, sparse=True)
+    lazy.load_state_dict(dense.state_dict())
+    pace = dict(lr=.05, weight_decay=.1)
+    ways = [(dense, torch.optim.AdamW(dense.parameters(), **pace)), (lazy, LazyAdamW(lazy.parameters(), **pace))]
+    for step in range(30):
+        ids, target = torch.cat([torch.arange(6), torch.randint(6, (9,))]), torch.randn(15, 4)
+        for table, optimiser in ways:
+            optimiser.zero_grad()
+            (table(ids) - target).square().sum().backward()
+            optimiser.step()
+    assert torch.allclose(dense.weight, lazy.weight, atol=1e-5) and dense.weight.std() > .1
+
+
+def test_lazy_training_goes_on_from_a_checkpoint(tmp_path):
+    "Sparse gradients or not, what was kept is enough, bit for bit."
+    log = drawn(1200, 60, 50, 60)
+    split, short = prepare(log, replace(PROTOCOLS["strict"], min_user=2, min_item=2)), WideDeep(epochs=2, patience=9, lazy_from=1)
+    short.checkpoint = tmp_path / "state.safetensors"
+    short.fit(split)
+    gone_on, whole = [WideDeep(epochs=4, patience=9, lazy_from=1) for _ in range(2)]
+    gone_on.checkpoint = short.checkpoint
+    a, b = gone_on.fit(split).net.state_dict(), whole.fit(split).net.state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all(m.sparse for m in whole.net.modules() if isinstance(m, nn.Embedding))
+
+
+def test_lists_in_blocks_are_those_of_the_loop():
+    model, split, question = drawn_question(people=40, ratings=4000, users=90, items=70)
+    assert torch.equal(lists_one_by_one(model.net, question.users, split.known_items), best_lists(model, split, question, 5))
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    split = prepare(drawn(4000, 150, 120, 90), replace(PROTOCOLS["strict"], min_user=2, min_item=2))
+    return WideDeep(epochs=2).fit(split)
+
+
+def test_a_short_list_of_everything_is_everything(fitted):
+    users = torch.arange(30)
+    full = lists_within(fitted, users, k=5)
+    listed = Shortlist.of(fitted, common=fitted.n_items).lists(users, fitted.log.take(users), k=5)
+    assert full["exhaustive"] and full["found"] == 1 and torch.equal(full["lists"].sort(1)[0], listed.sort(1)[0])
+
+
+def test_a_short_list_holds_nothing_twice_and_nothing_that_was_had(fitted):
+    users = torch.arange(fitted.n_users)
+    found = lists_within(fitted, users, k=10, wait=0)
+    assert not found["exhaustive"] and 0 < found["found"] <= 1
+    for user, listed in zip(users, found["lists"]):
+        listed, had = listed[listed >= 0], fitted.log.take(user[None]).item
+        assert len(listed.unique()) == len(listed) == 10 and not torch.isin(listed, had).any()
+
+
+def test_needs_count_what_they_say(fitted):
+    split = prepare(drawn(4000, 150, 120, 90), replace(PROTOCOLS["strict"], min_user=2, min_item=2))
+    table = needs(split, {"GFLOP/s": 100., "GB/s": 10.}, pairs=1.)
+    have = np.zeros((split.known_users, split.known_items))
+    have[split.train["user"], split.train["item"]] = 1
+    hours = dict(table.select("what", "hours").rows())
+    assert hours["item-knn: exact neighbours of items"] * 3600 == pytest.approx((have @ have.T).diagonal() @ have.sum(1))
+    assert hours["user-knn: exact neighbours of people"] * 3600 == pytest.approx((have.sum(0) ** 2).sum())
+
+
+def test_exponents_of_a_square():
+    rows = pl.DataFrame([{"rows": n, "repeat": r, "stage": s, "seconds": c * n ** p, "memory": 1.} for n in (10, 100, 1000) for r in (1, 2, 3) for s, c, p in (("a", 2., 1), ("b", .1, 2))])
+    found = {s: e for s, e, *_ in exponents(rows).rows()}
+    assert found["a"] == pytest.approx(1) and found["b"] == pytest.approx(2) and exponents(rows, "memory")["exponent"].abs().max() < 1e-9
+
+
+def test_a_worker_says_what_went_wrong():
+    with Worker() as worker:
+        with pytest.raises(Problem, match="unknown job 'nonsense'"): worker.once("nonsense")
+        with pytest.raises(Problem, match="TypeError"): worker.once("large tables: touched rows moved")
+        assert worker.once("large tables: touched rows moved", ids=1000)["told"] > 0          # and is there for the next job
+        worker.process.kill()
+        with pytest.raises(Problem, match="has ended"): worker.once("large tables: touched rows moved", ids=1000)
+
+
+@pytest.mark.long
+def test_bench_has_every_way_and_its_memory():
+    found = bench(repeats=2, ratings=20_000, users=900, items=600, people=20, rows=300_000)
+    assert {r["task"] for r in found["records"]} == {"training", "ranking", "preprocessing"} and len(told_in_lines(found)) == 1 + len(found["records"])
+    for r in found["records"]:
+        assert 0 < r["lo"] <= r["ratio"] <= r["hi"] and r["seconds"] > 0 and r["memory"] > 0
+        if r["share of the ceiling"] is not None: assert 0 < r["share of the ceiling"] < 1
+    memory = {r["way"]: r for r in found["records"]}["the same work, streamed"]
+    assert memory["versus memory"] > .02                                                        # 300,000 rows in pandas are not nothing
+
+
+def test_the_whole_way_from_a_raw_file(tmp_path):
+    raw = draw_raw(tmp_path / "ratings.csv", 20_000, 3_000, 300)
+    stages = whole_way(str(raw), tmp_path / "work", people=50)
+    assert [s["stage"] for s in stages] == ["read", "split", "features", "a pass", "lists"] and stages[0]["rows_read"] == 20_000 and stages[-1]["people"] == 50
+    assert [s["stage"] for s in whole_way(str(raw), tmp_path / "short", people=0)] == ["read", "split"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    place = tmp_path_factory.mktemp("together")
+    give_data(place, prepare(drawn(6000, 300, 200, 200), replace(PROTOCOLS["strict"], min_user=2, min_item=2)))
+    return place
+
+
+@pytest.mark.long
+def test_two_processes_learn_what_one_learns(data):
+    alone, both, rows = curves_of(data, passes=4)
+    assert alone["curve"][0] - alone["curve"][-1] > 100 * TOLERANCE                              # it learns, so that agreeing means something
+    for other in (both, rows): assert np.allclose(alone["curve"], other["curve"], rtol=TOLERANCE, atol=0)
+    assert both["held"] == alone["held"] and .5 <= rows["held"] / alone["held"] < .7              # the network behind the tables is held by both
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["data", "rows"])
+def test_one_of_two_is_killed_and_training_goes_on(data, tmp_path, way):
+    for name in ("undisturbed", "killed"):
+        (tmp_path / name).mkdir()
+        os.link(data / "data.safetensors", tmp_path / name / "data.safetensors")
+    assert torchrun(tmp_path / "undisturbed", 2, ways=(way,), passes=6).wait(300) == 0
+    process, parts = torchrun(tmp_path / "killed", 2, ways=(way,), passes=6, pause=.5), tmp_path / "killed" / f"{way}-2"
+    started = time.monotonic()
+    while 2 not in kept_passes(parts, 2) and time.monotonic() - started < 200: time.sleep(.02)
+    victims = [p for p in psutil.Process(process.pid).children(recursive=True) if "together" in p.cmdline() and "torch.distributed.run" not in p.cmdline()]
+    assert len(victims) == 2
+    victims[-1].kill()
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, said
+    assert "exitcode: -9" in said, said                                                          # it was killed before it was done
+    first, second = [json.loads((tmp_path / name / f"{way}-2.json").read_text()) for name in ("undisturbed", "killed")]
+    assert first == second and len(first["curve"]) == 6
