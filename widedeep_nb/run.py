@@ -12,10 +12,10 @@ __all__ = ['READERS', 'HIDDEN', 'OPTION', 'FOLDED', 'OUTSIDE', 'MAIN', 'HYBRIDS'
            'join', 'verdict', 'shortlist', 'headline', 'winners', 'who_wins', 'facts', 'title_of', 'style', 'page',
            'write_page', 'as_div', 'site_filter', 'with_outputs', 'results_of', 'compact', 'published', 'figures_of',
            'readme_table', 'rewrite_readme', 'between', 'pages_in', 'execute_pages', 'chapters_with_outputs', 'publish',
-           'load_model', 'read_basket', 'most_taken', 'rows_of', 'as_history', 'suggest', 'as_lines', 'bench',
-           'bench_lists', 'bench_two_stages', 'cli', 'run_command', 'existing_run', 'datasets_command',
-           'recommend_command', 'serve_command', 'feedback_command', 'export_command', 'of_chapter',
-           'experiment_command', 'bench_command', 'publish_command', 'site_filter_command', 'main']
+           'load_model', 'read_basket', 'most_taken', 'rows_of', 'as_history', 'suggest', 'as_lines', 'bench_lists',
+           'bench_two_stages', 'cli', 'run_command', 'existing_run', 'datasets_command', 'recommend_command',
+           'serve_command', 'feedback_command', 'export_command', 'of_chapter', 'experiment_command', 'append_command',
+           'dashboard_command', 'bench_command', 'publish_command', 'site_filter_command', 'main']
 
 # %% ../nbs/17_run.ipynb #70a0da2f
 import ast
@@ -68,7 +68,6 @@ from .evaluation import told
 from .recommend import ORDERS, Rules, open_shelf, read_rules, reasons
 from .preprocessing import in_order, preprocess, rows_that_count
 from .baselines import ABLATIONS, OURS, dots, overall
-from .training import our_epoch, plain_epoch
 from .data import DATASETS, datasets, fingerprint
 
 # %% ../nbs/17_run.ipynb #fe745034
@@ -991,24 +990,6 @@ def as_lines(
     width = [max(len(row[i]) for row in cells) for i in range(len(there))]
     return ["  ".join(cell.rjust(w) if c in ("rank", "score", "stars", "price") else cell.ljust(w) for cell, w, c in zip(row, width, there)).rstrip() for row in cells]
 
-# %% ../nbs/17_run.ipynb #db273c8f
-def bench(
-    repeats: int = 5,  # passes of each loop, in turn; the median counts
-    ratings: int = 134_829,  # rows of a made-up log
-    users: int = 8_352,  # of the log
-    items: int = 3_715,  # of the log
-) -> dict:  # name -> figure
-    "Examples a second of our training and of the common loop, in batches of 4,096."
-    draw = np.random.default_rng(0)
-    rows = pl.DataFrame({"user": draw.integers(0, users, ratings), "item": draw.integers(0, items, ratings), "rating": draw.integers(1, 6, ratings).astype("float32"), "timestamp": np.arange(ratings)})
-    common, ours = [], []
-    for _ in range(repeats):
-        common.append(len(rows) / plain_epoch(rows, users, items))
-        n, seconds, _ = our_epoch(rows, users, items)
-        ours.append(n / seconds)
-    theirs, mine = np.median(common), np.median(ours)
-    return {"row by row, examples a second": float(theirs), "wide-deep, examples a second": float(mine), "ratio": float(np.median(np.array(ours) / np.array(common)))}
-
 # %% ../nbs/17_run.ipynb #c36f5266
 def bench_lists(
     repeats: int = 50,  # lists, one after the other; the median counts
@@ -1165,13 +1146,36 @@ def experiment_command(folder, **asked):
     for line in of_chapter("experiment", "experiment_in_words")(run.read("experiment.json")): click.echo(spaced(line))
     click.echo(f"The report: {os.path.relpath(run.folder / 'experiment.html')}")
 
+# %% ../nbs/17_run.ipynb #17a20002
+@cli.command("append")
+@click.argument("folder", metavar="RUN")
+@click.argument("log", metavar="LOG")
+@click.option("--passes", default=2, type=click.IntRange(0), help="Over all events, of models that learn in passes [2]")
+@click.option("--model", "models", multiple=True, help="A model to renew, may be given again [those that a service serves, as far as they are there]")
+def append_command(folder, log, **asked):
+    "Take new events in: tables, popularity and features at once, the models of RUN by a warm start."
+    told = of_chapter("monitoring", "append")(existing_run(folder), log, **asked)
+    click.echo(f"{told['new']:,} of {told['kept']:,} events are new ({told['repeated']:,} were there, {told['late']:,} are late), with {told['new users']:,} new people and {told['new items']:,} new products; {told['seconds']:.1f} s")
+    click.echo(f"Serve it with: widedeep serve {os.path.join(os.path.relpath(folder), told['folder'])}")
+
+
+@cli.command("dashboard")
+@click.argument("folder", metavar="RUN")
+@click.argument("log", metavar="[LOG]", default="")
+@click.option("--metrics", default="", help="Address of the service, or a file with what its /metrics said [its book says what it can]")
+@click.option("--book", default="", help="Folder in which feedback and lists were kept [service/ in RUN]")
+@click.option("--to", default="", help="Where the page goes [dashboard.html in RUN]")
+def dashboard_command(folder, log, **asked):
+    "One page that says whether it still works: health, quality, drift, experiments; of RUN and a newer LOG."
+    click.echo(f"The page: {os.path.relpath(of_chapter('monitoring', 'dashboard')(existing_run(folder), log, **asked))}")
+
 # %% ../nbs/17_run.ipynb #32b8f529
 @cli.command("bench")
 @click.option("--json", "as_json", is_flag=True, help="For programs")
 def bench_command(as_json):
-    "Our training beside the common row-by-row loop, measured in turn on this machine, and how long a basket waits for its list; a few minutes."
-    found = bench() | bench_lists() | bench_two_stages()
-    click.echo(json.dumps(found) if as_json else "\n".join(f"{k:<46}{v:>14,.1f}" for k, v in found.items()))
+    "Our training, ranking and preprocessing beside the common ways, in turn on this machine, and how long a basket waits for its list; some minutes."
+    found, lists = of_chapter("scale", "bench")(), bench_lists() | bench_two_stages()
+    click.echo(json.dumps(found | {"lists": lists}) if as_json else "\n".join([*of_chapter("scale", "told_in_lines")(found), *[f"{k:<46}{v:>14,.1f}" for k, v in lists.items()]]))
 
 
 @cli.command("publish")
