@@ -39,7 +39,7 @@ def report(tmp_path_factory):
 
 def test_page_is_one_file_with_everything(report):
     page = (report / "index.html").read_text()
-    assert "synthetic" in page and page.count("<section") == 19
+    assert "synthetic" in page and page.count("<section") == 22
     outside = re.findall(r"""(?:src|data|poster)=["']?(https?:[^"' >]+)|url\((https?:[^)]+)|@import|<link[^>]+href|<script[^>]+src""", page)
     assert outside == []
     assert page.count("<figure") >= 15 and "Traceback (most" not in page

@@ -20,7 +20,7 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 RESULT_PAGES = pages_in(ROOT / "nbs")
 PAGES = [ROOT / "index.qmd", *sorted((ROOT / "nbs").glob("*.qmd")), *NOTEBOOKS]
 TEXTS = [ROOT / "README.md", *PAGES]
-HOSTS = {"jmlr.org", "arxiv.org", "proceedings.neurips.cc", "proceedings.mlr.press", "papers.nips.cc", "colab.research.google.com", "doi.org", "github.com", "papermill.readthedocs.io", "quarto.org", "sifter.org", "snap.stanford.edu", "mcauleylab.ucsd.edu", "datarepo.eng.ucsd.edu"}
+HOSTS = {"jmlr.org", "arxiv.org", "proceedings.neurips.cc", "proceedings.mlr.press", "papers.nips.cc", "colab.research.google.com", "doi.org", "github.com", "papermill.readthedocs.io", "quarto.org", "sifter.org", "snap.stanford.edu", "mcauleylab.ucsd.edu", "datarepo.eng.ucsd.edu", "narwhals-dev.github.io"}
 name = lambda p: p.relative_to(ROOT).as_posix()
 each = lambda paths: pytest.mark.parametrize("path", paths, ids=name)
 
