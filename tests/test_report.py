@@ -16,7 +16,7 @@ from widedeep_nb.run import main
 from widedeep_nb.sequence import SEQUENCE
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["-p", "seeds=1", "-p", "epochs=3", "-p", "passes=1", "-p", "trials=1", "-p", "minutes=.2"]
+QUICK = ["-p", "seeds=1", "-p", "epochs=3", "-p", "passes=1", "-p", "trials=1", "-p", "minutes=.2", "-p", "shops=2", "-p", "shoppers=60", "-p", "bench_ratings=2000", "-p", "bench_rows=20000", "-p", "bench_repeats=1", "-p", "growth=4000"]
 
 
 def widedeep(*args, cwd=ROOT):
@@ -33,7 +33,7 @@ def run_report(folder, *args):
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "demo"
     done = run_report(folder, "--dataset", "demo?ratings=3000")
-    assert f"{folder.name}/index.html" in done.stdout and re.search(r"\[1/19\].*\n(.*\n)*.*\[19/19\]", done.stdout)
+    assert f"{folder.name}/index.html" in done.stdout and re.search(r"\[1/22\].*\n(.*\n)*.*\[22/22\]", done.stdout)
     return folder
 
 

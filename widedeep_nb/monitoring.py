@@ -361,7 +361,7 @@ def within(
 @step(compare)
 def watch(
     run: Run,  # with its log; gets drift.json
-    trials: int = 40,  # demo shops in which the alarm is tried, where the run is about one
+    shops: int = 40,  # demo shops in which the alarm is tried, where the run is about one
 ):
     "Compare what came after training with what was learnt from, and try the alarm on drifts that are known."
     log, items, last = run.read("interactions.parquet"), run.read("items.parquet"), run.splits()[-1].final().train["timestamp"].max()
@@ -370,7 +370,7 @@ def watch(
         found = drift(log, items, last)
         found["planted"] = delays(log, items, last, 6)
     except Problem as e: found = {"why": str(e)}
-    if run.data_name == "demo": found["trials"] = [run.once(f"trial-{i}", lambda: trial(i)) for i in tqdm(range(1, trials + 1), desc="demo shops", leave=False, mininterval=1)]
+    if run.data_name == "demo": found["trials"] = [run.once(f"trial-{i}", lambda: trial(i)) for i in tqdm(range(1, shops + 1), desc="demo shops", leave=False, mininterval=1)]
     run.write("drift.json", found)
 
 # %% ../nbs/21_monitoring.ipynb #21a19510

@@ -1096,7 +1096,8 @@ def recommend_command(folder, as_json, **asked):
 def serve_command(folder, **asked):
     "Answer a shop's page with the models of RUN, until stopped."
     from widedeep_nb.serving import serve
-    serve(existing_run(folder).folder, tell=click.echo, **asked)
+    run = existing_run(folder)                                           # events that were appended since are served; what people say stays with the run
+    serve(of_chapter("monitoring", "live")(run.folder), tell=click.echo, **asked | {"book": asked["book"] or str(run.folder / "service")})
 
 
 @cli.command("feedback")
@@ -1156,7 +1157,7 @@ def append_command(folder, log, **asked):
     "Take new events in: tables, popularity and features at once, the models of RUN by a warm start."
     told = of_chapter("monitoring", "append")(existing_run(folder), log, **asked)
     click.echo(f"{told['new']:,} of {told['kept']:,} events are new ({told['repeated']:,} were there, {told['late']:,} are late), with {told['new users']:,} new people and {told['new items']:,} new products; {told['seconds']:.1f} s")
-    click.echo(f"Serve it with: widedeep serve {os.path.join(os.path.relpath(folder), told['folder'])}")
+    click.echo(f"A service of it serves them once it is started anew: widedeep serve {os.path.relpath(folder)}")
 
 
 @cli.command("dashboard")
