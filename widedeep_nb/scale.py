@@ -263,7 +263,7 @@ def _common_ranking(**size):
     return _each(lambda: lists_one_by_one(model.net, question.users, split.known_items), len(question.users))
 
 
-@job("ranking: blocks")
+@job("ranking: first layer split")
 def _our_ranking(**size):
     model, split, question = drawn_question(**size)
     return _each(lambda: best_lists(model, split, question, 5), len(question.users))
@@ -480,7 +480,7 @@ def _judged_job(path: str, place: str):
 # %% ../nbs/22_scale.ipynb #22a30002
 CONTESTS = {  # what is done: the common way, then others
     "training": ("row by row", "whole arrays, the same network", "whole arrays, this report's network"),
-    "ranking": ("person by person", "blocks"),
+    "ranking": ("person by person", "first layer split"),
     "preprocessing": ("pandas and LabelEncoder", "the same work, streamed", "every row judged")}
 MOST = {"training": "a pass", "ranking": "a person", "preprocessing": "a file"}  # what the seconds are of
 
