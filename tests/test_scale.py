@@ -11,6 +11,7 @@ import polars as pl
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from widedeep_nb.core import PARTS, PROTOCOLS, Problem, as_interactions
@@ -185,6 +186,12 @@ def test_two_processes_learn_what_one_learns(data):
     assert alone["curve"][0] - alone["curve"][-1] > 100 * TOLERANCE                              # it learns, so that agreeing means something
     for other in (both, rows): assert np.allclose(alone["curve"], other["curve"], rtol=TOLERANCE, atol=0)
     assert both["held"] == alone["held"] and .5 <= rows["held"] / alone["held"] < .7              # the network behind the tables is held by both
+    one, two = [[load_file(data / way / "pass-4" / f"{rank}-of-{n}.safetensors") for rank in range(n)] for way, n in (("data-1", 1), ("rows-2", 2))]
+    dealt = [k for k in one[0] if one[0][k].dim() == 2 and two[0][k].shape != one[0][k].shape]
+    assert any("exp_avg_sq" in k for k in dealt) and any(k.startswith("net/") for k in dealt)
+    for k in dealt:                                                                              # Adam does not mind a gradient of twice the size, so its means are looked at too
+        whole, parts = one[0][k], torch.cat([t[k] for t in two])
+        assert parts.shape == whole.shape and (parts - whole).norm() < 1e-2 * whole.norm()
 
 
 @pytest.mark.long
