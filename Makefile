@@ -10,18 +10,19 @@ export PYTHONWARNINGS ?= ignore::DeprecationWarning
 report: $(READY)
 	$(BIN)/widedeep run --dataset demo --out runs/demo
 
-# two workers of one thread and one process each: with more they would wait for one another, six times as long; what sends signals runs by itself
+# two workers of one thread and one process each: with more they would wait for one another, six times as long; what sends signals runs by itself, and the longest, the whole report, is begun first
 test test-all: export LOKY_MAX_CPU_COUNT = 1
 # each worker goes through the chapters with the same tiny runs, left for the next chapter in a folder of their own
 NOTEBOOKS = tiny=$$(mktemp -d) && trap 'rm -rf "$$tiny"' EXIT && WIDEDEEP_TINY="$$tiny" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+REST = tests/test_report.py $(filter-out tests/test_report.py tests/test_run.py, $(wildcard tests/test_*.py))
 test: $(READY)
 	$(NOTEBOOKS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" --ignore tests/test_run.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long" $(REST)
 	$(BIN)/python -m pytest -m "not long" tests/test_run.py
 
 test-all: $(READY)
 	$(NOTEBOOKS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/test_run.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(REST)
 	$(BIN)/python -m pytest tests/test_run.py
 
 lab: $(READY)

@@ -26,7 +26,8 @@ from widedeep_nb.content import with_catalogue
 from widedeep_nb.core import PROTOCOLS, Problem, Run, Split, as_interactions, load_recommender, make_recommender
 from widedeep_nb.data import load
 from widedeep_nb.evaluation import hits_of, ndcg
-from widedeep_nb.monitoring import (PLANTS, RATE, Input, ageing, ageing_in_words, apart, append, asked_of_all, at_age, calendar_of, catch_up, catch_up_in_words, continued, dashboard, distances, drift,
+from widedeep_nb.experiment import MAIN
+from widedeep_nb.monitoring import (PLANTS, RATE, Input, ageing, ageing_in_words, apart, append, asked_of_all, at_age, calendar_of, catch_up, catch_up_in_words, continued, dashboard, distances, drift, experiment_panel,
                                     drift_in_words, health_of, judge_period, judged_by, listed_by, live, measures, outputs_drift, outputs_in_words, read_book, replay, replayed, shares_taken, side_by_side, split_at, trial, watch, within_seconds)
 from widedeep_nb.preprocessing import in_order, placed, preprocess, rows_that_count
 from widedeep_nb.serving import Asked, Book, Said, open_shop, write_feedback
@@ -447,14 +448,31 @@ def test_the_page(booked, fits, tmp_path, with_all):
     if with_all:
         shutil.copy(before_replay(run), run.folder / "replay.json")
         (tmp_path / "m.txt").write_text(MEASURES)
-        run.write("experiment.json", {"name": "<b>hybrid</b> against popularity", "arms": {"hybrid": {"people": 100, "mean": .3}, "popularity": {"people": 98, "mean": .2}}, "decision": "Take the hybrid."})
+        run.write("experiment.json", experiment_found(("<b>hybrid</b>", "popularity"), mismatch=1e-6))
     else: shutil.rmtree(run.folder / "service")
     page = dashboard(run, metrics=str(tmp_path / "m.txt") if with_all else "")
     fits(page)
     text = page.read_text()
     assert text.count('class="normal"') == 6 and text.count("<section") == 6 and "http://" not in text.replace("http://www.w3.org", "") and "$" not in text
-    if with_all: assert "<b>hybrid" not in text and "&lt;b&gt;hybrid" in text and "look here" in text and "Take the hybrid." in text and "1,000 requests" in text
+    if with_all: assert "<b>hybrid" not in text and "&lt;b&gt;hybrid" in text and "look here" in text and "so nothing can be said" in text and "1,000 requests" in text
     else: assert "No experiment has been run here" in text and "No list has been shown yet" in text and "has not been run here" in text
+
+
+def experiment_found(pair, mismatch=.5, lost=0):
+    "What chapter 20 leaves of an experiment."
+    new, old = pair
+    effects = [{"what": what, "value": .1, "lo": .02, "hi": .18, "p": .01, "se": .04} for what in ("purchases a person", "purchases a visit", MAIN)]
+    arms = [{"model": m, "people": 100, "visits": 220, "bought": n} for m, n in ((old, 40), (new, 50))]
+    way = {"people": [50, 200], "value": [.1, .1], "lo": [-.1, .01], "hi": [.3, .2], "p": [.5, .04]}
+    return {"pair": list(pair), "people": {"holdout": 20}, "lost": lost, "planned": {"effect": .05}, "test": {"name": "a", "arms": arms, "mismatch": mismatch, "crossed": 0, "effects": effects, "way": way}}
+
+
+def test_the_panel_of_experiments_reads_chapter_20(booked):
+    "In order, unless groups are askew or visits were lost; the decision in its words."
+    for how, state, says in (({}, "ok", "So: use hybrid."), ({"mismatch": 1e-6}, "look", "so nothing can be said"), ({"lost": 3}, "look", "3 visits were lost")):
+        booked.write("experiment.json", experiment_found(("hybrid", "popularity"), **how))
+        panel = experiment_panel(booked)
+        assert panel.state == state and says in panel.says and panel.table["model"].to_list() == ["popularity", "hybrid"] and panel.figure is not None
 
 
 def before_replay(run):

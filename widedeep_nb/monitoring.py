@@ -47,6 +47,7 @@ from .content import ContentTowers, described, with_catalogue
 from .core import COLORS, History, Problem, Recommender, Run, Split, as_codes, as_svg, codes_of, enough, in_time, as_interactions, load_recommender, lot, make_recommender, mask_seen, one_of, spaced, step, top_k, use_theme, written_whole
 from .data import drawn_by, load
 from .evaluation import Question, bootstrap, candidates_of, hits_of, ndcg, rate_rows, summarise, told
+from .experiment import MISMATCH, draw_way, experiment_in_words, test_table
 from .hybrid import Hybrid, OnStatistics, put_together
 from .preprocessing import category_codes, in_order, placed, relaxed, rows_that_count, take_snapshot
 from .sequence import SEQUENCE
@@ -1051,6 +1052,7 @@ def bustle_of(
     few = len(before) < 24
     lo, hi = (before["lists"].quantile(q, "linear") for q in (.025, .975)) if not few else (0, np.inf)
     normal = f"Normal is what 95 % of the {len(before)} hours before had: {lo:,.0f} to {hi:,.0f} lists. The last hour may not be over." if not few else f"What is normal can be said after 24 hours; there are {len(before)} so far."
+    if len(hours) < 2: return Panel(title, "none", says, normal)
     fig, ax = plt.subplots(figsize=(5.2, 2.2))
     for name, colour, y in (("lists", "hybrid", .9), ("events", "baseline", .7)):
         ax.plot(hours["at"], hours[name], color=COLORS[colour], lw=1.4, drawstyle="steps-post")
@@ -1151,15 +1153,14 @@ def age_panel(
 def experiment_panel(
     run: Run,  # of the report
 ) -> Panel:
-    "The last experiment, whatever is told of it."
-    normal = "Normal would be arms of the planned sizes, and a decision only where an interval leaves out nought."
-    if not (run.folder / "experiment.json").exists(): return Panel("Experiments", "none", "No experiment has been run here.", normal)
+    "The last experiment of chapter 20."
+    title, normal = "Experiments", f"Normal are groups as large as they should be (p of {MISMATCH:g} or more), no visit lost, and a decision only where an interval leaves out nought."
+    if not (run.folder / "experiment.json").exists(): return Panel(title, "none", "No experiment has been run here.", normal)
     found = run.read("experiment.json")
-    arms = found.get("arms", {})
-    rows = [{"arm": name} | (of if isinstance(of, dict) else {"value": of}) for name, of in arms.items()] if isinstance(arms, dict) else [a if isinstance(a, dict) else {"arm": a} for a in arms]
-    plain = [{k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items() if isinstance(v, (str, int, float))} for row in rows]
-    said = next((str(found[k]) for k in ("said", "decision", "verdict", "report") if isinstance(found.get(k), str)), "")
-    return Panel("Experiments", "ok", f"{found.get('name', 'An experiment')}: {len(rows)} arms. {said}".strip(), normal, table=pl.DataFrame(plain) if plain else None)
+    said = experiment_in_words(found)
+    if "test" not in found: return Panel(title, "none", said[0], normal)
+    wrong = found["test"]["mismatch"] < MISMATCH or found["lost"] > 0
+    return Panel(title, "look" if wrong else "ok", f"{' against '.join(found['pair'])}. {said[-1]} {said[0]}", normal, draw_way(found["test"]["way"]), "The difference of the two models with its confidence sequence along the number of people.", test_table(found["test"]))
 
 # %% ../nbs/21_monitoring.ipynb #21a10df9
 def as_section(
