@@ -118,6 +118,9 @@ def test_item_knn_in_blocks_is_item_knn_at_once(split):
     have = sp.csr_array(binary(split))
     alike = cosine(have, have, 2.)
     for small, whole in zip(nearest(have, 6, alike, budget=50), nearest(have, 6, alike)): assert torch.equal(small, whole)
+    pairs = int((have.sum(1).astype(int) ** 2).sum())                                     # each row's entries beside one another
+    assert torch.equal(nearest(have, 6, alike, most=pairs)[0], nearest(have, 6, alike)[0])
+    with pytest.raises(Problem, match=f"{pairs:,} pairs"): nearest(have, 6, alike, most=pairs - 1)
 
 
 @pytest.mark.filterwarnings("ignore:Method expects CSR")
