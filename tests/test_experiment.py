@@ -12,9 +12,8 @@ import statsmodels.api as sm
 from scipy import integrate, stats
 
 import widedeep_nb.experiment as ex
-from widedeep_nb.content import with_catalogue
-from widedeep_nb.core import PROTOCOLS, Problem, Run, Split, make_recommender
-from widedeep_nb.data import drawn_shoppers, load
+from widedeep_nb.core import Problem
+from widedeep_nb.data import drawn_shoppers
 from widedeep_nb.serving import drawn
 
 PLAN = {"lists": {"popularity": .3, "neighbours": .4, "content": .3}, "stars": {"ridge": 1.}}
@@ -23,16 +22,9 @@ IDS = pl.Series([f"U{i:05}" for i in range(5000)])
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(small_run):
     "A small run of the demo shop with two fitted models."
-    run = Run(tmp_path_factory.mktemp("tried") / "run", dataset="demo?ratings=2500")
-    log, items, users = load("demo?ratings=2500")
-    for name, table in (("interactions", log), ("items", items), ("users", users)): run.write(f"{name}.parquet", table)
-    run.update(hashes=run.written)
-    rated = log.filter(pl.col("rating").is_not_null())
-    split = with_catalogue(Split.of(rated, rated.clear(), rated.clear(), items=items, users=users, protocol=PROTOCOLS["given"]), items)
-    for name, how in (("hybrid", {"plan": PLAN}), ("popularity", {})): make_recommender(name, **how).fit(split).save(run.model_folder(name))
-    return run
+    return small_run(hybrid={"plan": PLAN}, popularity={})
 
 
 @pytest.fixture(scope="module")

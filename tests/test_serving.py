@@ -24,13 +24,10 @@ import psutil
 import pytest
 import torch
 import uvicorn
-from click.testing import CliRunner
-from fastapi import HTTPException
 from prometheus_client.parser import text_string_to_metric_families
 
 import widedeep_nb.serving as serving
-from widedeep_nb.content import with_catalogue
-from widedeep_nb.core import PROTOCOLS, Problem, Run, Split, load_recommender, make_recommender
+from widedeep_nb.core import Problem, Run
 from widedeep_nb.data import load
 from widedeep_nb.recommend import Rules
 from widedeep_nb.run import cli, main
@@ -42,16 +39,9 @@ PLAN = {"lists": {"popularity": .3, "neighbours": .4, "content": .3}, "stars": {
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory):
+def made(small_run):
     "A small run with three fitted models."
-    run = Run(tmp_path_factory.mktemp("served") / "run", dataset="demo?ratings=2500")
-    log, items, users = load("demo?ratings=2500")
-    for name, table in (("interactions", log), ("items", items), ("users", users)): run.write(f"{name}.parquet", table)
-    run.update(hashes=run.written)
-    rated = log.filter(pl.col("rating").is_not_null())
-    split = with_catalogue(Split.of(rated, rated.clear(), rated.clear(), items=items, users=users, protocol=PROTOCOLS["given"]), items)
-    for name, how in (("hybrid", {"plan": PLAN}), ("item-knn", {}), ("popularity", {})): make_recommender(name, **how).fit(split).save(run.model_folder(name))
-    return run
+    return small_run(hybrid={"plan": PLAN}, item_knn={}, popularity={})
 
 
 @pytest.fixture

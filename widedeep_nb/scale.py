@@ -36,7 +36,6 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import psutil
-import scipy.sparse as sp
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -53,13 +52,13 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/22_scale.ipynb #22c0ca06
 from .baselines import as_csr, cosine, nearest
-from .core import COLORS, EXTRAS, PARTS, PROTOCOLS, DEVICES, History, Problem, Protocol, Recommender, Run, Split, as_codes, as_interactions, lot, make_loss, mask_seen, one_of, pick_device, step, top_k, versions, written_whole
-from .data import DATASETS, ingest, options_of, read_log
+from .core import COLORS, PARTS, PROTOCOLS, DEVICES, History, Problem, Protocol, Run, Split, as_interactions, lot, mask_seen, one_of, pick_device, step, top_k, versions, written_whole
+from .data import DATASETS, read_log
 from .evaluation import Question, best_lists, rate_rows, summarise
 from .model import WideAndDeep
 from .original import AsReported, recipe_epoch
 from .preprocessing import Inputs, category_codes, make_inputs, prepare, preprocess, training_inputs, user_features
-from .training import LazyAdamW, PlainWideDeep, WideDeep, batch_of, optimiser_of, our_epoch, plain_epoch, train_epoch
+from .training import LazyAdamW, PlainWideDeep, WideDeep, our_epoch, plain_epoch
 
 # %% ../nbs/22_scale.ipynb #22a10002
 def settle():
@@ -1151,6 +1150,8 @@ def draw_growth(
         ax.plot(line["rows"], line[what], "o-", color=colour, ms=3.5, lw=1.4)
     ax.set(xscale="log", yscale="log", xlabel="rows of the raw file, log scale", ylabel="seconds, log scale" if what == "seconds" else "most memory, GB, log scale")
     low, high, last = ax.get_ylim()[0], ax.get_ylim()[1], rows["rows"].max()
+    told = "125" if high > 10 * low else "123456789"                                                       # first digits of the ticks that are labelled
+    for which in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter): which(lambda y, _: f"{y:g}" if f"{y:e}"[0] in told else "")
     gap, place = (high / low) ** .075, 0.
     for end, stage, exponent in sorted(ends):                                                              # labels from below, none on another
         place = max(end, place * gap)

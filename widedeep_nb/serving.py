@@ -1035,7 +1035,7 @@ def open_shop(
     models: tuple = (),  # names; the first one is the default; empty: those of SERVED that are there
     explore: float = 0.,  # temperature of lists that are drawn; 0: only where that is asked for
     book: str = "",  # folder of what people say; empty: service/ of the run
-    **how,  # `seed`; `most`, `wait` and `seen` of the line
+    **how,  # `seed`; `most`, `wait`, `seen` and `threads` of the line
 ) -> Shop:
     "A run, checked and ready to be asked."
     run = Sealed(folder)
