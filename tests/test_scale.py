@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from widedeep_nb import scale
 from widedeep_nb.core import PARTS, PROTOCOLS, Problem, as_interactions
 from widedeep_nb.evaluation import best_lists
 from widedeep_nb.preprocessing import prepare
@@ -45,6 +46,14 @@ def test_streamed_split_is_that_of_chapter_03(tmp_path, name, least, whole_days)
         engine = Engine(tmp_path)
         split_by(engine, engine.read(plain_log(log.lazy(), tmp_path / "log.parquet")), protocol)
         assert same(tmp_path, log, protocol) == []
+
+
+@pytest.mark.parametrize("heaps", [1, 7, 60])
+def test_ids_that_share_a_heap_are_told_apart(tmp_path, monkeypatch, heaps):
+    monkeypatch.setattr(scale, "HEAPS", heaps)
+    log, protocol, engine = drawn(1500, 150, 120, 40), replace(PROTOCOLS["as-reported"], min_user=9, min_item=12), Engine(tmp_path)
+    split_by(engine, engine.read(plain_log(log.lazy(), tmp_path / "log.parquet")), protocol)
+    assert same(tmp_path, log, protocol) == [] and len(read_split(tmp_path, protocol).train) > 100
 
 
 def test_what_cannot_be_streamed_is_refused(tmp_path):
