@@ -129,12 +129,12 @@ def _scores(self, users, history, items):
     "As relu(a + b) is max(a, -b) + b, what the person adds goes around the products: one walk over them instead of two, person by person, so that it stays in the processor's cache."
     (users, items), net, (first, _, second, _, last) = self._rows(users, items), self.net, self.net.mlp
     of_user, of_item = [table(codes) @ weight.T for table, codes, weight in zip((net.user, net.item), (users, items), first.weight.split(64, 1))]
-    of_item, deep = of_item + first.bias, torch.empty(len(users), len(items))
-    hidden, inner = torch.empty(of_item.shape), torch.empty(len(items), len(second.bias))
-    for person, shift, found in zip(-of_user, second(of_user), deep):
-        torch.addmm(shift, torch.maximum(of_item, person, out=hidden), second.weight.T, out=inner).relu_()
-        torch.mv(inner, last.weight[0], out=found)
-    return deep + last.bias + net.by_user(users) + net.by_item(items).T + net.offset
+    of_item, for_all, scores = of_item + first.bias, (net.by_item(items) + last.bias + net.offset)[:, 0], torch.empty(len(users), len(items))
+    hidden, inner, weight, weights = torch.empty(of_item.shape), torch.empty(len(items), len(second.bias)), last.weight[0], second.weight.T
+    for person, shift, found in zip(-of_user, second(of_user), scores):
+        torch.addmm(shift, torch.maximum(of_item, person, out=hidden), weights, out=inner).relu_()
+        torch.addmv(for_all, inner, weight, out=found)
+    return scores.add_(net.by_user(users))
 
 
 AsReported.predict, AsReported._predict, AsReported._rows, AsReported._scores = predict_unclipped, _predict, _rows, _scores

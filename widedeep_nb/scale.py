@@ -545,7 +545,7 @@ def bench(
     ratings: int = 134_829,  # rows that training and ranking are measured on: as many as the original kept
     users: int = 8_352,  # of them
     items: int = 3_715,  # of them
-    people: int = 200,  # whose lists are made
+    people: int = 1_000,  # whose lists are made
     rows: int = 7_800_000,  # of the raw file: as many as Amazon's
 ) -> dict:  # machine: what it can do; records: from `contest`
     "Training, ranking and preprocessing beside the common ways, on this machine, in one run."
