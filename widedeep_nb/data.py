@@ -566,8 +566,8 @@ def validate(
     kept.select([pl.col(c).cast((LOG | EXTRAS)[c]) for c in form]).sink_parquet(path, engine="streaming")
     if "review" in source.log.collect_schema(): kept.drop_nulls("review").select("user", "item", "review").sink_parquet(reviews_beside(path), engine="streaming")
     log = pl.scan_parquet(path, glob=False)
-    items, users = complete(log, "item", source.items), complete(log, "user", source.users)
-    return report_on(source, log, counts, scale), items, users
+    ids = {key: log.select(pl.col(key).unique()).collect(engine="streaming").sort(key) for key in ("item", "user")}
+    return report_on(source, log, counts, scale, ids), complete(ids["item"], source.items), complete(ids["user"], source.users)
 
 
 def reviews_beside(
@@ -578,14 +578,12 @@ def reviews_beside(
 
 
 def complete(
-    log: pl.LazyFrame,  # all rows that stay
-    key: str,  # "item" or "user"
+    ids: pl.DataFrame,  # those of the log, in order: one column, "item" or "user"
     table: Optional[pl.DataFrame],  # what is known of some of them, and perhaps of others
 ) -> pl.DataFrame:  # the table, and below it the ids that it lacks
     "A table that knows every id of the log."
-    ids = log.select(pl.col(key).unique()).collect(engine="streaming").sort(key)
     if table is None: return ids
-    return pl.concat([table, ids.join(table, on=key, how="anti", maintain_order="left")], how="diagonal")
+    return pl.concat([table, ids.join(table, on=ids.columns, how="anti", maintain_order="left")], how="diagonal")
 
 # %% ../nbs/01_data.ipynb #94fce55f
 def report_on(
@@ -593,16 +591,17 @@ def report_on(
     log: pl.LazyFrame,  # what stays of it
     counts: dict,  # reason -> rows left out for it; None: rows that stay
     scale: Optional[tuple],  # of the ratings
+    ids: dict,  # "item" and "user" -> a table of those that the log has
 ) -> dict:  # what goes into ingest.json
     "How a log came about."
     time, columns = pl.col("timestamp"), log.collect_schema().names()
-    seen = log.select(pl.col("user", "item").n_unique(), first=time.min(), last=time.max()).collect(engine="streaming").row(0, named=True)
+    seen = log.select(first=time.min(), last=time.max()).collect(engine="streaming").row(0, named=True)
     notes = list(source.notes)
     if is_stars(scale): notes.append(f"stars run from {scale[0]:g} to {scale[1]:g}")
     elif scale: notes.append("ratings are 0 or 1: each 1 is an event without stars" if scale == (0, 1) else "ratings are counts: each row is an event without stars")
     if source.unit: notes.append(f"times were read as {source.unit}" if seen["first"] else "no time could be read, so the log has none")
     return {
-        "rows_read": sum(counts.values()), "kept": counts[None], "users": seen["user"], "items": seen["item"],
+        "rows_read": sum(counts.values()), "kept": counts[None], "users": len(ids["user"]), "items": len(ids["item"]),
         "dropped": [{"reason": why, "rows": counts.get(why, 0), "fault": why in FAULTS} for why in REASON.categories],
         "first": seen["first"] and seen["first"].isoformat(), "last": seen["last"] and seen["last"].isoformat(),
         "has_stars": is_stars(scale), "has_time": seen["first"] is not None, "has_events": "event" in columns, "has_parts": "part" in columns,
