@@ -18,7 +18,7 @@ from widedeep_nb import scale
 from widedeep_nb.core import PARTS, PROTOCOLS, Problem, as_interactions
 from widedeep_nb.evaluation import best_lists
 from widedeep_nb.preprocessing import prepare
-from widedeep_nb.scale import DAY, TOLERANCE, Engine, Shortlist, Worker, bench, curves_of, drawn_question, draw_raw, exponents, give_data, kept_passes, lists_one_by_one, lists_within, needs, on_spark, plain_log, read_split, split_by, told_in_lines, torchrun, whole_way
+from widedeep_nb.scale import DAY, TOLERANCE, Engine, Shortlist, Worker, bench, change_over, curves_of, drawn_question, draw_raw, exponents, give_data, kept_passes, lines_on_size, lists_one_by_one, lists_within, needs, on_spark, plain_log, read_split, rows_in_words, split_by, told_in_lines, torchrun, whole_way
 from widedeep_nb.training import LazyAdamW, WideDeep
 
 TABLES = (*PARTS, "aside", "users", "items")
@@ -153,6 +153,29 @@ def test_exponents_of_a_square():
     rows = pl.DataFrame([{"rows": n, "repeat": r, "stage": s, "seconds": c * n ** p, "memory": 1.} for n in (10, 100, 1000) for r in (1, 2, 3) for s, c, p in (("a", 2., 1), ("b", .1, 2))])
     found = {s: e for s, e, *_ in exponents(rows).rows()}
     assert found["a"] == pytest.approx(1) and found["b"] == pytest.approx(2) and exponents(rows, "memory")["exponent"].abs().max() < 1e-9
+
+
+def engines(polars, spark, memory=lambda n: n / 1e7):
+    return pl.DataFrame([{"rows": n, "engine": e, "seconds": f(n), "memory": memory(n) if e == "Polars" else None} for n in (10 ** 4, 10 ** 5, 10 ** 6) for e, f in (("Polars", polars), ("Spark", spark))])
+
+
+def test_where_to_change_over():
+    over = change_over(engines(lambda n: 1e-6 * n, lambda n: 1e-3 * n ** .5 * 9), 24.)
+    assert over["time"] == pytest.approx(81e6) and over["memory"] == pytest.approx(24e7)            # 1e-6 n = 9e-3 sqrt(n) at n = 81 million
+    assert change_over(engines(lambda n: 1e-6 * n, lambda n: 1e-5 * n), 24.)["time"] == float("inf")     # ten times as slow at every size
+    assert change_over(engines(lambda n: 1e-6 * n, lambda n: 1e-5 * n, lambda n: .5), 24.)["memory"] == float("inf")
+    assert change_over(engines(lambda n: 1e-6 * n, lambda n: 1e-7 * n), 24.)["time"] == pytest.approx(1e6)                # overtaken already
+    assert rows_in_words(81e6) == "about 80,000,000 rows" and rows_in_words(float("inf")) == "no number of rows"
+
+
+def test_what_large_logs_take_is_told_only_where_it_was_measured():
+    stages = [{"rows": n, "repeat": 1, "stage": s, "seconds": 60. * n, "memory": m, "rows_read": 7, "users": 3, "items": 2, "disk": .5, "people": 3, "exhaustive": False, "would take": 7200., "found": .9} for n in (1, 2) for s, m in (("read", 1.), ("split", 2.5), ("lists", 2.))]
+    found = {"growth": stages, "largest": [{"stage": "read", "seconds": 90., "memory": 3., "rows_read": 44}, {"stage": "split", "seconds": 30., "memory": 4.}],
+             "engines": engines(lambda n: 1e-6 * n, lambda n: 1e-5 * n).to_dicts(), "bench": {"machine": {"device": "a CPU", "threads": 2, "memory": 24.}}}
+    laptop, colab, cluster = lines_on_size(found).splitlines()
+    for said in ("7 raw rows of 3 people and 2 products", "6.0 minutes", "at most 2.5 GB", "2.0 hours", "90%", "0.5 GB on the disk", "44 rows", "2.0 minutes, with at most 4.0 GB"): assert said in laptop
+    assert "4.0 GB" in colab and "24 GB does up to about 200,000,000 rows" in cluster
+    for missing in ("largest", "engines"): assert lines_on_size(found | {missing: []}) == ""
 
 
 def test_a_worker_says_what_went_wrong():

@@ -11,11 +11,12 @@ __all__ = ['READERS', 'HIDDEN', 'OPTION', 'FOLDED', 'OUTSIDE', 'MAIN', 'HYBRIDS'
            'PageText', 'PageExporter', 'fold_together', 'body_of', 'reference_in', 'test_figures', 'surely', 'advice',
            'join', 'verdict', 'shortlist', 'headline', 'winners', 'who_wins', 'facts', 'title_of', 'style', 'page',
            'write_page', 'as_div', 'site_filter', 'with_outputs', 'results_of', 'compact', 'published', 'figures_of',
-           'readme_table', 'rewrite_readme', 'between', 'pages_in', 'execute_pages', 'chapters_with_outputs', 'publish',
-           'load_model', 'read_basket', 'most_taken', 'rows_of', 'as_history', 'suggest', 'as_lines', 'bench_lists',
-           'bench_two_stages', 'cli', 'run_command', 'existing_run', 'datasets_command', 'recommend_command',
-           'serve_command', 'feedback_command', 'export_command', 'of_chapter', 'experiment_command', 'append_command',
-           'dashboard_command', 'bench_command', 'publish_command', 'site_filter_command', 'main']
+           'readme_table', 'rewrite_readme', 'between', 'pages_in', 'execute_pages', 'chapters_with_outputs',
+           'publish_size', 'publish', 'load_model', 'read_basket', 'most_taken', 'rows_of', 'as_history', 'suggest',
+           'as_lines', 'bench_lists', 'bench_two_stages', 'cli', 'run_command', 'existing_run', 'datasets_command',
+           'recommend_command', 'serve_command', 'feedback_command', 'export_command', 'of_chapter',
+           'experiment_command', 'append_command', 'dashboard_command', 'bench_command', 'publish_command',
+           'site_filter_command', 'main']
 
 # %% ../nbs/17_run.ipynb #70a0da2f
 import ast
@@ -833,6 +834,7 @@ def rewrite_readme(
     text = between(readme.read_text(), "figures", "\n\n".join(map(readme_table, runs.values())))
     pictures = sorted(p for name in runs for p in results.glob(f"{name}-ra*.png") if not name.startswith("demo"))
     text = between(text, "picture", "\n".join(f'<img src="results/{p.name}" width="49%" alt="Models with 95 % intervals, {p.stem.replace("-", " ")}; the same figures stand in the table below.">' for p in pictures))
+    if (size := results / "scale" / "cpu.json").exists(): text = between(text, "size", of_chapter("scale", "lines_on_size")(json.loads(size.read_text())))
     with written_whole(readme) as p: p.write_text(text)
 
 
@@ -877,6 +879,16 @@ def chapters_with_outputs(
     return ready
 
 
+def publish_size(
+    run: Run,  # with scale.json, or without
+    folder: Path,  # gets a file named by the device
+):
+    "What large sizes took, where they were measured."
+    if not (run.folder / "scale.json").exists() or not of_chapter("scale", "lines_on_size")(found := run.read("scale.json")): return
+    device = re.sub("[^a-z0-9]+", "-", found["bench"]["machine"]["name"].lower()) or "cpu"
+    with written_whole(Path(folder) / f"{device}.json") as p: p.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def publish(
     run: Run,  # whose chapters are done
     notebooks: Path,  # nbs/ of the checkout; results/ lies beside it
@@ -886,6 +898,7 @@ def publish(
     for path, nb in ready.items():
         with written_whole(path) as p: nbformat.write(nb, p)
     with written_whole(target) as p: p.write_text(compact(results_of(run)))
+    publish_size(run, target.parent / "scale")
     for task, fig in winners(run):
         with written_whole(target.with_name(f"{target.stem}-{task}.png")) as p: fig.savefig(p, dpi=200, facecolor="white", bbox_inches="tight")
         plt.close(fig)

@@ -12,11 +12,12 @@ __all__ = ['STATUS', 'PEAK', 'JOBS', 'HOW', 'HEAPS', 'RAW', 'KEYS', 'DAY', 'CONT
            'last_events', 'Shortlist', 'lists_within', 'Watched', 'Stages', 'shop_file', 'whole_way', 'amazon_size',
            'largest_log', 'grown', 'exponents', 'spread_out', 'own_part', 'kept_passes', 'tensors_of', 'keep_pass',
            'go_on', 'give_data', 'shares_of', 'some_steps', 'lay_out', 'train_together', 'one_of_several', 'torchrun',
-           'curves_of', 'on_spark', 'engines_by_size', 'measure_scale', 'draw_ratios', 'ratios_in_words', 'draw_growth',
-           'growth_in_words', 'draw_lazy']
+           'curves_of', 'has_spark', 'on_spark', 'engines_by_size', 'change_over', 'measure_scale', 'draw_ratios',
+           'ratios_in_words', 'at_most', 'way_in_words', 'draw_growth', 'growth_in_words', 'draw_lazy', 'draw_engines',
+           'rows_in_words', 'engines_in_words', 'lines_on_size']
 
 # %% ../nbs/22_scale.ipynb #22c0ca03
-import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -555,7 +556,7 @@ def bench(
         found = contest("training", workers, best, repeats, **size) + contest("ranking", workers, best, repeats, people=people, **size)
         found += contest("preprocessing", workers, best, repeats, path=path, place=place)
     for record in found[-len(CONTESTS["preprocessing"]) + 1:]: record["rows"] = rows
-    return {"machine": best | {"device": DEVICES.get(pick_device().type, pick_device().type), "name": torch.cuda.get_device_name() if torch.cuda.is_available() else ""} | versions(), "records": found}
+    return {"machine": best | {"device": DEVICES.get(pick_device().type, pick_device().type), "memory": psutil.virtual_memory().total / 1e9, "name": torch.cuda.get_device_name() if torch.cuda.is_available() else ""} | versions(), "records": found}
 
 
 def told_in_lines(
@@ -780,6 +781,7 @@ def whole_way(
     report, items, _ = stages.run("read", lambda: read_log(str(source), log))
     stages.records[-1] |= {k: report[k] for k in ("rows_read", "kept", "users", "items")}
     stages.run("split", lambda: split_by(engine, engine.read(plain_log(pl.scan_parquet(log), place / "log.parquet")), chosen))
+    stages.records[-1]["disk"] = round(sum(f.stat().st_size for f in place.rglob("*") if f.is_file()) / 1e9, 3)
     if not people: return stages.records
     split = read_split(place, chosen)
     split = replace(split, items=split.items.join(items, on="item", how="left", maintain_order="left"))
@@ -812,15 +814,12 @@ def amazon_size(
 
 def largest_log(
     place: Path,  # a folder to work in, on a disk with 15 GB to spare
-    rows: int = 43_900_000,  # of a drawn file
-    users: int = 18_300_000,  # ids at most
-    items: int = 1_600_000,  # ids at most
+    rows: int = 43_900_000,  # of a drawn file, with people and products in proportion: as Amazon's of 2023, 18.3 and 1.6 million
     protocol: str = "filtered-first",  # by which to filter and cut
 ) -> list:  # from `whole_way`
-    "Read, filter and split a log of the size of Amazon's of 2023."
-    path = Path(place) / "ratings.csv"
-    if not path.exists(): draw_raw(path, rows, users, items)
-    return whole_way(str(path), Path(place) / "work", protocol, people=0)
+    "Read, filter and split a log that is as large as there are, in a process of its own."
+    path = draw_raw(Path(place) / "ratings.csv", rows, max(10, rows * 183 // 439), max(10, rows * 16 // 439))
+    with Worker() as worker: return worker.once("the whole way", source=str(path), place=f"{place}/work", protocol=protocol, people=0)["told"]
 
 # %% ../nbs/22_scale.ipynb #22a70002
 STAGES = ("read", "split", "features", "a pass", "lists")
@@ -829,17 +828,16 @@ STAGES = ("read", "split", "features", "a pass", "lists")
 def grown(
     place: Path,  # a folder to work in
     ratings: int,  # rows of the middle size
-    repeats: int = 3,  # times that each size is gone through, in turn, after a first time that only warms up
+    repeats: int = 3,  # times that each size is gone through, each time in a process of its own that the smallest has warmed up
     factors: tuple = (.1, 1, 10),  # of the middle size
     people: int = 100_000,  # who get a list, at most
-) -> list:  # a dict a size, repeat and stage: rows, repeat, stage, seconds, memory
-    "The whole way at several sizes, from small to large, in a process of its own."
+) -> list:  # a dict a size, repeat and stage: rows, repeat, and what `whole_way` says
+    "The whole way at several sizes, from small to large."
     rows = [int(max(2_000, ratings * factor)) for factor in factors]
-    sources, found = {n: str(shop_file(Path(place) / f"shop of {n}", n)) for n in rows}, []
-    with Worker() as worker:
-        for repeat in tqdm(range(repeats + 1), desc="sizes", leave=False):
-            told = worker.once("several sizes", sources=sources, people=people)["told"]
-            found += [{"rows": n, "repeat": repeat} | {k: row[k] for k in ("stage", "seconds", "memory")} for n, stages in told for row in stages if repeat]
+    with Worker() as worker: sources, found = {n: worker.once("draw a shop", folder=f"{place}/shop of {n}", ratings=n)["told"] for n in rows}, []
+    for repeat in tqdm(range(1, repeats + 1), desc="sizes", leave=False):
+        with Worker() as worker: told = [worker.once("several sizes", sources={n: sources[n] for n in some}, people=people)["told"] for some in (rows[:1], rows)][1]
+        found += [{"rows": n, "repeat": repeat} | row for n, stages in told for row in stages]
     return found
 
 
@@ -1056,13 +1054,18 @@ def curves_of(
     return [{"way": way, "processes": n} | json.loads((Path(folder) / f"{way}-{n}.json").read_text()) for way, n in (("data", 1), ("data", processes), ("rows", processes))]
 
 # %% ../nbs/22_scale.ipynb #22a90002
+def has_spark() -> bool:
+    "Are pyspark and a Java here?"
+    return bool(importlib.util.find_spec("pyspark") and shutil.which("java"))
+
+
 def on_spark(
     master: str = "local[*]",  # a cluster's address, or this machine's threads
     memory: str = "4g",  # of the driver
 ) -> object:  # a session
     "Spark, where it is installed."
-    try: from pyspark.sql import SparkSession
-    except ImportError: raise Problem("Spark needs pyspark and a Java: pip install 'widedeep_nb[spark]'") from None
+    if not has_spark(): raise Problem("Spark needs pyspark and a Java: pip install 'widedeep_nb[spark]'")
+    from pyspark.sql import SparkSession
     made = SparkSession.builder.master(master).appName("widedeep_nb").config("spark.driver.memory", memory).config("spark.ui.enabled", "false")
     return made.config("spark.sql.session.timeZone", "UTC").config("spark.sql.shuffle.partitions", str(2 * (os.cpu_count() or 1))).getOrCreate()
 
@@ -1083,10 +1086,10 @@ def _spark_split(log: str, place: str, protocol: str = "filtered-first", master:
 
 def engines_by_size(
     place: Path,  # a folder to work in
-    sizes: tuple = (100_000, 1_000_000, 10_000_000),  # rows
+    sizes: tuple = (100_000, 1_000_000, 10_000_000),  # rows, from small to large
     repeats: int = 1,  # times each, after a first
-) -> list:  # a dict a size and engine: rows, engine, seconds
-    "Where it pays to change over from one to the other on this machine."
+) -> list:  # a dict a size, engine and repeat: rows, engine, seconds, and memory (GB; of Spark, which is not in Python, None)
+    "The same split on both, on this machine."
     found = []
     for rows in sizes:
         folder = Path(place) / str(rows)
@@ -1094,9 +1097,21 @@ def engines_by_size(
         raw, log = draw_raw(folder / "raw.csv", rows, rows // 2, max(10, rows // 16)), folder / "log.parquet"
         Engine(folder).raw(raw).unique(["user", "item"]).sink_parquet(log)
         for engine in ("Polars", "Spark"):
-            with Worker() as worker: times = [worker.once(f"split on {engine}", log=str(log), place=str(folder))["told"] for _ in range(repeats + 1)]
-            found += [{"rows": rows, "engine": engine, "seconds": seconds} for seconds in times[1:]]
+            with Worker() as worker: told = [worker.once(f"split on {engine}", log=str(log), place=str(folder)) for _ in range(repeats + 1)][1:]
+            found += [{"rows": rows, "engine": engine, "seconds": t["told"], "memory": t["peak"] if engine == "Polars" else None} for t in told]
     return found
+
+
+def change_over(
+    rows: pl.DataFrame,  # from `engines_by_size`
+    memory: float,  # GB that this machine has
+) -> dict:  # time: rows from which Spark would be the faster one, inf: never; memory: rows at which Polars would need all memory
+    "Where to change over, drawn on from the two largest sizes on logarithmic axes."
+    middle = rows.group_by("engine", "rows").agg(pl.col("seconds", "memory").median()).sort("rows")
+    x = np.log(middle["rows"].unique().sort().to_numpy())[-2:]
+    line = lambda engine, what="seconds": np.log(middle.filter(engine=engine)[what].to_numpy().astype(float))[-2:]
+    reach = lambda gap: float(np.exp(x[1] + gap[1] * (x[1] - x[0]) / (gap[0] - gap[1]))) if gap[1] > 0 and gap[0] > gap[1] else float("inf") if gap[1] > 0 else float(np.exp(x[1]))
+    return {"time": reach(line("Spark") - line("Polars")), "memory": reach(np.log(memory) - line("Polars", "memory"))}
 
 # %% ../nbs/22_scale.ipynb #22a90004
 TABLES = (4_200, 42_000, 420_000, 4_200_000)  # ids; the last as many as Amazon's log has people
@@ -1109,10 +1124,13 @@ def measure_scale(
     bench_rows: int = 200_000,  # rows of the raw file that preprocessing is timed on
     bench_repeats: int = 5,  # rounds
     growth: int = 20_000,  # rows of the middle of three sizes
+    largest: int = 0,  # rows of a drawn file that is read, filtered and split; 0: none
+    engines: int = 0,  # rows of the largest of three sizes at which Polars is held against Spark; 0: not at all
 ):
     "Time, memory and growth of what this report does, on this machine; and training shared out, on this run's rows."
-    for name, value, least in (("bench_ratings", bench_ratings, 1000), ("bench_rows", bench_rows, 10_000), ("bench_repeats", bench_repeats, 1), ("growth", growth, 2_000)):
+    for name, value, least in (("bench_ratings", bench_ratings, 1000), ("bench_rows", bench_rows, 10_000), ("bench_repeats", bench_repeats, 1), ("growth", growth, 2_000), ("largest", largest or 1000, 1000), ("engines", engines or 10_000, 10_000)):
         if value < least: raise Problem(f"{name} is at least {least:,}, not {value:,}")
+    if engines and not has_spark(): raise Problem("engines needs Spark: pip install 'widedeep_nb[spark]', and a Java")
     split = run.splits()[-1].final()
     with tempfile.TemporaryDirectory(prefix="widedeep-scale-") as place:
         def together():
@@ -1120,7 +1138,9 @@ def measure_scale(
             give_data(Path(place), split, 20_000)
             return curves_of(Path(place))
         users, items = max(2, bench_ratings * 8_352 // 134_829), max(2, bench_ratings * 3_715 // 134_829)
-        pieces = {"bench": lambda: bench(bench_repeats, bench_ratings, users, items, min(users, 100), bench_rows), "growth": lambda: grown(Path(place), growth, min(bench_repeats, 2)),
+        pieces = {"bench": lambda: bench(bench_repeats, bench_ratings, users, items, min(users, 1_000), bench_rows), "growth": lambda: grown(Path(place), growth, min(bench_repeats, 2)),
+                  "largest": lambda: largest_log(Path(place) / "largest", largest) if largest else [],
+                  "engines": lambda: engines_by_size(Path(place) / "engines", tuple(engines // n for n in (100, 10, 1))) if engines else [],
                   "steps": lambda: steps_by_size(TABLES), "lazy": lambda: dense_and_lazy(run.splits()[-1]), "together": together,
                   "needs": lambda: needs(split, ceiling()).to_dicts()}
         done = {name: run.once(name, make) for name, make in tqdm(pieces.items(), desc="scale", leave=False)}
@@ -1153,6 +1173,22 @@ def ratios_in_words(records: pl.DataFrame) -> str:
     rows = records.sort("ratio", descending=True).rows(named=True)
     faster, slower, level = [[name(r) for r in rows if f(r)] for f in (lambda r: r["lo"] > 1, lambda r: r["hi"] < 1, lambda r: r["lo"] <= 1 <= r["hi"])]
     return " ".join(said + ", ".join(who) + "." for said, who in (("Faster in every round: ", faster), ("Slower in every round: ", slower), ("Not to be told apart: ", level)) if who)
+
+# %% ../nbs/22_scale.ipynb #22a90016
+def at_most(
+    stages: pl.DataFrame,  # stage, seconds and memory, of one size, perhaps of several repeats
+) -> pl.DataFrame:  # stage, seconds (median) and GB
+    "What each stage took."
+    return stages.group_by("stage", maintain_order=True).agg(pl.col("seconds").median(), GB=pl.col("memory").max())
+
+
+def way_in_words(
+    stages: pl.DataFrame,  # of the largest size, from `grown`
+) -> str:
+    "How far it went, and how long it took."
+    log, lists, took = stages.filter(stage="read").row(0, named=True), stages.filter(stage="lists").row(0, named=True), at_most(stages)
+    how = "everything was looked at for them" if lists["exhaustive"] else f"looking at everything for them would take {lists['would take'] / 3600:.1f} hours, so a short list goes first, which holds {lists['found']:.0%} of the best ten"
+    return f"{log['rows_read']:,} raw rows of {log['users']:,} people and {log['items']:,} products become lists for {lists['people']:,} people in {took['seconds'].sum() / 60:.1f} minutes, with at most {took['GB'].max():.1f} GB on top of the packages; {how}."
 
 # %% ../nbs/22_scale.ipynb #22a9000a
 def draw_growth(
@@ -1211,6 +1247,52 @@ def draw_lazy(
     learnt.locator_params(axis="x", integer=True)
     learnt.set(xlabel="passes", title="validation loss" if curves["val"].null_count() == 0 else "training loss")
     return fig
+
+# %% ../nbs/22_scale.ipynb #22a90019
+def draw_engines(
+    rows: pl.DataFrame,  # from `engines_by_size`
+) -> plt.Figure:
+    "Seconds by rows, a line an engine."
+    fig, ax = plt.subplots(figsize=(5.2, 2.8))
+    for (engine,), line in rows.group_by("engine", "rows").agg(pl.col("seconds").median()).sort("rows").group_by("engine", maintain_order=True):
+        colour = COLORS["hybrid" if engine == "Polars" else "baseline"]
+        ax.plot(line["rows"], line["seconds"], "o-", color=colour, ms=4)
+        ax.annotate(engine, (line["rows"][-1], line["seconds"][-1]), (7, 0), textcoords="offset points", va="center", color=colour, annotation_clip=False)
+    ax.set(xscale="log", yscale="log", xlabel="rows, log scale", ylabel="seconds, log scale")
+    ax.yaxis.set_major_formatter("{x:g}")
+    return fig
+
+
+def rows_in_words(rows: float) -> str:
+    "A number of rows that was drawn on, to one digit: it is no more certain than that."
+    return "no number of rows" if rows > 1e13 else f"about {round(rows, -int(np.log10(rows))):,.0f} rows"
+
+
+def engines_in_words(
+    rows: pl.DataFrame,  # from `engines_by_size`
+    memory: float,  # GB of this machine
+) -> str:
+    "Which is faster, and when to change over."
+    last, over = rows.filter(rows=rows["rows"].max()), change_over(rows, memory)
+    polars, spark = [float(last.filter(engine=e)["seconds"].median()) for e in ("Polars", "Spark")]
+    faster = f"Polars takes {polars:.1f} s and Spark on the same machine {spark:.1f} s"
+    time = "Spark would not overtake it" if over["time"] > 1e13 else f"Spark would overtake it at {rows_in_words(over['time'])}" if spark > polars else "Spark has overtaken it"
+    return f"Of {last['rows'][0]:,} rows {faster}. Drawn on from the two largest sizes, {time}, and Polars, which held {last['memory'].max():.1f} GB, would fill the {memory:.0f} GB of this machine at {rows_in_words(over['memory'])}. One machine does below that; beyond it, change over to a cluster."
+
+# %% ../nbs/22_scale.ipynb #22a90022
+def lines_on_size(
+    found: dict,  # scale.json of a run that measured large sizes, too
+) -> str:  # Markdown: a laptop, Colab, a cluster; empty where they were not measured
+    "What it takes to work on a log as large as Amazon's."
+    if not found.get("largest") or not found.get("engines"): return ""
+    growing, machine = pl.DataFrame(found["growth"], infer_schema_length=None), found["bench"]["machine"]
+    stages, read, split = growing.filter(rows=growing["rows"].max()), *found["largest"][:2]
+    disk, over = growing["disk"].max(), change_over(pl.DataFrame(found["engines"]), machine["memory"])
+    at = f"on {machine['device']} with {machine['threads']} threads"
+    return "\n".join([
+        f"- **A laptop**: `widedeep run --dataset electronics-2014 --protocol filtered-first --out runs/amazon`. Measured {at}: {way_in_words(stages)} It takes {disk:.1f} GB on the disk beside the file. {read['rows_read']:,} rows are read, filtered and split in {(read['seconds'] + split['seconds']) / 60:.1f} minutes, with at most {max(read['memory'], split['memory']):.1f} GB.",
+        f"- **Colab**: [one notebook](nbs/run_on_colab.ipynb) runs all of it; the {max(at_most(stages)['GB'].max(), read['memory'], split['memory']):.1f} GB above are the most that it needs. Take a runtime with a GPU: training is done there when one is at hand.",
+        f"- **A cluster**: `pip install 'widedeep_nb[spark]'`, then `Engine(place, on_spark(\"spark://host:7077\"))` of [chapter 22](nbs/22_scale.ipynb) splits the log there, and `torchrun -m widedeep_nb.scale together` shares training out. One machine with {machine['memory']:.0f} GB does up to {rows_in_words(over['memory'])}, drawn on from smaller ones."])
 
 # %% ../nbs/22_scale.ipynb #22afff01
 if __name__ == "__main__" and __spec__: JOBS[one_of(sys.argv[1], JOBS, "job")](**json.loads(sys.argv[2]))()  # as torchrun starts it
