@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from widedeep_nb.run import published, readme_table
+from widedeep_nb.scale import lines_on_size
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,8 +41,16 @@ def test_each_figure_by_itself(path):
     assert checked > 20
 
 
+def test_what_size_takes_is_what_was_measured():
+    said = re.search(r"<!-- size -->\n(.*?)\n?<!-- /size -->", README, re.S)[1]
+    found = json.loads((ROOT / "results" / "scale" / "cpu.json").read_text())
+    assert said == lines_on_size(found) and len(said.splitlines()) == 3
+    for stage in found["largest"]: assert stage["seconds"] > 0
+    assert f"{found['largest'][0]['rows_read']:,}" in said and f"{max(s['rows_read'] for s in found['growth'] if s['stage'] == 'read'):,}" in said
+
+
 def test_no_other_figure_is_typed_into_it():
-    prose = re.sub(r"<!-- figures -->.*?<!-- /figures -->|<!-- picture -->.*?<!-- /picture -->|```.*?```", "", README, flags=re.S)
+    prose = re.sub(r"<!-- figures -->.*?<!-- /figures -->|<!-- picture -->.*?<!-- /picture -->|<!-- size -->.*?<!-- /size -->|```.*?```", "", README, flags=re.S)
     assert re.findall(r"\d*\.\d{3,}", prose) == []
 
 

@@ -1071,14 +1071,14 @@ def on_spark(
 
 
 @job("split on Polars")
-def _polars_split(log: str, place: str, protocol: str = "filtered-first"):
+def _polars_split(log: str, place: str, protocol: str = "strict"):
     "A split of a plain log, streamed."
     engine = Engine(Path(place))
     return lambda: seconds_of(lambda: split_by(engine, engine.read(log), PROTOCOLS[protocol]))
 
 
 @job("split on Spark")
-def _spark_split(log: str, place: str, protocol: str = "filtered-first", master: str = "local[*]"):
+def _spark_split(log: str, place: str, protocol: str = "strict", master: str = "local[*]"):
     "The same on Spark."
     engine = Engine(Path(place), on_spark(master))
     return lambda: seconds_of(lambda: split_by(engine, engine.read(log), PROTOCOLS[protocol]))
@@ -1291,7 +1291,7 @@ def lines_on_size(
     at = f"on {machine['device']} with {machine['threads']} threads"
     return "\n".join([
         f"- **A laptop**: `widedeep run --dataset electronics-2014 --protocol filtered-first --out runs/amazon`. Measured {at}: {way_in_words(stages)} It takes {disk:.1f} GB on the disk beside the file. {read['rows_read']:,} rows are read, filtered and split in {(read['seconds'] + split['seconds']) / 60:.1f} minutes, with at most {max(read['memory'], split['memory']):.1f} GB.",
-        f"- **Colab**: [one notebook](nbs/run_on_colab.ipynb) runs all of it; the {max(at_most(stages)['GB'].max(), read['memory'], split['memory']):.1f} GB above are the most that it needs. Take a runtime with a GPU: training is done there when one is at hand.",
+        f"- **Colab**: [one notebook](nbs/run_on_colab.ipynb) runs all of it, in the same memory; take a runtime with a GPU, for training is done on it where there is one.",
         f"- **A cluster**: `pip install 'widedeep_nb[spark]'`, then `Engine(place, on_spark(\"spark://host:7077\"))` of [chapter 22](nbs/22_scale.ipynb) splits the log there, and `torchrun -m widedeep_nb.scale together` shares training out. One machine with {machine['memory']:.0f} GB does up to {rows_in_words(over['memory'])}, drawn on from smaller ones."])
 
 # %% ../nbs/22_scale.ipynb #22afff01
