@@ -512,7 +512,8 @@ def recommend(
     if ((history.rating < self.stars[0]) | (history.rating > self.stars[1])).any(): raise Problem(f"stars go from {self.stars[0]:g} to {self.stars[1]:g} here")
     candidates = self._candidates(items)
     lists = []
-    for b in torch.arange(len(codes)).split(max(1, min(1024, 2 ** 27 // max(len(candidates), 1)))):  # half a GB of scores at most
+    blocks = torch.arange(len(codes)).split(max(1, min(1024, 2 ** 27 // max(len(candidates), 1))))  # half a GB of scores at most
+    for b in tqdm(blocks, desc="lists", leave=False, mininterval=1, delay=5, disable=len(blocks) < 2):
         had = history.take(b)
         scores = self.scores(codes[b], had, candidates)
         lists.append(top_k(mask_seen(scores, had, candidates) if filter_seen else scores, k))
