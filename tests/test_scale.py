@@ -229,7 +229,7 @@ def test_two_processes_learn_what_one_learns(data):
 def test_tables_that_are_dealt_out_are_never_whole(data, tmp_path):
     "With millions of ids a process builds half of the tables and no more, and starts from the weights that one alone would."
     tensors = load_file(data / "data.safetensors")
-    save_file(tensors, tmp_path / "data.safetensors", {"sizes": json.dumps({"n_users": 4_000_000, "n_items": 200, "n_categories": 2})})
+    save_file(tensors, tmp_path / "data.safetensors", {"sizes": json.dumps({"n_users": 4_000_000, "n_items": 200, "n_categories": 23})})
     found = {}
     for n, way in ((1, "data"), (2, "data"), (2, "rows")):
         assert torchrun(tmp_path, n, ways=(way,), passes=1).wait(300) == 0

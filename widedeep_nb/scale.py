@@ -892,7 +892,7 @@ def first_weights(
     like, rank, n = small.state_dict(), dist.get_rank(), dist.get_world_size()
     for number, (name, to) in enumerate(net.state_dict().items()):
         own, start = own_part(to), min(rank * -(-len(to) // n), len(to)) if isinstance(to, DTensor) else 0    # rows are dealt out in equal shares, the last perhaps smaller
-        if to.shape == like[name].shape: own.copy_(like[name])
+        if to.shape == like[name].shape: own.copy_(like[name][start:start + len(own)])
         elif like[name].any(): draw_rows(own, start, number)
         else: own.zero_()
 
@@ -1093,7 +1093,8 @@ def curves_of(
     with Worker() as worker: worker.once("together", folder=str(folder), ways=("data",), **given)
     process = torchrun(folder, processes, **given)
     said = process.communicate()[1]
-    if process.returncode: raise Problem(f"torchrun ended with {process.returncode}: {(said.strip() or '?').splitlines()[-1]}")
+    why = re.findall(r"\w+(?:Error|Problem|Exception): .+", said) or ["?"]
+    if process.returncode: raise Problem(f"torchrun ended with {process.returncode}: {why[0]}")
     return [{"way": way, "processes": n} | json.loads((Path(folder) / f"{way}-{n}.json").read_text()) for way, n in (("data", 1), ("data", processes), ("rows", processes))]
 
 # %% ../nbs/22_scale.ipynb #22a90002
@@ -1260,7 +1261,7 @@ def draw_growth(
 
 
 WHY = {"read": "rows are read and judged in blocks, but ids and repeated ratings are compared across the whole log", "split": "ids are sorted, which costs a little more than their number",
-       "features": "each of forty blocks of rows looks at all rows before it, so the constant is large, and the power that of the rows", "a pass": "a step costs the same whatever the log's size as long as tables of ids are moved by touched rows, and their mean is taken once a pass",
+       "features": "each of forty blocks of rows looks at all rows before it, so the constant is large, and what is known of millions of people lies in tables that are too large for the processor's caches, so each look-up is dearer", "a pass": "a step costs the same whatever the log's size as long as tables of ids are moved by touched rows, and their mean is taken once a pass",
        "1,000 lists": "what everybody likes is found by asking a few people about all products, and the rest is as long as the short list"}
 
 
