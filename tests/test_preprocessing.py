@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from hypothesis import assume, given, settings, strategies as st
 
 from widedeep_nb.core import PARTS, enough, PROTOCOLS, History, Problem, Protocol, as_interactions, load_recommender, make_recommender
-from widedeep_nb.preprocessing import FEATURES, Inputs, brand_codes, category_codes, core_of, damped_bias, feature_names, make_inputs, prepare, rank_correlation, take_snapshot, training_inputs
+from widedeep_nb.preprocessing import FEATURES, Inputs, brand_codes, category_codes, core_of, damped_bias, feature_names, make_inputs, moments, prepare, rank_correlation, take_snapshot, training_inputs
 
 rows_of = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60)
 
@@ -390,3 +390,17 @@ def test_a_run_keeps_the_filter_that_was_used(tmp_path):
     run.save_splits([split])
     back = run.splits()[0]
     assert back.protocol == split.protocol and back.protocol.min_user == 1 and len(back.final().train) == len(split.train) + len(split.val)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.integers(1, 9))
+def test_the_past_of_a_block_is_each_users_rows_in_order(users, blocks):
+    "Told row by row, with no sorting."
+    rows = as_interactions(pl.DataFrame({"user": [str(u) for u in users], "item": ["x"] * len(users), "rating": [1 + i % 5 for i in range(len(users))], "timestamp": range(len(users))})
+                           .with_columns(pl.from_epoch("timestamp", "ms"))).with_columns(user=pl.Series(users, dtype=pl.Int32), item=pl.Series(range(len(users)), dtype=pl.Int32))
+    start = 0
+    for block, log, *_ in moments(rows, torch.zeros(len(users) + 1, dtype=torch.int64), 7, len(users), blocks=blocks, warm_up=0.):
+        past, start = users[:start], start + len(block)
+        wanted = [[i for i, u in enumerate(past) if u == user] for user in range(7)]
+        assert log.item.tolist() == sum(wanted, []) and log.ptr.diff().tolist() == [len(w) for w in wanted]
+    assert start == len(users)

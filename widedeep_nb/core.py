@@ -139,7 +139,7 @@ def show_table(
 ):
     "Show a table with its caption."
     frame = frame.to_pandas() if isinstance(frame, pl.DataFrame) else frame
-    caption, kinds = spaced(caption), [frame.iloc[:, c].astype(str).str.fullmatch(r"[-+–]?[\d,.]*(e-?\d+)?(\s?%)?|nan|None|<NA>").all() for c in range(frame.shape[1])]
+    caption, kinds = spaced(caption), [frame.iloc[:, c].astype(str).str.fullmatch(r"[-+–]?[\d,.]*(e-?\d+)?(\s?%)?|nan|None|<NA>", na=True).all() for c in range(frame.shape[1])]
     whole = {c: "{:,}".format for c, t in frame.dtypes.items() if pd.api.types.is_integer_dtype(t)}
     body = frame.to_html(index=False, border=0, na_rep="–", float_format=lambda x: f"{x:.{digits}f}", formatters=whole, classes="wd", justify="left")
     body = set_out(spaced(body), kinds).replace('class="dataframe wd">', f'class="wd" id="{label}"><caption>{html.escape(caption)}</caption>')
@@ -308,11 +308,11 @@ class History:
     time: torch.Tensor  # int64 [events], milliseconds since 1970, 0 where there is no time
 
     @classmethod
-    def of(cls, rows: pl.DataFrame, n_users: int) -> "History":
-        "The histories of the users 0..n_users-1 from rows in order of time."
+    def of(cls, rows: pl.DataFrame, n_users: int, order: Optional[np.ndarray] = None) -> "History":
+        "The histories of the users 0..n_users-1 from rows in order of time; `order`, the rows by user, where it is known already."
         user = rows["user"].to_numpy()
-        order = np.argsort(user, kind="stable")
-        ptr = np.searchsorted(user[order], np.arange(n_users + 1))
+        if order is None: order = np.argsort(user, kind="stable")
+        ptr = np.append(0, np.bincount(user, minlength=n_users)[:n_users].cumsum())
         col = lambda c, t: torch.from_numpy(rows[c].to_physical().fill_null(0 if t == torch.int64 else float("nan")).to_numpy()[order[:ptr[-1]]]).to(t)
         return cls(torch.from_numpy(ptr), col("item", torch.int64), col("rating", torch.float32), col("timestamp", torch.int64))
 

@@ -512,8 +512,9 @@ def moments(
 ):  # yields a block of rows, the log before it, and of `make_inputs` the snapshot, users, histories and who is asked about
     "Blocks of training rows, each with what was known before it."
     edges = np.unique(np.linspace(len(rows) * warm_up, len(rows), blocks + 1).round().astype(int))
+    order = np.argsort(rows["user"].to_numpy(), kind="stable")
     for a, b in tqdm(list(zip(edges[:-1], edges[1:])), desc="features", leave=False, mininterval=1, delay=5):
-        log, most = History.of(rows[:a], n_users), float(rows["rating"][:a].max() or 5)
+        log, most = History.of(rows[:a], n_users, order[order < a]), float(rows["rating"][:a].max() or 5)
         users, who = torch.unique(torch.tensor(rows["user"][a:b].to_numpy()).long(), return_inverse=True)
         yield rows[a:b], log, take_snapshot(log, category, n_items, most, brand, features), users, log.take(users), who
 

@@ -1113,7 +1113,7 @@ def on_spark(
     made = SparkSession.builder.master(master).appName("widedeep_nb").config("spark.driver.memory", memory).config("spark.ui.enabled", "false")
     return made.config("spark.sql.session.timeZone", "UTC").config("spark.sql.shuffle.partitions", str(2 * (os.cpu_count() or 1))).getOrCreate()
 
-
+# %% ../nbs/22_scale.ipynb #22a90024
 @job("split on Polars")
 def _polars_split(log: str, place: str, protocol: str = "strict"):
     "A split of a plain log, streamed."
@@ -1196,8 +1196,8 @@ def draw_ratios(
 ) -> plt.Figure:
     "How many times as fast as the common way, with the range over the rounds."
     fig, ax = plt.subplots(figsize=(5.2, .8 + .62 * len(records)))
-    ax.axvline(1, color=COLORS["baseline"], lw=1)
     for y, r in enumerate(records.rows(named=True)):
+        ax.plot([1, 1], [y - .14, y + .5], color=COLORS["baseline"], lw=1)                                  # leaves room for the next name
         colour = COLORS["alarm" if r["hi"] < 1 else "hybrid"]
         ax.plot([r["lo"], r["hi"]], [y, y], color=colour, lw=2.2, solid_capstyle="round")
         ax.plot(r["ratio"], y, "o", color=colour, ms=6)
@@ -1231,7 +1231,7 @@ def way_in_words(
 ) -> str:
     "How far it went, and how long it took."
     log, lists, took = stages.filter(stage="read").row(0, named=True), stages.filter(stage="lists").row(0, named=True), at_most(stages)
-    how = "everything was looked at for them" if lists["exhaustive"] else f"looking at everything for them would take {lists['would take'] / 3600:.1f} hours, so a short list goes first, which holds {lists['found']:.0%} of the best ten"
+    how = "everything was looked at for them" if lists["exhaustive"] else f"looking at everything for them would take {lists['would take'] / 60:,.0f} minutes, so a short list goes first, which holds {lists['found']:.0%} of the best ten"
     return f"{log['rows_read']:,} raw rows of {log['users']:,} people and {log['items']:,} products become lists for {lists['people']:,} people in {took['seconds'].sum() / 60:.1f} minutes, with at most {took['GB'].max():.1f} GB on top of the packages; {how}."
 
 # %% ../nbs/22_scale.ipynb #22a9000a
