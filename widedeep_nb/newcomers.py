@@ -415,12 +415,12 @@ def draw_events(
         ax.plot(x, mine["value"], "-o", ms=4, color=colour(name), lw=1.8 if name == "hybrid" else 1.2, ls=":" if name == "popularity" else "-")
         if name == "hybrid": ax.fill_between(x, mine["lo"].fill_null(strategy="zero"), mine["hi"].fill_null(strategy="zero"), color=colour(name), alpha=.12, lw=0)
         ends.append([mine["value"][-1], name])
-    gap = (rows["value"].max() or 1) * .055
+    ax.set(xticks=range(len(counts)), xticklabels=counts, xlabel="events shown", ylabel="NDCG@20", ylim=(0, None))
+    gap = ax.get_ylim()[1] * .055
     for i, (y, name) in enumerate(sorted(ends)):
         y = y if not i else max(y, last + gap)
         ax.annotate(name, (len(counts) - 1, y), (7, 0), textcoords="offset points", va="center", color=colour(name), fontsize=9.5)
         last = y
-    ax.set(xticks=range(len(counts)), xticklabels=counts, xlabel="events shown", ylabel="NDCG@20", ylim=(0, None))
     return fig
 
 # %% ../nbs/13_newcomers.ipynb #cd881f81
