@@ -9,11 +9,11 @@ __all__ = ['STATUS', 'PEAK', 'JOBS', 'HOW', 'HEAPS', 'RAW', 'KEYS', 'DAY', 'CONT
            'common_preprocessing', 'Engine', 'plain_log', 'often', 'often_of_many', 'count', 'row_at', 'before',
            'numbered', 'coded', 'placed', 'split_by', 'read_split', 'draw_raw', 'least_of', 'contest', 'bench',
            'told_in_lines', 'table_step', 'steps_by_size', 'dense_and_lazy', 'needs', 'too_much', 'grid_scores',
-           'last_events', 'Shortlist', 'lists_within', 'Watched', 'Stages', 'shop_file', 'whole_way', 'amazon_size',
-           'largest_log', 'grown', 'even', 'exponents', 'draw_rows', 'first_weights', 'own_part', 'spread_out',
-           'kept_passes', 'tensors_of', 'keep_pass', 'go_on', 'give_data', 'shares_of', 'some_steps', 'lay_out',
-           'train_together', 'one_of_several', 'torchrun', 'curves_of', 'has_spark', 'on_spark', 'engines_by_size',
-           'change_over', 'measure_scale', 'draw_ratios', 'ratios_in_words', 'at_most', 'way_in_words', 'draw_growth',
+           'last_events', 'Shortlist', 'lists_within', 'Watched', 'Stages', 'shop_file', 'whole_way', 'largest_log',
+           'grown', 'even', 'exponents', 'draw_rows', 'first_weights', 'own_part', 'spread_out', 'kept_passes',
+           'tensors_of', 'keep_pass', 'go_on', 'give_data', 'shares_of', 'some_steps', 'lay_out', 'train_together',
+           'one_of_several', 'torchrun', 'curves_of', 'has_spark', 'on_spark', 'engines_by_size', 'change_over',
+           'measure_scale', 'draw_ratios', 'ratios_in_words', 'at_most', 'way_in_words', 'draw_growth',
            'growth_in_words', 'draw_lazy', 'draw_engines', 'rows_in_words', 'engines_in_words', 'lines_on_size']
 
 # %% ../nbs/22_scale.ipynb #22c0ca03
@@ -801,19 +801,6 @@ def whole_way(
 def _way_job(**given): return lambda: whole_way(**given)
 
 # %% ../nbs/22_scale.ipynb #22a60005
-def amazon_size(
-    place: Path,  # a folder to work in, on a disk with 5 GB to spare
-    ratings: int = 7_800_000,  # rows of the demo shop
-    people: int = 100_000,  # who get a list
-    protocol: str = "strict",  # by which to filter and cut
-) -> list:  # from `whole_way`
-    "The whole way at the size of Amazon's log, the shop drawn in a process of its own."
-    source = Path(place) / "shop"
-    if not (source / "ratings.csv").exists():
-        with Worker() as w: w.once("draw a shop", folder=str(source), ratings=ratings)
-    return whole_way(str(source), Path(place) / "work", protocol, people)
-
-
 def largest_log(
     place: Path,  # a folder to work in, on a disk with 15 GB to spare
     rows: int = 43_900_000,  # of a drawn file, with people and products in proportion: as Amazon's of 2023, 18.3 and 1.6 million
@@ -1334,7 +1321,7 @@ def lines_on_size(
     disk, most = growing["disk"].max(), max(read["memory"], split["memory"])
     at = f"on {machine['device']} with {machine['threads']} threads"
     return "\n".join([
-        f"- **A laptop**: `widedeep run --dataset electronics-2014 --protocol filtered-first --out runs/amazon`. Measured {at}: {way_in_words(stages)} It takes {disk:.1f} GB on the disk beside the file. {read['rows_read']:,} rows are read, filtered and split in {(read['seconds'] + split['seconds']) / 60:.1f} minutes, with at most {most:.1f} GB.",
+        f"- **A laptop**: `widedeep run --dataset electronics-2014 --protocol filtered-first --out runs/amazon`. The log itself is the smaller part. Measured {at}, with one pass of training: {way_in_words(stages)} It takes {disk:.1f} GB on the disk beside the file. {read['rows_read']:,} rows are read, filtered and split in {(read['seconds'] + split['seconds']) / 60:.1f} minutes, with at most {most:.1f} GB. What takes long is to tune and train every model on the rows that the filter leaves; `--chapters 00-07` does less of it.",
         f"- **Colab**: [one notebook](nbs/run_on_colab.ipynb) runs all of it, in the same memory; take a runtime with a GPU, for training is done on it where there is one.",
         f"- **A cluster**: `pip install 'widedeep_nb[spark]'`, then `Engine(place, on_spark(\"spark://host:7077\"))` of [chapter 22](nbs/22_scale.ipynb) splits the log there, and `torchrun -m widedeep_nb.scale together` shares training out. One machine with {machine['memory']:.0f} GB is enough for up to {rows_in_words(read['rows_read'] * machine['memory'] / most)}, in proportion to that."])
 
