@@ -28,7 +28,7 @@ def ciao(shared):
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
     "A maker of small runs of the demo shop with some fitted models, to be served."
-    from widedeep_nb.content import with_catalogue
+    from widedeep_nb.content import add_catalog
     from widedeep_nb.core import PROTOCOLS, Run, Split, make_recommender
     from widedeep_nb.data import load
 
@@ -36,9 +36,9 @@ def small_run(tmp_path_factory):
         run = Run(tmp_path_factory.mktemp("small") / "run", dataset="demo?ratings=2500")
         log, items, users, *_ = load("demo?ratings=2500")
         for name, table in (("interactions", log), ("items", items), ("users", users)): run.write(f"{name}.parquet", table)
-        run.update(hashes=run.written)
+        run.update_manifest(hashes=run.file_hashes)
         rated = log.filter(log["rating"].is_not_null())
-        split = with_catalogue(Split.of(rated, rated.clear(), rated.clear(), items=items, users=users, protocol=PROTOCOLS["given"]), items)
+        split = add_catalog(Split.from_frames(rated, rated.clear(), rated.clear(), items=items, users=users, protocol=PROTOCOLS["given"]), items)
         for name, how in models.items(): make_recommender(name.replace("_", "-"), **how).fit(split).save(run.model_folder(name.replace("_", "-")))
         return run
     return make

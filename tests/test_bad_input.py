@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from widedeep_nb.core import Run, make_recommender, written_whole, Problem
+from widedeep_nb.core import Run, make_recommender, atomic_write, UserError
 from widedeep_nb.preprocessing import preprocess
 from widedeep_nb.run import main
 
@@ -68,8 +68,8 @@ def finished(tmp_path):
     SOUND.write_csv(tmp_path / "sound.csv")
     run = Run(tmp_path / "run", dataset=str(tmp_path / "sound.csv"))
     preprocess(run)
-    make_recommender("popularity").fit(run.splits()[0].final()).save(run.model_folder("popularity"))
-    run.add_metrics(pl.DataFrame([dict(model="popularity", task="ranking", split="test", users="all", items="all", relevant="any", metric="NDCG@20", value=.5, lo=.4, hi=.6, n=3)]))
+    make_recommender("popularity").fit(run.load_splits()[0].for_final_fit()).save(run.model_folder("popularity"))
+    run.add_metrics(pl.DataFrame([dict(model="popularity", task="ranking", split="test", users="all", items="all", n_relevant="any", metric="NDCG@20", scores=.5, lo=.4, hi=.6, n=3)]))
     return run
 
 
@@ -86,12 +86,12 @@ def test_a_finished_run_keeps_all_it_had(finished, tmp_path, capfd, case):
 
 
 def test_a_log_that_has_changed_is_read_again(finished, tmp_path):
-    before = finished.about["steps"]["preprocess"]["mark"]
+    before = finished.manifest["steps"]["preprocess"]["fingerprint"]
     SOUND.head(300).write_csv(tmp_path / "sound.csv")
     assert widedeep("run", "--out", finished.folder, "--chapters", "00", "--resume") == 0
-    assert finished.about["steps"]["preprocess"]["mark"] != before and finished.read("ingest.json")["rows_read"] == 300
-    kept = finished.about["steps"]["ingest"]
-    assert widedeep("run", "--out", finished.folder, "--chapters", "00", "--resume") == 0 and finished.about["steps"]["ingest"] == kept
+    assert finished.manifest["steps"]["preprocess"]["fingerprint"] != before and finished.read("ingest.json")["rows_read"] == 300
+    kept = finished.manifest["steps"]["ingest"]
+    assert widedeep("run", "--out", finished.folder, "--chapters", "00", "--resume") == 0 and finished.manifest["steps"]["ingest"] == kept
 
 
 @pytest.mark.parametrize("file, content, said", [
@@ -107,7 +107,7 @@ def test_a_broken_run_folder(finished, capfd, file, content, said):
 
 
 def test_a_run_folder_of_another_version_is_left_alone(finished, capfd):
-    finished.write("run.json", finished.about | {"format": 99})
+    finished.write("run.json", finished.manifest | {"format": 99})
     before = everything(finished.folder)
     assert widedeep("run", "--dataset", "demo", "--out", finished.folder) == 2
     assert "another version" in capfd.readouterr().err and everything(finished.folder) == before
@@ -154,4 +154,4 @@ def test_whoever_writes_notices_that_there_is_no_room(finished, kind):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(Problem, match="cannot be a run folder"): Run(tmp_path / "file" / "run")
+    with pytest.raises(UserError, match="cannot be a run folder"): Run(tmp_path / "file" / "run")

@@ -8,15 +8,15 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from widedeep_nb.baselines import (ABLATIONS, EASE, GRIDS, RANKERS, agreement, compare, cosine, deviations, fit_baseline, nearest, on_validation, overall, protocols, regress, tuned,
-                                   what_follows)
-from widedeep_nb.core import PROTOCOLS, History, Problem, Run, Split, as_interactions, load_recommender, lot, make_recommender, mask_seen, top_k
+from widedeep_nb.baselines import (ABLATIONS, EASE, PARAM_GRIDS, PROTOCOL_MODELS, rank_correlation, compare_baselines, cosine, rating_residuals, fit_and_save, top_k_neighbors, val_score, pooled_records, compare_protocols, batched_ridge, grid_search,
+                                   model_choice_text)
+from widedeep_nb.core import PROTOCOLS, History, UserError, Run, Split, to_interactions, load_recommender, hash_order, make_recommender, mask_seen, top_k
 from widedeep_nb.data import load
-from widedeep_nb.evaluation import rank_users, rate_rows
+from widedeep_nb.evaluation import eval_ranking, eval_ratings
 from widedeep_nb.preprocessing import prepare
 from widedeep_nb.training import train
 
-NAMES = list(GRIDS)
+NAMES = list(PARAM_GRIDS)
 BY_STARS = ["mean", "damped-bias", "funk-svd"]  # need stars
 RATING = [*BY_STARS, "user-knn", "item-knn"]  # predict them where there are any
 BY_NUMBER = ["bpr", "neumf"]  # know a user by the code, not by the history
@@ -32,12 +32,12 @@ def random_log(users=40, items=25, rows=400, seed=0, stars=True, times=True):
     log = {"user": [f"u{u}" for u in rng.integers(users, size=rows)], "item": [f"i{int(items * x * x)}" for x in rng.random(rows)],
            "rating": rng.integers(1, 6, rows) if stars else None, "timestamp": np.sort(rng.integers(0, 10**11, rows)) if times else None}
     frame = pl.DataFrame({c: v for c, v in log.items() if v is not None})
-    return as_interactions(frame.unique(["user", "item"], keep="first", maintain_order=True))
+    return to_interactions(frame.unique(["user", "item"], keep="first", maintain_order=True))
 
 
 def split_of(log, share=.8):
     n = int(share * len(log))
-    return Split.of(log[:n], log[:0], log[n:])
+    return Split.from_frames(log[:n], log[:0], log[n:])
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def split(): return split_of(random_log())
 
 
 def binary(split):
-    dense = np.zeros((split.known_users, split.known_items))
+    dense = np.zeros((split.n_train_users, split.n_train_items))
     dense[split.train["user"].to_numpy(), split.train["item"].to_numpy()] = 1
     return dense
 
@@ -60,7 +60,7 @@ def test_mean_is_the_mean(split):
 @pytest.mark.parametrize("damping, passes", [(5, 10), (0, 3), (2.5, 1)])
 def test_damped_bias_is_the_plain_loop(split, damping, passes):
     rows = [(u, i, float(r)) for u, i, r, _ in split.train.rows()]
-    users, items = np.array([0, 1, 2, split.known_users, 3]), np.array([5, 6, split.known_items, 7, 8])  # one stranger, one new item
+    users, items = np.array([0, 1, 2, split.n_train_users, 3]), np.array([5, 6, split.n_train_items, 7, 8])  # one stranger, one new item
     mean = sum(r for *_, r in rows) / len(rows)
     of_user, of_item = {}, {}
     for _ in range(passes):
@@ -68,36 +68,36 @@ def test_damped_bias_is_the_plain_loop(split, damping, passes):
             left = {}
             for row in rows: left.setdefault(row[own], []).append(row[2] - mean - theirs.get(row[other], 0))
             target.update({k: sum(v) / (len(v) + damping) for k, v in left.items()})
-    model = make_recommender("damped-bias", damping=damping, passes=passes).fit(split)
+    model = make_recommender("damped-bias", damping=damping, epochs=passes).fit(split)
     want = [min(max(mean + of_user.get(u, 0) + of_item.get(i, 0), 1), 5) for u, i in zip(users, items)]
     assert np.allclose(model.predict(users, items), want, atol=1e-5)
-    assert np.allclose(model.of_user(model.log), [of_user[u] for u in range(split.known_users)], atol=1e-9)
+    assert np.allclose(model.user_bias(model.train_history), [of_user[u] for u in range(split.n_train_users)], atol=1e-9)
 
 
 def test_damped_bias_leaves_out_what_has_no_stars(split):
     model = make_recommender("damped-bias").fit(split)
     with_gap = History(torch.tensor([0, 2]), torch.tensor([0, 1]), torch.tensor([5., torch.nan]), torch.zeros(2, dtype=torch.int64))
     without = History(torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([5.]), torch.zeros(1, dtype=torch.int64))
-    assert torch.equal(model.of_user(with_gap), model.of_user(without)) and model.of_user(without).item() != 0
+    assert torch.equal(model.user_bias(with_gap), model.user_bias(without)) and model.user_bias(without).item() != 0
 
 
 def test_damped_bias_takes_a_new_item_in_a_basket_for_an_average_one(split):
     model = make_recommender("damped-bias", damping=1).fit(split)
-    basket = History(torch.tensor([0, 1]), torch.tensor([split.known_items + 3]), torch.tensor([5.]), torch.tensor([0]))
-    assert np.isclose(model.of_user(basket).item(), (5 - float(model.mean)) / 2)
+    basket = History(torch.tensor([0, 1]), torch.tensor([split.n_train_items + 3]), torch.tensor([5.]), torch.tensor([0]))
+    assert np.isclose(model.user_bias(basket).item(), (5 - float(model.mean)) / 2)
 
 
 def test_ease_is_the_closed_form(split):
     X = binary(split)
     P = np.linalg.inv(X.T @ X + 7 * np.eye(X.shape[1]))
     B = np.eye(X.shape[1]) - P @ np.diag(1 / np.diag(P))
-    model = make_recommender("ease", lam=7).fit(split)
+    model = make_recommender("ease", reg=7).fit(split)
     assert np.allclose(model.weight, B, atol=1e-6) and np.allclose(model.scores(np.arange(len(X))), X @ B, atol=1e-5)
 
 
 def test_ease_refuses_a_catalogue_beyond_its_memory(split):
-    with pytest.raises(Problem, match="item-knn"): make_recommender("ease", max_items=split.known_items - 1).fit(split)
-    make_recommender("ease", max_items=split.known_items).fit(split)
+    with pytest.raises(UserError, match="item-knn"): make_recommender("ease", max_items=split.n_train_items - 1).fit(split)
+    make_recommender("ease", max_items=split.n_train_items).fit(split)
 
 
 @pytest.mark.parametrize("k, shrink", [(3, 0.), (5, 4.), (1000, 1.)])
@@ -117,10 +117,10 @@ def test_item_knn_is_brute_force(split, k, shrink):
 def test_item_knn_in_blocks_is_item_knn_at_once(split):
     have = sp.csr_array(binary(split))
     alike = cosine(have, have, 2.)
-    for small, whole in zip(nearest(have, 6, alike, budget=50), nearest(have, 6, alike)): assert torch.equal(small, whole)
+    for small, whole in zip(top_k_neighbors(have, 6, alike, budget=50), top_k_neighbors(have, 6, alike)): assert torch.equal(small, whole)
     pairs = int((have.sum(1).astype(int) ** 2).sum())                                     # each row's entries beside one another
-    assert torch.equal(nearest(have, 6, alike, most=pairs)[0], nearest(have, 6, alike)[0])
-    with pytest.raises(Problem, match=f"{pairs:,} pairs"): nearest(have, 6, alike, most=pairs - 1)
+    assert torch.equal(top_k_neighbors(have, 6, alike, max_pairs=pairs)[0], top_k_neighbors(have, 6, alike)[0])
+    with pytest.raises(UserError, match=f"{pairs:,} pairs"): top_k_neighbors(have, 6, alike, max_pairs=pairs - 1)
 
 
 @pytest.mark.filterwarnings("ignore:Method expects CSR")
@@ -139,7 +139,7 @@ def test_item_knn_is_implicits(split):
 def test_association_rules_are_counted(split, measure, support):
     baskets = [set(items) for items in split.train.group_by("user").agg("item")["item"].to_list()]
     count = lambda *items: sum(set(items) <= basket for basket in baskets)
-    model = make_recommender("association-rules", measure=measure, support=support, k=1000).fit(split)
+    model = make_recommender("association-rules", metric_fn=measure, min_support=support, k=1000).fit(split)
     for user in (0, 7, 20):
         basket = set(split.train.filter(user=user)["item"].to_list())
         scores = model.scores([user])[0]
@@ -174,16 +174,16 @@ def test_stars_of_neighbours_are_surprises(split, name, shrink):
     options = dict(sim_options={"name": "pearson_baseline", "user_based": name == "user-knn", "shrinkage": shrink}, bsl_options={"method": "als", "n_epochs": 10, "reg_u": 5, "reg_i": 5})
     theirs = surprises(split.train.select("user", "item", "rating").rows(), lambda s: s.KNNBaseline(k=10**6, min_k=1, verbose=False, **options))
     have = set(split.train.select("user", "item").rows())
-    pairs = [(u, i) for u in range(0, split.known_users + 1) for i in range(0, split.known_items + 1) if (u, i) not in have]
+    pairs = [(u, i) for u in range(0, split.n_train_users + 1) for i in range(0, split.n_train_items + 1) if (u, i) not in have]
     want = np.array([theirs.predict(u, i, clip=False).est for u, i in pairs])
-    model = make_recommender(name, k_stars=10**6, shrink_stars=shrink, doubt=0.).fit(split)
+    model = make_recommender(name, k_rating=10**6, shrink_rating=shrink, shrink_pred=0.).fit(split)
     ours, bias = model.predict(*zip(*pairs)), make_recommender("damped-bias").fit(split).predict(*zip(*pairs))
     assert np.allclose(ours, want.clip(1, 5), atol=1e-4) and (ours - bias).abs().max() > .5
 
 
 def test_doubt_and_cosine_for_stars_by_hand(split):
-    model = make_recommender("item-knn", similarity="cosine", k_stars=5, shrink_stars=1., doubt=2.).fit(split)
-    X, (_, left) = binary(split), deviations(model, model.log)
+    model = make_recommender("item-knn", similarities="cosine", k_rating=5, shrink_rating=1., shrink_pred=2.).fit(split)
+    X, (_, left) = binary(split), rating_residuals(model, model.train_history)
     norm = np.sqrt(X.sum(0))
     near = (X.T @ X) / (np.outer(norm, norm) + 1)
     np.fill_diagonal(near, 0)
@@ -192,7 +192,7 @@ def test_doubt_and_cosine_for_stars_by_hand(split):
         item = int(np.flatnonzero(X[user] == 0)[user])
         best = sorted(range(len(near)), key=lambda j: (-near[item, j], j))[:5]
         pulls.append(sum(near[item, j] * left.toarray()[user, j] for j in best) / (sum(near[item, j] * X[user, j] for j in best) + 2))
-        assert np.isclose(model.predict([user], [item]).item(), np.clip(float(bias.mean + bias.of_user(bias.log)[user] + bias.of_item[item]) + pulls[-1], 1, 5), atol=1e-5)
+        assert np.isclose(model.predict([user], [item]).item(), np.clip(float(bias.mean + bias.user_bias(bias.train_history)[user] + bias.item_bias[item]) + pulls[-1], 1, 5), atol=1e-5)
     assert np.count_nonzero(pulls) > 4
 
 
@@ -215,14 +215,14 @@ def test_regress_is_a_ridge_regression_a_row(budget):
     for row, lam in zip(rows.toarray(), penalty):
         x = table[row != 0]
         want.append(np.linalg.solve(1.7 * x.T @ x + common + lam * np.eye(3), x.T @ row[row != 0]))
-    found = regress(rows, torch.tensor(table).float(), torch.tensor(penalty).float(), 1.7, .3 * torch.tensor(table.T @ table).float(), budget)
+    found = batched_ridge(rows, torch.tensor(table).float(), torch.tensor(penalty).float(), 1.7, .3 * torch.tensor(table.T @ table).float(), budget)
     assert np.allclose(found, want, atol=1e-4) and np.abs(want).max() > .1
 
 
 def test_funk_svd_reaches_the_objective_of_surprises_svd(split):
     lam, f = .1, 2
-    model = make_recommender("funk-svd", factors=f, lam=lam, sweeps=200).fit(split)
-    left = deviations(model, model.log)[1].tocoo()
+    model = make_recommender("funk-svd", factors=f, reg=lam, n_iter=200).fit(split)
+    left = rating_residuals(model, model.train_history)[1].tocoo()
     rows = list(zip(left.row.tolist(), left.col.tolist(), left.data.tolist()))
     def cost(p, q):
         return sum((e - p[u] @ q[i]) ** 2 + lam * (p[u] @ p[u] + q[i] @ q[i]) for u, i, e in rows)
@@ -232,7 +232,7 @@ def test_funk_svd_reaches_the_objective_of_surprises_svd(split):
         to = lambda inner, n: np.array([inner(c) for c in range(n)])
         theirs.append(cost(svd.pu[to(svd.trainset.to_inner_uid, model.n_users)], svd.qi[to(svd.trainset.to_inner_iid, model.n_items)]))
     ours = min(cost(m._solve(left.tocsr(), m.item).double().numpy(), m.item.double().numpy())
-               for m in [make_recommender("funk-svd", factors=f, lam=lam, sweeps=200, seed=seed).fit(split) for seed in range(6)])
+               for m in [make_recommender("funk-svd", factors=f, reg=lam, n_iter=200, seed=seed).fit(split) for seed in range(6)])
     # both are local searches of the same objective, each the best of six starts
     assert abs(ours / min(theirs) - 1) < .01 and ours < .9 * sum(e * e for *_, e in rows)
 
@@ -240,7 +240,7 @@ def test_funk_svd_reaches_the_objective_of_surprises_svd(split):
 def test_als_is_implicits(split):
     als = pytest.importorskip("implicit.cpu.als")
     X, alpha, lam, f = binary(split), 4., 3., 5
-    model = make_recommender("als", factors=f, alpha=alpha, lam=lam, sweeps=3).fit(split)
+    model = make_recommender("als", factors=f, alpha=alpha, reg=lam, n_iter=3).fit(split)
     theirs = als.AlternatingLeastSquares(factors=f, regularization=lam, alpha=1 + alpha, iterations=3, use_cg=False, num_threads=1)
     theirs.item_factors = (.01 * torch.randn(X.shape[1], f, generator=torch.Generator().manual_seed(0))).numpy()
     theirs.user_factors = np.zeros((len(X), f), np.float32)
@@ -250,7 +250,7 @@ def test_als_is_implicits(split):
 
 
 def test_bpr_twice_is_the_same_and_learns(split):
-    first, second, other = (make_recommender("bpr", passes=300, seed=seed).fit(split).scores(np.arange(split.known_users)) for seed in (0, 0, 1))
+    first, second, other = (make_recommender("bpr", epochs=300, seed=seed).fit(split).scores(np.arange(split.n_train_users)) for seed in (0, 0, 1))
     assert torch.equal(first, second) and not torch.equal(first, other)
     X = binary(split).astype(bool)
     right = [(row[has][:, None] > row[~has]).float().mean() for row, has in zip(first, torch.from_numpy(X))]
@@ -266,7 +266,7 @@ def test_a_newcomer_of_bpr_is_the_mean_of_the_basket(split):
 
 def test_without_implicit_bpr_says_what_to_install(split, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "implicit.cpu.bpr", None)
-    with pytest.raises(Problem, match="baselines"): make_recommender("bpr").fit(split)
+    with pytest.raises(UserError, match="baselines"): make_recommender("bpr").fit(split)
 
 
 def test_neumf_is_two_networks_side_by_side(split):
@@ -282,7 +282,7 @@ def test_neumf_is_two_networks_side_by_side(split):
 
 @pytest.mark.parametrize("name, settings", [("user-knn", {"max_users": 10}), ("neumf", {"max_examples": 1000})])
 def test_what_would_take_too_long_is_refused(split, name, settings):
-    with pytest.raises(Problem, match="max_"): make_recommender(name, **settings).fit(split)
+    with pytest.raises(UserError, match="max_"): make_recommender(name, **settings).fit(split)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in BY_NUMBER])
@@ -300,10 +300,10 @@ def test_other_codes_for_users_change_nothing(name):
 # ---------------------------------------------------------------- what is popular
 
 def test_popularity_counts_users_and_ties_fall_by_lot():
-    log = as_interactions(pl.DataFrame({"user": list("aabbccd"), "item": ["x", "y", "x", "z", "x", "y", "z"]}))
-    model = make_recommender("popularity").fit(Split.of(log, log[:0], log[:0]))
+    log = to_interactions(pl.DataFrame({"user": list("aabbccd"), "item": ["x", "y", "x", "z", "x", "y", "z"]}))
+    model = make_recommender("popularity").fit(Split.from_frames(log, log[:0], log[:0]))
     assert dict(zip(model.item_ids, model.weight.tolist())) == {"x": 3, "y": 2, "z": 2}
-    drawn = [model.item_ids[c] for c in lot(model.item_ids).tolist()]
+    drawn = [model.item_ids[c] for c in hash_order(model.item_ids).tolist()]
     listed = model.recommend("new", k=3)["item"].to_list()
     assert listed[0] == "x" and listed[1:] == [i for i in drawn if i in "yz"]  # as the lot has it, whatever the code
     codes = torch.tensor([0, 2, 1])
@@ -311,15 +311,15 @@ def test_popularity_counts_users_and_ties_fall_by_lot():
 
 
 def test_popularity_counts_a_repeat_once():
-    log = as_interactions(pl.DataFrame({"user": list("aaab"), "item": list("xxxy")}))
-    assert make_recommender("popularity").fit(Split.of(log, log[:0], log[:0])).weight[:2].tolist() == [1, 1]
+    log = to_interactions(pl.DataFrame({"user": list("aaab"), "item": list("xxxy")}))
+    assert make_recommender("popularity").fit(Split.from_frames(log, log[:0], log[:0])).weight[:2].tolist() == [1, 1]
 
 
 def test_a_late_rise_changes_the_order():
     day = 86_400_000
     old, new = [("old", d) for d in range(10)], [("new", d) for d in range(1000, 1004)]
-    log = as_interactions(pl.DataFrame([(f"u{n}", i, d * day) for n, (i, d) in enumerate(old + new)], schema=["user", "item", "timestamp"], orient="row"))
-    split = Split.of(log, log[:0], log[:0])
+    log = to_interactions(pl.DataFrame([(f"u{n}", i, d * day) for n, (i, d) in enumerate(old + new)], schema=["user", "item", "timestamp"], orient="row"))
+    split = Split.from_frames(log, log[:0], log[:0])
     first = lambda name, **p: make_recommender(name, **p).fit(split).recommend("stranger", k=1)["item"].item()
     assert first("popularity") == "old" and first("recent-popularity") == "new" and first("recent-popularity", days=1e6) == "old"
     model = make_recommender("recent-popularity", days=100).fit(split)
@@ -337,7 +337,7 @@ def test_recent_popularity_without_times_is_popularity():
 
 @pytest.mark.parametrize("name", [*FROM_HISTORY, *BY_NUMBER, "popularity"])
 def test_a_stranger_gets_what_is_popular(split, name):
-    stranger = [split.known_users, split.known_users + 77]
+    stranger = [split.n_train_users, split.n_train_users + 77]
     want = make_recommender("popularity").fit(split).scores(stranger)
     assert torch.equal(make_recommender(name).fit(split).scores(stranger), want) and want.std() > 0
 
@@ -349,7 +349,7 @@ def test_new_items_are_never_an_error(split, name):
     scores = model.scores([0, 1, model.n_users + 3], items=beyond)
     assert scores.shape == (3, 3) and scores.isfinite().all() and torch.equal(scores[:, 1], scores[:, 2])
     assert torch.equal(scores[:, 0], model.scores([0, 1, model.n_users + 3])[:, 0])
-    if model.rates: assert model.predict([0, model.n_users], beyond[1:]).isfinite().all()
+    if model.predicts_ratings: assert model.predict([0, model.n_users], beyond[1:]).isfinite().all()
     odd = History(torch.tensor([0, 1]), torch.tensor([model.n_items + 9]), torch.tensor([4.]), torch.tensor([0]))  # all they have is new
     assert model.scores([model.n_users], odd).isfinite().all()
     if name in [*FROM_HISTORY, *BY_NUMBER]: assert torch.equal(model.scores([model.n_users], odd), model.scores([model.n_users]))
@@ -359,9 +359,9 @@ def test_new_items_are_never_an_error(split, name):
 def test_a_basket_like_a_known_history_scores_alike(split, name):
     model = make_recommender(name).fit(split)
     known = torch.arange(model.n_users)
-    basket = model.log.take(known)
+    basket = model.train_history.select(known)
     assert torch.equal(model.scores(known + model.n_users, basket), model.scores(known))
-    if model.rates:
+    if model.predicts_ratings:
         item = torch.arange(len(known)) % model.n_items
         assert torch.equal(model.predict(known + model.n_users, item, basket), model.predict(known, item))
 
@@ -379,7 +379,7 @@ def test_every_model_lists_for_baskets_and_strangers(split, name):
 @pytest.mark.parametrize("name", PERSONAL)
 def test_another_history_changes_the_scores(split, name):
     model = make_recommender(name).fit(split)
-    assert not torch.allclose(model.scores([0], model.log.take(torch.tensor([1]))), model.scores([0]))
+    assert not torch.allclose(model.scores([0], model.train_history.select(torch.tensor([1]))), model.scores([0]))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -406,60 +406,60 @@ def test_saved_and_loaded(split, name, tmp_path):
 def test_without_stars_and_times(name):
     split = split_of(random_log(stars=False, times=False))
     model = make_recommender(name)
-    if name not in BY_STARS: assert model.fit(split).recommend("u1")["rank"].to_list() == list(range(1, 11)) and not model.rates
+    if name not in BY_STARS: assert model.fit(split).recommend("u1")["rank"].to_list() == list(range(1, 11)) and not model.predicts_ratings
     else:
-        with pytest.raises(Problem, match="stars"): model.fit(split)
+        with pytest.raises(UserError, match="stars"): model.fit(split)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_rows_suffice(name):
-    log = as_interactions(pl.DataFrame({"user": ["a", "b"], "item": ["x", "y"], "rating": [5, 1], "timestamp": [1, 2]}))
-    assert make_recommender(name).fit(Split.of(log, log[:0], log[:0])).recommend("a")["item"].to_list() == ["y"]
+    log = to_interactions(pl.DataFrame({"user": ["a", "b"], "item": ["x", "y"], "rating": [5, 1], "timestamp": [1, 2]}))
+    assert make_recommender(name).fit(Split.from_frames(log, log[:0], log[:0])).recommend("a")["item"].to_list() == ["y"]
 
 
 # ---------------------------------------------------------------- the comparison
 
 def test_tuning_keeps_the_best_and_never_sees_the_test():
     log = random_log(rows=900)
-    split = Split.of(log[:300], log[300:350], log[350:])
+    split = Split.from_frames(log[:300], log[300:350], log[350:])
     points = [{"damping": d} for d in (1., 20., 500.)]
     grid = {"RMSE": points}
-    settings, tried = tuned("damped-bias", grid, split)
+    settings, tried = grid_search("damped-bias", grid, split)
     errors = []
     for point in points:
         predicted = make_recommender("damped-bias", **point).fit(split).predict(split.val["user"].to_numpy(), split.val["item"].to_numpy())
         errors.append(float(((predicted.double().numpy() - split.val["rating"].to_numpy()) ** 2).mean() ** .5))
     assert np.allclose([t["value"] for t in tried], errors, atol=1e-6) and settings == points[int(np.argmin(errors))]
-    assert tuned("damped-bias", grid, split.without_test()) == (settings, tried)
-    assert tuned("damped-bias", grid, split.refit()) == ({}, [])  # no validation part: the defaults
+    assert grid_search("damped-bias", grid, split.without_test()) == (settings, tried)
+    assert grid_search("damped-bias", grid, split.merge_train_val()) == ({}, [])  # no validation part: the defaults
 
 
 def test_every_grid_is_small_and_holds_the_default():
-    for name, grid in GRIDS.items():
+    for name, grid in PARAM_GRIDS.items():
         default = vars(make_recommender(name))
         for points in grid.values(): assert 1 < len(points) <= 5 and points[0].items() <= default.items()
 
 
 def test_a_model_for_both_tasks_is_tuned_for_each(split):
-    both = Split.of(*[p.with_columns(split.users["user"].gather(p["user"]).alias("user"), split.items["item"].gather(p["item"]).alias("item")) for p in (split.train[:180], split.train[180:], split.test)])
-    grid = {"NDCG@20": [{"k": 1}, {"k": 30}], "RMSE": [{"doubt": 100.}, {"doubt": .1}]}
-    chosen, tried = tuned("item-knn", grid, both)
-    value = lambda metric, **settings: on_validation(make_recommender("item-knn", **settings).fit(both), both, metric)
+    both = Split.from_frames(*[p.with_columns(split.users["user"].gather(p["user"]).alias("user"), split.items["item"].gather(p["item"]).alias("item")) for p in (split.train[:180], split.train[180:], split.test)])
+    grid = {"NDCG@20": [{"k": 1}, {"k": 30}], "RMSE": [{"shrink_pred": 100.}, {"shrink_pred": .1}]}
+    chosen, tried = grid_search("item-knn", grid, both)
+    value = lambda metric, **settings: val_score(make_recommender("item-knn", **settings).fit(both), both, metric)
     assert [t["value"] for t in tried] == [value("NDCG@20", k=1), value("NDCG@20", k=30), value("RMSE", doubt=100.), value("RMSE", doubt=.1)]
-    assert chosen == {"k": 1 if tried[0]["value"] > tried[1]["value"] else 30, "doubt": 100. if tried[2]["value"] < tried[3]["value"] else .1}
+    assert chosen == {"k": 1 if tried[0]["value"] > tried[1]["value"] else 30, "shrink_pred": 100. if tried[2]["value"] < tried[3]["value"] else .1}
     log = random_log(rows=900, stars=False)  # without stars there is nothing to tune them by
-    assert set(tuned("item-knn", grid, Split.of(log[:300], log[300:350], log[350:]))[0]) == {"k"}
+    assert set(grid_search("item-knn", grid, Split.from_frames(log[:300], log[300:350], log[350:]))[0]) == {"k"}
 
 
 def test_a_big_log_is_tuned_with_less(split, monkeypatch):
-    monkeypatch.setattr("widedeep_nb.baselines.BIG", 100)
+    monkeypatch.setattr("widedeep_nb.baselines.LARGE_LOG_ROWS", 100)
     log = random_log(rows=900)
-    assert len(tuned("ease", GRIDS["ease"], Split.of(log[:300], log[300:350], log[350:]))[1]) == 2
+    assert len(grid_search("ease", PARAM_GRIDS["ease"], Split.from_frames(log[:300], log[300:350], log[350:]))[1]) == 2
 
 
 def test_what_follows_is_what_the_intervals_say():
-    row = dict(model="wide-deep", users="all", items="all", relevant="any")
-    say = lambda metric, *rows: what_follows(pl.DataFrame([row | {"metric": metric, "versus": v, "value": (lo + hi) / 2, "lo": lo, "hi": hi} for v, lo, hi in rows]))
+    row = dict(model="wide-deep", users="all", items="all", n_relevant="any")
+    say = lambda metric, *rows: model_choice_text(pl.DataFrame([row | {"metric": metric, "versus": v, "value": (lo + hi) / 2, "lo": lo, "hi": hi} for v, lo, hi in rows]))
     assert say("RMSE", ("mean", -.3, -.1), ("funk-svd", -.2, -.1)) == "To predict stars, wide-deep beats 2 of 2 baselines and loses to 0; it has earned its place here."
     assert say("NDCG@20", ("mean", .1, .3), ("ease", -.2, -.1), ("als", -.5, -.4)).endswith("beats 1 of 3 baselines and loses to 2; as it stands, use als instead.")
     assert "simpler" in say("NDCG@20", ("mean", .1, .3), ("ease", -.2, .1)) and say("NDCG@20", ("wide-alone", -2., -1.)) == ""
@@ -469,14 +469,14 @@ def test_what_follows_is_what_the_intervals_say():
 def run(tmp_path_factory):
     run = Run(tmp_path_factory.mktemp("runs") / "small", dataset="demo?ratings=4000")
     train(run, epochs=2, seeds=2)
-    compare(run, tune=False)
+    compare_baselines(run, tune=False)
     return run
 
 
 def test_the_comparison_is_paired_and_complete(run):
     records = run.metrics().filter(split="test", items="all", relevant="any", users="all")
-    value = lambda model, metric: overall(records.filter(pl.col("versus").is_null())).filter(model=model, metric=metric)["value"].item()
-    apart = overall(records.filter(pl.col("versus").is_not_null()))
+    value = lambda model, metric: pooled_records(records.filter(pl.col("versus").is_null())).filter(model=model, metric=metric)["value"].item()
+    apart = pooled_records(records.filter(pl.col("versus").is_not_null()))
     for name in [*NAMES, *ABLATIONS]:
         for metric in ("RMSE", "NDCG@20", "Precision@5"):
             row = apart.filter(versus=name, metric=metric)
@@ -489,7 +489,7 @@ def test_the_comparison_is_paired_and_complete(run):
 
 
 def test_what_is_kept_is_what_was_measured(run):
-    split = run.splits()[-1].final()
+    split = run.load_splits()[-1].for_final_fit()
     for name in NAMES:
         model, fresh = load_recommender(run.model_folder(name)), make_recommender(name).fit(split)
         assert torch.equal(model.scores([0, 1, 10**6]), fresh.scores([0, 1, 10**6]))
@@ -499,11 +499,11 @@ def test_what_is_kept_is_what_was_measured(run):
 
 
 def test_a_tuned_baseline_is_refitted_on_all_rows_of_the_final_fit(run):
-    split = run.splits()[-1]
-    models, notes = fit_baseline(run, "recent-popularity")
-    settings, tried = tuned("recent-popularity", GRIDS["recent-popularity"], split)
+    split = run.load_splits()[-1]
+    models, notes = fit_and_save(run, "recent-popularity")
+    settings, tried = grid_search("recent-popularity", PARAM_GRIDS["recent-popularity"], split)
     assert len(tried) == 5 and notes[0]["settings"] == settings and notes[0]["tried"] == tried
-    assert torch.equal(models[0, 0].weight, make_recommender("recent-popularity", **settings).fit(split.refit()).weight)
+    assert torch.equal(models[0, 0].weight, make_recommender("recent-popularity", **settings).fit(split.merge_train_val()).weight)
 
 
 # ---------------------------------------------------------------- one log, several protocols
@@ -513,40 +513,40 @@ def test_tau_counts_pairs_that_changed_places():
     rows = [(p, f"m{m}", v) for p in "ab" for m, v in enumerate(rng.permutation(7).tolist())]
     a, b = ([v for p, _, v in rows if p == q] for q in "ab")
     kept = [np.sign(a[i] - a[j]) * np.sign(b[i] - b[j]) for i in range(7) for j in range(i)]
-    tau = agreement(pl.DataFrame(rows[::-1], schema=["protocol", "model", "value"], orient="row"))
+    tau = rank_correlation(pl.DataFrame(rows[::-1], schema=["protocol", "model", "value"], orient="row"))
     assert np.isclose(tau["tau"].item(), np.mean(kept)) and 0 < abs(np.mean(kept)) < 1
 
 
 def test_each_protocol_is_itself(run):
-    protocols(run)
+    compare_protocols(run)
     told, log = run.read("protocols.json"), run.read("interactions.parquet")
     figures = pl.DataFrame(told["figures"])
-    assert figures["protocol"].unique(maintain_order=True).to_list() == [p for p in PROTOCOLS if p != "given"] and figures["model"].to_list() == list(RANKERS) * 5
-    assert [(x["protocol"], x["model"]) for x in told["left_out"]] == [("given", None)] and "part" in told["left_out"][0]["why"]
+    assert figures["protocol"].unique(maintain_order=True).to_list() == [p for p in PROTOCOLS if p != "given"] and figures["model"].to_list() == list(PROTOCOL_MODELS) * 5
+    assert [(x["protocol"], x["model"]) for x in told["excluded"]] == [("given", None)] and "part" in told["excluded"][0]["reason"]
     found = lambda protocol, model: figures.filter(protocol=protocol, model=model)
     measured = run.metrics().filter(pl.col("versus").is_null(), split="test", metric="NDCG@20", users="all", items="all", relevant="any")
-    for model in RANKERS:  # the run's own protocol, as the comparison measured it
+    for model in PROTOCOL_MODELS:  # the run's own protocol, as the comparison measured it
         assert np.isclose(found("strict", model)["value"].item(), measured.filter(model=model)["value"].item())
     reported = prepare(log, "as-reported")
     assert len(reported.val) == 0 and not reported.protocol.mask_seen
-    mean = lambda split: rank_users(make_recommender("ease").fit(split), split, "test", (20,)).users["NDCG@20"].mean()
+    mean = lambda split: eval_ranking(make_recommender("ease").fit(split), split, "test", (20,)).users["NDCG@20"].mean()
     assert np.isclose(found("as-reported", "ease")["value"].item(), mean(reported))
     assert not np.isclose(found("as-reported", "ease")["value"].item(), found("filtered-first", "ease")["value"].item())  # the same rows, masked
     last = prepare(log, "leave-one-out")
-    assert found("leave-one-out", "popularity")["n"].item() == len(last.test.join(last.train, on="item", how="semi").join(last.seen("test"), on=["user", "item"], how="anti"))
-    windows = [s.final() for s in prepare(log, "rolling")]
-    lists = pl.concat([rank_users(make_recommender("item-knn").fit(s), s, "test", (20,)).users for s in windows])
+    assert found("leave-one-out", "popularity")["n"].item() == len(last.test.join(last.train, on="item", how="semi").join(last.rows_before("test"), on=["user", "item"], how="anti"))
+    windows = [s.for_final_fit() for s in prepare(log, "rolling")]
+    lists = pl.concat([eval_ranking(make_recommender("item-knn").fit(s), s, "test", (20,)).users for s in windows])
     assert len(windows) == 4 and np.isclose(found("rolling", "item-knn")["value"].item(), lists["NDCG@20"].mean()) and found("rolling", "item-knn")["n"].item() == len(lists)
 
 
 def test_a_model_that_refuses_is_left_out_with_its_reason(tmp_path, monkeypatch):
-    def refuse(self, have): raise Problem("too large")
-    monkeypatch.setattr(EASE, "_learn", refuse)
+    def refuse(self, have): raise UserError("too large")
+    monkeypatch.setattr(EASE, "_fit_matrix", refuse)
     small = Run(tmp_path / "refused", dataset="demo?ratings=3000")
-    protocols(small)
+    compare_protocols(small)
     told = small.read("protocols.json")
-    assert {(x["model"], x["why"]) for x in told["left_out"] if x["protocol"] != "given"} == {("ease", "too large")}
-    assert {x["model"] for x in told["figures"]} == set(RANKERS) - {"ease"}
+    assert {(x["model"], x["reason"]) for x in told["excluded"] if x["protocol"] != "given"} == {("ease", "too large")}
+    assert {x["model"] for x in told["figures"]} == set(PROTOCOL_MODELS) - {"ease"}
 
 
 # ---------------------------------------------------------------- what was measured before, on real logs
@@ -554,8 +554,8 @@ def test_a_model_that_refuses_is_left_out_with_its_reason(tmp_path, monkeypatch)
 def lists_over(model, split, n_items, k=20, block=500):
     "Precision@5, Recall@5, MAP@5, NDCG@20, Recall@20 of each user, of lists among the items 0..n_items-1 with all that is not test masked."
     users = split.test["user"].unique().sort().to_numpy()
-    seen, items = History.of(split.seen("test"), len(split.users)), torch.arange(n_items)
-    lists = torch.cat([top_k(mask_seen(model.scores(u, items=items), seen.take(u), items), k)[1] for u in torch.tensor(users).long().split(block)])
+    seen, items = History.from_rows(split.rows_before("test"), len(split.users)), torch.arange(n_items)
+    lists = torch.cat([top_k(mask_seen(model.scores(u, items=items), seen.select(u), items), k)[1] for u in torch.tensor(users).long().split(block)])
     pairs = split.test.select("user", "item").unique()
     key = lambda user, item: user * len(split.items) + item
     hits = np.isin(key(users.astype(np.int64)[:, None], lists.numpy()), key(pairs["user"].cast(pl.Int64).to_numpy(), pairs["item"].to_numpy()))
@@ -567,7 +567,7 @@ def lists_over(model, split, n_items, k=20, block=500):
 
 
 @pytest.fixture(scope="module")
-def ciao(): return prepare(load(SHARED / "ciao").interactions, "filtered-first").final()
+def ciao(): return prepare(load(SHARED / "ciao").interactions, "filtered-first").for_final_fit()
 
 
 @real
@@ -578,7 +578,7 @@ def test_the_log_is_the_one_that_was_measured(ciao):
 @real
 @pytest.mark.parametrize("name, rmse", [("mean", 1.0873), ("damped-bias", .9817)])
 def test_stars_on_ciao(ciao, name, rmse):
-    rated = rate_rows(make_recommender(name).fit(ciao), ciao, "test")
+    rated = eval_ratings(make_recommender(name).fit(ciao), ciao, "test")
     assert len(rated) == 5432 and abs(rated["RMSE"].mean() ** .5 - rmse) < .0005
 
 
@@ -596,10 +596,10 @@ def dense(): return prepare(load(SHARED / "electronics-dense").interactions, "gi
 
 
 @real
-@pytest.mark.parametrize("name, settings, recall, ndcg", [("popularity", {}, .0434, .0257), pytest.param("ease", {"lam": 300.}, .0754, .0487, marks=pytest.mark.long)])
+@pytest.mark.parametrize("name, settings, recall, ndcg", [("popularity", {}, .0434, .0257), pytest.param("ease", {"reg": 300.}, .0754, .0487, marks=pytest.mark.long)])
 def test_lists_on_a_published_split(dense, name, settings, recall, ndcg):
     model = make_recommender(name, **settings).fit(dense)
     _, found = lists_over(model, dense, model.n_items)
     assert np.allclose(found[:, [4, 3]].mean(0), (recall, ndcg), atol=.0005)
-    ours = rank_users(model, dense, "test", (20,)).users
+    ours = eval_ranking(model, dense, "test", (20,)).users
     assert np.allclose(ours.select("Recall@20", "NDCG@20").mean().row(0), (recall, ndcg), atol=.0005)

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from widedeep_nb.core import Run
-from widedeep_nb.run import execute, pages_in, read_parameters
+from widedeep_nb.run import execute_notebook, static_pages, read_parameters
 from widedeep_nb.shop import demo_shop
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs/run_on_colab.ipynb"
@@ -20,7 +20,7 @@ cell_with = lambda text: next(c for c in CELLS if c.cell_type == "code" and text
 def test_its_form():
     assert "blob/main/nbs/run_on_colab.ipynb)" in CELLS[0].source
     assert set(read_parameters(NOTEBOOK)) == {"dataset", "protocol", "out", "chapters", "fast"} and read_parameters(NOTEBOOK)["dataset"].default == "electronics-2014"
-    assert NOTEBOOK not in pages_in(NOTEBOOK.parent)  # it is not run when figures are published
+    assert NOTEBOOK not in static_pages(NOTEBOOK.parent)  # it is not run when figures are published
     for text in ("run_report(", "reported = ", "make_archive"): assert "#| eval: false" in cell_with(text).source  # nor by nbdev_test
 
 
@@ -55,7 +55,7 @@ def test_everything_but_the_download(tmp_path):
     log = demo_shop(n_ratings=8000, seed=0).interactions.filter(pl.col("rating").is_not_null())
     rows = log.select("user", "item", pl.col("rating").cast(pl.Float64), pl.col("timestamp").cast(pl.Datetime("ms")).dt.epoch("s"))
     rows.write_csv(tmp_path / "ratings_Electronics.csv", include_header=False)
-    error = execute(NOTEBOOK, tmp_path / "done.ipynb", {"dataset": str(tmp_path / "ratings_Electronics.csv"), "out": str(tmp_path / "run"), "fast": True})
+    error = execute_notebook(NOTEBOOK, tmp_path / "done.ipynb", {"dataset": str(tmp_path / "ratings_Electronics.csv"), "out": str(tmp_path / "run"), "fast": True})
     assert error is None, error
     done = nbformat.read(tmp_path / "done.ipynb", 4)
     said = "\n".join(o.get("text") or o["data"].get("text/markdown") or o["data"].get("text/plain", "") for c in done.cells for o in c.get("outputs", []))
@@ -63,4 +63,4 @@ def test_everything_but_the_download(tmp_path):
     table = next(o for c in done.cells for o in c.get("outputs", []) if o.get("metadata", {}).get("widedeep", {}).get("label") == "tbl-beside-the-original")
     assert all(f">{text}</td>" in table.data["text/html"] for text in ("as the original reports it", "1.2450", "0.0063", "wide-deep", "damped-bias", "popularity"))
     run = Run(tmp_path / "run")
-    assert run.protocol.name == "filtered-first" and (run.folder / "index.html").exists() and (tmp_path / "run.zip").exists() and run.about["parameters"] == {"epochs": 3, "seeds": 1, "trials": 1, "minutes": 2.}
+    assert run.protocol.name == "filtered-first" and (run.folder / "index.html").exists() and (tmp_path / "run.zip").exists() and run.manifest["parameters"] == {"epochs": 3, "seeds": 1, "trials": 1, "minutes": 2.}

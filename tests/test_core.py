@@ -10,31 +10,31 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from widedeep_nb import core, load_recommender, make_recommender
-from widedeep_nb.core import PROTOCOLS, History, Problem, Recommender, Run, Split, as_interactions, codes_of, lot, mask_seen, open_run, step, top_k
+from widedeep_nb.core import PROTOCOLS, History, UserError, Recommender, Run, Split, to_interactions, encode_ids, hash_order, mask_seen, open_run, step, top_k
 
 ids = st.text(min_size=1, max_size=8)
 logs = st.lists(st.tuples(ids, ids, st.integers(1, 5)), min_size=3, max_size=40)
 
 
 def split_of(rows):
-    log = as_interactions(pl.DataFrame(rows, schema=["user", "item", "rating"], orient="row").with_columns(timestamp=pl.int_range(pl.len())))
+    log = to_interactions(pl.DataFrame(rows, schema=["user", "item", "rating"], orient="row").with_columns(timestamp=pl.int_range(pl.len())))
     a, b = len(log) // 2, 3 * len(log) // 4
-    return Split.of(log[:a], log[a:b], log[b:], protocol=PROTOCOLS["given"]), log
+    return Split.from_frames(log[:a], log[a:b], log[b:], protocol=PROTOCOLS["given"]), log
 
 
 @given(logs)
 @settings(max_examples=100, deadline=None)
 def test_codes_tell_who_is_known(rows):
     split, log = split_of(rows)
-    for column, known in (("user", split.known_users), ("item", split.known_items)):
+    for column, known in (("user", split.n_train_users), ("item", split.n_train_items)):
         table = getattr(split, column + "s")[column]
         assert table.n_unique() == len(table) == log[column].n_unique()
         assert set(table[:known]) == set(log[column][: len(split.train)])                # known to training: exactly a prefix
-        again = split.refit()
+        again = split.merge_train_val()
         assert set(table[: getattr(again, f"known_{column}s")]) == set(log[column][: len(split.train) + len(split.val)])
-        decoded = pl.concat([getattr(split, p) for p in core.PARTS])[column]
+        decoded = pl.concat([getattr(split, p) for p in core.SPLIT_NAMES])[column]
         assert table[decoded.to_numpy()].to_list() == log[column].to_list()
-    assert codes_of(["\0 nobody"], split.users["user"]).to_list() == [len(split.users)]
+    assert encode_ids(["\0 nobody"], split.users["user"]).to_list() == [len(split.users)]
 
 
 def test_fit_never_sees_the_test_part():
@@ -48,12 +48,12 @@ def test_fit_never_sees_the_test_part():
 @settings(max_examples=100, deadline=None)
 def test_history_is_each_users_rows_in_order(rows, asked):
     split, _ = split_of(rows)
-    taken = History.of(split.train, split.known_users).take(torch.tensor(asked, dtype=torch.int64))
+    taken = History.from_rows(split.train, split.n_train_users).select(torch.tensor(asked, dtype=torch.int64))
     for i, user in enumerate(asked):
         mine = split.train.filter(pl.col("user") == user)
-        a, b = taken.ptr[i], taken.ptr[i + 1]
+        a, b = taken.indptr[i], taken.indptr[i + 1]
         assert taken.item[a:b].tolist() == mine["item"].to_list() and taken.rating[a:b].tolist() == mine["rating"].to_list()
-    dense = taken.matrix(split.known_items).to_dense()
+    dense = taken.to_sparse(split.n_train_items).to_dense()
     assert torch.equal(dense.sum(1).long(), torch.tensor([split.train.filter(pl.col("user") == u)["item"].n_unique() for u in asked], dtype=torch.int64))
 
 
@@ -70,9 +70,9 @@ def test_top_k_is_a_stable_sort(m, k, levels, seed):
 def test_lot_has_no_favourites():
     "A low code or an early row has no better place than any other: mean place of the first tenth over seeds is the middle."
     table = pl.Series([f"B{i:06d}" for i in range(1000)])
-    places = np.stack([np.argsort(lot(table, seed).numpy()) for seed in range(200)])
+    places = np.stack([np.argsort(hash_order(table, seed).numpy()) for seed in range(200)])
     assert abs(places[:, :100].mean() - 499.5) < 4 * 1000 / 12**.5 / 20000**.5
-    assert torch.equal(lot(table, 3), lot(table, 3)) and not torch.equal(lot(table, 3), lot(table, 4))
+    assert torch.equal(hash_order(table, 3), hash_order(table, 3)) and not torch.equal(hash_order(table, 3), hash_order(table, 4))
 
 
 def test_masks_only_what_the_user_has():
@@ -83,20 +83,20 @@ def test_masks_only_what_the_user_has():
 
 def test_names_resolve_and_wrong_ones_are_listed():
     for name in core.RECOMMENDERS: assert make_recommender(name).name == name
-    with pytest.raises(Problem, match="known: .*damped-bias"): make_recommender("nope")
-    with pytest.raises(Problem, match="known: .*damping"): make_recommender("damped-bias", dumping=3)
+    with pytest.raises(UserError, match="known: .*damped-bias"): make_recommender("nope")
+    with pytest.raises(UserError, match="known: .*damping"): make_recommender("damped-bias", dumping=3)
 
 
 def test_run_folder(tmp_path):
     run = Run(tmp_path / "r", dataset="demo?ratings=10", protocol="rolling")
-    assert run.protocol.windows[0] == pytest.approx((.5, .6, .7))
+    assert run.protocol.folds[0] == pytest.approx((.5, .6, .7))
     assert run.model_folder("ease").parts[-2:] == ("models", "ease") and run.model_folder("ease", 2, 0).parts[-2:] == ("cut-0", "seed-2")
     about = json.loads((tmp_path / "r/run.json").read_text())
     (tmp_path / "r/run.json").write_text(json.dumps(about | {"format": 0}))
-    with pytest.raises(Problem, match="another version"): Run(tmp_path / "r")
+    with pytest.raises(UserError, match="another version"): Run(tmp_path / "r")
     (tmp_path / "other").mkdir(); (tmp_path / "other/thesis.txt").write_text("mine")
-    with pytest.raises(Problem, match="something else"): Run(tmp_path / "other")
-    with pytest.raises(Problem, match="unknown protocol"): Run(tmp_path / "p", protocol="strickt")
+    with pytest.raises(UserError, match="something else"): Run(tmp_path / "other")
+    with pytest.raises(UserError, match="unknown protocol"): Run(tmp_path / "p", protocol="strickt")
 
 
 def test_a_failed_step_leaves_nothing_done(tmp_path):
@@ -104,18 +104,18 @@ def test_a_failed_step_leaves_nothing_done(tmp_path):
     def breaks(run): run.write("half.json", {}); raise RuntimeError
     run = Run(tmp_path / "r")
     with pytest.raises(RuntimeError): breaks(run)
-    assert "breaks" not in run.about["steps"]
+    assert "breaks" not in run.manifest["steps"]
 
 
 def test_another_setting_makes_a_step_stale(tmp_path):
     calls = []
     @step()
-    def counted(run, size: int = 1): calls.append((run.about["dataset"], size))
+    def counted(run, size: int = 1): calls.append((run.manifest["dataset"], size))
     run = Run(tmp_path / "r", dataset="a")
     counted(run); counted(run); counted(run, size=2); counted(run)
     Run(tmp_path / "r", dataset="b"); counted(run)
     assert calls == [("a", 1), ("a", 2), ("b", 2)]
-    with pytest.raises(Problem, match="known: size"): counted(run, sise=3)
+    with pytest.raises(UserError, match="known: size"): counted(run, sise=3)
 
 
 def test_weights_that_were_changed_are_refused(tmp_path):
@@ -123,7 +123,7 @@ def test_weights_that_were_changed_are_refused(tmp_path):
     make_recommender("popularity").fit(split).save(tmp_path)
     raw = bytearray((tmp_path / "model.safetensors").read_bytes()); raw[-1] ^= 1
     (tmp_path / "model.safetensors").write_bytes(raw)
-    with pytest.raises(Problem, match="not those that were saved"): load_recommender(tmp_path)
+    with pytest.raises(UserError, match="not those that were saved"): load_recommender(tmp_path)
 
 
 # --- pieces of a step side by side
@@ -132,10 +132,10 @@ def test_pieces_are_done_side_by_side_and_once(tmp_path, monkeypatch):
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
     run = Run(tmp_path / "run")
     pieces = {name: (time_and_place, str(tmp_path / name)) for name in ("a", "b", "c", "d")}
-    found = run.once_each(pieces, 1000, "waiting")
+    found = run.map_cached(pieces, 1000, "waiting")
     assert len({pid for pid, _ in found.values()} | {os.getpid()}) == 3 and {threads for _, threads in found.values()} == {1}   # two others, a thread each
-    assert run.once_each(pieces, 1000, "waiting") == found and all((tmp_path / name).read_text() == "x" for name in pieces)      # done before, and not again
-    alone = run.once_each({"e": (os.getpid,)}, 10 ** 6, "a large log")
+    assert run.map_cached(pieces, 1000, "waiting") == found and all((tmp_path / name).read_text() == "x" for name in pieces)      # done before, and not again
+    alone = run.map_cached({"e": (os.getpid,)}, 10 ** 6, "a large log")
     assert alone == {"e": os.getpid()}
 
 
@@ -149,19 +149,19 @@ def time_and_place(path):
 def test_a_piece_that_fails_is_said_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
     run = Run(tmp_path / "run")
-    with pytest.raises(Problem, match="^no such thing$"): run.once_each({"good": (len, "abc"), "bad": (refuse,)}, 10, "failing")
-    assert not (run.work / "bad.json").exists()
+    with pytest.raises(UserError, match="^no such thing$"): run.map_cached({"good": (len, "abc"), "bad": (refuse,)}, 10, "failing")
+    assert not (run.work_dir / "bad.json").exists()
 
 
-def refuse(): raise Problem("no such thing")
+def refuse(): raise UserError("no such thing")
 
 
 def test_tiny_runs_are_left_for_the_next_chapter(tmp_path, monkeypatch):
     "In one process and with the same parameters; else they are removed with the process's object."
     alone = open_run("")
-    assert alone.folder != open_run("").folder and alone.about["parameters"] == {"seeds": 2, "epochs": 8}
+    assert alone.folder != open_run("").folder and alone.manifest["parameters"] == {"seeds": 2, "epochs": 8}
     monkeypatch.setenv("WIDEDEEP_TINY", str(tmp_path))
-    first = open_run("", seeds=1)
-    first.update(steps={"train": {"mark": "m"}})
-    assert first.about["parameters"] == {"seeds": 1, "epochs": 8} and tmp_path in first.folder.parents
-    assert open_run("", seeds=1).about["steps"] == {"train": {"mark": "m"}} and open_run("", seeds=2).about["steps"] == {}
+    first = open_run("", n_seeds=1)
+    first.update_manifest(steps={"train": {"fingerprint": "m"}})
+    assert first.manifest["parameters"] == {"seeds": 1, "epochs": 8} and tmp_path in first.folder.parents
+    assert open_run("", n_seeds=1).manifest["steps"] == {"train": {"fingerprint": "m"}} and open_run("", n_seeds=2).manifest["steps"] == {}

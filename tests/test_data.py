@@ -17,8 +17,8 @@ import pyarrow as pa
 import pytest
 
 from widedeep_nb import data
-from widedeep_nb.core import Problem, Run
-from widedeep_nb.data import FAULTS, SET_ASIDE, datasets, draw_ingest, fingerprint, ingest, load, scale_of
+from widedeep_nb.core import UserError, Run
+from widedeep_nb.data import ERRORS, EXCLUSIONS, datasets, plot_ingest, fingerprint, ingest, load, infer_rating_scale
 
 SHARED = Path(os.environ.get("WIDEDEEP_SHARED") or Path(__file__).parents[2] / "shared") / "data"
 T = 1_365_811_200  # a second of 2013
@@ -65,7 +65,7 @@ def test_electronics_likes_become_events():
     loaded = load(shared("electronics"))
     raw = pl.read_csv(SHARED / "electronics/feedback.csv.gz")
     assert loaded.report["rows_read"] == 450_771 and dropped(loaded) == {"not liked": int((raw["liked"] == 0).sum())}
-    assert loaded.interactions["rating"].null_count() == len(loaded.interactions) and not loaded.report["has_stars"]
+    assert loaded.interactions["rating"].null_count() == len(loaded.interactions) and not loaded.report["has_ratings"]
     assert loaded.interactions["user"].to_list() == raw.filter(liked=1)["user_id"].cast(pl.String).to_list()
 
 
@@ -74,7 +74,7 @@ def test_electronics_dense_keeps_its_parts():
     counts = dict(loaded.interactions["part"].value_counts().iter_rows())
     assert counts == {"train": 244_630, "val": 33_986, "test": 68_777}
     assert loaded.report["users"] == 20_247 and loaded.report["items"] == 11_589
-    assert loaded.report["has_parts"] and not loaded.report["has_time"] and not loaded.report["has_stars"]
+    assert loaded.report["has_parts"] and not loaded.report["has_time"] and not loaded.report["has_ratings"]
 
 
 # Readers
@@ -107,7 +107,7 @@ def test_every_format_and_packing(tmp_path, kind, packed):
                                    "user_id,business_id,stars,time", "reviewerID,asin,overall,unixReviewTime"])
 def test_known_names(tmp_path, names):
     loaded = load(log_csv(tmp_path / "log.csv", GOOD, names))
-    assert loaded.interactions["user"].to_list() == [f"u{i}" for i in range(20)] and loaded.report["has_stars"] and loaded.report["has_time"]
+    assert loaded.interactions["user"].to_list() == [f"u{i}" for i in range(20)] and loaded.report["has_ratings"] and loaded.report["has_time"]
 
 
 @pytest.mark.parametrize("line, row", [("A1,007,5.0,1365811200", ("A1", "007", 5, T)), ("A1,007,5.0", ("A1", "007", 5, None)), ("A1,007,1365811200", ("A1", "007", None, T)),
@@ -143,7 +143,7 @@ def test_published_files(tmp_path, name):
     (tmp_path / name).write_text(PUBLISHED[name] + "\n")
     loaded = load(tmp_path / name)
     row = loaded.interactions.with_columns(pl.col("timestamp").dt.epoch("s")).select("user", "item", "rating", "timestamp").row(0)
-    assert row == ("A2SUAM1J3GNN3B", "0000013714", 5 if loaded.report["has_stars"] else None, 1_252_800_000)
+    assert row == ("A2SUAM1J3GNN3B", "0000013714", 5 if loaded.report["has_ratings"] else None, 1_252_800_000)
     assert f"times were read as {'milliseconds' if '2023' in name else 'seconds'}" in loaded.report["notes"]
 
 
@@ -171,7 +171,7 @@ def test_given_columns_override_what_is_found(tmp_path):
     loaded = load(path, columns={"user": "kunde", "item": "user", "timestamp": "wann"})
     assert loaded.interactions.select("user", "item", "rating").row(0) == ("a0", "i0", 1) and loaded.report["has_time"]
     assert "'kunde' was read as the user" in loaded.report["notes"] and "'user' was read as the item" in loaded.report["notes"]
-    assert not load(path, columns={"user": "kunde", "item": "user", "rating": ""}).report["has_stars"]
+    assert not load(path, columns={"user": "kunde", "item": "user", "rating": ""}).report["has_ratings"]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -202,7 +202,7 @@ def test_given_columns_in_a_folder_and_a_database(tmp_path):
 @pytest.mark.parametrize("columns, message", [({"user": "name"}, "no column 'name' for the user; there are: kunde, artikel"), ({"customer": "kunde"}, "unknown column of a log 'customer'; known: user, item, rating, timestamp, event"),
                                               ({"user": "3"}, "no column '3'"), ({"user": "kunde", "item": ""}, "no column for the item")])
 def test_a_column_that_is_not_there(tmp_path, columns, message):
-    with pytest.raises(Problem, match=message): load(log_csv(tmp_path / "log.csv", ["a,007"], "kunde,artikel"), columns)
+    with pytest.raises(UserError, match=message): load(log_csv(tmp_path / "log.csv", ["a,007"], "kunde,artikel"), columns)
 
 
 def test_columns_as_a_parameter_of_the_step(tmp_path):
@@ -211,7 +211,7 @@ def test_columns_as_a_parameter_of_the_step(tmp_path):
     assert run.read("interactions.parquet")["user"][0] == "a0" and not run.read("ingest.json")["has_time"]
     ingest(run, columns="user=kunde,item=artikel,timestamp=wann")
     assert run.read("ingest.json")["has_time"]
-    with pytest.raises(Problem, match="columns are written as user=kunde,item=artikel, not 'kunde'"): ingest(run, columns="kunde")
+    with pytest.raises(UserError, match="columns are written as user=kunde,item=artikel, not 'kunde'"): ingest(run, columns="kunde")
 
 
 @pytest.mark.parametrize("factor, unit", [(1, "seconds"), (1_000, "milliseconds"), (1_000_000, "microseconds"), (1_000_000_000, "nanoseconds")])
@@ -325,7 +325,7 @@ def test_a_day_ahead_is_a_clock_and_a_week_is_a_fault(tmp_path):
 def test_the_last_rating_in_time_counts(tmp_path):
     again = [f"u1,i1,5,{T + 100}", f"u1,i1,4,{T + 50}", f"u2,i2,5,{T + 2}"]  # the latest is not the last row; a tie goes to the later row
     loaded = load(log_csv(tmp_path / "log.csv", GOOD + again))
-    assert dropped(loaded) == {SET_ASIDE[1]: 3}
+    assert dropped(loaded) == {EXCLUSIONS[1]: 3}
     assert loaded.interactions.filter(pl.col("user").is_in(["u1", "u2"])).select("user", "rating").rows() == [("u1", 5), ("u2", 5)]
 
 
@@ -333,20 +333,20 @@ def test_events_stay_beside_ratings_and_may_repeat(tmp_path):
     rows = [f"a,x,,{T},view", f"a,x,,{T},view", f"a,x,,{T},AddToCart", f"a,x,5,{T},rating", f"a,x,3,{T + 1},rating", f"b,x,,{T},transaction",
             f"b,x,,{T},rating", f"b,x,,{T},sneeze", f"b,y,4,{T},purchase", f"b,z,2,{T},"]
     loaded = load(log_csv(tmp_path / "log.csv", rows, "user,item,rating,timestamp,event"))
-    assert dropped(loaded) == {"an unknown kind of event": 1, "stars missing or not a number": 1, SET_ASIDE[1]: 1} and loaded.report["has_events"]
+    assert dropped(loaded) == {"an unknown kind of event": 1, "stars missing or not a number": 1, EXCLUSIONS[1]: 1} and loaded.report["has_events"]
     assert loaded.interactions.select("event", "rating").rows() == [("view", None), ("view", None), ("cart", None), ("rating", 3), ("purchase", None), ("purchase", 4), ("rating", 2)]
 
 
 def test_likes_and_counts_are_events(tmp_path):
     likes = load(log_csv(tmp_path / "likes.csv", ["a,x,1", "a,y,0", "b,x,1", "b,z,"], "user,item,liked"))
-    assert likes.interactions.rows() == [("a", "x", None, None), ("b", "x", None, None)] and dropped(likes) == {"stars missing or not a number": 1, SET_ASIDE[0]: 1}
+    assert likes.interactions.rows() == [("a", "x", None, None), ("b", "x", None, None)] and dropped(likes) == {"stars missing or not a number": 1, EXCLUSIONS[0]: 1}
     plays = load(log_csv(tmp_path / "plays.csv", ["a,x,1", "a,y,2000", "b,x,300"], "user,item,rating"))
-    assert plays.interactions["rating"].null_count() == 3 and not plays.report["has_stars"] and any("counts" in n for n in plays.report["notes"])
+    assert plays.interactions["rating"].null_count() == 3 and not plays.report["has_ratings"] and any("counts" in n for n in plays.report["notes"])
 
 
 @pytest.mark.parametrize("stars, scale", [([5, 4, 1, 3] * 10 + [0, 11], (1, 5)), ([.5, 1, 4.5, 5], (.5, 5)), ([0, 1, 5, 3] * 5, (0, 5)), ([10, 7, 1, 3], (1, 10)),
                                           ([0, 10, 8, 9] * 5, (0, 10)), ([0, 55, 100, 80], (0, 100)), ([1, 1, 1], (0, 1))])
-def test_scales(stars, scale): assert scale_of(pl.LazyFrame({"rating": stars}, schema={"rating": pl.Float32})) == scale
+def test_scales(stars, scale): assert infer_rating_scale(pl.LazyFrame({"rating": stars}, schema={"rating": pl.Float32})) == scale
 
 
 def test_no_stars_no_times(tmp_path):
@@ -359,7 +359,7 @@ def test_no_stars_no_times(tmp_path):
 def test_half_bad_is_kept_more_is_refused(tmp_path):
     bad = [f"u{i},i{i},x,{T}" for i in range(20)]
     assert load(log_csv(tmp_path / "log.csv", GOOD + bad)).report["kept"] == 20
-    with pytest.raises(Problem, match="21 of 41 rows are faulty.*stars missing"): load(log_csv(tmp_path / "log.csv", GOOD + bad + [",,,"]))
+    with pytest.raises(UserError, match="21 of 41 rows are faulty.*stars missing"): load(log_csv(tmp_path / "log.csv", GOOD + bad + [",,,"]))
 
 
 # Items and users
@@ -390,7 +390,7 @@ def test_sqlite(tmp_path):
     before = (tmp_path / "shop.db").read_bytes()
     loaded = load(f"sqlite:///{tmp_path}/shop.db?query=SELECT * FROM log WHERE stars > 1 AND sku LIKE '%'")
     assert loaded.interactions.select("user", "item", "rating").rows() == [("007", "01", 5), ("8", "2", 3.5)]
-    with pytest.raises(Problem): load(f"sqlite:///{tmp_path}/shop.db?query=DELETE FROM log")
+    with pytest.raises(UserError): load(f"sqlite:///{tmp_path}/shop.db?query=DELETE FROM log")
     assert (tmp_path / "shop.db").read_bytes() == before
 
 
@@ -401,7 +401,7 @@ def test_a_password_is_not_shown(monkeypatch):
     monkeypatch.setenv("SHOP_PASSWORD", "hunter2")
     monkeypatch.setattr(data, "find_spec", lambda name: name == "connectorx")
     monkeypatch.setattr(pl, "read_database_uri", refuse)
-    with pytest.raises(Problem, match="cannot connect to postgresql://localhost/shop$") as e: load("postgresql://me:$SHOP_PASSWORD@localhost/shop?query=SELECT 1")
+    with pytest.raises(UserError, match="cannot connect to postgresql://localhost/shop$") as e: load("postgresql://me:$SHOP_PASSWORD@localhost/shop?query=SELECT 1")
     assert "hunter2" not in str(e.value)
 
 
@@ -411,8 +411,8 @@ def test_connectorx_and_adbc(tmp_path):
     for driver in ("connectorx", "adbc_driver_sqlite"):
         if data.find_spec(driver) is None: continue
         engine = "none" if driver == "connectorx" else "sqlite"
-        assert data.ask(engine, f"sqlite:///{tmp_path}/shop.db", "SELECT * FROM log").rows() == [("007", 12, 4.5)]
-        with pytest.raises(Problem, match="database does not answer") as e: data.ask(engine, f"sqlite:///{tmp_path}/shop.db", "SELECT nothing FROM nowhere")
+        assert data.query_db(engine, f"sqlite:///{tmp_path}/shop.db", "SELECT * FROM log").rows() == [("007", 12, 4.5)]
+        with pytest.raises(UserError, match="database does not answer") as e: data.query_db(engine, f"sqlite:///{tmp_path}/shop.db", "SELECT nothing FROM nowhere")
         assert str(e.value).isprintable()
 
 
@@ -497,8 +497,8 @@ def test_demo_is_the_same_each_time_and_takes_options(demo):
 
 
 def test_known_names_are_listed():
-    assert datasets()["name"].to_list() == ["demo", "electronics-2014", "electronics-2023"] and datasets()["here"][0]
-    with pytest.raises(Problem, match="known: demo, electronics-2014, electronics-2023"): load("electronics")
+    assert datasets()["name"].to_list() == ["demo", "electronics-2014", "electronics-2023"] and datasets()["available"][0]
+    with pytest.raises(UserError, match="known: demo, electronics-2014, electronics-2023"): load("electronics")
 
 
 # Problems are one line
@@ -529,7 +529,7 @@ def test_problems_are_one_line(tmp_path, monkeypatch, dataset):
     for folder in ("empty", "two", "noid"): (tmp_path / folder).mkdir()
     for name in ("two/ratings.csv", "two/ratings.parquet", "noid/ratings.csv"): (tmp_path / name).write_bytes(b"user,item\n1,2\n")
     (tmp_path / "noid/items.csv").write_text("colour\nred\n")
-    with pytest.raises(Problem) as e: load(dataset)
+    with pytest.raises(UserError) as e: load(dataset)
     assert "\n" not in str(e.value) and str(e.value).isprintable() and 20 < len(str(e.value)) < 800
 
 
@@ -540,16 +540,16 @@ def test_ingest(tmp_path):
     run = Run(tmp_path / "run", dataset=str(path))
     ingest(run)
     report = run.read("ingest.json")
-    assert run.about["data"] == {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "rows": 21}
-    assert len(run.read("interactions.parquet")) == report["kept"] == 20 and [d["reason"] for d in report["dropped"]] == list(FAULTS + SET_ASIDE)
+    assert run.manifest["data"] == {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "rows": 21}
+    assert len(run.read("interactions.parquet")) == report["kept"] == 20 and [d["reason"] for d in report["dropped"]] == list(ERRORS + EXCLUSIONS)
     assert len(run.read("items.parquet")) == len(run.read("users.parquet")) == 20
-    draw_ingest(report)
+    plot_ingest(report)
 
 
 def test_a_refused_log_leaves_nothing(tmp_path):
     run = Run(tmp_path / "run", dataset=str(log_csv(tmp_path / "log.csv", [",,,"])))
-    with pytest.raises(Problem): ingest(run)
-    assert {p.name for p in run.folder.iterdir()} <= {"run.json", ".lock"} and "ingest" not in run.about["steps"]
+    with pytest.raises(UserError): ingest(run)
+    assert {p.name for p in run.folder.iterdir()} <= {"run.json", ".lock"} and "ingest" not in run.manifest["steps"]
 
 
 def test_starting_up_asks_no_network_library():

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from widedeep_nb import data
-from widedeep_nb.core import Problem
-from widedeep_nb.data import DATASETS, Dataset, cache_of, datasets, fingerprint, load
+from widedeep_nb.core import UserError
+from widedeep_nb.data import DATASETS, Dataset, cache_dir, datasets, fingerprint, load
 
 ROWS = "\n".join(["user,item,rating,timestamp"] + [f"u{i},i{i},{1 + i % 5},{1_365_811_200 + i}" for i in range(20)]).encode()
 ITEMS = gzip.compress(b"".join(b'{"parent_asin": "i%d", "title": "Thing %d", "price": "None", "details": {"a": [1]}}\n' % (i, i) for i in range(20)))
@@ -30,11 +30,11 @@ class Server(http.server.BaseHTTPRequestHandler):
         if how == "moved": return self.answer(b"", 302, Location="/page/" + name)
         if how == "page": body = b"<!doctype html><title>Not here any more</title>"
         if how == "wrong": body = body[:-3]
-        if how == "cut": return self.answer(body[:len(body) // 2], length=len(body))
+        if how == "cut": return self.answer(body[:len(body) // 2], lengths=len(body))
         if how == "short": return self.answer(body[:len(body) // 2])
         if how == "silent": return self.server.over.wait(20)
         if how == "stalls":
-            self.answer(body[:10], length=len(body))
+            self.answer(body[:10], lengths=len(body))
             return self.server.over.wait(20)
         self.answer(body)
 
@@ -64,23 +64,23 @@ def served(tmp_path, monkeypatch):
     server.over.set(); server.shutdown(); server.server_close()
 
 
-def kept(): return sorted(f.name for f in cache_of("toy").rglob("*")) if cache_of("toy").exists() else []
+def kept(): return sorted(f.name for f in cache_dir("toy").rglob("*")) if cache_dir("toy").exists() else []
 
 
 def refused(dataset):
-    with pytest.raises(Problem) as e: load(dataset)
+    with pytest.raises(UserError) as e: load(dataset)
     assert "\n" not in str(e.value) and "try again" in str(e.value)
     return str(e.value)
 
 
 def test_a_download_is_announced_checked_and_kept(served, capsys):
     asked = served("good")
-    assert not datasets().filter(name="toy")["here"].item() and fingerprint("toy") is None
+    assert not datasets().filter(name="toy")["available"].item() and fingerprint("toy") is None
     assert load("toy").report["kept"] == 20 and kept() == ["ratings.csv"]
     said = capsys.readouterr().err
     told, bar = said.split("\n", 1)
-    assert all(part in told for part in ("a toy shop", "20 rows", "1 MB", "ask the owner", str(cache_of("toy")))) and "100%" in bar
-    assert datasets().filter(name="toy")["here"].item() and fingerprint("toy") == SUM
+    assert all(part in told for part in ("a toy shop", "20 rows", "1 MB", "ask the owner", str(cache_dir("toy")))) and "100%" in bar
+    assert datasets().filter(name="toy")["available"].item() and fingerprint("toy") == SUM
     assert load("toy").report["sha256"] == SUM and asked == ["good"]
     assert capsys.readouterr().err == ""  # nothing is announced where nothing is downloaded
 
@@ -112,9 +112,9 @@ def test_the_second_address_is_asked_where_the_first_fails(served):
 def test_a_spoilt_file_in_the_cache_is_replaced_not_used(served):
     served("good")
     load("toy")
-    (cache_of("toy") / "ratings.csv").write_bytes(ROWS + b"\nx,y,5,1365811200")
+    (cache_dir("toy") / "ratings.csv").write_bytes(ROWS + b"\nx,y,5,1365811200")
     assert load("toy").report["rows_read"] == 20 and fingerprint("toy") == SUM
-    (cache_of("toy") / "ratings.csv").write_bytes(b"spoilt")
+    (cache_dir("toy") / "ratings.csv").write_bytes(b"spoilt")
     served("500")
     assert "it answers 500" in refused("toy") and kept() == []
 

@@ -10,23 +10,23 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from widedeep_nb import eda
-from widedeep_nb.core import Run, as_interactions, use_theme
+from widedeep_nb.core import Run, to_interactions, set_theme
 
 some_counts = st.lists(st.integers(0, 50), min_size=1, max_size=40).filter(any)
 
 
 def made(n=600, users=40, items=30, days=900, seed=0, **columns):
-    "A log by chance; `columns` replaces some of it."
+    "A log by chance; `select_columns` replaces some of it."
     rng = np.random.default_rng(seed)
     time = [datetime(2020, 1, 15) + timedelta(seconds=int(s)) for s in rng.integers(0, days * 86400, n)]
     log = {"user": [f"u{i}" for i in rng.zipf(1.7, n) % users], "item": [f"i{i}" for i in rng.zipf(1.5, n) % items], "rating": rng.integers(1, 6, n), "timestamp": time}
-    return as_interactions(pl.DataFrame({k: v for k, v in (log | columns).items() if v is not None}))
+    return to_interactions(pl.DataFrame({k: v for k, v in (log | columns).items() if v is not None}))
 
 
 CLICKS = {"rating": None, "event": ["click"] * 400 + ["purchase"] * 200}
 LOGS = {
     "full": made(), "no stars": made(rating=None), "no time": made(timestamp=None), "events": made(**CLICKS), "bare": made(rating=None, timestamp=None),
-    "one user": made(user=["only"] * 600), "one item": made(item=["only"] * 600), "one row": made(1), "two rows": made(2), "a week": made(days=7), "an hour": made(days=1 / 24),
+    "one user": made(user_rows=["only"] * 600), "one item": made(item_codes=["only"] * 600), "one row": made(1), "two rows": made(2), "a week": made(days=7), "an hour": made(days=1 / 24),
     "many stars": made(rating=np.linspace(0, 100, 600)), "one star": made(rating=[3] * 600), "half known": made().with_columns(pl.when(pl.int_range(600) % 2 == 0).then(pl.col("rating", "timestamp"))),
     "big": made(20_000, 3000, 2000, 3000), "decades": made(days=20_000),
 }
@@ -55,7 +55,7 @@ def shown(monkeypatch):
     monkeypatch.setattr(eda, "show_figure", figure)
     monkeypatch.setattr(eda, "say", lambda text: found.append(("said", text)))
     monkeypatch.setattr(eda, "show_table", lambda frame, label, caption: found.append((label, caption + str(frame.rows()))))
-    use_theme()
+    set_theme()
     return found
 
 
@@ -64,13 +64,13 @@ def shown(monkeypatch):
 def test_gini_is_half_the_relative_mean_difference(values):
     x = np.array(values, float)
     brute = np.abs(x[:, None] - x[None]).mean() / (2 * x.mean())
-    assert eda.gini(pl.Series(values)) == pytest.approx(brute, abs=1e-12)
+    assert eda.gini_coefficient(pl.Series(values)) == pytest.approx(brute, abs=1e-12)
 
 
 @given(some_counts)
 @settings(deadline=None)
 def test_lorenz_lies_on_the_sorted_cumulative_sum(values):
-    curve = eda.lorenz(pl.Series(values))
+    curve = eda.lorenz_curve(pl.Series(values))
     whole = np.concatenate([[0], np.cumsum(np.sort(values))]) / sum(values)
     assert np.interp(np.arange(len(whole)) / len(values), curve["ids"], curve["ratings"]) == pytest.approx(whole, abs=1e-12)
 
@@ -78,7 +78,7 @@ def test_lorenz_lies_on_the_sorted_cumulative_sum(values):
 @given(some_counts)
 @settings(deadline=None)
 def test_tail_counts_those_with_at_least_n(values):
-    table = eda.tail(pl.Series(values))
+    table = eda.survival_function(pl.Series(values))
     assert table["n"].to_list() == sorted(set(values))
     for n, share in table.rows(): assert share == pytest.approx(sum(v >= n for v in values) / len(values))
 
@@ -86,8 +86,8 @@ def test_tail_counts_those_with_at_least_n(values):
 @given(st.lists(st.tuples(st.sampled_from("abcde"), st.sampled_from("vwxyz"), st.integers(0, 1500)), min_size=1, max_size=40), st.sampled_from(["1mo", "1d", "1q"]))
 @settings(deadline=None, max_examples=25)
 def test_by_month_loses_nothing(rows, every):
-    log = as_interactions(pl.DataFrame(rows, schema=["user", "item", "day"], orient="row").with_columns(timestamp=pl.datetime(2019, 12, 31) + pl.duration(days="day")))
-    table = eda.by_month(log, every)
+    log = to_interactions(pl.DataFrame(rows, schema=["user", "item", "day"], orient="row").with_columns(timestamp=pl.datetime(2019, 12, 31) + pl.duration(days="day")))
+    table = eda.growth_by_period(log, every)
     assert table.select(pl.exclude("month").sum()).row(0) == (len(rows), log["user"].n_unique(), log["item"].n_unique())
     for month, n, users, _ in table.rows():
         assert n == (log["timestamp"].dt.truncate(every) == month).sum()
@@ -98,8 +98,8 @@ def test_by_month_loses_nothing(rows, every):
 
 def test_rows_without_time_are_left_out():
     log = LOGS["half known"]
-    assert eda.by_month(log)["ratings"].sum() == 300
-    assert not eda.has_time(LOGS["no time"]) and eda.newcomers(LOGS["no time"]) == {}
+    assert eda.growth_by_period(log)["ratings"].sum() == 300
+    assert not eda.has_timestamps(LOGS["no time"]) and eda.cold_share(LOGS["no time"]) == {}
 
 
 @pytest.mark.parametrize("last", [.1, .35, .9])
@@ -110,43 +110,43 @@ def test_newcomers_one_by_one(last):
     users, items = {u for _, u, _ in rows[:cut]}, {i for _, _, i in rows[:cut]}
     new = np.array([(u not in users, i not in items, u not in users or i not in items) for _, u, i in rows[cut:]])
     assert 0 < new[:, 2].mean() < 1 or last == .9
-    assert list(eda.newcomers(log, last).values()) == pytest.approx(new.mean(0))
+    assert list(eda.cold_share(log, last).values()) == pytest.approx(new.mean(0))
 
 
 @pytest.mark.parametrize("by", ["user", "item"])
 def test_statistics_and_correlations_one_by_one(by):
     log = LOGS["full"]
-    table, other = eda.statistics(log, by), "item" if by == "user" else "user"
+    table, other = eda.interaction_statistics(log, by), "item" if by == "user" else "user"
     size = dict(log.group_by(other).len().rows())
     for row in table.rows(named=True):
         mine = log.filter(pl.col(by) == row[by])
-        assert row["count"] == len(mine) and row["mean stars"] == pytest.approx(np.mean(mine["rating"].to_list()), rel=1e-5)
-        assert row["neighbours' count"] == pytest.approx(np.mean([size[i] for i in mine[other]]))
+        assert row["count"] == len(mine) and row["mean rating"] == pytest.approx(np.mean(mine["rating"].to_list()), rel=1e-5)
+        assert row["neighbors' count"] == pytest.approx(np.mean([size[i] for i in mine[other]]))
         days = (mine["timestamp"] - log["timestamp"].min()).dt.total_milliseconds() / 86_400_000
         assert (row["first day"], row["days active"]) == pytest.approx((days.min(), days.max() - days.min()))
-    pair = table.select("count", "spread of stars").drop_nulls()
+    pair = table.select("count", "rating SD").drop_nulls()
     assert 1 < len(pair) < len(table) or by == "item"
-    assert eda.correlations(table).loc["count", "spread of stars"] == pytest.approx(spearmanr(*pair.get_columns()).statistic)
+    assert eda.spearman_correlations(table).loc["count", "rating SD"] == pytest.approx(spearmanr(*pair.get_columns()).statistic)
 
 
 def test_category_level_and_shares():
     log = LOGS["full"]
-    assert eda.categories(TABLES["path"])["category"].n_unique() == 4 and eda.categories(TABLES["flat"])["category"].n_unique() == 9
-    assert eda.categories(TABLES["pair"])["category"].n_unique() == 2
-    assert eda.categories(TABLES["no table"]) is None and eda.categories(TABLES["unknown"]) is None
-    table = eda.categories(TABLES["path"])
-    shares = eda.category_shares(log, table, pl.col("timestamp").dt.year(), at_least=1)
+    assert eda.item_categories(TABLES["path"])["category"].n_unique() == 4 and eda.item_categories(TABLES["flat"])["category"].n_unique() == 9
+    assert eda.item_categories(TABLES["pair"])["category"].n_unique() == 2
+    assert eda.item_categories(TABLES["no table"]) is None and eda.item_categories(TABLES["unknown"]) is None
+    table = eda.item_categories(TABLES["path"])
+    shares = eda.category_shares(log, table, pl.col("timestamp").dt.year(), min_rows=1)
     assert shares.group_by("period").agg(pl.col("share").sum())["share"].to_list() == pytest.approx([1.] * 3)
     kind, rows = dict(table.rows()), log.filter(pl.col("timestamp").dt.year() == 2021)
     assert shares.filter(period=2021, category="Part 2")["share"].item() == pytest.approx(np.mean([kind[i] == "Part 2" for i in rows["item"]]))
-    assert eda.category_shares(log, table, pl.col("timestamp").dt.year(), at_least=len(log))["period"].len() == 0
+    assert eda.category_shares(log, table, pl.col("timestamp").dt.year(), min_rows=len(log))["period"].len() == 0
 
 
 @pytest.mark.parametrize("name", LOGS)
 def test_every_picture_on_every_log(name, shown):
     log = LOGS[name]
     stars, time = log["rating"].null_count() < len(log), log["timestamp"].null_count() < len(log)
-    for show in (eda.show_stars, eda.show_tails, eda.show_lorenz, eda.show_growth, eda.show_correlations): show(log)
+    for show in (eda.show_rating_counts, eda.show_survival_curves, eda.show_lorenz_curves, eda.show_growth, eda.show_correlations): show(log)
     labels = [label for label, _ in shown]
     told = time and name not in ("one row", "two rows", "an hour")
     if name == "two rows": told = labels[3] != "said"  # as far apart as chance put them
@@ -167,13 +167,13 @@ def test_categories_on_every_log(name, table, shown):
 @pytest.mark.parametrize("name", LOGS)
 def test_summary_and_findings_on_every_log(name, shown):
     log = LOGS[name]
-    numbers = eda.summary(log)
+    numbers = eda.log_summary(log)
     assert json.loads(json.dumps(numbers, allow_nan=False)) == numbers
     assert numbers["rows"] == len(log) and numbers["density"] == pytest.approx(len(set(log.select("user", "item").rows())) / (numbers["users"] * numbers["items"]))
     per_user = np.unique(log["user"].to_list(), return_counts=True)[1]
     assert (numbers["users_below_5"], numbers["users_below_20"], numbers["users_with_one"]) == ((per_user < 5).mean(), (per_user < 20).mean(), (per_user == 1).mean())
-    eda.show_summary(numbers)
-    said = eda.findings(numbers)
+    eda.show_log_summary(numbers)
+    said = eda.log_findings(numbers)
     assert shown[0][0] == "tbl-summary" and len(said) == 3 and not any("None" in s or "nan" in s for s in said + [shown[0][1]])
     assert ("Without times" in said[-1]) == (log["timestamp"].null_count() == len(log))
 
@@ -186,6 +186,6 @@ def test_top_share():
 
 def test_the_step_leaves_its_file(tmp_path):
     run = Run(tmp_path / "run", dataset="demo?ratings=4000")
-    eda.explore(run)
+    eda.run_eda(run)
     about = run.read("eda.json")
-    assert about["summary"]["rows"] == len(run.read("interactions.parquet")) and about["findings"] == eda.findings(about["summary"])
+    assert about["summary"]["rows"] == len(run.read("interactions.parquet")) and about["findings"] == eda.log_findings(about["summary"])

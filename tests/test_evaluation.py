@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from widedeep_nb import evaluation as ev
-from widedeep_nb.core import METRICS, PROTOCOLS, Problem, Recommender, Split, as_interactions, lot
+from widedeep_nb.core import METRIC_SCHEMA, PROTOCOLS, UserError, Recommender, Split, to_interactions, hash_order
 
 settings.register_profile("steady", deadline=None)                     # how long an example takes says nothing about it
 settings.load_profile("steady")
@@ -28,15 +28,15 @@ class Table(Recommender):
 
 
 class Stars(Table):
-    rates = True
+    predicts_ratings = True
 
     def _predict(self, users, items, history): return self.table[users, items]
 
 
-def log(rows): return as_interactions(pl.DataFrame(rows, schema=["user", "item", "rating"], orient="row"))
+def log(rows): return to_interactions(pl.DataFrame(rows, schema=["user", "item", "rating"], orient="row"))
 
 
-def make(train, val, test=(), protocol=STRICT, items=None): return Split.of(log(train), log(val), log(list(test)), items=items, protocol=protocol)
+def make(train, val, test=(), protocol=STRICT, items=None): return Split.from_frames(log(train), log(val), log(list(test)), items=items, protocol=protocol)
 
 
 # ---- the oracle -------------------------------------------------------------------------------------------------
@@ -85,9 +85,9 @@ def test_oracle():
         ks = tuple(sorted(rng.sample([1, 2, 3, 5, 10, 40], 3)))
         split = make(train, val, protocol=STRICT if mask else UNMASKED)
         users, items = split.users["user"].to_list(), split.items["item"].to_list()
-        order = {items[p]: n for n, p in enumerate(lot(split.items["item"], seed).tolist())}
+        order = {items[p]: n for n, p in enumerate(hash_order(split.items["item"], seed).tolist())}
         model = Table([[table[u, i] for i in items] for u in users]).fit(split)
-        got = ev.rank_users(model, split, "val", ks, relevant, "new" if new else "known", seed)
+        got = ev.eval_ranking(model, split, "val", ks, relevant, "new" if new else "known", seed)
         expected = oracle(train, val, lambda u, i: table[u, i], order, ks, relevant, mask, new)
         assert {users[u] for u in got.users["user"]} == set(expected)
         for row in got.users.to_dicts():
@@ -96,9 +96,9 @@ def test_oracle():
             cases += 1
             empty_lists += want["n_candidates"] < max(ks)
             ties += len({table[users[row["user"]], i] for i in items}) < len(items)
-        out = got.question.left_out
-        assert out["users"] == len({u for u, _, _ in val}) and out["users with nothing to find"] == out["users"] - len(expected)
-        assert out["pairs"] - out["pairs on items that are no candidates"] - out["pairs the user already had"] == sum(e["n_relevant"] for e in expected.values())
+        out = got.task.excluded
+        assert out["users"] == len({u for u, _, _ in val}) and out["users without relevant items"] == out["users"] - len(expected)
+        assert out["pairs"] - out["pairs on non-candidate items"] - out["pairs already in the history"] == sum(e["n_relevant"] for e in expected.values())
     assert empty_lists > 200 and ties > 500
 
 
@@ -106,9 +106,9 @@ def test_blocks_of_users_change_nothing():
     train, val, table = random_case(random.Random(8))
     split = make(train, val)
     model = Table(torch.rand(len(split.users), len(split.items))).fit(split)
-    question = ev.ask(split)
+    question = ev.make_eval_task(split)
     assert len(question.users) > 2
-    assert torch.equal(ev.best_lists(model, split, question, 5, budget=1), ev.best_lists(model, split, question, 5))
+    assert torch.equal(ev.top_k_lists(model, split, question, 5, budget=1), ev.top_k_lists(model, split, question, 5))
 
 
 @pytest.mark.long
@@ -120,10 +120,10 @@ def test_ranx():
     val = list({(u, str(i), None) for u in users[1:] for i in rng.choice(items, rng.integers(1, 12))})
     split = make(train, val)
     scores = rng.permuted(np.tile(np.arange(50.), (60, 1)), axis=1)          # strictly ordered
-    got = ev.rank_users(Table(scores).fit(split), split, ks=(5, 10, 20))
+    got = ev.eval_ranking(Table(scores).fit(split), split, ks=(5, 10, 20))
     name, item, had = split.users["user"].to_list(), split.items["item"].to_list(), set(split.train.select("user", "item").iter_rows())
     wanted = {}
-    for u, i in got.question.right.iter_rows(): wanted.setdefault(name[u], {})[item[i]] = 1
+    for u, i in got.task.ground_truth.iter_rows(): wanted.setdefault(name[u], {})[item[i]] = 1
     run = {name[u]: {item[i]: float(scores[u, i]) for i in range(50) if (u, i) not in had} for u in got.users["user"]}
     n = got.users["n_relevant"].to_numpy()
     theirs = ranx.evaluate(ranx.Qrels(wanted), ranx.Run(run), ["precision@5", "recall@5", "map@5", "ndcg@20", "hit_rate@10", "mrr@10"], return_mean=False)
@@ -142,14 +142,14 @@ rows_of_hits = st.lists(st.booleans(), min_size=1, max_size=12)
 @given(rows_of_hits, st.integers(0, 20), st.integers(1, 15))
 def test_metrics_lie_between_0_and_1(hits, more, k):
     relevant = max(1, sum(hits) + more)
-    for name, f in ev.RANKING.items():
+    for name, f in ev.RANKING_METRICS.items():
         assert 0 <= f(torch.tensor([hits]), torch.tensor([relevant]), k).item() <= 1 + 1e-12, name
 
 
 @given(st.integers(1, 20), st.integers(1, 12))
 def test_the_best_list_scores_1(relevant, k):
     hits, n = torch.tensor([[i < relevant for i in range(k)]]), torch.tensor([relevant])
-    for name in ("MAP", "NDCG", "HitRate", "MRR"): assert abs(ev.RANKING[name](hits, n, k).item() - 1) < 1e-12, name
+    for name in ("MAP", "NDCG", "HitRate", "MRR"): assert abs(ev.RANKING_METRICS[name](hits, n, k).item() - 1) < 1e-12, name
 
 
 @given(rows_of_hits, st.data())
@@ -158,7 +158,7 @@ def test_a_hit_that_moves_up_never_harms(hits, data):
     better = list(hits)
     if hits[down] and not hits[up]: better[up], better[down] = True, False
     k, n = data.draw(st.integers(1, len(hits))), torch.tensor([max(1, sum(hits))])
-    for name, f in ev.RANKING.items():
+    for name, f in ev.RANKING_METRICS.items():
         before, after = (f(torch.tensor([h]), n, k).item() for h in (hits, better))
         assert after >= before - 1e-12, name
         if better != hits and down < k and name in ("MAP", "NDCG"): assert after > before, name
@@ -170,7 +170,7 @@ def test_only_the_order_of_scores_counts(seed, stretch):
     train, val, _ = random_case(random.Random(seed))
     split = make(train, val)
     scores = torch.randint(0, 6, (len(split.users), len(split.items)), generator=torch.Generator().manual_seed(seed)).float()
-    a, b = (ev.rank_users(Table(s).fit(split), split).users for s in (scores, stretch(scores)))
+    a, b = (ev.eval_ranking(Table(s).fit(split), split).users for s in (scores, stretch(scores)))
     assert a.equals(b)
 
 
@@ -191,9 +191,9 @@ def constant(split): return Table(torch.zeros(len(split.users), len(split.items)
 def test_a_constant_scores_as_chance_whatever_the_items_are_called(name):
     split = skewed_shop(name=name)
     model = constant(split)
-    users = [ev.rank_users(model, split, ks=(10,), seed=s).users for s in range(150)]
+    users = [ev.eval_ranking(model, split, ks=(10,), seed=s).users for s in range(150)]
     scores = np.array([u["NDCG@10"].mean() for u in users])
-    chance = ev.ndcg_by_lot(users[0]["n_relevant"].to_numpy(), users[0]["n_candidates"].to_numpy(), 10).mean()
+    chance = ev.expected_random_ndcg(users[0]["n_relevant"].to_numpy(), users[0]["n_candidates"].to_numpy(), 10).mean()
     assert abs(scores.mean() - chance) < 3.3 * scores.std() / len(scores)**.5
     assert chance == pytest.approx(sum(1 / math.log2(i + 1) for i in range(1, 11)) / 35)      # by hand: one of 35 is right
     assert 3.3 * scores.std() / len(scores)**.5 < .2 * chance                                  # the check above could fail
@@ -201,7 +201,7 @@ def test_a_constant_scores_as_chance_whatever_the_items_are_called(name):
 
 def frauds(split):
     class Seen(Table):
-        def _scores(self, users, history, items): return history.matrix(self.n_items).to_dense()[:, items]
+        def _scores(self, users, history, items): return history.to_sparse(self.n_items).to_dense()[:, items]
     popular = torch.bincount(torch.tensor(split.train["item"].to_numpy()).long(), minlength=len(split.items)).float()
     real = Table(popular.expand(len(split.users), -1)).fit(split)
     turn = lambda s: torch.randperm(len(popular), generator=torch.Generator().manual_seed(s))
@@ -211,42 +211,42 @@ def frauds(split):
 
 def test_three_frauds_fail_and_a_real_model_passes():
     split = skewed_shop()
-    verdict = {name: ev.against_lot([ev.rank_users(m, split, ks=(10,), seed=s).users for s, m in enumerate(models)]) for name, models in frauds(split).items()}
+    verdict = {name: ev.gain_over_random([ev.eval_ranking(m, split, ks=(10,), seed=s).users for s, m in enumerate(models)]) for name, models in frauds(split).items()}
     assert verdict["real"][1] > .05
     for name in ("shuffled", "constant", "seen"): assert verdict[name][1] <= 0, name
 
 
 def test_what_was_seen_cannot_be_a_hit():
     split = make([("a", "x", None), ("a", "y", None), ("b", "z", None)], [("a", "x", None), ("a", "z", None)])
-    got = ev.rank_users(Table([[9, 9, 0], [0, 0, 0]]).fit(split), split, ks=(1,))
+    got = ev.eval_ranking(Table([[9, 9, 0], [0, 0, 0]]).fit(split), split, ks=(1,))
     assert got.users["n_relevant"].to_list() == [1] and got.users["Precision@1"].to_list() == [1]
-    assert got.question.left_out["pairs the user already had"] == 1
+    assert got.task.excluded["pairs already in the history"] == 1
     open_split = replace(split, protocol=UNMASKED)
-    assert ev.rank_users(Table([[9, 9, 0], [0, 0, 0]]).fit(open_split), open_split, ks=(1,)).users["n_relevant"].to_list() == [2]
+    assert ev.eval_ranking(Table([[9, 9, 0], [0, 0, 0]]).fit(open_split), open_split, ks=(1,)).users["n_relevant"].to_list() == [2]
 
 
 def test_a_model_that_saw_more_than_the_training_part_is_refused():
     split = make([("a", "x", 3), ("b", "y", 4)], [("a", "y", 5)], [("b", "x", 1)], protocol=replace(STRICT, min_user=1, min_item=1))
-    leaky = Table(torch.zeros(2, 2)).fit(split.refit())
-    with pytest.raises(Problem, match="fitted on other rows"): ev.rank_users(leaky, split)
-    with pytest.raises(Problem, match="fitted on other rows"): ev.rate_rows(leaky, split)
-    assert len(ev.rank_users(leaky, split.refit(), "test").users) == 1
+    leaky = Table(torch.zeros(2, 2)).fit(split.merge_train_val())
+    with pytest.raises(UserError, match="fitted on other rows"): ev.eval_ranking(leaky, split)
+    with pytest.raises(UserError, match="fitted on other rows"): ev.eval_ratings(leaky, split)
+    assert len(ev.eval_ranking(leaky, split.merge_train_val(), "test").users) == 1
 
 
 def test_scores_that_are_not_numbers_are_refused():
     split = make([("a", "x", 3), ("b", "y", 4)], [("a", "y", 5)])
-    with pytest.raises(Problem, match="not numbers"): ev.rank_users(Table(torch.full((2, 2), torch.nan)).fit(split), split)
+    with pytest.raises(UserError, match="not numbers"): ev.eval_ranking(Table(torch.full((2, 2), torch.nan)).fit(split), split)
 
 
 @pytest.mark.parametrize("history", ["seen", "fit"])
 def test_history_is_what_the_protocol_says(history):
     class Probe(Table):
-        rates = True
+        predicts_ratings = True
         def _scores(self, users, history, items): self.asked = len(history.item); return torch.zeros(len(users), len(items))
         def _predict(self, users, items, history): self.told = len(history.item); return torch.zeros(len(users))
-    split = make([("a", "x", 3), ("b", "y", 4), ("c", "z", 1)], [("a", "y", 5)], [("a", "z", 2), ("a", "y", 1), ("b", "x", 1)], protocol=replace(PROTOCOLS["leave-one-out"], history=history))
+    split = make([("a", "x", 3), ("b", "y", 4), ("c", "z", 1)], [("a", "y", 5)], [("a", "z", 2), ("a", "y", 1), ("b", "x", 1)], protocol=replace(PROTOCOLS["leave-one-out"], history_source=history))
     probe = Probe([]).fit(split)
-    ev.rank_users(probe, split, "test"); ev.rate_rows(probe, split, "test")
+    ev.eval_ranking(probe, split, "test"); ev.eval_ratings(probe, split, "test")
     assert (probe.asked, probe.told) == {"seen": (3, 5), "fit": (2, 3)}[history]
 
 
@@ -258,13 +258,13 @@ def test_beyond_accuracy_by_hand():
     split = make(train, [("a", "y", None), ("e", "x", None)], items=about)
     items = split.items["item"].to_list()
     score = [float({"x": 3, "y": 2, "z": 1}[i]) for i in items]
-    got = ev.rank_users(Table([score] * 5).fit(split), split, ks=(1, 2))
+    got = ev.eval_ranking(Table([score] * 5).fit(split), split, ks=(1, 2))
     a, e = got.users.sort("warm", descending=True).to_dicts()              # a: has x, gets y, z.  e: a stranger, gets x, y
     assert a["Novelty@2"] == pytest.approx(2) and e["Novelty@2"] == pytest.approx((math.log2(4 / 3) + 2) / 2)
     assert a["Diversity@2"] == 1 and e["Diversity@2"] == 0
     assert a["Revenue@2"] == 20 and e["Revenue@2"] == 10
     assert a["PopularityLift@2"] == pytest.approx((1 - 3) / 3) and e["PopularityLift@2"] is None
-    shown = ev.catalogue(got.lists[:, :1], got.question.candidates)        # y and x of three
+    shown = ev.catalog_metrics(got.lists[:, :1], got.task.candidates)        # y and x of three
     assert shown["value"].to_list() == pytest.approx([2 / 3, 1 / 3])
 
 
@@ -283,9 +283,9 @@ def test_diversity_against_all_pairs():
 
 def test_rmse_by_hand():
     split = make([("a", "x", 1), ("b", "y", 5), ("b", "x", 3)], [("a", "y", 5), ("a", "n", 1), ("s", "x", 2), ("b", "n", None)])
-    rows = ev.rate_rows(Stars(torch.full((3, 3), 3.)).fit(split), split)
+    rows = ev.eval_ratings(Stars(torch.full((3, 3), 3.)).fit(split), split)
     assert len(rows) == 3                                                     # errors -2, 2, 1; one row has no stars
-    found = {(r["users"], r["items"], r["metric"]): r for r in ev.figures([rows], [ev.rank_users(constant(split), split).users.with_columns(relevant=pl.lit("any"), items=pl.lit("all"))]).to_dicts() if r["task"] == "rating"}
+    found = {(r["users"], r["items"], r["metric"]): r for r in ev.metric_table([rows], [ev.eval_ranking(constant(split), split).users.with_columns(relevant=pl.lit("any"), items=pl.lit("all"))]).to_dicts() if r["task"] == "rating"}
     expected = {("all", "all"): [2, 2, 1], ("warm", "all"): [2, 2], ("cold", "all"): [1], ("all", "warm"): [2, 1], ("all", "new"): [2], ("cold", "warm"): [1], ("warm", "warm"): [2], ("warm", "new"): [2]}
     assert {k[:2] for k in found} == set(expected)
     for key, errors in expected.items():
@@ -298,10 +298,10 @@ def test_rows_in_blocks_and_models_without_stars():
     split = make([(f"u{i % 7}", f"i{i % 5}", 1 + i % 5) for i in range(35)], [(f"u{i % 9}", f"i{i % 6}", 1 + i % 3) for i in range(40)])
     table = torch.rand(len(split.users), len(split.items)) * 4 + 1
     model = Stars(table).fit(split)
-    one, many = ev.rate_rows(model, split), ev.rate_rows(model, split, block=3)
+    one, many = ev.eval_ratings(model, split), ev.eval_ratings(model, split, batch_size=3)
     assert one.equals(many) and len(one) == 40
     assert np.allclose(one["predicted"], table[one["user"].to_list(), one["item"].to_list()])
-    assert len(ev.rate_rows(constant(split), split)) == 0
+    assert len(ev.eval_ratings(constant(split), split)) == 0
 
 
 # ---- intervals --------------------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def limits(repeats=400): return .95 - 3.3 * (.95 * .05 / repeats)**.5, .95 + 3.3
 
 def test_coverage_of_a_mean():
     low, high = limits()
-    assert low <= covered(lambda rng, r: ev.bootstrap((rng.random(150) < .3).astype(float), draws=400, seed=r), .3) <= high
+    assert low <= covered(lambda rng, r: ev.bootstrap((rng.random(150) < .3).astype(float), n_resamples=400, seed=r), .3) <= high
 
 
 def test_coverage_of_rmse_with_rows_that_are_alike_within_a_user():
@@ -329,7 +329,7 @@ def test_coverage_of_rmse_with_rows_that_are_alike_within_a_user():
         n = rng.integers(1, 12, 150)                                          # ratings of each user
         own = rng.normal(size=150)                                            # how hard a user is to predict
         total = np.array([((o + .3 * rng.normal(size=m))**2).sum() for o, m in zip(own, n)])
-        return ev.bootstrap(total, n, root=True, draws=400, seed=r)
+        return ev.bootstrap(total, n, take_sqrt=True, n_resamples=400, seed=r)
     low, high = limits()
     assert low - .02 <= covered(simulate, 1.09**.5) <= high                   # squares are skewed: two points more
 
@@ -338,7 +338,7 @@ def test_paired_is_narrower_than_unpaired():
     rng = np.random.default_rng(2)
     person = rng.normal(size=300)
     a, b = person + .1 * rng.normal(size=300), person + .05 + .1 * rng.normal(size=300)
-    difference, lo, hi, p = ev.paired(b, a)
+    difference, lo, hi, p = ev.paired_bootstrap(b, a)
     (_, alo, ahi), (_, blo, bhi) = ev.bootstrap(a), ev.bootstrap(b)
     apart = ((ahi - alo)**2 + (bhi - blo)**2)**.5                             # width if the two were on different people
     assert (hi - lo < .3 * apart).all() and difference == pytest.approx((b - a).mean())
@@ -348,17 +348,17 @@ def test_paired_is_narrower_than_unpaired():
 def test_a_model_does_not_differ_from_itself():
     rng = np.random.default_rng(3)
     squared, n = rng.random((5, 80, 2)), rng.integers(1, 9, (5, 80, 2))
-    for how in ({}, {"root": True}): assert [x.tolist() for x in ev.paired(squared, squared, n, n, **how)] == [[0, 0]] * 3 + [[1, 1]]
+    for how in ({}, {"root": True}): assert [x.tolist() for x in ev.paired_bootstrap(squared, squared, n, n, **how)] == [[0, 0]] * 3 + [[1, 1]]
 
 
 def test_paired_rmse_is_the_difference_of_rmse():
     a, b, n = np.array([4., 1, 9]), np.array([1., 1, 1]), np.array([1, 1, 2])
-    assert ev.paired(a, b, n, n, root=True)[0] == pytest.approx((14 / 4)**.5 - (3 / 4)**.5)
+    assert ev.paired_bootstrap(a, b, n, n, take_sqrt=True)[0] == pytest.approx((14 / 4)**.5 - (3 / 4)**.5)
 
 
 def test_p_values_are_uniform_where_nothing_differs():
     rng = np.random.default_rng(4)
-    p = [ev.paired(rng.normal(size=80), rng.normal(size=80), draws=400, seed=r)[3][0] for r in range(400)]
+    p = [ev.paired_bootstrap(rng.normal(size=80), rng.normal(size=80), n_resamples=400, seed=r)[3][0] for r in range(400)]
     assert .05 - 3.3 * (.05 * .95 / 400)**.5 <= np.mean(np.array(p) <= .05) <= .05 + 3.3 * (.05 * .95 / 400)**.5 + .01
     assert abs(np.mean(p) - .5) < 3.3 * (1 / 12 / 400)**.5
 
@@ -369,14 +369,14 @@ def test_seeds_are_resampled_too():
     value, lo, hi = ev.bootstrap(users + seeds[:, None])
     _, lo1, hi1 = ev.bootstrap(users)
     assert value == pytest.approx(.5) and hi - lo > 1.5 * (hi1 - lo1)
-    assert (ev.paired(users + seeds[:, None], users)[1] < 0).all() and (ev.paired(users + seeds[:, None], users)[2] > 0).all()
+    assert (ev.paired_bootstrap(users + seeds[:, None], users)[1] < 0).all() and (ev.paired_bootstrap(users + seeds[:, None], users)[2] > 0).all()
 
 
 def test_blocks_of_samples_change_nothing():
     values = np.random.default_rng(0).random(50)
-    whole = np.concatenate(list(ev.weights_of(50, 100)))
-    blocks = np.concatenate(list(ev.weights_of(50, 100, width=2**20)))
-    assert (whole == blocks).all() and (whole.sum(1) == 50).all() and len(list(ev.weights_of(50, 100, width=2**20))) > 1
+    whole = np.concatenate(list(ev.bootstrap_weights(50, 100)))
+    blocks = np.concatenate(list(ev.bootstrap_weights(50, 100, width=2**20)))
+    assert (whole == blocks).all() and (whole.sum(1) == 50).all() and len(list(ev.bootstrap_weights(50, 100, width=2**20))) > 1
     assert ev.bootstrap(values)[0] == pytest.approx(values.mean())
 
 
@@ -397,12 +397,12 @@ def test_evaluate():
     model = Stars(torch.rand(len(split.users), len(split.items), generator=torch.Generator().manual_seed(0)) * 4 + 1).fit(split)
     found = ev.evaluate(model, split, ks=(5, 20))
     assert set(found["task"]) == {"rating", "ranking"} and found["versus"].null_count() == len(found) and set(found["relevant"]) == {"any"}
-    assert all(found.schema[c] == METRICS[c] for c in found.columns) and not found.select("users", "items", "relevant", "task", "metric").is_duplicated().any()
+    assert all(found.schema[c] == METRIC_SCHEMA[c] for c in found.columns) and not found.select("users", "items", "relevant", "task", "metric").is_duplicated().any()
     assert (found["lo"] <= found["value"] + 1e-12).all() and (found["value"] <= found["hi"] + 1e-12).all()
-    assert {f"{m}@{k}" for m in ev.RANKING for k in (5, 20)} | {"Coverage@20", "Gini@20", "Novelty@20", "PopularityLift@20"} == set(found.filter(task="ranking")["metric"])
+    assert {f"{m}@{k}" for m in ev.RANKING_METRICS for k in (5, 20)} | {"Coverage@20", "Gini@20", "Novelty@20", "PopularityLift@20"} == set(found.filter(task="ranking")["metric"])
     n = {u: found.filter(users=u, metric="NDCG@5")["n"].item() for u in ("all", "warm", "cold")}
     assert n["all"] == n["warm"] + n["cold"] and min(n.values()) > 5
-    users = ev.rank_users(model, split, ks=(5, 20)).users
+    users = ev.eval_ranking(model, split, ks=(5, 20)).users
     assert found.filter(users="cold", metric="NDCG@5")["value"].item() == pytest.approx(users.filter(~pl.col("warm"))["NDCG@5"].mean())
     liked, new = ev.evaluate(model, split, relevant=4), ev.evaluate(model, split, items="new")
     assert set(liked.filter(task="ranking")["relevant"]) == {">=4"} and liked.filter(users="all", metric="NDCG@5")["n"].item() < n["all"]
@@ -418,8 +418,8 @@ def test_windows_of_time_are_clustered_by_user_and_seeds_are_put_together():
     hard = rng.random(60)
     window = lambda cut, seed: pl.DataFrame({"user": users, "warm": True, "NDCG@5": hard, "relevant": "any", "items": "all"}).with_columns(cut=pl.lit(cut, pl.Int64), seed=pl.lit(seed, pl.Int64))
     ranked = pl.concat([window(c, s) for c in range(4) for s in (0, 1)])
-    rated = pl.DataFrame(schema={"user": pl.String, "warm": pl.Boolean, "warm_item": pl.Boolean, "cut": pl.Int64, "seed": pl.Int64} | {m: pl.Float64 for m in ev.RATING})
-    tables = ev.by_seed_and_cut(rated, ranked, [(c, s) for c in range(4) for s in (0, 1)])
+    rated = pl.DataFrame(schema={"user": pl.String, "warm": pl.Boolean, "warm_item": pl.Boolean, "cut": pl.Int64, "seed": pl.Int64} | {m: pl.Float64 for m in ev.RATING_METRICS})
+    tables = ev.metrics_by_seed_and_fold(rated, ranked, [(c, s) for c in range(4) for s in (0, 1)])
     assert len(tables) == 9 and tables[-1]["cut"].null_count() == tables[-1]["seed"].null_count() == len(tables[-1])
     one, together = tables[0].filter(users="all").row(0, named=True), tables[-1].filter(users="all").row(0, named=True)
     assert together["n"] == 240 and together["value"] == pytest.approx(hard.mean())
@@ -429,12 +429,12 @@ def test_windows_of_time_are_clustered_by_user_and_seeds_are_put_together():
 def test_two_models_are_compared_on_the_same_users_only():
     frame = pl.DataFrame({"user": list(range(10)), "warm": [True] * 10, "NDCG@5": np.linspace(0, 1, 10)})
     better = frame.with_columns(pl.col("NDCG@5") + .1)
-    row = ev.summarise([better], ["NDCG@5"], versus=[frame]).row(0, named=True)
+    row = ev.aggregate([better], ["NDCG@5"], reference=[frame]).row(0, named=True)
     assert row["value"] == pytest.approx(.1) and row["lo"] == pytest.approx(.1) and row["p"] < .01
-    with pytest.raises(Problem, match="same users"): ev.summarise([better], ["NDCG@5"], versus=[frame[1:]])
+    with pytest.raises(UserError, match="same users"): ev.aggregate([better], ["NDCG@5"], reference=[frame[1:]])
 
 
 def test_nothing_to_find_is_no_error():
     split = make([("a", "x", None), ("b", "y", None)], [("a", "x", None)])
-    got = ev.rank_users(constant(split), split)
-    assert len(got.users) == 0 and got.question.left_out["users with nothing to find"] == 1 and len(ev.evaluate(constant(split), split)) == 0
+    got = ev.eval_ranking(constant(split), split)
+    assert len(got.users) == 0 and got.task.excluded["users without relevant items"] == 1 and len(ev.evaluate(constant(split), split)) == 0

@@ -12,9 +12,9 @@ import statsmodels.api as sm
 from scipy import integrate, stats
 
 import widedeep_nb.experiment as ex
-from widedeep_nb.core import Problem
-from widedeep_nb.data import drawn_shoppers
-from widedeep_nb.serving import drawn
+from widedeep_nb.core import UserError
+from widedeep_nb.data import synthetic_users
+from widedeep_nb.serving import sample_plackett_luce
 
 PLAN = {"lists": {"popularity": .3, "neighbours": .4, "content": .3}, "stars": {"ridge": 1.}}
 HALVES = {"old": .5, "new": .5}
@@ -30,11 +30,11 @@ def made(small_run):
 @pytest.fixture(scope="module")
 def found(made):
     "The whole experiment on it, over the wire; a book that a killed run has left is in the way."
-    made.work = made.folder / ".work/experiment-test"
+    made.work_dir = made.folder / ".work/experiment-test"
     for day in ("drawn", "test"):
-        (made.work / day).mkdir(parents=True)
-        (made.work / day / "feedback.sqlite").write_bytes(b"half a book")
-    return ex.with_shoppers(made, drawn_shoppers(made.about["dataset"]), ("hybrid", "popularity"), .1, 3, 1000)
+        (made.work_dir / day).mkdir(parents=True)
+        (made.work_dir / day / "feedback.sqlite").write_bytes(b"half a book")
+    return ex.run_simulation(made, synthetic_users(made.manifest["dataset"]), ("hybrid", "popularity"), .1, 3, 1000)
 
 
 # plan
@@ -48,14 +48,14 @@ def test_sample_size_is_the_closed_formula(sd, effect, power, alpha):
 def test_power_is_what_simulation_gives():
     draw, tests = np.random.default_rng(0), 4000
     n = ex.sample_size(1., .4, .9)
-    called = int((ex.difference(draw.normal(0, 1, (tests, n)), draw.normal(.4, 1, (tests, n))).p < .05).sum())
-    lo, hi = ex.limits(tests, ex.power_of(n, 1., .4))
-    assert lo <= called <= hi and abs(ex.power_of(n, 1., .4) - .9) < .01
+    called = int((ex.welch_test(draw.normal(0, 1, (tests, n)), draw.normal(.4, 1, (tests, n))).p < .05).sum())
+    lo, hi = ex.binomial_limits(tests, ex.statistical_power(n, 1., .4))
+    assert lo <= called <= hi and abs(ex.statistical_power(n, 1., .4) - .9) < .01
 
 
 @pytest.mark.parametrize("wrong", [dict(sd=0.), dict(effect=-1.), dict(power=.04), dict(alpha=0.), dict(ratio=0.), dict(power=1.)])
 def test_a_plan_that_cannot_be_is_refused_in_one_line(wrong):
-    with pytest.raises(Problem) as e: ex.sample_size(**{"sd": 1., "effect": .1} | wrong)
+    with pytest.raises(UserError) as e: ex.sample_size(**{"sd": 1., "effect": .1} | wrong)
     assert "\n" not in str(e.value)
 
 
@@ -63,31 +63,31 @@ def test_a_plan_that_cannot_be_is_refused_in_one_line(wrong):
 
 def test_groups_are_balanced_in_every_experiment():
     "The p-values of balance over many experiments are themselves uniform."
-    sizes = [int((ex.assign(IDS, f"experiment {i}", HALVES) == "new").sum()) for i in range(200)]
+    sizes = [int((ex.assign_arms(IDS, f"experiment {i}", HALVES) == "new").sum()) for i in range(200)]
     even = [stats.binomtest(s, len(IDS)).pvalue for s in sizes]
     assert stats.kstest(even, "uniform").pvalue > .001
-    assert stats.kstest([ex.sample_ratio([s, len(IDS) - s], [.5, .5]) for s in sizes], "uniform").pvalue > .001
+    assert stats.kstest([ex.srm_test([s, len(IDS) - s], [.5, .5]) for s in sizes], "uniform").pvalue > .001
 
 
 def test_experiments_are_independent():
-    groups = np.array([(ex.assign(IDS, f"experiment {i}", HALVES) == "new").to_numpy() for i in range(40)])
+    groups = np.array([(ex.assign_arms(IDS, f"experiment {i}", HALVES) == "new").to_numpy() for i in range(40)])
     pairs = [stats.chi2_contingency(np.histogram2d(a, b, 2)[0], correction=False).pvalue for a, b in itertools.combinations(groups, 2)]
     assert stats.kstest(pairs, "uniform").pvalue > .001
 
 
 def test_a_lot_is_stable_and_knows_nothing_of_the_others():
     shares = {"a": .2, "b": .5, "c": .3}
-    whole, some = ex.assign(IDS, "x", shares, .1), IDS[::-7]
-    assert ex.assign(some, "x", shares, .1).equals(whole[::-7])
-    assert ex.numbers_of(pl.Series(["U1"]), "button")[0] == int.from_bytes(__import__("hashlib").sha256(b"button\0U1").digest()[:8], "big") // 2**11 / 2**53
+    whole, some = ex.assign_arms(IDS, "x", shares, .1), IDS[::-7]
+    assert ex.assign_arms(some, "x", shares, .1).equals(whole[::-7])
+    assert ex.hash_uniform(pl.Series(["U1"]), "button")[0] == int.from_bytes(__import__("hashlib").sha256(b"button\0U1").digest()[:8], "big") // 2**11 / 2**53
     parts = whole.filter(whole != "holdout")
-    assert ex.sample_ratio([int((parts == a).sum()) for a in shares], [*shares.values()]) > .001
-    for name in ("y", "holdout"): assert ((ex.assign(IDS, name, HALVES, .1) == "holdout") == (whole == "holdout")).all()
+    assert ex.srm_test([int((parts == a).sum()) for a in shares], [*shares.values()]) > .001
+    for name in ("y", "holdout"): assert ((ex.assign_arms(IDS, name, HALVES, .1) == "holdout") == (whole == "holdout")).all()
 
 
 @pytest.mark.parametrize("arms, holdout", [({"a": 1.}, 0.), ({"a": .5, "b": .6}, 0.), ({"a": 0., "b": 1.}, 0.), (HALVES, 1.), (HALVES, -.1), ({"holdout": .5, "b": .5}, .1)])
 def test_wrong_shares_are_refused(arms, holdout):
-    with pytest.raises(Problem): ex.assign(IDS, "x", arms, holdout)
+    with pytest.raises(UserError): ex.assign_arms(IDS, "x", arms, holdout)
 
 
 # decide
@@ -95,9 +95,9 @@ def test_wrong_shares_are_refused(arms, holdout):
 def test_many_tests_at_once_are_the_same_as_one_by_one():
     draw = np.random.default_rng(1)
     a, b = draw.exponential(1, (20, 30)), draw.exponential(2, (20, 44))
-    for i, p in enumerate(ex.difference(a, b).p):
+    for i, p in enumerate(ex.welch_test(a, b).p):
         theirs = stats.ttest_ind(b[i], a[i], equal_var=False)
-        assert np.isclose(p, theirs.pvalue) and np.allclose([ex.difference(a, b).lo[i], ex.difference(a, b).hi[i]], theirs.confidence_interval())
+        assert np.isclose(p, theirs.pvalue) and np.allclose([ex.welch_test(a, b).lo[i], ex.welch_test(a, b).hi[i]], theirs.confidence_interval())
 
 
 def test_cuped_is_the_regression_on_what_was_before():
@@ -107,7 +107,7 @@ def test_cuped_is_the_regression_on_what_was_before():
     y += .7 * x + np.array([[0], [.4]])
     design = np.column_stack([np.ones(600), np.repeat([0, 1], 300), x.ravel()])
     fit = sm.OLS(y.ravel(), design).fit()
-    ours = ex.difference(*ex.cuped(*y, *x))
+    ours = ex.welch_test(*ex.cuped(*y, *x))
     assert np.isclose(ours.value, fit.params[1]) and abs(ours.se / fit.bse[1] - 1) < .02
 
 
@@ -115,7 +115,7 @@ def test_the_delta_method_is_the_bootstrap_by_person():
     draw = np.random.default_rng(3)
     v = 1 + draw.poisson(3, (2, 600))
     y = draw.binomial(v, draw.beta(1, 2, (2, 600)))
-    ours, who = ex.difference(*ex.linearised(y, v)), draw.integers(600, size=(4000, 2, 600))
+    ours, who = ex.welch_test(*ex.delta_method(y, v)), draw.integers(600, size=(4000, 2, 600))
     again = np.take_along_axis(y[None], who, 2).sum(2) / np.take_along_axis(v[None], who, 2).sum(2)
     assert abs(np.std(again[:, 1] - again[:, 0]) / ours.se - 1) < .05
     assert np.isclose(ours.value, np.diff(y.sum(1) / v.sum(1))[0])
@@ -149,23 +149,23 @@ def test_a_confidence_sequence_is_narrowest_where_it_was_planned():
 def test_on_the_way_is_what_one_would_see_then():
     draw = np.random.default_rng(4)
     y, second, looks = draw.normal(size=(3, 90)), draw.random((3, 90)) < .4, np.array([20, 33, 90])
-    value, se = ex.running(y, second, looks)
+    value, se = ex.cumulative_stats(y, second, looks)
     for test, (j, n) in itertools.product(range(3), enumerate(looks)):
-        seen = ex.difference(y[test, :n][~second[test, :n]], y[test, :n][second[test, :n]])
+        seen = ex.welch_test(y[test, :n][~second[test, :n]], y[test, :n][second[test, :n]])
         assert np.isclose(value[test, j], seen.value) and np.isclose(se[test, j], seen.se)
 
 
 @pytest.fixture(scope="module")
-def proof(): return ex.trials()
+def proof(): return ex.calibration_trials()
 
 
 def test_every_test_keeps_what_it_promises(proof):
     "False alarms, coverage and power over five thousand experiments whose truth is known."
-    assert ex.checks_in_words([r for r in ex.checks(proof) if not r["holds"]] or ex.checks(proof)).endswith("counts.")
+    assert ex.describe_calibration([r for r in ex.calibration_table(proof) if not r["holds"]] or ex.calibration_table(proof)).endswith("counts.")
 
 
 def test_peeking_breaks_an_ordinary_test_and_counting_visits_does_too(proof):
-    high = ex.limits(proof["tests"], .05)[1]
+    high = ex.binomial_limits(proof["tests"], .05)[1]
     same = proof["A/A"]
     assert same["looking"]["called"] > 3 * high and same["by visit"]["called"] > high > same["sequential"]["called"]
     assert same["sequential"]["called"] <= .05 * proof["tests"]
@@ -176,20 +176,20 @@ def test_p_values_are_uniform_where_nothing_is(proof):
 
 
 def test_cuped_needs_fewer_people(proof):
-    people = ex.population()
+    people = ex.synthetic_population()
     n = proof["cuped n"]
     assert n < .7 * proof["n"]
-    called, (lo, hi) = ex.tested(people, n, 2000, seed=9)["cuped"]["called"], ex.limits(2000, .8)
+    called, (lo, hi) = ex.simulate_tests(people, n, 2000, seed=9)["cuped"]["called"], ex.binomial_limits(2000, .8)
     assert lo - 20 <= called <= hi + 20                                                            # the correlation is itself an estimate
 
 
 @pytest.mark.long
 def test_promises_over_ten_thousand_other_experiments():
     "Within the limits that hold 95 % of six such counts together."
-    people = ex.population(seed=5)
-    n = ex.sample_size(float(people.first.std()), float(people.second.mean() - people.first.mean()))
+    people = ex.synthetic_population(seed=5)
+    n = ex.sample_size(float(people.control.std()), float(people.treatment.mean() - people.control.mean()))
     for apart in (False, True):
-        rows = [ex.tested(people, n, 2000, apart, seed) for seed in range(20, 25)]
+        rows = [ex.simulate_tests(people, n, 2000, apart, seed) for seed in range(20, 25)]
         for kind in ("mean", "ratio", "cuped"):
             count = sum(r["tests"] - r[kind]["covered"] for r in rows)
             lo, hi = stats.binom.interval(1 - .05 / 6, 10_000, .05)
@@ -204,22 +204,22 @@ def test_the_estimates_are_right_on_average():
     draw = np.random.default_rng(6)
     p, q = (w / w.sum() for w in draw.uniform(.1, 1, (2, 1, 5)))
     every = np.array([*itertools.permutations(range(5), 3)])
-    chance, target = (ex.chance_of(np.repeat(w, len(every), 0), every) for w in (p, q))
+    chance, target = (ex.list_propensity(np.repeat(w, len(every), 0), every) for w in (p, q))
     assert np.isclose(chance.sum(), 1) and np.isclose(target.sum(), 1)
     reward, guess = draw.random(len(every)), draw.random(len(every))
     truth, w = (target * reward).sum(), target / chance
     assert np.isclose((chance * w * reward).sum(), truth)
     expected = np.full(len(every), (target * guess).sum())
     assert np.isclose((chance * (expected + w * (reward - guess))).sum(), truth)
-    one = {name: value for name, (value, _) in ex.off_policy(reward, chance, target, guess, expected).items()}
+    one = {name: value for name, (value, _) in ex.off_policy_value(reward, chance, target, guess, expected).items()}
     assert np.isclose(one["IPS"], (w * reward).mean()) and np.isclose(one["self-normalised"], (w * reward).sum() / w.sum()) and np.isclose(one["doubly robust"], (expected + w * (reward - guess)).mean())
 
 
 def test_bias_and_spread_on_logs_whose_truth_is_known():
-    rows = {r["name"]: r for r in ex.estimates(ex.exploring(seed=3))}
+    rows = {r["name"]: r for r in ex.estimator_bias_variance(ex.synthetic_logs(seed=3))}
     for name in ("IPS", "self-normalised", "doubly robust"):
         assert abs(rows[name]["bias"]) < 3.5 * rows[name]["bias_se"], name
-        lo, hi = ex.limits(400, .95)
+        lo, hi = ex.binomial_limits(400, .95)
         assert lo - 4 <= 400 * rows[name]["covered"] <= hi + 4, name                                # intervals are those of the normal
     for name in ("mean of the log", "guess alone"): assert abs(rows[name]["bias"]) > 10 * rows[name]["bias_se"]
     assert max(rows["doubly robust"]["sd"], rows["self-normalised"]["sd"]) < .8 * rows["IPS"]["sd"]
@@ -228,17 +228,17 @@ def test_bias_and_spread_on_logs_whose_truth_is_known():
 def test_no_list_has_a_say_in_its_own_guess():
     draw = np.random.default_rng(7)
     x, r, other = draw.normal(size=(40, 2)), draw.random(40), draw.normal(size=(40, 3, 2))
-    before = ex.guesses(x, r, other)[0][4]
+    before = ex.cross_fit_reward_model(x, r, other)[0][4]
     r[4] += 10
-    after = ex.guesses(x, r, other)[0]
-    assert after[4] == before and not np.isclose(after[5], ex.guesses(x, r - 10 * (np.arange(40) == 4), other)[0][5])
+    after = ex.cross_fit_reward_model(x, r, other)[0]
+    assert after[4] == before and not np.isclose(after[5], ex.cross_fit_reward_model(x, r - 10 * (np.arange(40) == 4), other)[0][5])
 
 
 @pytest.mark.parametrize("chance, target, words", [
     (np.ones(400), np.ones(400), "no list of this log was drawn"), (np.zeros(0), np.zeros(0), "no lists"), (np.full(400, 1.5), np.ones(400), "above 0 and at most 1"),
     (np.full(400, .5), np.zeros(400), "ever shown"), (np.full(400, .5), np.full(400, .3), "0.60 where 1 is due"), (np.full(400, .01), np.where(np.arange(400) < 4, 1., 0), "worth 4 lists"), (np.full(1, .5), np.full(1, .5), "worth 1 lists")])
 def test_a_log_that_cannot_answer_is_refused_with_the_reason(chance, target, words):
-    with pytest.raises(Problem) as e: ex.overlap(chance, target)
+    with pytest.raises(UserError) as e: ex.check_overlap(chance, target)
     assert words in str(e.value) and "\n" not in str(e.value)
 
 
@@ -247,13 +247,13 @@ def test_lists_of_one_person_are_not_counted_as_if_each_was_drawn_by_itself():
     draw = np.random.default_rng(8)
     person = np.repeat(np.arange(150), 4)
     reward, half = (draw.random(150)[person] > draw.random(600) / 2).astype(float), np.full(600, .5)
-    value, se = ex.off_policy(reward, half, half, 0 * reward, 0 * reward, person)["IPS"]
+    value, se = ex.off_policy_value(reward, half, half, 0 * reward, 0 * reward, person)["IPS"]
     due = sm.OLS(reward, np.ones(600)).fit(cov_type="cluster", cov_kwds={"groups": person, "use_correction": False}).bse[0]
-    assert np.isclose(value, reward.mean()) and np.isclose(se, due) and se > 1.3 * ex.off_policy(reward, half, half, 0 * reward, 0 * reward)["IPS"][1]
+    assert np.isclose(value, reward.mean()) and np.isclose(se, due) and se > 1.3 * ex.off_policy_value(reward, half, half, 0 * reward, 0 * reward)["IPS"][1]
 
 
 def test_too_few_people_are_not_asked(made):
-    with pytest.raises(Problem, match="people take part"): ex.with_shoppers(made, drawn_shoppers(made.about["dataset"]), ("hybrid", "popularity"), .95, 3, 1000)
+    with pytest.raises(UserError, match="people take part"): ex.run_simulation(made, synthetic_users(made.manifest["dataset"]), ("hybrid", "popularity"), .95, 3, 1000)
 
 
 # a book
@@ -261,17 +261,17 @@ def test_too_few_people_are_not_asked(made):
 def test_an_experiment_is_read_from_the_book(made, found):
     "What SQL says of the book, by other words than the module's."
     test, path = found["test"], made.folder / "experiment/test/feedback.sqlite"
-    assert found["lost"] == 0 and test["crossed"] == 0 and test["mismatch"] > ex.MISMATCH and not list(made.work.glob("*/feedback.sqlite"))
+    assert found["lost"] == 0 and test["crossed"] == 0 and test["mismatch"] > ex.SRM_ALPHA and not list(made.work_dir.glob("*/feedback.sqlite"))
     with closing(sqlite3.connect(path)) as base:
         for arm in test["arms"]:
             visits, people = base.execute("SELECT count(*), count(DISTINCT user) FROM lists WHERE NOT explored AND model = ?", [arm["model"]]).fetchone()
             bought = base.execute("SELECT count(*) FROM events WHERE event = 'purchase' AND list IN (SELECT id FROM lists WHERE NOT explored AND model = ?)", [arm["model"]]).fetchone()[0]
             assert (arm["visits"], arm["people"], arm["bought"]) == (visits, people, bought) and people > 20
         every = base.execute("SELECT DISTINCT user, model FROM lists WHERE NOT explored").fetchall()
-    assert [m for _, m in every] == ex.assign(pl.Series([u for u, _ in every]), test["name"], {"popularity": .5, "hybrid": .5}, .1).to_list()
+    assert [m for _, m in every] == ex.assign_arms(pl.Series([u for u, _ in every]), test["name"], {"popularity": .5, "hybrid": .5}, .1).to_list()
     by = {a["model"]: a for a in test["arms"]}
     rate = lambda m: by[m]["bought"] / by[m]["people"]
-    assert np.isclose(test["effects"][0]["value"], rate("hybrid") - rate("popularity")) and np.isclose(test["way"]["value"][-1], next(e["value"] for e in test["effects"] if e["what"] == ex.MAIN))
+    assert np.isclose(test["effects"][0]["value"], rate("hybrid") - rate("popularity")) and np.isclose(test["way"]["value"][-1], next(e["value"] for e in test["effects"] if e["what"] == ex.PRIMARY_OUTCOME))
 
 
 def test_the_service_draws_as_it_says(made, found):
@@ -286,40 +286,40 @@ def test_the_service_draws_as_it_says(made, found):
 
 
 def test_wrong_propensities_are_noticed(made, found):
-    shown = ex.in_book(made.folder / "experiment/drawn/feedback.sqlite").with_columns(chance=pl.col("chance") * .9)
-    assert ex.read_policies(made, shown, drawn_shoppers(made.about["dataset"]), ("hybrid", "popularity"), 2)[0]["agrees"] == 0.
+    shown = ex.load_exposures(made.folder / "experiment/drawn/feedback.sqlite").with_columns(chance=pl.col("chance") * .9)
+    assert ex.evaluate_policies(made, shown, synthetic_users(made.manifest["dataset"]), ("hybrid", "popularity"), 2)[0]["agrees"] == 0.
 
 
 def test_lists_that_were_not_drawn_say_nothing_of_others(made, found):
-    shown = ex.in_book(made.folder / "experiment/test/feedback.sqlite").filter(~pl.col("explored"))
-    with pytest.raises(Problem, match="no drawn lists"): ex.read_policies(made, shown, None, ("hybrid", "popularity"))
-    with pytest.raises(Problem, match="propensity is 1"): ex.overlap(shown["chance"].to_numpy(), shown["chance"].to_numpy())
+    shown = ex.load_exposures(made.folder / "experiment/test/feedback.sqlite").filter(~pl.col("explored"))
+    with pytest.raises(UserError, match="no drawn lists"): ex.evaluate_policies(made, shown, None, ("hybrid", "popularity"))
+    with pytest.raises(UserError, match="propensity is 1"): ex.check_overlap(shown["chance"].to_numpy(), shown["chance"].to_numpy())
 
 
 def test_people_who_met_both_models_are_left_out_and_a_loss_is_noticed(made, found):
-    shown = ex.in_book(made.folder / "experiment/test/feedback.sqlite")
-    before, name, shares = ex.went_before(made.read("interactions.parquet")), found["test"]["name"], {"popularity": .5, "hybrid": .5}
+    shown = ex.load_exposures(made.folder / "experiment/test/feedback.sqlite")
+    before, name, shares = ex.pre_period_stats(made.read("interactions.parquet")), found["test"]["name"], {"popularity": .5, "hybrid": .5}
     one = shown.filter(~pl.col("explored"), pl.col("model") == "hybrid")[:1]
-    crossed = ex.read_test(pl.concat([shown, one.with_columns(model=pl.lit("popularity"))]), name, shares, .1, before)
+    crossed = ex.analyze_experiment(pl.concat([shown, one.with_columns(model=pl.lit("popularity"))]), name, shares, .1, before)
     assert crossed["crossed"] == 1 and crossed["arms"][1]["people"] == found["test"]["arms"][1]["people"] - 1
-    gone = shown.filter((pl.col("model") == "hybrid") | pl.Series(ex.numbers_of(shown["user"], "gone") > .6))
-    lost = ex.read_test(gone, name, shares, .1, before)
-    assert lost["mismatch"] < ex.MISMATCH
-    said = ex.experiment_in_words({"test": lost, "pair": ("hybrid", "popularity"), "people": {}, "lost": 0, "planned": found["planned"]})
+    gone = shown.filter((pl.col("model") == "hybrid") | pl.Series(ex.hash_uniform(shown["user"], "gone") > .6))
+    lost = ex.analyze_experiment(gone, name, shares, .1, before)
+    assert lost["mismatch"] < ex.SRM_ALPHA
+    said = ex.describe_experiment({"test": lost, "pair": ("hybrid", "popularity"), "people": {}, "lost": 0, "planned": found["planned"]})
     assert "nothing can be said" in said[-1] and not any("So:" in s for s in said)
 
 
 def test_what_is_no_book_is_refused(tmp_path):
-    with pytest.raises(Problem, match="no book"): ex.in_book(tmp_path / "feedback.sqlite")
+    with pytest.raises(UserError, match="no book"): ex.load_exposures(tmp_path / "feedback.sqlite")
     (tmp_path / "feedback.sqlite").write_bytes(b"not a database, but long enough to be looked at as one" * 40)
-    with pytest.raises(Problem, match="not a book"): ex.in_book(tmp_path / "feedback.sqlite")
+    with pytest.raises(UserError, match="not a book"): ex.load_exposures(tmp_path / "feedback.sqlite")
 
 
 @pytest.mark.long
 def test_an_experiment_repeats(made, found):
     "The same people, groups and whims; what the service draws by lot is its own, and only the drawn day is of that."
-    made.work = made.folder / ".work/experiment-again"
-    again = ex.with_shoppers(made, drawn_shoppers(made.about["dataset"]), ("hybrid", "popularity"), .1, 3, 1000)
+    made.work_dir = made.folder / ".work/experiment-again"
+    again = ex.run_simulation(made, synthetic_users(made.manifest["dataset"]), ("hybrid", "popularity"), .1, 3, 1000)
     assert again["test"]["arms"] == found["test"]["arms"] and all(a == pytest.approx(b) for a, b in zip(again["test"]["effects"], found["test"]["effects"], strict=True))
 
 
@@ -327,14 +327,14 @@ def test_words_follow_the_numbers(found):
     test = found["test"]
     for value, end in ((.3, "use hybrid."), (-.3, "use popularity.")):
         turned = [e | {"value": value, "lo": value - .1, "hi": value + .1} for e in test["effects"]]
-        assert ex.experiment_in_words({"pair": ("hybrid", "popularity")} | found | {"test": test | {"effects": turned}})[-1].endswith(end)
+        assert ex.describe_experiment({"pair": ("hybrid", "popularity")} | found | {"test": test | {"effects": turned}})[-1].endswith(end)
     level = [e | {"value": .01, "lo": -.1, "hi": .12} for e in test["effects"]]
-    assert "not told apart. Keep popularity" in ex.experiment_in_words({"pair": ("hybrid", "popularity")} | found | {"test": test | {"effects": level}})[-1]
+    assert "not told apart. Keep popularity" in ex.describe_experiment({"pair": ("hybrid", "popularity")} | found | {"test": test | {"effects": level}})[-1]
 
 
 def test_the_page_fits(found, proof, tmp_path, fits):
     plt.rcdefaults()                                                                              # whoever was here before
-    page = ex.report(found | {"pair": ("hybrid", "popularity"), "trials": proof}, "demo")
+    page = ex.render_experiment(found | {"pair": ("hybrid", "popularity"), "trials": proof}, "demo")
     (tmp_path / "experiment.html").write_text(page)
     assert page.count("currentColor") > 10                                                         # the figure's ink is the page's, by night too
     fits(tmp_path / "experiment.html")
@@ -350,20 +350,20 @@ def log_of(**columns):
 
 @pytest.mark.parametrize("gone", [{}, {"rating": [None] * 300}, {"timestamp": [None] * 300}, {"rating": [None] * 300, "timestamp": [None] * 300}, {"user": ["u"] * 300}, {"rating": [5.] * 300}])
 def test_any_log_gets_a_plan_or_is_told_why_not(gone):
-    needs = ex.what_it_takes(log_of(**gone))
+    needs = ex.required_sample_sizes(log_of(**gone))
     assert (needs["days"] is None) == ("timestamp" in gone) and len(needs["metrics"]) == (1 if None in gone.get("rating", ()) else 3)
     for row in needs["sizes"]: assert row["with CUPED"] <= row["people"] and (row["days"] is None) == ("timestamp" in gone) and (row["days"] or 0) % 7 == 0
     json.dumps(needs, allow_nan=False)
 
 
 def test_where_there_is_nobody_to_ask_it_says_what_would_be_done():
-    said = ex.nobody_in_words({"pair": ("hybrid", "popularity"), "groups": {"hybrid": 12, "popularity": 9, "holdout": 3}})
-    assert "12" in said and "keep 3" in said and ex.experiment_in_words({"pair": ("hybrid", "popularity"), "groups": {"hybrid": 12, "popularity": 9, "holdout": 3}}) == [said]
-    assert drawn_shoppers("ciao.csv") is None
+    said = ex.describe_experiment_plan({"pair": ("hybrid", "popularity"), "groups": {"hybrid": 12, "popularity": 9, "holdout": 3}})
+    assert "12" in said and "keep 3" in said and ex.describe_experiment({"pair": ("hybrid", "popularity"), "groups": {"hybrid": 12, "popularity": 9, "holdout": 3}}) == [said]
+    assert synthetic_users("ciao.csv") is None
 
 
 def test_a_model_is_not_tried_against_itself(made):
     made.write("leaderboard.parquet", pl.DataFrame(schema={"model": pl.String, "value": pl.Float64, "lo": pl.Float64, "hi": pl.Float64, "n": pl.Int64, "versus": pl.String, "metric": pl.String, "users": pl.String, "items": pl.String, "relevant": pl.String}))
-    assert ex.rivals_in(made, "hybrid") == ("hybrid", "popularity")
+    assert ex.pick_arms(made, "hybrid") == ("hybrid", "popularity")
     for names, words in ((("hybrid", "hybrid"), "itself"), (("nobody",), "unknown model"), (("popularity",), "no simple model")):
-        with pytest.raises(Problem, match=words): ex.rivals_in(made, *names)
+        with pytest.raises(UserError, match=words): ex.pick_arms(made, *names)

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from widedeep_nb.core import EXTRAS, LOG, Problem
-from widedeep_nb.data import KINDS, LOG_NAMES, PACKED, load
+from widedeep_nb.core import OPTIONAL_COLUMNS, INTERACTION_SCHEMA, UserError
+from widedeep_nb.data import FORMATS, LOG_COLUMN_ALIASES, COMPRESSIONS, load
 
 T = 1_365_811_200
-names = st.sampled_from([n for known in LOG_NAMES.values() for n in known.split()] + ["reviewerID", "Item-ID", "", "text", "ü", "user\n", 'a"b', "1", "."]) | st.text(max_size=5)
+names = st.sampled_from([n for known in LOG_COLUMN_ALIASES.values() for n in known.split()] + ["reviewerID", "Item-ID", "", "text", "ü", "user\n", 'a"b', "1", "."]) | st.text(max_size=5)
 scalars = st.one_of(st.none(), st.text(max_size=6), st.integers(-3, 12), st.floats(width=32), st.booleans(), st.sampled_from(["007", "1e5", " ", "nan", "inf", "click", "view", "purchase", '"', "a,b", "\r", "\ud800"]),
                     st.integers(T, T + 9999), st.sampled_from([0, -1, T * 1000, T * 10**9, 10**19, 2**63, 10**40, 1e300, "2014-05-23", "05 23, 2014", "0000-00-00"]))
 values = scalars | st.lists(scalars, max_size=2) | st.dictionaries(st.text(max_size=2), scalars, max_size=2)
@@ -73,15 +73,15 @@ def broken(draw, content):
 @st.composite
 def files(draw):
     "A name and what lies under it."
-    end = draw(st.sampled_from(list(KINDS))) + draw(st.sampled_from(("", "") + PACKED))
-    write = {"csv": as_csv, "json": as_json, "parquet": as_parquet}[draw(st.sampled_from([KINDS["." + end.split(".")[1]]] * 60 + list(KINDS.values())))]
+    end = draw(st.sampled_from(list(FORMATS))) + draw(st.sampled_from(("", "") + COMPRESSIONS))
+    write = {"csv": as_csv, "json": as_json, "parquet": as_parquet}[draw(st.sampled_from([FORMATS["." + end.split(".")[1]]] * 60 + list(FORMATS.values())))]
     content = draw(st.binary(max_size=60)) if draw(one_in(12)) else write(draw, *draw(tables()))
     if draw(one_in(3)): content = broken(draw, content)
-    if end.endswith(PACKED) and not draw(one_in(12)): content = gzip.compress(content, 1) if end.endswith(".gz") else pa.compress(content, "zstd", asbytes=True)
+    if end.endswith(COMPRESSIONS) and not draw(one_in(12)): content = gzip.compress(content, 1) if end.endswith(".gz") else pa.compress(content, "zstd", asbytes=True)
     return end, broken(draw, content) if draw(one_in(12)) else content
 
 
-mappings = st.none() | st.none() | st.none() | st.dictionaries(st.sampled_from(list(LOG_NAMES) + ["who"]), st.sampled_from(["user", "item", "", "1", "2", "3", "0", "text", "time"]), max_size=3)
+mappings = st.none() | st.none() | st.none() | st.dictionaries(st.sampled_from(list(LOG_COLUMN_ALIASES) + ["who"]), st.sampled_from(["user", "item", "", "1", "2", "3", "0", "text", "time"]), max_size=3)
 
 
 def check(end, content, columns, beside):
@@ -90,10 +90,10 @@ def check(end, content, columns, beside):
         (place / f"ratings{end}").write_bytes(content)
         if beside: (place / f"items{beside[0]}").write_bytes(beside[1])
         try: loaded = load(place if beside else place / f"ratings{end}", columns)
-        except Problem as e: return valid_message(str(e))
+        except UserError as e: return valid_message(str(e))
         assert [p.name for p in place.iterdir() if p.name.startswith(".")] == []
     log, items, users = loaded
-    assert {c: t for c, t in log.schema.items() if c in LOG} == LOG and all(EXTRAS[c] == t for c, t in log.schema.items() if c not in LOG)
+    assert {c: t for c, t in log.schema.items() if c in INTERACTION_SCHEMA} == INTERACTION_SCHEMA and all(OPTIONAL_COLUMNS[c] == t for c, t in log.schema.items() if c not in INTERACTION_SCHEMA)
     assert loaded.report["rows_read"] == len(log) + sum(d["rows"] for d in loaded.report["dropped"]) and len(log) == loaded.report["kept"] > 0
     for ids, table in ((log["user"], users["user"]), (log["item"], items["item"])):
         assert ids.null_count() == 0 and ids.str.strip_chars().str.len_bytes().min() > 0 and not ids.str.contains("\ufffd", literal=True).any()
@@ -104,7 +104,7 @@ def check(end, content, columns, beside):
 def valid_message(text): assert text.isprintable() and 10 < len(text) < 1200, text
 
 
-inputs = dict(file=files(), columns=mappings, beside=st.none() | st.none() | st.none() | files())
+inputs = dict(file=files(), columns=mappings, staged=st.none() | st.none() | st.none() | files())
 quiet = dict(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 

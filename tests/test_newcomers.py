@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from widedeep_nb.content import with_catalogue
-from widedeep_nb.core import PROTOCOLS, History, Problem, Run, Split, as_interactions, make_recommender
-from widedeep_nb.evaluation import rank_users, rate_rows
-from widedeep_nb.newcomers import (UNKNOWN, IdsAlone, Oracle, about_new, beside_learnt, by_events, exposure, groups_of_items, groups_of_users, hidden_by_lot, id_tables, new_in_words, newcomers, over_windows, rows_of_unknowns,
-                                   served, shortened, sources_of, tables_of_new, what_sources_add, with_mean_row)
+from widedeep_nb.content import add_catalog
+from widedeep_nb.core import PROTOCOLS, History, UserError, Run, Split, to_interactions, make_recommender
+from widedeep_nb.evaluation import eval_ranking, eval_ratings
+from widedeep_nb.newcomers import (UNKNOWN_GROUPS, IdOnlyModel, Oracle, eval_cold_items, compare_with_learned, metric_by_n_events, item_exposure, item_groups, user_groups, hide_random_items, id_embeddings, describe_cold_items, evaluate_cold_start, concat_over_folds, compare_unknown_rows,
+                                   metric_by_group, truncate_history, side_feature_sources, cold_item_results, source_ablation, with_mean_unknown_row)
 from widedeep_nb.data import load
 from widedeep_nb.preprocessing import prepare
 from widedeep_nb.shop import demo_shop
@@ -22,7 +22,7 @@ from widedeep_nb.shop import demo_shop
 def split():
     shop = demo_shop(n_ratings=4000, seed=2)
     log = shop.interactions.filter(pl.col("rating").is_between(1, 5), pl.col("user").is_not_null(), pl.col("item").is_not_null(), pl.col("timestamp").dt.year().is_between(2000, 2030)).unique(["user", "item"], maintain_order=True)
-    return with_catalogue(prepare(as_interactions(log), "strict", shop.items, shop.users), shop.items, shop.users).final()
+    return add_catalog(prepare(to_interactions(log), "strict", shop.items, shop.users), shop.items, shop.users).for_final_fit()
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.integers(0, 7))
@@ -30,21 +30,21 @@ def split():
 def test_shortened(sizes, k):
     ptr = torch.tensor(np.cumsum([0] + sizes))
     whole = History(ptr, torch.arange(int(ptr[-1])), torch.ones(int(ptr[-1])), torch.arange(int(ptr[-1])))
-    short = shortened(whole, k)
+    short = truncate_history(whole, k)
     for u in range(len(sizes)):
         mine = whole.item[ptr[u]:ptr[u + 1]].tolist()
-        assert short.item[short.ptr[u]:short.ptr[u + 1]].tolist() == (mine[-k:] if k else [])
+        assert short.item[short.indptr[u]:short.indptr[u + 1]].tolist() == (mine[-k:] if k else [])
 
 
 @given(st.floats(.05, .9), st.integers(0, 5))
 @settings(deadline=None, max_examples=15)
 def test_hidden_products_are_hidden(split, share, seed):
-    less = hidden_by_lot(split, share, seed)
-    known, before = [set(s.items["item"][:s.known_items]) for s in (less, split)]
+    less = hide_random_items(split, share, seed)
+    known, before = [set(s.items["item"][:s.n_train_items]) for s in (less, split)]
     gone = before - known
-    assert len(gone) >= max(1, round(share * split.known_items)) and known < before and len(less.test) == len(split.test)
+    assert len(gone) >= max(1, round(share * split.n_train_items)) and known < before and len(less.test) == len(split.test)
     ids = less.items["item"]
-    for part in (less.train, less.aside, less.val): assert not set(ids.gather(part["item"])) & gone or len(gone) > round(share * split.known_items)
+    for part in (less.train, less.filtered_out, less.val): assert not set(ids.gather(part["item"])) & gone or len(gone) > round(share * split.n_train_items)
     text = lambda s: s.test.select(pl.Series("user", s.users["user"].gather(s.test["user"])), pl.Series("item", s.items["item"].gather(s.test["item"])))
     assert text(less).equals(text(split))
 
@@ -53,7 +53,7 @@ def test_the_lot_of_hiding_does_not_look_at_popularity(split):
     count = split.train["item"].value_counts().sort("item")["count"].to_numpy()
     shares = []
     for seed in range(30):
-        known = set(hidden_by_lot(split, .3, seed).items["item"][:hidden_by_lot(split, .3, seed).known_items])
+        known = set(hide_random_items(split, .3, seed).items["item"][:hide_random_items(split, .3, seed).n_train_items])
         shares.append(sum(c for c, i in zip(count, split.items["item"]) if i not in known) / count.sum())
     assert abs(np.mean(shares) - .3) < .03
 
@@ -61,9 +61,9 @@ def test_the_lot_of_hiding_does_not_look_at_popularity(split):
 def test_all_events_shown_is_the_usual_question(split):
     "Who has just so many events is shown whole, and by a model that knows no ids gets the usual list."
     models = {name: make_recommender(name).fit(split) for name in ("popularity", "item-knn")}
-    found = by_events(models, split, counts=(0, 4), few=1)
+    found = metric_by_n_events(models, split, event_counts=(0, 4), few=1)
     for name, model in models.items():
-        usual = {u: v for u, v, n in rank_users(model, split, "test", (20,)).users.select("user", "NDCG@20", "n_seen").rows() if n == 4}
+        usual = {u: v for u, v, n in eval_ranking(model, split, "test", (20,)).users.select("user", "NDCG@20", "n_seen").rows() if n == 4}
         mine = dict(found.filter(model=name, events=4).select("user", "NDCG@20").rows())
         assert len(usual) > 5 and all(mine[user] == pytest.approx(value, abs=1e-6) for user, value in usual.items())
         assert found.filter(model=name, events=0)["user"].to_list() == list(mine)
@@ -74,18 +74,18 @@ def test_all_events_shown_is_the_usual_question(split):
 def test_a_short_history_is_a_stranger_s(split):
     "Neither the id nor the traits of a person reach the model."
     class Spy:
-        n_users, all_users, heard = split.known_users, split.users["user"], []
+        n_users, all_users, heard = split.n_train_users, split.users["user"], []
         def scores(self, users, history, items): self.heard.append((users, history)); return torch.zeros(len(users), len(items))
     spy = Spy()
-    by_events({"spy": spy}, split, counts=(0, 2), few=10)
-    assert all((users == len(split.users)).all() for users, _ in spy.heard) and {int(h.ptr.diff().max()) for _, h in spy.heard} == {0, 2}
+    metric_by_n_events({"spy": spy}, split, event_counts=(0, 2), few=10)
+    assert all((users == len(split.users)).all() for users, _ in spy.heard) and {int(h.indptr.diff().max()) for _, h in spy.heard} == {0, 2}
 
 
 def test_unknown_rows(split):
-    tiny = IdsAlone(.5, passes=1).fit(split)
+    tiny = IdOnlyModel(.5, passes=1).fit(split)
     user, item = tiny.net.user.weight, tiny.net.item.weight
-    mean = with_mean_row(tiny)
-    assert len(id_tables(tiny)) == 4 and torch.allclose(mean.net.user.weight[-1], user[:-1].mean(0)) and torch.equal(mean.net.item.weight[:-1], item[:-1])
+    mean = with_mean_unknown_row(tiny)
+    assert len(id_embeddings(tiny)) == 4 and torch.allclose(mean.net.user.weight[-1], user[:-1].mean(0)) and torch.equal(mean.net.item.weight[:-1], item[:-1])
     assert float(mean.predict([10**6], [0])) != float(tiny.predict([10**6], [0]))
 
 
@@ -95,59 +95,59 @@ def test_a_learnt_row_is_better_than_one_as_drawn():
     n = 6000
     user, item = draw.integers(0, 300, n), draw.integers(0, 80, n)
     stars = np.clip(np.round(3 + draw.normal(0, 1, 300)[user] * .3 + draw.normal(0, 1, 80)[item] + draw.normal(0, .3, n)), 1, 5)
-    rows = lambda pick, of: as_interactions(pl.DataFrame({"user": [f"{of}{u}" for u in user[pick]], "item": [f"i{i}" for i in item[pick]], "rating": stars[pick], "timestamp": np.arange(n)[pick]}))
-    split = Split.of(rows(slice(0, 5000), "u"), rows(slice(0, 0), "u"), rows(slice(5000, n), "new "), protocol=PROTOCOLS["given"])
-    tables = rows_of_unknowns(lambda m: rate_rows(m, split, "test"), lambda hide: IdsAlone(hide, passes=8).fit(split))
-    found = {r["row"]: r for r in beside_learnt("ids alone", tables, "RMSE", {"new users": UNKNOWN["new users"]})}
-    assert found["as drawn"]["hi"] < 0 and found["learnt"]["value"] < found["as drawn"]["value"] and found["learnt"]["n"] == 1000
+    rows = lambda pick, of: to_interactions(pl.DataFrame({"user": [f"{of}{u}" for u in user[pick]], "item": [f"i{i}" for i in item[pick]], "rating": stars[pick], "timestamp": np.arange(n)[pick]}))
+    split = Split.from_frames(rows(slice(0, 5000), "u"), rows(slice(0, 0), "u"), rows(slice(5000, n), "new "), protocol=PROTOCOLS["given"])
+    tables = compare_unknown_rows(lambda m: eval_ratings(m, split, "test"), lambda hide: IdOnlyModel(hide, passes=8).fit(split))
+    found = {r["row"]: r for r in compare_with_learned("id-only", tables, "RMSE", {"new users": UNKNOWN_GROUPS["new users"]})}
+    assert found["random init"]["hi"] < 0 and found["learned"]["value"] < found["random init"]["value"] and found["learned"]["n"] == 1000
 
 
 def test_passes_are_chosen_on_validation(monkeypatch):
     "The best on the validation part, for the mean row with the mean in place; then fitted on both parts."
     import widedeep_nb.newcomers as chapter
     split = prepare(load("demo?ratings=4000").interactions, "strict")
-    monkeypatch.setattr(chapter, "PASSES", (1, 9))
+    monkeypatch.setattr(chapter, "EPOCH_GRID", (1, 9))
     for hide in (.5, 0.):
-        made = [IdsAlone(hide, n, 3).fit(split) for n in (1, 9)]
-        costs = [rate_rows(m if hide else with_mean_row(m), split, "val")["RMSE"].mean() for m in made]
-        chosen = chapter.ids_alone(split, hide, 3)
-        assert chosen.passes == (1, 9)[int(np.argmin(costs))] and costs[0] != costs[1]
-        rate_rows(chosen, split.final(), "test")          # refused, had it been fitted on the first part only
+        made = [IdOnlyModel(hide, n, 3).fit(split) for n in (1, 9)]
+        costs = [eval_ratings(m if hide else with_mean_unknown_row(m), split, "val")["RMSE"].mean() for m in made]
+        chosen = chapter.fit_id_only(split, hide, 3)
+        assert chosen.epochs == (1, 9)[int(np.argmin(costs))] and costs[0] != costs[1]
+        eval_ratings(chosen, split.for_final_fit(), "test")          # refused, had it been fitted on the first part only
 
 
 def test_new_products(split):
-    models = {name: make_recommender(name, **({"epochs": 6, "patience": 6} if "towers" in name else {})).fit(hidden_by_lot(split, .3)) for name in ("kind-popularity", "content", "content-towers")}
-    less = hidden_by_lot(split, .3)
-    tables = tables_of_new(models | {"the truth": Oracle("demo?ratings=4000&seed=2").fit(less)}, less)
+    models = {name: make_recommender(name, **({"epochs": 6, "patience": 6} if "towers" in name else {})).fit(hide_random_items(split, .3)) for name in ("kind-popularity", "content", "content-towers")}
+    less = hide_random_items(split, .3)
+    tables = cold_item_results(models | {"oracle": Oracle("demo?ratings=4000&seed=2").fit(less)}, less)
     worth = {name: table["NDCG@20"].mean() for name, table in tables.items()}
-    assert worth["the truth"] > worth["content-towers"] > worth["by lot"] and worth["content"] > worth["by lot"]
+    assert worth["oracle"] > worth["content-towers"] > worth["random"] and worth["content"] > worth["random"]
     assert len({len(t) for t in tables.values()}) == 1
 
 
 def test_sources_are_left_out(split):
-    less = hidden_by_lot(split, .3).final()
-    assert sources_of(less) == ["category", "brand", "price", "text", "traits"]
-    found = what_sources_add(less, passes=2)
-    assert [r["without"] for r in found[::2]] == ["nothing", "category", "brand", "price", "text", "traits", "everything"] and found[0]["more"] == 0 == found[1]["more"]
-    value = {(r["without"], r["items"]): r["value"] for r in found}
+    less = hide_random_items(split, .3).for_final_fit()
+    assert side_feature_sources(less) == ["category", "brand", "price", "text", "user_features"]
+    found = source_ablation(less, passes=2)
+    assert [r["removed"] for r in found[::2]] == ["nothing", "category", "brand", "price", "text", "user_features", "everything"] and found[0]["difference"] == 0 == found[1]["difference"]
+    value = {(r["removed"], r["items"]): r["value"] for r in found}
     assert value[("nothing", "new")] > value[("everything", "new")]
-    for r in found: assert r["more"] == pytest.approx(value[("nothing", r["items"])] - r["value"], abs=1e-9)
+    for r in found: assert r["difference"] == pytest.approx(value[("nothing", r["items"])] - r["value"], abs=1e-9)
 
 
 def test_groups(split):
-    people = groups_of_users(split)
+    people = user_groups(split)
     events = [mine for (by, _), mine in people.items() if by == "events"]
     assert (np.sum(events, 0) == 1).all() and {by for by, _ in people} == {"events", "age_group", "region"}
-    table = rank_users(make_recommender("popularity").fit(split), split, "test", (20,)).users
-    for r in served({"popularity": table}, people, few=5):
+    table = eval_ranking(make_recommender("popularity").fit(split), split, "test", (20,)).users
+    for r in metric_by_group({"popularity": table}, people, few=5):
         mine = people[(r["by"], r["group"])]
         assert r["value"] == pytest.approx(np.mean([v for u, v in table.select("user", "NDCG@20").rows() if mine[u]]))
-    for by in {by for by, _ in groups_of_items(split)}: assert (np.sum([mine for (b, _), mine in groups_of_items(split).items() if b == by], 0) == 1).all()
+    for by in {by for by, _ in item_groups(split)}: assert (np.sum([mine for (b, _), mine in item_groups(split).items() if b == by], 0) == 1).all()
 
 
 def test_shares_of_places(split):
-    lists = rank_users(make_recommender("popularity").fit(split), split, "test", (20,)).lists
-    found = exposure({"popularity": lists}, split)
+    lists = eval_ranking(make_recommender("popularity").fit(split), split, "test", (20,)).lists
+    found = item_exposure({"popularity": lists}, split)
     for by in {r["by"] for r in found}:
         for what in {r["what"] for r in found}: assert sum(r["share"] for r in found if (r["by"], r["what"]) == (by, what)) == pytest.approx(1)
     of = {(r["group"], r["what"]): r["share"] for r in found}
@@ -155,19 +155,19 @@ def test_shares_of_places(split):
 
 
 def test_words_follow_the_numbers():
-    row = lambda model, value, more, lo, hi: {"question": "new in time", "model": model, "value": value, "lo": value - .1, "hi": value + .1, "n": 9, "more": more, "more_lo": lo, "more_hi": hi}
-    assert "which is beaten" in new_in_words([row("content", .5, .2, .1, .3), row("kind-popularity", .3, None, None, None)])
-    assert "not told apart" in new_in_words([row("content", .5, .2, -.1, .3), row("kind-popularity", .3, None, None, None)])
-    assert "which is surely better" in new_in_words([row("content", .3, -.2, -.3, -.1), row("kind-popularity", .5, None, None, None)])
-    assert new_in_words([]) == "There are no new products to ask about."
+    row = lambda model, value, more, lo, hi: {"scenario": "new in time", "model": model, "value": value, "lo": value - .1, "hi": value + .1, "n": 9, "difference": more, "difference_lo": lo, "difference_hi": hi}
+    assert "which is beaten" in describe_cold_items([row("content", .5, .2, .1, .3), row("kind-popularity", .3, None, None, None)])
+    assert "not told apart" in describe_cold_items([row("content", .5, .2, -.1, .3), row("kind-popularity", .3, None, None, None)])
+    assert "which is surely better" in describe_cold_items([row("content", .3, -.2, -.3, -.1), row("kind-popularity", .5, None, None, None)])
+    assert describe_cold_items([]) == "There are no new products to ask about."
 
 
 def test_a_share_that_is_none(tmp_path):
-    with pytest.raises(Problem, match="between 0 and 1, not 1.5"): newcomers.__wrapped__(Run(tmp_path / "run"), hidden=1.5)
+    with pytest.raises(UserError, match="between 0 and 1, not 1.5"): evaluate_cold_start.__wrapped__(Run(tmp_path / "run"), hidden=1.5)
 
 
 def test_windows_are_put_together_by_the_ids_of_people():
     "Code 0 is another person in another window."
     windows = [SimpleNamespace(users=pl.DataFrame({"user": ids})) for ids in (["ann", "bob"], ["bob", "cid"])]
-    found = over_windows(windows, lambda split: {"model": pl.DataFrame({"user": [0, 1], "RMSE": [1., 2.]})})
+    found = concat_over_folds(windows, lambda split: {"model": pl.DataFrame({"user": [0, 1], "RMSE": [1., 2.]})})
     assert found["model"].rows() == [("ann", 1.), ("bob", 2.), ("bob", 1.), ("cid", 2.)]

@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 
 from conftest import light_of
-from widedeep_nb.content import described
+from widedeep_nb.content import add_side_features
 from widedeep_nb.core import Run, make_recommender
 from widedeep_nb.preprocessing import preprocess
 from widedeep_nb.shop import demo_shop
@@ -29,7 +29,7 @@ EVIL, ODD = '<img src=x onerror="document.title=\'taken\'"><b>bold</b>', "a/b?c=
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "A run of a shop in which the product that most people have has a title of HTML, and the next one an id of signs."
-    place, shop = tmp_path_factory.mktemp("page"), demo_shop(n_ratings=3000, views=0., dirt=0.)
+    place, shop = tmp_path_factory.mktemp("page"), demo_shop(n_ratings=3000, views=0., corrupted_share=0.)
     first, second = shop.interactions["item"].value_counts(sort=True)["item"][:2]
     odd = pl.col("item").replace({second: ODD})
     (place / "log").mkdir()
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     shop.items.select(odd, title=pl.when(pl.col("item") == first).then(pl.lit(EVIL)).otherwise("title"), category="category", brand="brand", price="price").write_csv(place / "log/items.csv")
     run = Run(place / "run", dataset=str(place / "log"))
     preprocess(run)
-    split = described(run)[-1].final()
+    split = add_side_features(run)[-1].for_final_fit()
     for name, how in {"hybrid": {"plan": SIMPLE}, "popularity": {}, "item-knn": {}, "wide-deep": {"epochs": 2}}.items(): make_recommender(name, **how).fit(split).save(run.model_folder(name))
     return run.folder
 

@@ -10,8 +10,8 @@ import torch
 from scipy.stats import spearmanr
 from hypothesis import assume, given, settings, strategies as st
 
-from widedeep_nb.core import PARTS, enough, PROTOCOLS, History, Problem, Protocol, as_interactions, load_recommender, make_recommender
-from widedeep_nb.preprocessing import FEATURES, Inputs, brand_codes, category_codes, core_of, damped_bias, feature_names, make_inputs, moments, prepare, rank_correlation, take_snapshot, training_inputs
+from widedeep_nb.core import SPLIT_NAMES, min_count_filter, PROTOCOLS, History, UserError, Protocol, to_interactions, load_recommender, make_recommender
+from widedeep_nb.preprocessing import FEATURES, Batch, brand_codes, category_codes, k_core, damped_bias, feature_names, build_batch, time_blocks, prepare, spearman_with_ci, build_feature_state, pointwise_examples
 
 rows_of = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60)
 
@@ -19,7 +19,7 @@ rows_of = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, 
 def random_log(n=600, users=25, items=15, seed=0, skew=False):
     rng = np.random.default_rng(seed)
     who = rng.zipf(1.3, n) % 200 if skew else rng.integers(0, users, n)
-    return as_interactions(pl.DataFrame({"user": [f"u{i}" for i in who], "item": [f"i{i}" for i in rng.integers(0, items, n)],
+    return to_interactions(pl.DataFrame({"user": [f"u{i}" for i in who], "item": [f"i{i}" for i in rng.integers(0, items, n)],
                                          "rating": rng.integers(1, 6, n), "timestamp": rng.integers(0, 200, n) * 10**8}).unique(["user", "item", "timestamp"], maintain_order=True))
 
 
@@ -30,10 +30,10 @@ def test_filters_against_plain_python(pairs, a, b):
     def once(rows):
         users, items = Counter(u for u, _ in rows), Counter(i for _, i in rows)
         return [(u, i) for u, i in rows if users[u] >= a and items[i] >= b]
-    assert frame.filter(enough(a, b)).rows() == once(pairs)
+    assert frame.filter(min_count_filter(a, b)).rows() == once(pairs)
     kept = pairs
     while kept != once(kept): kept = once(kept)
-    assert core_of(frame, a, b).rows() == kept
+    assert k_core(frame, a, b).rows() == kept
 
 
 @st.composite
@@ -41,16 +41,16 @@ def logs(draw, names=tuple(PROTOCOLS), parts=False):
     "A small log with ties in time, rows without a time, pairs that come again, few users; a protocol with thresholds that bite."
     rows = draw(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4), st.integers(1, 5), st.one_of(st.none(), st.integers(1, 12))), min_size=12, max_size=70, unique_by=lambda r: (r[0], r[1], r[3])))
     user, item, rating, time = zip(*rows)
-    log = as_interactions(pl.DataFrame({"user": [f"u{x}" for x in user], "item": [f"i{x}" for x in item], "rating": rating, "timestamp": time}, schema_overrides={"timestamp": pl.Int64}))
+    log = to_interactions(pl.DataFrame({"user": [f"u{x}" for x in user], "item": [f"i{x}" for x in item], "rating": rating, "timestamp": time}, schema_overrides={"timestamp": pl.Int64}))
     protocol = PROTOCOLS[draw(st.sampled_from(names))]
-    if protocol.cut == "given": return log.with_columns(part=pl.Series(draw(st.lists(st.sampled_from(PARTS), min_size=len(rows), max_size=len(rows))), dtype=pl.Enum(PARTS))), protocol
+    if protocol.split_by == "given": return log.with_columns(part=pl.Series(draw(st.lists(st.sampled_from(SPLIT_NAMES), min_size=len(rows), max_size=len(rows))), dtype=pl.Enum(SPLIT_NAMES))), protocol
     return log, replace(protocol, min_user=draw(st.integers(1, 4)), min_item=draw(st.integers(1, 4)))
 
 
 def splits_of(log, protocol):
     "What `prepare` gives, as a list; logs that it refuses are not of interest here."
     try: splits = prepare(log, protocol)
-    except Problem: assume(False)
+    except UserError: assume(False)
     return splits if isinstance(splits, list) else [splits]
 
 
@@ -63,7 +63,7 @@ def as_text(split, part):
 def placed(log, protocol):
     "Plain Python: the rows that can be put in order, in order where there is a time."
     rows = log.select("user", "item", "rating", "timestamp").rows()
-    if protocol.cut == "given" or all(r[3] is None for r in rows): return rows
+    if protocol.split_by == "given" or all(r[3] is None for r in rows): return rows
     return sorted((r for r in rows if r[3] is not None), key=lambda r: (r[3], r[0], r[1]))
 
 
@@ -81,28 +81,28 @@ def test_protocols_do_what_they_say(made):
     log, protocol = made
     splits, rows = splits_of(log, protocol), placed(log, protocol)
     timed = len({r[3] for r in rows}) > 1
-    if protocol.counted_on != "train": rows = kept_by(rows, protocol.min_user, protocol.min_item, protocol.counted_on == "core")
-    assert len(splits) == len(protocol.windows)
-    for split, window in zip(splits, protocol.windows):
-        train, val, test, aside = [as_text(split, p) for p in (*PARTS, "aside")]
-        ends = [round(round(w, 6) * len(rows)) for w in window] if protocol.cut == "time" else [None, None, None]
+    if protocol.filter_scope != "train": rows = kept_by(rows, protocol.min_user, protocol.min_item, protocol.filter_scope == "core")
+    assert len(splits) == len(protocol.folds)
+    for split, window in zip(splits, protocol.folds):
+        train, val, test, aside = [as_text(split, p) for p in (*SPLIT_NAMES, "filtered_out")]
+        ends = [round(round(w, 6) * len(rows)) for w in window] if protocol.split_by == "time" else [None, None, None]
         assert Counter(train + aside + val + test) == Counter(rows[:ends[2]])           # nothing twice, nothing lost
-        if protocol.cut == "time" and timed:
+        if protocol.split_by == "time" and timed:
             assert (val, test) == (rows[ends[0]:ends[1]], rows[ends[1]:ends[2]])
             assert max(r[3] for r in train + aside) <= min(r[3] for r in val + test) and max(r[3] for r in train + aside + val) <= min(r[3] for r in test)
-        if protocol.counted_on == "train":
+        if protocol.filter_scope == "train":
             before = train + aside
             want = kept_by(before, protocol.min_user, protocol.min_item, False)
             sparse = len(want) < .1 * len(before)
             assert (split.protocol.min_user == 1) == (sparse or protocol.min_user == 1) and Counter(train) == Counter(before if sparse else want)
         else: assert not aside and split.protocol == protocol
-        if protocol.cut == "leave-one-out":
+        if protocol.split_by == "leave-one-out":
             for user in {r[0] for r in rows}:
                 own = [r for r in (rows if timed else train + val + test) if r[0] == user]
                 assert [r for p in (train, val, test) for r in p if r[0] == user] == own
                 assert ([r for r in val if r[0] == user], [r for r in test if r[0] == user]) == (own[-2:-1], own[-1:])
-        if protocol.cut == "given":
-            for part in PARTS: assert Counter(as_text(split, part)) == Counter(log.filter(pl.col("part") == part).select("user", "item", "rating", "timestamp").rows())
+        if protocol.split_by == "given":
+            for part in SPLIT_NAMES: assert Counter(as_text(split, part)) == Counter(log.filter(pl.col("part") == part).select("user", "item", "rating", "timestamp").rows())
 
 
 @given(logs(names=("rolling",)))
@@ -111,7 +111,7 @@ def test_rolling_windows_meet(made):
     "Each row of the last 40 % is asked about once, and each window learns from all before it."
     splits = splits_of(*made)
     asked = [r for s in splits for r in as_text(s, "test")]
-    last = [r for p in PARTS for r in as_text(splits[-1], p)]
+    last = [r for p in SPLIT_NAMES for r in as_text(splits[-1], p)]
     assert len(splits) == 4 and asked == last[len(last) - len(asked):]
     for s in splits:
         seen = [r for p in ("train", "val") for r in as_text(s, p)]
@@ -128,9 +128,9 @@ def test_order_does_not_depend_on_the_file(made, chance):
     chance.shuffle(where)
     for a, b in zip(splits_of(log, protocol), splits_of(log[where], protocol)):
         assert a.users.equals(b.users) and a.items.equals(b.items)
-        for part in (*PARTS, "aside"):
+        for part in (*SPLIT_NAMES, "filtered_out"):
             x, y = getattr(a, part), getattr(b, part)
-            assert x.equals(y) or protocol.cut == "given" and Counter(x.rows()) == Counter(y.rows())
+            assert x.equals(y) or protocol.split_by == "given" and Counter(x.rows()) == Counter(y.rows())
 
 
 @given(logs())
@@ -139,13 +139,13 @@ def test_codes_begin_with_the_known(made):
     "Ids that training knows have the first codes, before and after the final fit."
     log, protocol = made
     for split in splits_of(log, protocol):
-        for s in (split, split.final(), split.refit()):
-            for column, known, table in (("user", s.known_users, s.users), ("item", s.known_items, s.items)):
+        for s in (split, split.for_final_fit(), split.merge_train_val()):
+            for column, known, table in (("user", s.n_train_users, s.users), ("item", s.n_train_items, s.items)):
                 assert sorted(s.train[column].unique().to_list()) == list(range(known)) and table[column].n_unique() == len(table)
-        again = split.refit()
-        if protocol.counted_on != "train": assert Counter(as_text(again, "train")) == Counter(as_text(split, "train") + as_text(split, "val"))
+        again = split.merge_train_val()
+        if protocol.filter_scope != "train": assert Counter(as_text(again, "train")) == Counter(as_text(split, "train") + as_text(split, "val"))
         assert as_text(again, "test") == as_text(split, "test") and not len(again.val)
-        if again.train["timestamp"].null_count() == 0 and protocol.cut == "time": assert again.train["timestamp"].is_sorted()
+        if again.train["timestamp"].null_count() == 0 and protocol.split_by == "time": assert again.train["timestamp"].is_sorted()
 
 
 @pytest.mark.parametrize("name, parts", {"strict": [(1600, 200, 200)], "filtered-first": [(1600, 200, 200)], "as-reported": [(1800, 0, 200)], "leave-one-out": [(1960, 20, 20)],
@@ -153,16 +153,16 @@ def test_codes_begin_with_the_known(made):
 def test_sizes_of_the_parts_by_hand(name, parts):
     "2,000 rows of 20 users on 10 items, none too rare for any filter."
     row = pl.int_range(2000, eager=True)
-    log = as_interactions(pl.DataFrame({"user": "u" + (row % 20).cast(pl.String), "item": "i" + (row // 7 % 10).cast(pl.String), "rating": row % 5 + 1, "timestamp": row * 10**8,
+    log = to_interactions(pl.DataFrame({"user": "u" + (row % 20).cast(pl.String), "item": "i" + (row // 7 % 10).cast(pl.String), "rating": row % 5 + 1, "timestamp": row * 10**8,
                                         "part": ["train"] * 1000 + ["val"] * 600 + ["test"] * 400}))
     splits = prepare(log, name)
-    assert [tuple(len(getattr(s, p)) for p in PARTS) for s in (splits if isinstance(splits, list) else [splits])] == parts
+    assert [tuple(len(getattr(s, p)) for p in SPLIT_NAMES) for s in (splits if isinstance(splits, list) else [splits])] == parts
 
 
 def test_each_window_has_its_own_filter():
     "An early window that is too sparse for the filter does not switch it off for the later ones."
     log = pl.concat([random_log(400).with_columns(user=pl.format("{}x{}", "user", pl.int_range(pl.len()))), random_log(2000, users=10).with_columns(timestamp=pl.col("timestamp") + pl.duration(days=4000))])
-    early, late = prepare(log, Protocol("two", 5, 5, windows=((.1, .12, .15), (.8, .9, 1.))))
+    early, late = prepare(log, Protocol("two", 5, 5, folds=((.1, .12, .15), (.8, .9, 1.))))
     assert (early.protocol.min_user, late.protocol.min_user) == (1, 5)
 
 
@@ -170,9 +170,9 @@ def test_what_cannot_be_done_is_said_in_one_line():
     log = random_log(60)
     one, few = log.with_columns(user=pl.lit("a")), log.with_columns(user=pl.format("u{}", pl.int_range(pl.len())))
     for bad, protocol, message in ((one, "strict", "all 60 rows are of one user, 'a'"), (log.with_columns(item=pl.lit("b")), "given", "all 60 rows are of one item, 'b'"), (log[:0], "strict", "no training rows of the 0"), (log[:1], "strict", "no test rows of the 1"), (few, "filtered-first", "none of 60 rows has a user with 20 ratings and an item with 20"),
-                                   (few, "leave-one-out", "none of 60 .* 5"), (few, Protocol("mine", 1, 1, "all", windows=((0., .5, 1.),)), "'mine' leaves no training rows"), (few, replace(PROTOCOLS["strict"], cut="tmie"), "unknown cut 'tmie'; known: time"),
-                                   (log.with_columns(part=pl.lit(None, pl.Enum(PARTS))), "given", "60 rows name no part; each is one of train, val, test"), (log, "given", "train.* and test")):
-        with pytest.raises(Problem, match=message) as said: prepare(bad, protocol)
+                                   (few, "leave-one-out", "none of 60 .* 5"), (few, Protocol("mine", 1, 1, "all", folds=((0., .5, 1.),)), "'mine' leaves no training rows"), (few, replace(PROTOCOLS["strict"], split_by="tmie"), "unknown cut 'tmie'; known: time"),
+                                   (log.with_columns(part=pl.lit(None, pl.Enum(SPLIT_NAMES))), "given", "60 rows name no part; each is one of train, val, test"), (log, "given", "train.* and test")):
+        with pytest.raises(UserError, match=message) as said: prepare(bad, protocol)
         assert "\n" not in str(said.value)
 
 
@@ -187,24 +187,24 @@ def test_strict_counts_training_rows_only():
     "A user whose ratings all come after the cut is no reason to keep anything before it."
     log = random_log(900, skew=True)
     split = prepare(log)
-    assert len(split.aside) > 20 and split.refit().known_users > split.known_users
+    assert len(split.filtered_out) > 20 and split.merge_train_val().n_train_users > split.n_train_users
     counts = split.train.group_by("user").len()["len"], split.train.group_by("item").len()["len"]
     a = log.sort("timestamp", "user", "item")[: round(.8 * len(log))]
-    assert sorted(split.users["user"][split.train["user"].to_numpy()].to_list()) == sorted(a.filter(enough(5, 5))["user"].to_list())
-    assert len(split.train) + len(split.aside) == len(a) and len(split.seen("val")) == len(a) and split.seen("val")["timestamp"].is_sorted()
-    again = split.refit()
-    assert len(again.train) == len(log.sort("timestamp", "user", "item")[: round(.9 * len(log))].filter(enough(5, 5))) and len(again.seen("test")) == round(.9 * len(log))
+    assert sorted(split.users["user"][split.train["user"].to_numpy()].to_list()) == sorted(a.filter(min_count_filter(5, 5))["user"].to_list())
+    assert len(split.train) + len(split.filtered_out) == len(a) and len(split.rows_before("val")) == len(a) and split.rows_before("val")["timestamp"].is_sorted()
+    again = split.merge_train_val()
+    assert len(again.train) == len(log.sort("timestamp", "user", "item")[: round(.9 * len(log))].filter(min_count_filter(5, 5))) and len(again.rows_before("test")) == round(.9 * len(log))
     assert min(counts[0].min(), counts[1].min()) >= 1 and len(split.val) == round(.9 * len(log)) - round(.8 * len(log))
 
 
 def test_given_parts_and_no_val():
     log = random_log(100).with_columns(part=pl.Series(["train"] * 60 + ["test"] * 40))[:100]
-    split = prepare(as_interactions(log), "given")
+    split = prepare(to_interactions(log), "given")
     assert (len(split.train), len(split.val), len(split.test)) == (60, 0, 40)
-    with pytest.raises(Problem, match="train.* and test"): prepare(random_log(100), "given")
+    with pytest.raises(UserError, match="train.* and test"): prepare(random_log(100), "given")
 
 
-PLAIN = Protocol("plain", 0, 0, windows=((.9, .95, 1.),))
+PLAIN = Protocol("plain", 0, 0, folds=((.9, .95, 1.),))
 ALL = tuple(FEATURES)
 event = st.tuples(st.integers(0, 4), st.integers(0, 5), st.sampled_from([1., 2., 3., 4., 5., None]), st.integers(1, 900))
 
@@ -224,17 +224,17 @@ def test_features_do_not_see_the_future(past, future, other, timed):
     made = []
     for events in (past + later(future, 0), past + later(other, 3)):
         rows = as_rows(events) if timed else as_rows(events).with_columns(timestamp=pl.lit(None, pl.Datetime("ms")))
-        made.append(training_inputs(rows, category, 5, 9, blocks=len(rows), warm_up=0., brand=brand, features=ALL)[0])   # a block a row
-    for field in Inputs.__dataclass_fields__: assert torch.equal(getattr(made[0], field)[:n], getattr(made[1], field)[:n]), field
+        made.append(pointwise_examples(rows, category, 5, 9, n_blocks=len(rows), warm_up=0., brand=brand, features=ALL)[0])   # a block a row
+    for field in Batch.__dataclass_fields__: assert torch.equal(getattr(made[0], field)[:n], getattr(made[1], field)[:n]), field
 
 
 def test_a_row_does_not_see_its_own_stars():
     log = random_log(300)
     split = prepare(log, PLAIN)
-    sizes = split.known_users, split.known_items
-    x, _ = training_inputs(split.train, torch.zeros(len(split.items), dtype=torch.int64), *sizes, blocks=500)
+    sizes = split.n_train_users, split.n_train_items
+    x, _ = pointwise_examples(split.train, torch.zeros(len(split.items), dtype=torch.int64), *sizes, n_blocks=500)
     flipped = split.train.with_columns(rating=pl.when(pl.int_range(pl.len()) == len(split.train) - 1).then(6 - pl.col("rating")).otherwise("rating"))
-    z, _ = training_inputs(flipped, torch.zeros(len(split.items), dtype=torch.int64), *sizes, blocks=500)
+    z, _ = pointwise_examples(flipped, torch.zeros(len(split.items), dtype=torch.int64), *sizes, n_blocks=500)
     assert torch.equal(x.x_user[-1], z.x_user[-1]) and torch.equal(x.x_item[-1], z.x_item[-1])
 
 
@@ -242,12 +242,12 @@ def test_features_against_plain_python():
     log = random_log(300)
     split = prepare(log, PLAIN)
     category = torch.arange(len(split.items)) % 3
-    full = History.of(split.train, split.known_users)
-    snap = take_snapshot(full, category, split.known_items)
-    mean, _, by_item = damped_bias(full.owner, full.item, full.rating, split.known_users, split.known_items + 1)
+    full = History.from_rows(split.train, split.n_train_users)
+    snap = build_feature_state(full, category, split.n_train_items)
+    mean, _, by_item = damped_bias(full.user_index, full.item, full.rating, split.n_train_users, split.n_train_items + 1)
     user, item = 4, 7
     rows = split.train.filter(pl.col("user") == user).to_dicts()
-    x = make_inputs(snap, torch.tensor([user]), full.take(torch.tensor([user])), torch.tensor([0]), torch.tensor([item]))
+    x = build_batch(snap, torch.tensor([user]), full.select(torch.tensor([user])), torch.tensor([0]), torch.tensor([item]))
     own = [r["rating"] - float(mean) - float(by_item[r["item"]]) for r in rows]
     deviation = sum(own) / (len(own) + 5)
     spread = (sum((o - deviation) ** 2 for o in own) + 5 * float(snap.spread)) / (len(own) + 5)
@@ -279,10 +279,10 @@ def test_features_of_time_and_brand_against_plain_python(events, extra, user, it
     "A user's own log, going on after the snapshot or with a basket at its end; items 6 and 7 are not known to training."
     events = sorted(events, key=lambda e: e[3])
     category, brand = [0, 1, 2, 0, 1, 2, 0, 1], [0, 1, 1, 2, 2, 3, 3, 0]
-    snap = take_snapshot(History.of(as_rows(events), 5), torch.tensor(category), 6, 5., torch.tensor(brand), ALL)
+    snap = build_feature_state(History.from_rows(as_rows(events), 5), torch.tensor(category), 6, 5., torch.tensor(brand), ALL)
     own = [(i, s, t) for u, i, s, t in events if u == user] + [(i, None, t) for i, t in extra]
-    history = History.of(as_rows([(0, i, s, t) for i, s, t in own]), 1)
-    x = make_inputs(snap, torch.tensor([user]), history, torch.tensor([0]), torch.tensor([item]))
+    history = History.from_rows(as_rows([(0, i, s, t) for i, s, t in own]), 1)
+    x = build_batch(snap, torch.tensor([user]), history, torch.tensor([0]), torch.tensor([item]))
     of_user, of_item, of_both = [dict(zip(names, values[0].tolist())) for names, values in zip(feature_names(ALL), (x.x_user, x.x_item, x.x_cross))]
     start, end = events[0][3], events[-1][3]
     now = max([end] + [t for _, _, t in own if t is not None])
@@ -307,15 +307,15 @@ def test_without_times_or_brands_the_features_are_zero():
     log = random_log(300)
     for column, groups in (("timestamp", ("time", "season")), ("brand", ("brand",))):
         split = prepare(log.with_columns(pl.lit(None, pl.Datetime("ms")).alias("timestamp")) if column == "timestamp" else log, PLAIN)
-        category, brand = category_codes(split.items)[0], brand_codes(split.items, split.known_items)[0]
-        x, _ = training_inputs(split.train, category, split.known_users, split.known_items, brand=brand, features=groups)
-        plain, _ = training_inputs(split.train, category, split.known_users, split.known_items)
+        category, brand = category_codes(split.items)[0], brand_codes(split.items, split.n_train_items)[0]
+        x, _ = pointwise_examples(split.train, category, split.n_train_users, split.n_train_items, brand=brand, features=groups)
+        plain, _ = pointwise_examples(split.train, category, split.n_train_users, split.n_train_items)
         for side, chosen, basic in zip(("x_user", "x_item", "x_cross"), feature_names(groups), feature_names()):
             columns, n = getattr(x, side), len(basic)
             assert torch.equal(columns[:, :n], getattr(plain, side)) and columns.shape[1] == len(chosen) and not columns[:, n:].any()
-        late = History.of(as_rows([(0, 1, 4., 10**4)]), 1)                    # a query that knows a time, asked of a log that does not
+        late = History.from_rows(as_rows([(0, 1, 4., 10**4)]), 1)                    # a query that knows a time, asked of a log that does not
         if column == "timestamp":
-            asked = make_inputs(take_snapshot(History.of(split.train, split.known_users), category, split.known_items, features=groups), torch.tensor([0]), late, torch.tensor([0]), torch.tensor([1]))
+            asked = build_batch(build_feature_state(History.from_rows(split.train, split.n_train_users), category, split.n_train_items, features=groups), torch.tensor([0]), late, torch.tensor([0]), torch.tensor([1]))
             assert not asked.x_user[:, 4:].any() and not asked.x_item[:, 6:].any()
 
 
@@ -333,7 +333,7 @@ def test_a_model_with_all_features(tmp_path):
     log = random_log(1500)
     items = pl.DataFrame({"item": [f"i{i}" for i in range(15)], "category": ["A", "B", "C"] * 5, "brand": ["Ox", "Yak", None] * 5})
     split = prepare(log, items=items)
-    with pytest.raises(Problem, match="unknown group of features 'tmie'; known: stars, time"): make_recommender("wide-deep", features=("tmie",)).fit(split)
+    with pytest.raises(UserError, match="unknown group of features 'tmie'; known: stars, time"): make_recommender("wide-deep", features=("tmie",)).fit(split)
     model = make_recommender("wide-deep", epochs=12, lr=.02, features=ALL).fit(split)
     assert model.net.deep.user_mean.shape == (8,) and not torch.equal(model.net.deep.user_layer.weight[:, 4:8], torch.zeros(32, 4))
     model.save(tmp_path)
@@ -341,8 +341,8 @@ def test_a_model_with_all_features(tmp_path):
     grid = model.scores(users)
     assert torch.equal(back.scores(users), grid) and tuple(back.features) == ALL
     pairs = model.predict(users.repeat_interleave(model.n_items), torch.arange(model.n_items).repeat(9)).view(9, -1)
-    assert torch.allclose(grid.clamp(*model.stars), pairs, atol=1e-5)
-    told = [History.of(pl.concat([split.train.filter(user=0), split.train.filter(user=0)[-1:].with_columns(pl.col("timestamp") + pl.duration(days=d))]), 1) for d in (1, 900)]
+    assert torch.allclose(grid.clamp(*model.rating_range), pairs, atol=1e-5)
+    told = [History.from_rows(pl.concat([split.train.filter(user=0), split.train.filter(user=0)[-1:].with_columns(pl.col("timestamp") + pl.duration(days=d))]), 1) for d in (1, 900)]
     soon, late = [model.scores([0], h)[0] for h in told]
     assert not torch.allclose(soon, late, atol=1e-4) and torch.isfinite(model.scores([model.n_users])).all()
 
@@ -352,10 +352,10 @@ def test_rank_correlation_against_scipy():
     rng = np.random.default_rng(0)
     y = torch.from_numpy(rng.integers(1, 6, 90)).float()
     x = torch.column_stack([y + torch.from_numpy(rng.normal(0, 3, 90)), torch.from_numpy(rng.integers(0, 3, 90)), torch.zeros(90)])
-    value, lo, hi = rank_correlation(x, y, torch.arange(90))
+    value, lo, hi = spearman_with_ci(x, y, torch.arange(90))
     assert value[:2] == pytest.approx([spearmanr(x[:, i], y).statistic for i in (0, 1)], abs=1e-9) and np.isnan(value[2])
-    thrice = rank_correlation(x.repeat(3, 1), y.repeat(3), torch.arange(90).repeat(3))
-    careless = rank_correlation(x.repeat(3, 1), y.repeat(3), torch.arange(270))
+    thrice = spearman_with_ci(x.repeat(3, 1), y.repeat(3), torch.arange(90).repeat(3))
+    careless = spearman_with_ci(x.repeat(3, 1), y.repeat(3), torch.arange(270))
     width = lambda r: float((r[2] - r[1])[0])
     assert thrice[0][:2] == pytest.approx(value[:2], abs=1e-9) and width(thrice) == pytest.approx(hi[0] - lo[0], rel=.05) and width(careless) < .7 * width(thrice)
     assert lo[0] < value[0] < hi[0]
@@ -365,19 +365,19 @@ def test_packing_and_strangers():
     log = random_log(300).with_columns(rating=pl.lit(None, pl.Float32))
     split = prepare(log, PLAIN)
     category, names = category_codes(split.items)
-    x, y = training_inputs(split.train, category, split.known_users, split.known_items, negatives=2)
-    back = Inputs.unpack(*x.pack())
-    for field in Inputs.__dataclass_fields__: assert torch.equal(getattr(back, field), getattr(x, field))
-    assert names == ["unknown"] and y.sum() * 3 == len(y) and torch.isfinite(x.pack()[1]).all()
+    x, y = pointwise_examples(split.train, category, split.n_train_users, split.n_train_items, n_negatives=2)
+    back = Batch.from_tensors(*x.to_tensors())
+    for field in Batch.__dataclass_fields__: assert torch.equal(getattr(back, field), getattr(x, field))
+    assert names == ["unknown"] and y.sum() * 3 == len(y) and torch.isfinite(x.to_tensors()[1]).all()
 
 
 def test_damped_bias_reproduces_the_floor(ciao):
-    rows = ciao.final().train
+    rows = ciao.for_final_fit().train
     user, item, rating = [torch.tensor(rows[c].to_numpy()) for c in ("user", "item", "rating")]
     mean, by_user, by_item = damped_bias(user.long(), item.long(), rating, len(ciao.users), len(ciao.items))
     u, i, r = [torch.tensor(ciao.test[c].to_numpy()) for c in ("user", "item", "rating")]
     rmse = lambda p: float((p - r).square().mean().sqrt())
-    assert sum(len(getattr(ciao, p)) for p in PARTS) == 54_320 and len(ciao.users) == 3_384 and len(ciao.items) == 1_458 and len(ciao.test) == 5_432
+    assert sum(len(getattr(ciao, p)) for p in SPLIT_NAMES) == 54_320 and len(ciao.users) == 3_384 and len(ciao.items) == 1_458 and len(ciao.test) == 5_432
     assert rmse(mean) == pytest.approx(1.0873, abs=5e-4) and rmse((mean + by_user[u.long()] + by_item[i.long()]).clamp(1, 5)) == pytest.approx(.9817, abs=5e-4)
 
 
@@ -388,19 +388,19 @@ def test_a_run_keeps_the_filter_that_was_used(tmp_path):
     split = prepare(log)
     run = Run(tmp_path / "run")
     run.save_splits([split])
-    back = run.splits()[0]
-    assert back.protocol == split.protocol and back.protocol.min_user == 1 and len(back.final().train) == len(split.train) + len(split.val)
+    back = run.load_splits()[0]
+    assert back.protocol == split.protocol and back.protocol.min_user == 1 and len(back.for_final_fit().train) == len(split.train) + len(split.val)
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.integers(1, 9))
 def test_the_past_of_a_block_is_each_users_rows_in_order(users, blocks):
     "Told row by row, with no sorting."
-    rows = as_interactions(pl.DataFrame({"user": [str(u) for u in users], "item": ["x"] * len(users), "rating": [1 + i % 5 for i in range(len(users))], "timestamp": range(len(users))})
+    rows = to_interactions(pl.DataFrame({"user": [str(u) for u in users], "item": ["x"] * len(users), "rating": [1 + i % 5 for i in range(len(users))], "timestamp": range(len(users))})
                            .with_columns(pl.from_epoch("timestamp", "ms"))).with_columns(user=pl.Series(users, dtype=pl.Int32), item=pl.Series(range(len(users)), dtype=pl.Int32))
     start = 0
-    for block, log, *_ in moments(rows, torch.zeros(len(users) + 1, dtype=torch.int64), 7, len(users), blocks=blocks, warm_up=0.):
+    for block, log, *_ in time_blocks(rows, torch.zeros(len(users) + 1, dtype=torch.int64), 7, len(users), n_blocks=blocks, warm_up=0.):
         past, start = users[:start], start + len(block)
         wanted = [[i for i, u in enumerate(past) if u == user] for user in range(7)]
-        assert log.item.tolist() == sum(wanted, []) and log.ptr.diff().tolist() == [len(w) for w in wanted]
+        assert log.item.tolist() == sum(wanted, []) and log.indptr.diff().tolist() == [len(w) for w in wanted]
     assert start == len(users)

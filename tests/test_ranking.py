@@ -13,11 +13,11 @@ from hypothesis.extra.numpy import arrays
 
 from widedeep_nb import ranking
 from widedeep_nb.baselines import Popularity
-from widedeep_nb.core import LOSSES, POINTWISE, Problem, Run, as_interactions, load_recommender, make_loss, make_recommender
-from widedeep_nb.evaluation import rank_users
-from widedeep_nb.preprocessing import FEATURES, Inputs, category_codes, draw_lists, prepare, training_inputs, training_lists
-from widedeep_nb.ranking import behind, corrected, draw_losses, fit_with, loss_in_words, rank_losses, standings
-from widedeep_nb.training import WideDeep, check_memory, train
+from widedeep_nb.core import LOSSES, POINTWISE, UserError, Run, to_interactions, load_recommender, make_loss, make_recommender
+from widedeep_nb.evaluation import eval_ranking
+from widedeep_nb.preprocessing import FEATURES, Batch, category_codes, sample_negatives, prepare, pointwise_examples, listwise_examples
+from widedeep_nb.ranking import gap_to_best, logq_corrected, plot_loss_comparison, fit_with_loss, describe_losses, compare_losses, loss_leaderboard
+from widedeep_nb.training import WideDeepRecommender, check_feature_memory, train
 
 LISTS = [name for name in LOSSES if name not in POINTWISE]
 gradient_of = lambda name: getattr(ranking, f"{name.replace('-', '_')}_gradient")
@@ -123,7 +123,7 @@ def test_full_softmax_is_cross_entropy():
 def test_all_others_drawn_alike_is_the_full_softmax(scores):
     log_q = torch.full_like(scores, -math.log(scores.shape[1] - 1))
     log_q[:, 0] = 0
-    assert torch.isclose(ranking.sampled_softmax(scores, log_q), ranking.full_softmax(scores)) and torch.equal(corrected(scores), scores)
+    assert torch.isclose(ranking.sampled_softmax(scores, log_q), ranking.full_softmax(scores)) and torch.equal(logq_corrected(scores), scores)
 
 
 @pytest.mark.parametrize("alpha", [0., .5, 1.])
@@ -135,7 +135,7 @@ def test_the_corrected_sum_is_right_in_the_mean(alpha):
         others = torch.tensor([i for i in range(5) if i != taken])
         chance = q[others] / q[others].sum()
         listed = torch.stack([torch.full((4,), taken), others], 1)
-        sums = corrected(score[listed], torch.stack([torch.zeros(4, dtype=torch.float64), chance.log()], 1)).exp().sum(1)
+        sums = logq_corrected(score[listed], torch.stack([torch.zeros(4, dtype=torch.float64), chance.log()], 1)).exp().sum(1)
         assert torch.isclose((sums * chance).sum(), score.exp().sum())
 
 
@@ -143,7 +143,7 @@ def test_the_corrected_sum_is_right_in_the_mean(alpha):
 def test_many_draws_give_the_full_softmax(alpha):
     "With the drawer that training uses; without the correction, popular draws lead it astray."
     score, sold = torch.tensor([.3, 2., -1., .7, 0.], dtype=torch.float64), torch.tensor([7, 0, 3, 50, 1])
-    listed, log_q = draw_lists(torch.tensor([1, 3]), sold, 40_000, alpha, torch.Generator().manual_seed(0))
+    listed, log_q = sample_negatives(torch.tensor([1, 3]), sold, 40_000, alpha, torch.Generator().manual_seed(0))
     for row in range(2):
         truth = ranking.full_softmax(score[torch.cat([listed[row, :1], torch.tensor([i for i in range(5) if i != listed[row, 0]])])][None])
         assert float(ranking.sampled_softmax(score[listed[row:row + 1]], log_q[row:row + 1])) == pytest.approx(float(truth), abs=.02)
@@ -155,17 +155,17 @@ def test_many_draws_give_the_full_softmax(alpha):
 def test_draws_are_other_items_and_their_chances_add_up(n, negatives, alpha, seed):
     random = np.random.default_rng(seed)
     taken, count = torch.from_numpy(random.integers(0, n, 20)), torch.from_numpy(random.integers(0, 50, n))
-    listed, log_q = draw_lists(taken, count, negatives, alpha, torch.Generator().manual_seed(seed))
+    listed, log_q = sample_negatives(taken, count, negatives, alpha, torch.Generator().manual_seed(seed))
     assert listed.shape == log_q.shape == (20, 1 + negatives) and torch.equal(listed[:, 0], taken) and (log_q[:, 0] == 0).all()
     assert ((listed >= 0) & (listed < n)).all() and (listed[:, 1:] != taken[:, None]).all()
     weight = (1. + count).double() ** alpha
     assert torch.allclose(log_q[:, 1:].double().exp(), weight[listed[:, 1:]] / (weight.sum() - weight[taken])[:, None], atol=1e-6)
-    everything, _ = draw_lists(taken, count, -1, 0., torch.Generator())
+    everything, _ = sample_negatives(taken, count, -1, 0., torch.Generator())
     assert all(sorted(row) == list(range(n)) for row in everything.tolist())
 
 
 def test_one_item_makes_no_list():
-    with pytest.raises(Problem, match="two items"): draw_lists(torch.tensor([0]), torch.tensor([5]), 3, 0., torch.Generator())
+    with pytest.raises(UserError, match="two items"): sample_negatives(torch.tensor([0]), torch.tensor([5]), 3, 0., torch.Generator())
 
 
 # --- the model
@@ -178,46 +178,46 @@ def planted(n=5000, seed=0, stars=True):
     log = pl.DataFrame({"user": [f"u{x}" for x in user], "item": [f"i{x}" for x in item], "timestamp": np.arange(n) * 10**8,
                         "rating": rng.integers(1, 6, n).astype("float32") if stars else [None] * n}, schema_overrides={"rating": pl.Float32})
     items = pl.DataFrame({"item": [f"i{x}" for x in range(60)], "category": [("even", "odd")[x % 2] for x in range(60)]})
-    return prepare(as_interactions(log.unique(["user", "item"], keep="first", maintain_order=True)), "strict", items)
+    return prepare(to_interactions(log.unique(["user", "item"], keep="first", maintain_order=True)), "strict", items)
 
 
 @pytest.fixture(scope="module")
 def split(): return planted()
 
 
-def ndcg(model, split): return rank_users(model, split, "val", (10,)).users["NDCG@10"].mean()
+def ndcg(model, split): return eval_ranking(model, split, "val", (10,)).users["NDCG@10"].mean()
 
 
 @pytest.mark.parametrize("loss", ["logistic", *LISTS])
 def test_each_loss_finds_what_was_planted(split, loss, tmp_path):
     "Stars are noise here: only who takes what has anything to say."
-    model = make_recommender("wide-deep", loss=loss, epochs=6, negatives=4, batch_size=128 if loss != "logistic" else 640, lr=.01).fit(split)
-    assert not model.rates and ndcg(model, split) > 1.3 * ndcg(Popularity().fit(split), split)
-    with pytest.raises(Problem, match="does not predict stars"): model.predict([0], [0])
+    model = make_recommender("wide-deep", loss=loss, epochs=6, n_negatives=4, batch_size=128 if loss != "logistic" else 640, lr=.01).fit(split)
+    assert not model.predicts_ratings and ndcg(model, split) > 1.3 * ndcg(Popularity().fit(split), split)
+    with pytest.raises(UserError, match="does not predict stars"): model.predict([0], [0])
     model.save(tmp_path)
     back = load_recommender(tmp_path)
-    assert back.loss == loss and not back.rates and torch.equal(back.scores([0, 7, model.n_users]), model.scores([0, 7, model.n_users]))
-    assert model._judge(split, loss, {"full-softmax": -1}.get(loss, 4))(model.net) == pytest.approx(min(row["val"] for row in model.curve), rel=1e-4)
+    assert back.loss == loss and not back.predicts_ratings and torch.equal(back.scores([0, 7, model.n_users]), model.scores([0, 7, model.n_users]))
+    assert model._val_loss(split, loss, {"full-softmax": -1}.get(loss, 4))(model.net) == pytest.approx(min(row["val"] for row in model.loss_curve), rel=1e-4)
 
 
 def test_stars_do_not_matter_to_a_loss_of_lists(split):
     "Other stars, of the same mean and in other places, leave what is learnt from alone: targets are what was taken."
-    x, y = training_lists(split.train, category_codes(split.items)[0], split.known_users, split.known_items, 3)
+    x, y = listwise_examples(split.train, category_codes(split.items)[0], split.n_train_users, split.n_train_items, 3)
     turned = split.train.with_columns(rating=6 - pl.col("rating"))
-    other, z = training_lists(turned, category_codes(split.items)[0], split.known_users, split.known_items, 3)
+    other, z = listwise_examples(turned, category_codes(split.items)[0], split.n_train_users, split.n_train_items, 3)
     assert torch.equal(y, z) and torch.equal(x.item, other.item) and torch.equal(x.popularity, other.popularity)
 
 
 def test_lists_and_rows_have_the_same_features(split):
-    "What a list says of its first column is what a row says; a list of lists goes in and out of `pack` as it is."
-    about = category_codes(split.items)[0], split.known_users, split.known_items
-    rows, (x, log_q) = training_inputs(split.train, *about, features=("time",))[0], training_lists(split.train, *about, 5, features=("time",))
-    for name in Inputs.__dataclass_fields__:
+    "What a list says of its first column is what a row says; a list of lists goes in and out of `to_tensors` as it is."
+    about = category_codes(split.items)[0], split.n_train_users, split.n_train_items
+    rows, (x, log_q) = pointwise_examples(split.train, *about, features=("time",))[0], listwise_examples(split.train, *about, 5, features=("time",))
+    for name in Batch.__dataclass_fields__:
         one, many = getattr(rows, name), getattr(x, name)
         assert torch.equal(one, many[:, 0]), name
-    back = Inputs.unpack(*[t[:9] for t in x.pack()])
+    back = Batch.from_tensors(*[t[:9] for t in x.to_tensors()])
     assert torch.equal(back.x_cross, x.x_cross[:9]) and back.item.shape == (9, 6) and back.user.shape == (9, 1)
-    thin, thin_q = training_lists(split.train, *about, 5, features=("time",), every=7)
+    thin, thin_q = listwise_examples(split.train, *about, 5, features=("time",), row_stride=7)
     assert len(log_q) / 8 < len(thin_q) < len(log_q) / 5 and set(map(int, thin.item[:, 0])) <= set(map(int, x.item[:, 0]))
 
 
@@ -225,43 +225,43 @@ def test_the_default_is_what_it_was(split):
     "No loss asked for is mse where there are stars and logistic where there are none, bit for bit."
     for log, loss in ((split, "mse"), (planted(stars=False), "logistic")):
         asked, default = [make_recommender("wide-deep", epochs=2, **how).fit(log) for how in ({"loss": loss}, {})]
-        assert torch.equal(asked.scores([0, 5]), default.scores([0, 5])) and default.rates == (loss == "mse") and default.curve == asked.curve
-    two = make_recommender("wide-deep", epochs=2, negatives=2).fit(log)
+        assert torch.equal(asked.scores([0, 5]), default.scores([0, 5])) and default.predicts_ratings == (loss == "mse") and default.loss_curve == asked.loss_curve
+    two = make_recommender("wide-deep", epochs=2, n_negatives=2).fit(log)
     assert torch.equal(two.scores([0, 5]), default.scores([0, 5]))
 
 
 def test_same_seed_same_model_other_seed_other_draws(split, monkeypatch):
     drawn = []
     def watched(*args, **how):
-        made = training_lists(*args, **how)
+        made = listwise_examples(*args, **how)
         drawn.append(made[0].item)
         return made
     monkeypatch.setattr("widedeep_nb.training.training_lists", watched)
-    one, two, three = [make_recommender("wide-deep", loss="sampled-softmax", epochs=1, negatives=3, seed=s).fit(split).scores([0]) for s in (1, 1, 2)]
+    one, two, three = [make_recommender("wide-deep", loss="sampled-softmax", epochs=1, n_negatives=3, seed=s).fit(split).scores([0]) for s in (1, 1, 2)]
     assert torch.equal(one, two) and not torch.equal(one, three)
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
 def test_validation_is_the_loss_on_validation_rows(split):
     "By hand from the scores of all items: for each validation row of a known item, the surprise at it."
-    model = make_recommender("wide-deep", loss="full-softmax", epochs=1, every=10).fit(split)
-    rows = split.val.filter(pl.col("item") < split.known_items)
+    model = make_recommender("wide-deep", loss="full-softmax", epochs=1, row_stride=10).fit(split)
+    rows = split.val.filter(pl.col("item") < split.n_train_items)
     chances = torch.log_softmax(model.scores(rows["user"].to_numpy()), 1)
     by_hand = -chances[torch.arange(len(rows)), torch.tensor(rows["item"].to_numpy()).long()].mean()
-    assert model.curve[0]["val"] == pytest.approx(float(by_hand), rel=1e-4)
+    assert model.loss_curve[0]["val"] == pytest.approx(float(by_hand), rel=1e-4)
 
 
 def test_what_is_wrong_is_said_in_a_line(split, tmp_path, monkeypatch):
-    said = lambda f: str(pytest.raises(Problem, f).value)
+    said = lambda f: str(pytest.raises(UserError, f).value)
     unknown = said(lambda: make_recommender("wide-deep", loss="bqr").fit(split))
     assert unknown == said(lambda: make_loss("bqr")) == "unknown loss 'bqr'; known: " + ", ".join(LOSSES)
     assert "learns stars, and this log has none" in said(lambda: make_recommender("wide-deep", loss="mse").fit(planted(stars=False)))
-    large = said(lambda: check_memory(10_000_000, 100_000, ()))
+    large = said(lambda: check_feature_memory(10_000_000, 100_000, ()))
     assert "sampled-softmax" in large and "GB" in large and "\n" not in large
-    monkeypatch.setattr("widedeep_nb.training.MOST_MEMORY", 10**5)
+    monkeypatch.setattr("widedeep_nb.training.MAX_FEATURE_BYTES", 10**5)
     assert "sampled-softmax" in said(lambda: make_recommender("wide-deep", loss="full-softmax").fit(split))
     run = Run(tmp_path / "run", dataset="demo?ratings=2000")
-    assert "unknown loss" in said(lambda: train(run, loss="bqr")) and "passes is at least 1" in said(lambda: rank_losses.__wrapped__(run, passes=0))
+    assert "unknown loss" in said(lambda: train(run, loss="bqr")) and "epochs is at least 1" in said(lambda: compare_losses.__wrapped__(run, passes=0))
 
 
 def test_every_loss_of_lists_has_the_same_face():
@@ -274,18 +274,18 @@ def test_every_loss_of_lists_has_the_same_face():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     made = Run(tmp_path_factory.mktemp("runs") / "demo", dataset="demo?ratings=2000", parameters={"seeds": 1, "epochs": 1})
-    rank_losses(made, passes=1, negatives=2)
+    compare_losses(made, epochs=1, n_negatives=2)
     return made
 
 
 def test_each_loss_is_measured_as_every_model_is(run):
     notes, records = run.read("ranking.json"), run.metrics().filter(split="test", metric="NDCG@20", users="all", items="all", relevant="any")
-    assert notes["left_out"] == {} and {f["loss"] for f in notes["fits"]} == set(LOSSES)
+    assert notes["excluded"] == {} and {f["loss"] for f in notes["fits"]} == set(LOSSES)
     for loss in LOSSES:
         name = f"wide-deep-{loss}"
         model = load_recommender(run.model_folder(name))
-        assert model.loss == loss and model.rates == (loss == "mse") and model.features == [g for g in FEATURES if g != "stars"]
-        own = rank_users(model, run.splits()[-1].final(), "test", (20,)).users["NDCG@20"].mean()
+        assert model.loss == loss and model.predicts_ratings == (loss == "mse") and model.features == [g for g in FEATURES if g != "stars"]
+        own = eval_ranking(model, run.load_splits()[-1].for_final_fit(), "test", (20,)).users["NDCG@20"].mean()
         assert records.filter(pl.col("versus").is_null(), model=name)["value"].item() == pytest.approx(own)
         assert len(records.filter(model="wide-deep", versus=name)) == 1
         assert (run.folder / f"evaluation/{name}/ranked.parquet").exists()
@@ -294,10 +294,10 @@ def test_each_loss_is_measured_as_every_model_is(run):
 
 def test_the_budget_is_the_same(run):
     "Pairs scored in a pass: within a tenth, but for the loss of stars, which draws nothing."
-    split = run.splits()[-1].final()
-    every = {f["loss"]: f["every"] for f in run.read("ranking.json")["fits"]}
+    split = run.load_splits()[-1].for_final_fit()
+    every = {f["loss"]: f["row_stride"] for f in run.read("ranking.json")["fits"]}
     assert {name: n for name, n in every.items() if name != "full-softmax"} == dict.fromkeys(set(LOSSES) - {"full-softmax"}, 1)
-    assert split.known_items / every["full-softmax"] == pytest.approx(1 + 2, rel=.1)
+    assert split.n_train_items / every["full-softmax"] == pytest.approx(1 + 2, rel=.1)
 
 
 def test_a_killed_comparison_goes_on(run, monkeypatch, tmp_path):
@@ -308,14 +308,14 @@ def test_a_killed_comparison_goes_on(run, monkeypatch, tmp_path):
     before = again.metrics()
     few = dict(list(LOSSES.items())[:4])
     monkeypatch.setattr(ranking, "LOSSES", few)
-    again.update(steps={k: v for k, v in again.about["steps"].items() if k != "rank_losses"})
+    again.update_manifest(steps={k: v for k, v in again.manifest["steps"].items() if k != "compare_losses"})
     def watched(*args, **params):
         if len(made) == 3 and not any(m is None for m in made): made.append(None); raise KeyboardInterrupt
         made.append(args[3])
-        return fit_with(*args, **params)
-    monkeypatch.setattr(ranking, "fit_with", watched)
-    with pytest.raises(KeyboardInterrupt): rank_losses(again, passes=1, negatives=2)
-    rank_losses(again, passes=1, negatives=2)
+        return fit_with_loss(*args, **params)
+    monkeypatch.setattr(ranking, "fit_with_loss", watched)
+    with pytest.raises(KeyboardInterrupt): compare_losses(again, epochs=1, n_negatives=2)
+    compare_losses(again, epochs=1, n_negatives=2)
     assert [m for m in made if m] == list(few)
     key = [c for c in before.columns if c not in ("value", "lo", "hi", "n")]
     assert before.sort(key).equals(again.metrics().sort(key))
@@ -327,15 +327,15 @@ def people(ndcg): return pl.DataFrame({"user": range(len(ndcg)), "seed": 0, "war
 def test_words_follow_the_numbers():
     even = np.linspace(.2, .4, 40)
     tables = {"popularity": people(even), "bpr": people(even + .1), "mse": people(even - .1), "warp": people(even + .1 + .02 * np.cos(np.arange(40) * np.pi))}
-    rows = standings(tables)
+    rows = loss_leaderboard(tables)
     assert set(rows["name"][:2]) == {"bpr", "warp"} and rows["name"].to_list()[2:] == ["popularity", "mse"]
     best, other = rows["name"][:2]
-    gaps = behind(tables, best)
+    gaps = gap_to_best(tables, best)
     assert dict(gaps.select("name", "sure").rows()) == {other: False, "popularity": True, "mse": True}
     assert gaps.filter(name="mse")["value"].item() == pytest.approx(.2)
-    words = loss_in_words(rows, gaps)
+    words = describe_losses(rows, gaps)
     assert f"are those of {best}" in words and f"told apart from {other}." in words and "Below popularity, which knows nobody: mse." in words
     floor = {"popularity": people(even), "mse": people(even - .1)}
-    assert "not worth its cost" in loss_in_words(standings(floor), behind(floor, "popularity"))
-    axes = draw_losses(rows).axes
+    assert "not worth its cost" in describe_losses(loss_leaderboard(floor), gap_to_best(floor, "popularity"))
+    axes = plot_loss_comparison(rows).axes
     assert [ax.get_xlabel() for ax in axes] == ["NDCG@20", "Recall@20"] and [t.get_text() for t in axes[0].get_yticklabels()] == rows["name"].to_list()

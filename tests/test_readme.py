@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from widedeep_nb.run import published, readme_table
-from widedeep_nb.scale import lines_on_size
+from widedeep_nb.run import load_results, readme_table
+from widedeep_nb.scale import readme_size_text
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -15,7 +15,7 @@ RESULTS = sorted((ROOT / "results").glob("*.json"))
 
 def test_tables_are_those_of_results():
     block = re.search(r"<!-- figures -->\n(.*?)\n<!-- /figures -->", README, re.S)[1]
-    assert RESULTS and block == "\n\n".join(map(readme_table, published(ROOT / "results").values()))
+    assert RESULTS and block == "\n\n".join(map(readme_table, load_results(ROOT / "results").values()))
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
@@ -44,7 +44,7 @@ def test_each_figure_by_itself(path):
 def test_what_size_takes_is_what_was_measured():
     said = re.search(r"<!-- size -->\n(.*?)\n?<!-- /size -->", README, re.S)[1]
     found = json.loads((ROOT / "results" / "scale" / "cpu.json").read_text())
-    assert said == lines_on_size(found) and len(said.splitlines()) == 3
+    assert said == readme_size_text(found) and len(said.splitlines()) == 3
     for stage in found["largest"]: assert stage["seconds"] > 0
     assert f"{found['largest'][0]['rows_read']:,}" in said and f"{max(s['rows_read'] for s in found['growth'] if s['stage'] == 'read'):,}" in said
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from widedeep_nb.baselines import GRIDS
+from widedeep_nb.baselines import PARAM_GRIDS
 from widedeep_nb.core import LOSSES
 from widedeep_nb.run import main
-from widedeep_nb.sequence import SEQUENCE
+from widedeep_nb.sequence import SEQUENCE_MODELS
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["-p", "seeds=1", "-p", "epochs=3", "-p", "passes=1", "-p", "trials=1", "-p", "minutes=.2", "-p", "shops=2", "-p", "shoppers=60", "-p", "bench_ratings=2000", "-p", "bench_rows=20000", "-p", "bench_repeats=1", "-p", "growth=4000"]
+QUICK = ["-p", "seeds=1", "-p", "epochs=3", "-p", "passes=1", "-p", "trials=1", "-p", "time_budget_min=.2", "-p", "shops=2", "-p", "max_visitors=60", "-p", "bench_ratings=2000", "-p", "bench_rows=20000", "-p", "bench_repeats=1", "-p", "growth=4000"]
 
 
 def widedeep(*args, cwd=ROOT):
@@ -51,7 +51,7 @@ def test_page_fits_desk_and_telephone_by_day_and_by_night(report, fits): fits(re
 
 def test_every_figure_of_the_contract_is_there(report):
     records = pl.DataFrame(json.loads((report / "metrics.json").read_text()), infer_schema_length=None)
-    assert set(records["model"]) == {"hybrid", "wide-deep", "wide-alone", "deep-alone", "wide-deep-as-reported", *GRIDS, *SEQUENCE, "content", "content-towers", *(f"wide-deep-{loss}" for loss in LOSSES)}
+    assert set(records["model"]) == {"hybrid", "wide-deep", "wide-alone", "deep-alone", "wide-deep-as-reported", *PARAM_GRIDS, *SEQUENCE_MODELS, "content", "content-towers", *(f"wide-deep-{loss}" for loss in LOSSES)}
     assert set(records["users"]) == {"all", "warm", "cold"} and set(records["task"]) == {"rating", "ranking"} and set(records["split"]) == {"test"}
     whole = records.filter(pl.col("lo").is_not_null(), pl.col("versus").is_null())
     assert whole.select((pl.col("lo") <= pl.col("value")).all() & (pl.col("value") <= pl.col("hi")).all()).item()
@@ -79,7 +79,7 @@ def test_an_early_chapter_runs_again_on_a_finished_run(report, tmp_path):
 
 @pytest.mark.long
 def test_same_seed_same_figures(tmp_path):
-    for name in ("once", "again"): run_report(tmp_path / name, "--dataset", "demo?ratings=3000", "-p", "minutes=10")      # time enough, so that no clock has a say in the plan
+    for name in ("once", "again"): run_report(tmp_path / name, "--dataset", "demo?ratings=3000", "-p", "time_budget_min=10")      # time enough, so that no clock has a say in the plan
     one, two = [(tmp_path / name / "metrics.json").read_text() for name in ("once", "again")]
     assert one == two
     run_report(tmp_path / "again", "--dataset", "demo?ratings=3000", "--seed", "1")
@@ -89,7 +89,7 @@ def test_same_seed_same_figures(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name,args,stars", [("ciao", ["--protocol", "filtered-first"], True), ("ciao", ["--protocol", "rolling"], True),
-                                             ("electronics-dense", ["-p", "tune=False"], False), ("electronics", ["-p", "most_users=300", "-p", "tune=False"], False)])
+                                             ("electronics-dense", ["-p", "tune=False"], False), ("electronics", ["-p", "max_users=300", "-p", "tune=False"], False)])
 def test_real_logs(shared, tmp_path, name, args, stars):
     run_report(tmp_path / "run", "--dataset", shared / name, *args)
     records = pl.DataFrame(json.loads((tmp_path / "run/metrics.json").read_text()), infer_schema_length=None)

@@ -20,8 +20,8 @@ import yaml
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from widedeep_nb.core import RECOMMENDERS, Problem, Recommender, Run, Split, as_interactions, register
-from widedeep_nb.run import (READERS, bare_name, chapters_in, given_values, main, opened, page, plan_run, read_basket, read_parameters, site_filter, suggest, verdict, who_wins)
+from widedeep_nb.core import RECOMMENDERS, UserError, Recommender, Run, Split, to_interactions, register
+from widedeep_nb.run import (CASTS, bare_name, list_chapters, parse_overrides, main, open_locked_run, render_page, make_run_plan, parse_basket, read_parameters, site_filter, recommend_from_run, summary_text, winners_svg)
 
 ROOT = Path(__file__).parents[1]
 REAL = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
@@ -113,23 +113,23 @@ def test_parameters_of_real_chapters_are_what_python_makes_of_them(path):
     assert list(declared)[0] == "out" and len(declared) == len(ast.parse(cells[0]).body) == len(space["__annotations__"])
     for name, p in declared.items():
         kind = p.type.removeprefix("Optional[").removesuffix("]")
-        assert kind in READERS and space[name] == p.default and p.comment
+        assert kind in CASTS and space[name] == p.default and p.comment
         assert space["__annotations__"][name] == eval(p.type, {"Optional": Optional})
         assert type(p.default).__name__ == kind or p.default is None and kind != p.type
 
 
 def test_values_come_from_a_file_and_from_words(nbs, tmp_path):
     (tmp_path / "given.yaml").write_text("n: 7\nrate: 1e-3\n")
-    plan = lambda *words: plan_run(tmp_path / "run", notebooks=nbs, given=given_values(words, tmp_path / "given.yaml")).values
+    plan = lambda *words: make_run_plan(tmp_path / "run", notebooks=nbs, overrides=parse_overrides(words, tmp_path / "given.yaml")).values
     assert plan() == {"00_first": {"n": 7}, "01_second": {"n": 7, "rate": .001}, "02_third": {}}
     assert plan("n=8", "rate=none")["01_second"] == {"n": 8, "rate": None}
     (tmp_path / "given.yaml").write_text("n: [1, 2]\n")
-    with pytest.raises(Problem, match="name: value"): plan()
+    with pytest.raises(UserError, match="name: value"): plan()
 
 
 def test_the_shop_s_appendix_belongs_to_the_shop(nbs):
     for name in ("17_run", "18_shop"): shutil.copy(nbs / "02_third.ipynb", nbs / f"{name}.ipynb")
-    names = lambda dataset: [p.name[:2] for p in chapters_in(nbs, dataset)]
+    names = lambda dataset: [p.name[:2] for p in list_chapters(nbs, dataset)]
     assert names("demo?ratings=4000") == ["00", "01", "02", "18"] and names("/data/mine.csv") == ["00", "01", "02"]
 
 
@@ -157,15 +157,15 @@ def test_without_resume_all_is_computed_anew(nbs, tmp_path):
     out = tmp_path / "run"
     (nbs / "03_steps.ipynb").write_text(nbformat.writes(new_notebook(cells=[new_code_cell("#| export\n@step()\ndef prepare(run): pass")])))
     run = Run(out, dataset="demo?ratings=4000", protocol="given", parameters={"n": 5})
-    run.update(steps={"prepare": {"mark": "a"}, "other": {"mark": "b"}}, chapters={"03_steps": {"status": "done", "mark": "c", "seconds": 1}})
+    run.update_manifest(steps={"prepare": {"fingerprint": "a"}, "other": {"fingerprint": "b"}}, chapters={"03_steps": {"status": "done", "fingerprint": "c", "seconds": 1}})
     run.write("metrics.json", [])
-    with opened(plan_run(out, chapters="03", notebooks=nbs)) as run:
-        assert set(run.about["steps"]) == {"other"} and run.about["chapters"] == {} and (out / "metrics.json").exists()
-        assert (run.about["dataset"], run.about["protocol"], run.about["parameters"]) == ("demo?ratings=4000", "given", {"n": 5})
-    run.update(steps={"other": {"mark": "b"}})
-    with opened(plan_run(out, resume=True, notebooks=nbs)) as run: assert set(run.about["steps"]) == {"other"} and (out / "metrics.json").exists()
-    with opened(plan_run(out, dataset="demo", notebooks=nbs)) as run:
-        assert run.about["steps"] == {} and run.about["parameters"] == {} and run.about["dataset"] == "demo" and not (out / "metrics.json").exists()
+    with open_locked_run(make_run_plan(out, chapters="03", notebooks=nbs)) as run:
+        assert set(run.manifest["steps"]) == {"other"} and run.manifest["chapters"] == {} and (out / "metrics.json").exists()
+        assert (run.manifest["dataset"], run.manifest["protocol"], run.manifest["parameters"]) == ("demo?ratings=4000", "given", {"n": 5})
+    run.update_manifest(steps={"other": {"fingerprint": "b"}})
+    with open_locked_run(make_run_plan(out, resume=True, notebooks=nbs)) as run: assert set(run.manifest["steps"]) == {"other"} and (out / "metrics.json").exists()
+    with open_locked_run(make_run_plan(out, dataset="demo", notebooks=nbs)) as run:
+        assert run.manifest["steps"] == {} and run.manifest["parameters"] == {} and run.manifest["dataset"] == "demo" and not (out / "metrics.json").exists()
 
 
 def test_a_failing_cell_and_a_problem(nbs, tmp_path, capsys):
@@ -270,7 +270,7 @@ def test_the_page_is_one_file_and_loads_nothing(nbs, tmp_path):
 
 
 def records(*rows):
-    base = dict(task="ranking", split="test", users="all", items="all", relevant="any", metric="NDCG@20", n=50, versus=None)
+    base = dict(task="ranking", split="test", users="all", items="all", n_relevant="any", metric="NDCG@20", n=50, reference=None)
     return pl.DataFrame([base | dict(zip(("model", "versus", "value", "lo", "hi"), row)) for row in rows], schema_overrides={"versus": pl.String}, infer_schema_length=None)
 
 
@@ -284,13 +284,13 @@ def records(*rows):
 ])
 def test_the_advice_follows_the_figures(tmp_path, rows, said):
     run = Run(tmp_path / "run")
-    assert "chapter 07" in verdict(run) and who_wins(run) == ""
+    assert "chapter 07" in summary_text(run) and winners_svg(run) == ""
     run.add_metrics(records(*rows))
-    assert said in verdict(run)
-    assert outside(page(run)) == [] and "<svg" in page(run)
+    assert said in summary_text(run)
+    assert outside(render_page(run)) == [] and "<svg" in render_page(run)
     worse = records(*rows).with_columns(pl.lit("RMSE").alias("metric"), pl.lit("rating").alias("task"))  # lower is better: value and interval turn round
     run.add_metrics(worse.with_columns(value=-pl.col("value"), lo=-pl.col("hi"), hi=-pl.col("lo")))
-    rating = verdict(run).split("To predict stars")[1]
+    rating = summary_text(run).split("To predict stars")[1]
     assert said.split("):")[-1].split("),")[-1].strip() in rating
 
 
@@ -298,18 +298,18 @@ def test_the_advice_follows_the_figures(tmp_path, rows, said):
 
 class Count(Recommender):
     "How often each item was taken."
-    def _fit(self, split): self.count = torch.bincount(torch.from_numpy(split.train["item"].to_numpy()), minlength=split.known_items).float()
+    def _fit(self, split): self.count = torch.bincount(torch.from_numpy(split.train["item"].to_numpy()), minlength=split.n_train_items).float()
     def _scores(self, users, history, items): return self.count[items].expand(len(users), -1)
 
 
 def test_recommend(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(RECOMMENDERS, "count", None)
     model = register("count")(dataclass(Count))()
-    log = as_interactions(pl.DataFrame({"user": ["ann", "ann", "bob", "bob", "eve"], "item": ["007", "bag", "007", "cam", "bag"], "rating": [5, 3, 4, 1, 2], "timestamp": [1, 2, 3, 4, 5]}))
+    log = to_interactions(pl.DataFrame({"user": ["ann", "ann", "bob", "bob", "eve"], "item": ["007", "bag", "007", "cam", "bag"], "rating": [5, 3, 4, 1, 2], "timestamp": [1, 2, 3, 4, 5]}))
     run = Run(tmp_path / "run")
     run.write("items.parquet", pl.DataFrame({"item": ["007", "bag", "cam"], "title": ["A film", "A bag", "A camera"]}))
     assert widedeep("recommend", run.folder, "--user", "ann") == 2 and "no fitted model" in capsys.readouterr().err
-    model.fit(Split.of(log, log.clear(), log.clear())).save(run.model_folder("count"))
+    model.fit(Split.from_frames(log, log.clear(), log.clear())).save(run.model_folder("count"))
     ask = lambda *words: (widedeep("recommend", run.folder, "--json", *words), json.loads(capsys.readouterr().out))
     code, found = ask("--user", "ann")
     assert code == 0 and [(r["item"], r["title"], r["rank"]) for r in found["items"]] == [("cam", "A camera", 1)] and found["note"] == ""
@@ -326,8 +326,8 @@ def test_recommend(tmp_path, capsys, monkeypatch):
 
 
 def test_baskets_as_they_are_typed():
-    assert read_basket("007:4.5, bag,a:b") == {"007": 4.5, "bag": None, "a:b": None}
-    with pytest.raises(Problem): read_basket(" , ")
+    assert parse_basket("007:4.5, bag,a:b") == {"007": 4.5, "bag": None, "a:b": None}
+    with pytest.raises(UserError): parse_basket(" , ")
 
 
 def test_datasets(capsys):
@@ -413,7 +413,7 @@ def test_rows_of_a_real_log_are_never_published(nbs, tmp_path):
     assert shown("03_fourth").text == "user a\n"
     text = (tmp_path / "results/ratings-strict.json").read_text()
     assert json.loads(text)["log"]["kept"] == 1 and "of user a" not in text and str(tmp_path) not in text
-    run.update(dataset="demo")
+    run.update_manifest(dataset="demo")
     assert widedeep("publish", run.folder, "--notebooks", nbs) == 0 and shown("02_third").text == "user a\n"
 
 
@@ -431,11 +431,11 @@ def test_names_of_datasets_say_nothing_of_the_machine():
 
 def test_a_known_user_is_no_stranger_though_the_filter_took_all_they_did(tmp_path):
     "The log knows more than the model was fitted on: nothing that a user has is recommended."
-    from widedeep_nb.core import Split, as_interactions, make_recommender
-    log = as_interactions(pl.DataFrame({"user": ["ann", "ann", "bob", "eve"], "item": ["cam", "bag", "cam", "pen"], "timestamp": [1, 2, 3, 4]}))
+    from widedeep_nb.core import Split, to_interactions, make_recommender
+    log = to_interactions(pl.DataFrame({"user": ["ann", "ann", "bob", "eve"], "item": ["cam", "bag", "cam", "pen"], "timestamp": [1, 2, 3, 4]}))
     run = Run(tmp_path / "run")
     run.write("interactions.parquet", log)
-    make_recommender("popularity").fit(Split.of(log[:3], log[:0], log[3:])).save(run.model_folder("popularity"))   # eve's row came after the fit
-    told = suggest(run, user="bob", k=2)
+    make_recommender("popularity").fit(Split.from_frames(log[:3], log[:0], log[3:])).save(run.model_folder("popularity"))   # eve's row came after the fit
+    told = recommend_from_run(run, user="bob", k=2)
     assert [r["item"] for r in told["items"]] == ["bag"] and told["note"] == ""
-    assert suggest(run, user="eve", k=2)["note"] == "" and "nobody called zoe" in suggest(run, user="zoe", k=2)["note"]
+    assert recommend_from_run(run, user="eve", k=2)["note"] == "" and "nobody called zoe" in recommend_from_run(run, user="zoe", k=2)["note"]

@@ -15,26 +15,26 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from widedeep_nb import scale
-from widedeep_nb.core import PARTS, PROTOCOLS, Problem, as_interactions
-from widedeep_nb.evaluation import best_lists
+from widedeep_nb.core import SPLIT_NAMES, PROTOCOLS, UserError, to_interactions
+from widedeep_nb.evaluation import top_k_lists
 from widedeep_nb.preprocessing import prepare
-from widedeep_nb.scale import DAY, TOLERANCE, Engine, Shortlist, Worker, bench, change_over, curves_of, drawn_question, draw_raw, exponents, give_data, kept_passes, lines_on_size, lists_one_by_one, lists_within, needs, on_spark, plain_log, read_split, rows_in_words, split_by, told_in_lines, torchrun, whole_way
-from widedeep_nb.training import LazyAdamW, WideDeep
+from widedeep_nb.scale import MS_PER_DAY, LOSS_RTOL, Engine, CandidateGenerator, BenchProcess, bench, crossover_size, distributed_curves, ranking_bench_task, write_synthetic_csv, scaling_exponents, write_training_data, saved_epochs, readme_size_text, naive_top_k, recommend_within, resource_estimates, spark_session, write_plain_log, load_streaming_split, format_row_count, streaming_split, format_bench, launch_torchrun, run_end_to_end
+from widedeep_nb.training import SparseAdamW, WideDeepRecommender
 
-TABLES = (*PARTS, "aside", "users", "items")
+TABLES = (*SPLIT_NAMES, "aside", "users", "items")
 
 
 def drawn(rows, users, items, days, seed=0, whole_days=False):
     "A log without repeats; with whole days many rows share their time, so that ids decide the order."
     draw = np.random.default_rng(seed)
-    time = draw.integers(0, days * DAY, rows) // (DAY if whole_days else 1) * (DAY if whole_days else 1)
+    time = draw.integers(0, days * MS_PER_DAY, rows) // (MS_PER_DAY if whole_days else 1) * (MS_PER_DAY if whole_days else 1)
     frame = pl.DataFrame({"user": draw.integers(0, users, rows), "item": (items * draw.random(rows) ** 2).astype(int), "rating": draw.integers(1, 6, rows), "timestamp": time})
     ids = [pl.format("{}{}", pl.lit(c), pl.col(name)).alias(name) for name, c in (("user", "u"), ("item", "i"))]
-    return as_interactions(frame.with_columns(*ids, pl.from_epoch("timestamp", "ms")).unique(["user", "item"], maintain_order=True))
+    return to_interactions(frame.with_columns(*ids, pl.from_epoch("timestamp", "ms")).unique(["user", "item"], maintain_order=True))
 
 
 def same(place, log, protocol):
-    mine, theirs = read_split(place, protocol), prepare(log, protocol)
+    mine, theirs = load_streaming_split(place, protocol), prepare(log, protocol)
     return [name for name in TABLES if not getattr(mine, name).equals(getattr(theirs, name))]
 
 
@@ -44,7 +44,7 @@ def test_streamed_split_is_that_of_chapter_03(tmp_path, name, least, whole_days)
     for seed in range(3):
         log, protocol = drawn(1500, 150, 120, 40, seed, whole_days), replace(PROTOCOLS[name], min_user=least, min_item=least + 1)
         engine = Engine(tmp_path)
-        split_by(engine, engine.read(plain_log(log.lazy(), tmp_path / "log.parquet")), protocol)
+        streaming_split(engine, engine.read_parquet(write_plain_log(log.lazy(), tmp_path / "log.parquet")), protocol)
         assert same(tmp_path, log, protocol) == []
 
 
@@ -52,16 +52,16 @@ def test_streamed_split_is_that_of_chapter_03(tmp_path, name, least, whole_days)
 def test_ids_that_share_a_heap_are_told_apart(tmp_path, monkeypatch, heaps):
     monkeypatch.setattr(scale, "HEAPS", heaps)
     log, protocol, engine = drawn(1500, 150, 120, 40), replace(PROTOCOLS["as-reported"], min_user=9, min_item=12), Engine(tmp_path)
-    split_by(engine, engine.read(plain_log(log.lazy(), tmp_path / "log.parquet")), protocol)
-    assert same(tmp_path, log, protocol) == [] and len(read_split(tmp_path, protocol).train) > 100
+    streaming_split(engine, engine.read_parquet(write_plain_log(log.lazy(), tmp_path / "log.parquet")), protocol)
+    assert same(tmp_path, log, protocol) == [] and len(load_streaming_split(tmp_path, protocol).train) > 100
 
 
 def test_what_cannot_be_streamed_is_refused(tmp_path):
     log, engine = drawn(200, 20, 20, 9), Engine(tmp_path)
-    rows = engine.read(plain_log(log.lazy(), tmp_path / "log.parquet"))
+    rows = engine.read_parquet(write_plain_log(log.lazy(), tmp_path / "log.parquet"))
     for name in ("leave-one-out", "given"):
-        with pytest.raises(Problem, match="prepare"): split_by(engine, rows, PROTOCOLS[name])
-    with pytest.raises(Problem, match="no rows"): split_by(engine, engine.read(plain_log(log.with_columns(timestamp=pl.lit(None, pl.Datetime("ms"))).lazy(), tmp_path / "untimed.parquet")))
+        with pytest.raises(UserError, match="prepare"): streaming_split(engine, rows, PROTOCOLS[name])
+    with pytest.raises(UserError, match="no rows"): streaming_split(engine, engine.read_parquet(write_plain_log(log.with_columns(timestamp=pl.lit(None, pl.Datetime("ms"))).lazy(), tmp_path / "untimed.parquet")))
 
 
 @pytest.mark.long
@@ -69,16 +69,16 @@ def test_spark_and_polars_give_the_same_split(tmp_path):
     "Row for row and code for code."
     pytest.importorskip("pyspark")
     if not shutil.which("java"): pytest.skip("Spark needs a Java")
-    session = on_spark("local[2]")
+    session = spark_session("local[2]")
     try:
         for i, (name, least) in enumerate((("strict", 3), ("filtered-first", 4))):
             log, protocol, place = drawn(3000, 200, 150, 40, whole_days=bool(i)), replace(PROTOCOLS[name], min_user=least, min_item=least), tmp_path / name
             place.mkdir()
-            plain = plain_log(log.lazy(), place / "log.parquet")
+            plain = write_plain_log(log.lazy(), place / "log.parquet")
             for engine in (Engine(place / "spark", session), Engine(place / "polars")):
-                engine.place.mkdir()
-                split_by(engine, engine.read(plain), protocol)
-            spark, polars = [read_split(place / engine, protocol) for engine in ("spark", "polars")]
+                engine.folder.mkdir()
+                streaming_split(engine, engine.read_parquet(plain), protocol)
+            spark, polars = [load_streaming_split(place / engine, protocol) for engine in ("spark", "polars")]
             assert [t for t in TABLES if not getattr(spark, t).equals(getattr(polars, t))] == [] and len(spark.train)
             assert same(place / "spark", log, protocol) == []
     finally: session.stop()
@@ -89,7 +89,7 @@ def test_lazy_steps_are_adams_where_every_row_is_touched():
     dense, lazy = nn.Embedding(6, 4), nn.Embedding(6, 4, sparse=True)
     lazy.load_state_dict(dense.state_dict())
     pace = dict(lr=.05, weight_decay=.1)
-    ways = [(dense, torch.optim.AdamW(dense.parameters(), **pace)), (lazy, LazyAdamW(lazy.parameters(), **pace))]
+    ways = [(dense, torch.optim.AdamW(dense.parameters(), **pace)), (lazy, SparseAdamW(lazy.parameters(), **pace))]
     for step in range(30):
         ids, target = torch.cat([torch.arange(6), torch.randint(6, (9,))]), torch.randn(15, 4)
         for table, optimiser in ways:
@@ -102,10 +102,10 @@ def test_lazy_steps_are_adams_where_every_row_is_touched():
 def test_lazy_training_goes_on_from_a_checkpoint(tmp_path):
     "Sparse gradients or not, what was kept is enough, bit for bit."
     log = drawn(1200, 60, 50, 60)
-    split, short = prepare(log, replace(PROTOCOLS["strict"], min_user=2, min_item=2)), WideDeep(epochs=2, patience=9, lazy_from=1)
+    split, short = prepare(log, replace(PROTOCOLS["strict"], min_user=2, min_item=2)), WideDeepRecommender(epochs=2, patience=9, sparse_update_min_rows=1)
     short.checkpoint = tmp_path / "state.safetensors"
     short.fit(split)
-    gone_on, whole = [WideDeep(epochs=4, patience=9, lazy_from=1) for _ in range(2)]
+    gone_on, whole = [WideDeepRecommender(epochs=4, patience=9, sparse_update_min_rows=1) for _ in range(2)]
     gone_on.checkpoint = short.checkpoint
     a, b = gone_on.fit(split).net.state_dict(), whole.fit(split).net.state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -113,36 +113,36 @@ def test_lazy_training_goes_on_from_a_checkpoint(tmp_path):
 
 
 def test_lists_in_blocks_are_those_of_the_loop():
-    model, split, question = drawn_question(people=40, ratings=4000, users=90, items=70)
-    assert torch.equal(lists_one_by_one(model.net, question.users, split.known_items), best_lists(model, split, question, 5))
+    model, split, question = ranking_bench_task(n_users=40, ratings=4000, users=90, items=70)
+    assert torch.equal(naive_top_k(model.net, question.users, split.n_train_items), top_k_lists(model, split, question, 5))
 
 
 @pytest.fixture(scope="module")
 def fitted():
     split = prepare(drawn(4000, 150, 120, 90), replace(PROTOCOLS["strict"], min_user=2, min_item=2))
-    return WideDeep(epochs=2).fit(split)
+    return WideDeepRecommender(epochs=2).fit(split)
 
 
 def test_a_short_list_of_everything_is_everything(fitted):
     users = torch.arange(30)
-    full = lists_within(fitted, users, k=5)
-    listed = Shortlist.of(fitted, common=fitted.n_items).lists(users, fitted.log.take(users), k=5)
+    full = recommend_within(fitted, users, k=5)
+    listed = CandidateGenerator.from_model(fitted, n_common=fitted.n_items).recommend(users, fitted.train_history.select(users), k=5)
     assert full["exhaustive"] and full["found"] == 1 and torch.equal(full["lists"].sort(1)[0], listed.sort(1)[0])
 
 
 def test_a_short_list_holds_nothing_twice_and_nothing_that_was_had(fitted):
     users = torch.arange(fitted.n_users)
-    found = lists_within(fitted, users, k=10, wait=0)
+    found = recommend_within(fitted, users, k=10, max_seconds=0)
     assert not found["exhaustive"] and 0 < found["found"] <= 1
     for user, listed in zip(users, found["lists"]):
-        listed, had = listed[listed >= 0], fitted.log.take(user[None]).item
+        listed, had = listed[listed >= 0], fitted.train_history.select(user[None]).item
         assert len(listed.unique()) == len(listed) == 10 and not torch.isin(listed, had).any()
 
 
 def test_needs_count_what_they_say(fitted):
     split = prepare(drawn(4000, 150, 120, 90), replace(PROTOCOLS["strict"], min_user=2, min_item=2))
-    table = needs(split, {"GFLOP/s": 100., "GB/s": 10.}, pairs=1.)
-    have = np.zeros((split.known_users, split.known_items))
+    table = resource_estimates(split, {"GFLOP/s": 100., "GB/s": 10.}, pairs_per_second=1.)
+    have = np.zeros((split.n_train_users, split.n_train_items))
     have[split.train["user"], split.train["item"]] = 1
     hours = dict(table.select("what", "hours").rows())
     assert hours["item-knn: exact neighbours of items"] * 3600 == pytest.approx((have @ have.T).diagonal() @ have.sum(1))
@@ -151,8 +151,8 @@ def test_needs_count_what_they_say(fitted):
 
 def test_exponents_of_a_square():
     rows = pl.DataFrame([{"rows": n, "repeat": r, "stage": s, "seconds": c * n ** p, "memory": 1.} for n in (10, 100, 1000) for r in (1, 2, 3) for s, c, p in (("a", 2., 1), ("b", .1, 2))])
-    found = {s: e for s, e, *_ in exponents(rows).rows()}
-    assert found["a"] == pytest.approx(1) and found["b"] == pytest.approx(2) and exponents(rows, "memory")["exponent"].abs().max() < 1e-9
+    found = {s: e for s, e, *_ in scaling_exponents(rows).rows()}
+    assert found["a"] == pytest.approx(1) and found["b"] == pytest.approx(2) and scaling_exponents(rows, "memory")["exponent"].abs().max() < 1e-9
 
 
 def engines(polars, spark, memory=lambda n: n / 1e7):
@@ -160,36 +160,36 @@ def engines(polars, spark, memory=lambda n: n / 1e7):
 
 
 def test_where_to_change_over():
-    over = change_over(engines(lambda n: 1e-6 * n, lambda n: 1e-3 * n ** .5 * 9), 24.)
+    over = crossover_size(engines(lambda n: 1e-6 * n, lambda n: 1e-3 * n ** .5 * 9), 24.)
     assert over["time"] == pytest.approx(81e6) and over["memory"] == pytest.approx(24e7)            # 1e-6 n = 9e-3 sqrt(n) at n = 81 million
-    assert change_over(engines(lambda n: 1e-6 * n, lambda n: 1e-5 * n), 24.)["time"] == float("inf")     # ten times as slow at every size
-    assert change_over(engines(lambda n: 1e-6 * n, lambda n: 1e-7 * n), 24.)["time"] == pytest.approx(1e6)                # overtaken already
-    assert rows_in_words(81e6) == "about 80,000,000 rows" and rows_in_words(float("inf")) == "no number of rows"
+    assert crossover_size(engines(lambda n: 1e-6 * n, lambda n: 1e-5 * n), 24.)["time"] == float("inf")     # ten times as slow at every size
+    assert crossover_size(engines(lambda n: 1e-6 * n, lambda n: 1e-7 * n), 24.)["time"] == pytest.approx(1e6)                # overtaken already
+    assert format_row_count(81e6) == "about 80,000,000 rows" and format_row_count(float("inf")) == "no number of rows"
 
 
 def test_what_large_logs_take_is_told_only_where_it_was_measured():
     stages = [{"rows": n, "repeat": 1, "stage": s, "seconds": 60. * n, "memory": m, "rows_read": 7, "users": 3, "items": 2, "disk": .5, "people": 3, "exhaustive": False, "would take": 7200., "found": .9} for n in (1, 2) for s, m in (("read", 1.), ("split", 2.5), ("lists", 2.))]
     found = {"growth": stages, "largest": [{"stage": "read", "seconds": 90., "memory": 3., "rows_read": 44}, {"stage": "split", "seconds": 30., "memory": 4.}],
              "engines": engines(lambda n: 1e-6 * n, lambda n: 1e-5 * n).to_dicts(), "bench": {"machine": {"device": "a CPU", "threads": 2, "memory": 24.}}}
-    laptop, colab, cluster = lines_on_size(found).splitlines()
+    laptop, colab, cluster = readme_size_text(found).splitlines()
     for said in ("7 raw rows of 3 people and 2 products", "6.0 minutes", "at most 2.5 GB", "120 minutes", "90%", "0.5 GB on the disk", "44 rows", "2.0 minutes, with at most 4.0 GB"): assert said in laptop
     assert "run_on_colab" in colab and "24 GB is enough for up to about 300 rows" in cluster
-    for missing in ("largest", "engines"): assert lines_on_size(found | {missing: []}) == ""
+    for missing in ("largest", "engines"): assert readme_size_text(found | {missing: []}) == ""
 
 
 def test_a_worker_says_what_went_wrong():
-    with Worker() as worker:
-        with pytest.raises(Problem, match="unknown job 'nonsense'"): worker.once("nonsense")
-        with pytest.raises(Problem, match="TypeError"): worker.once("large tables: touched rows moved")
-        assert worker.once("large tables: touched rows moved", ids=1000)["told"] > 0          # and is there for the next job
+    with BenchProcess() as worker:
+        with pytest.raises(UserError, match="unknown job 'nonsense'"): worker.run_task("nonsense")
+        with pytest.raises(UserError, match="TypeError"): worker.run_task("large tables: touched rows moved")
+        assert worker.run_task("large tables: touched rows moved", ids=1000)["told"] > 0          # and is there for the next job
         worker.process.kill()
-        with pytest.raises(Problem, match="has ended"): worker.once("large tables: touched rows moved", ids=1000)
+        with pytest.raises(UserError, match="has ended"): worker.run_task("large tables: touched rows moved", ids=1000)
 
 
 @pytest.mark.long
 def test_bench_has_every_way_and_its_memory():
-    found = bench(repeats=2, ratings=20_000, users=900, items=600, people=20, rows=300_000)
-    assert {r["task"] for r in found["records"]} == {"training", "ranking", "preprocessing"} and len(told_in_lines(found)) == 1 + len(found["records"])
+    found = bench(n_repeats=2, ratings=20_000, users=900, items=600, n_users=20, rows=300_000)
+    assert {r["task"] for r in found["records"]} == {"training", "ranking", "preprocessing"} and len(format_bench(found)) == 1 + len(found["records"])
     for r in found["records"]:
         assert 0 < r["lo"] <= r["ratio"] <= r["hi"] and r["seconds"] > 0 and r["memory"] > 0
         if r["share of the ceiling"] is not None: assert 0 < r["share of the ceiling"] < 1
@@ -198,24 +198,24 @@ def test_bench_has_every_way_and_its_memory():
 
 
 def test_the_whole_way_from_a_raw_file(tmp_path):
-    raw = draw_raw(tmp_path / "ratings.csv", 20_000, 3_000, 300)
-    stages = whole_way(str(raw), tmp_path / "work", people=50)
+    raw = write_synthetic_csv(tmp_path / "ratings.csv", 20_000, 3_000, 300)
+    stages = run_end_to_end(str(raw), tmp_path / "work", n_users=50)
     assert [s["stage"] for s in stages] == ["read", "split", "features", "a pass", "lists"] and stages[0]["rows_read"] == 20_000 and stages[-1]["people"] == 50
-    assert [s["stage"] for s in whole_way(str(raw), tmp_path / "short", people=0)] == ["read", "split"]
+    assert [s["stage"] for s in run_end_to_end(str(raw), tmp_path / "short", n_users=0)] == ["read", "split"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     place = tmp_path_factory.mktemp("together")
-    give_data(place, prepare(drawn(6000, 300, 200, 200), replace(PROTOCOLS["strict"], min_user=2, min_item=2)))
+    write_training_data(place, prepare(drawn(6000, 300, 200, 200), replace(PROTOCOLS["strict"], min_user=2, min_item=2)))
     return place
 
 
 @pytest.mark.long
 def test_two_processes_learn_what_one_learns(data):
-    alone, both, rows = curves_of(data, passes=4)
-    assert alone["curve"][0] - alone["curve"][-1] > 100 * TOLERANCE                              # it learns, so that agreeing means something
-    for other in (both, rows): assert np.allclose(alone["curve"], other["curve"], rtol=TOLERANCE, atol=0)
+    alone, both, rows = distributed_curves(data, epochs=4)
+    assert alone["curve"][0] - alone["curve"][-1] > 100 * LOSS_RTOL                              # it learns, so that agreeing means something
+    for other in (both, rows): assert np.allclose(alone["curve"], other["curve"], rtol=LOSS_RTOL, atol=0)
     assert both["held"] == alone["held"] and .5 <= rows["held"] / alone["held"] < .7              # the network behind the tables is held by both
     one, two = [[load_file(data / way / "pass-4" / f"{rank}-of-{n}.safetensors") for rank in range(n)] for way, n in (("data-1", 1), ("rows-2", 2))]
     dealt = [k for k in one[0] if one[0][k].dim() == 2 and two[0][k].shape != one[0][k].shape]
@@ -232,11 +232,11 @@ def test_tables_that_are_dealt_out_are_never_whole(data, tmp_path):
     save_file(tensors, tmp_path / "data.safetensors", {"sizes": json.dumps({"n_users": 4_000_000, "n_items": 200, "n_categories": 23})})
     found = {}
     for n, way in ((1, "data"), (2, "data"), (2, "rows")):
-        assert torchrun(tmp_path, n, ways=(way,), passes=1).wait(300) == 0
+        assert launch_torchrun(tmp_path, n, modes=(way,), epochs=1).wait(300) == 0
         found[n, way] = json.loads((tmp_path / f"{way}-{n}.json").read_text())
     assert found[2, "data"]["built"] > .08                                                        # twenty million weights
     assert found[2, "rows"]["built"] < .65 * found[2, "data"]["built"]
-    for other in found.values(): assert np.allclose(found[1, "data"]["curve"], other["curve"], rtol=TOLERANCE, atol=0)
+    for other in found.values(): assert np.allclose(found[1, "data"]["curve"], other["curve"], rtol=LOSS_RTOL, atol=0)
 
 
 @pytest.mark.long
@@ -245,10 +245,10 @@ def test_one_of_two_is_killed_and_training_goes_on(data, tmp_path, way):
     for name in ("undisturbed", "killed"):
         (tmp_path / name).mkdir()
         os.link(data / "data.safetensors", tmp_path / name / "data.safetensors")
-    assert torchrun(tmp_path / "undisturbed", 2, ways=(way,), passes=6).wait(300) == 0
-    process, parts = torchrun(tmp_path / "killed", 2, ways=(way,), passes=6, pause=.5), tmp_path / "killed" / f"{way}-2"
+    assert launch_torchrun(tmp_path / "undisturbed", 2, modes=(way,), epochs=6).wait(300) == 0
+    process, parts = launch_torchrun(tmp_path / "killed", 2, modes=(way,), epochs=6, pause=.5), tmp_path / "killed" / f"{way}-2"
     started = time.monotonic()
-    while 2 not in kept_passes(parts, 2) and time.monotonic() - started < 200: time.sleep(.02)
+    while 2 not in saved_epochs(parts, 2) and time.monotonic() - started < 200: time.sleep(.02)
     victims = [p for p in psutil.Process(process.pid).children(recursive=True) if "together" in p.cmdline() and "torch.distributed.run" not in p.cmdline()]
     assert len(victims) == 2
     victims[-1].kill()

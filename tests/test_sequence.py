@@ -5,20 +5,20 @@ import pytest
 import torch
 
 import widedeep_nb.sequence as sequence
-from widedeep_nb.baselines import on_validation
-from widedeep_nb.core import History, Problem, Split, as_interactions, load_recommender, make_recommender
-from widedeep_nb.evaluation import rank_users
-from widedeep_nb.sequence import AttentionNet, GRUNet, OutOfOrder, batches_of, by_history, cost_of_next, fit_next, last_events, look_back, out_of_order, set_aside, ties_by_lot
+from widedeep_nb.baselines import val_score
+from widedeep_nb.core import History, UserError, Split, to_interactions, load_recommender, make_recommender
+from widedeep_nb.evaluation import eval_ranking
+from widedeep_nb.sequence import AttentionNet, GRUNet, ShuffledHistory, length_batches, metric_by_history_length, next_item_loss, fit_sequence_model, pad_histories, relative_causal_bias, as_simultaneous, holdout_last_events, shuffle_ties
 
-both = pytest.mark.parametrize("name", sequence.SEQUENCE)
-QUICK = dict(embedding=16, dropout=.1, batch_size=128, patience=0)
+both = pytest.mark.parametrize("name", sequence.SEQUENCE_MODELS)
+QUICK = dict(embedding_dim=16, dropout=.1, batch_size=128, patience=0)
 N = 9
 
 
 def nets(n_items=N):
     torch.manual_seed(0)
     made = [GRUNet(n_items, 8, .2, torch.zeros(n_items), 2), AttentionNet(n_items, 8, .2, torch.zeros(n_items), 2, 2, 20)]
-    with torch.no_grad(): made[1].back.normal_()  # as after training
+    with torch.no_grad(): made[1].relative_bias.normal_()  # as after training
     return [net.eval() for net in made]
 
 
@@ -26,10 +26,10 @@ def log_of(histories, times=True, step=1):
     "A log from lists of items, a list a user; without times in the order of the rows."
     rows = [(f"u{u:03d}", item, (t + 1) * step) for u, items in enumerate(histories) for t, item in enumerate(items)]
     log = pl.DataFrame(rows, schema=["user", "item", "timestamp"], orient="row")
-    return as_interactions(log if times else log.drop("timestamp"))
+    return to_interactions(log if times else log.drop("timestamp"))
 
 
-def split_of(train, val=None, test=None): return Split.of(train, train.clear() if val is None else val, train.clear() if test is None else test)
+def split_of(train, val=None, test=None): return Split.from_frames(train, train.clear() if val is None else val, train.clear() if test is None else test)
 
 
 def cycles(n=120, steps=5, of="abcdefgh", times=True, both_ways=False):
@@ -56,12 +56,12 @@ def changes(net):
     return found
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=sequence.SEQUENCE)
+@pytest.mark.parametrize("which", [0, 1], ids=sequence.SEQUENCE_MODELS)
 def test_no_position_sees_its_future_to_the_last_bit(which):
     with torch.no_grad(): assert not any(changes(nets()[which]))
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=sequence.SEQUENCE)
+@pytest.mark.parametrize("which", [0, 1], ids=sequence.SEQUENCE_MODELS)
 def test_the_loss_at_a_position_does_not_depend_on_later_events(which):
     "By its gradient: of the vectors that are read, only those up to the position have one."
     net, seen = nets()[which], []
@@ -73,8 +73,8 @@ def test_the_loss_at_a_position_does_not_depend_on_later_events(which):
 
 def test_without_the_mask_the_future_would_be_seen(monkeypatch):
     "So that the tests above test something."
-    unmasked = lambda weight, n: look_back(weight, n).nan_to_num(neginf=0)
-    monkeypatch.setattr(sequence, "look_back", unmasked)
+    unmasked = lambda weight, n: relative_causal_bias(weight, n).nan_to_num(neginf=0)
+    monkeypatch.setattr(sequence, "relative_causal_bias", unmasked)
     with torch.no_grad(): assert all(changes(nets()[1]))
 
 
@@ -91,11 +91,11 @@ def test_last_events_is_the_plain_loop():
     lists = [rng.integers(12, size=n).tolist() for n in (0, 3, 9, 1, 0, 5)]
     history = History(torch.tensor(np.cumsum([0] + [len(x) for x in lists])), torch.tensor(sum(lists, [])), torch.full((18,), torch.nan), torch.zeros(18, dtype=torch.int64))
     for n_items, length in ((12, 50), (12, 4), (7, 3), (1, 2)):
-        events, count = last_events(history, n_items, length)
+        events, count = pad_histories(history, n_items, length)
         want = [[i for i in x if i < n_items][-length:] for x in lists]
         assert count.tolist() == [len(x) for x in want] and [row[:n].tolist() for row, n in zip(events, count)] == want
         assert all((row[n:] == n_items).all() for row, n in zip(events, count))
-    events, count = last_events(history.take(torch.tensor([0, 99])), 12, 4)
+    events, count = pad_histories(history.select(torch.tensor([0, 99])), 12, 4)
     assert events.shape[0] == 2 and count.tolist() == [0, 0]
 
 
@@ -105,56 +105,56 @@ def test_filling_up_changes_nothing():
         for net in nets():
             assert torch.allclose(net(events)[0, :3], net(events[:1, :3])[0], atol=1e-6) and torch.allclose(net(events)[1, 0], net(events[1:, :1])[0, 0], atol=1e-6)
             wider = torch.nn.functional.pad(events, (0, 6), value=N)
-            assert torch.allclose(cost_of_next(net, wider), cost_of_next(net, events), atol=1e-6)
+            assert torch.allclose(next_item_loss(net, wider), next_item_loss(net, events), atol=1e-6)
             by_hand = [-net.scores(net(events[:1, :n])[0, -1]).log_softmax(0)[events[0, n]] for n in (1, 2)]
-            assert torch.isclose(cost_of_next(net, events), torch.stack(by_hand).mean(), atol=1e-6)
+            assert torch.isclose(next_item_loss(net, events), torch.stack(by_hand).mean(), atol=1e-6)
 
 
 def test_every_history_is_learnt_from_once_a_pass():
     length = torch.from_numpy(np.random.default_rng(0).integers(1, 50, 300))
-    one, two = batches_of(length, 200), batches_of(length, 200)
+    one, two = length_batches(length, 200), length_batches(length, 200)
     assert torch.cat(one).sort()[0].tolist() == torch.cat(two).sort()[0].tolist() == list(range(300)) and not torch.equal(torch.cat(one), torch.cat(two))
     questions = sorted(int(length[rows].sum()) for rows in one)
     assert questions[1] > 150 and questions[-1] < 250  # what is left over makes one smaller batch
     padded = sum(int(length[rows].max()) * len(rows) for rows in one)
     assert padded < 1.5 * length.sum()
-    assert [rows.tolist() for rows in batches_of(length[:1], 5)] == [[0]]
+    assert [rows.tolist() for rows in length_batches(length[:1], 5)] == [[0]]
 
 
 def test_drawn_items_stand_for_the_catalogue():
     for net in nets():
         events = torch.randint(N, (6, 5), generator=torch.Generator().manual_seed(0))
-        whole = torch.autograd.grad(cost_of_next(net, events), net.bias)[0]
-        drawn = [cost_of_next(net, events, 500) for _ in range(60)]
-        assert abs(torch.stack(drawn).mean() - cost_of_next(net, events)) < .01
+        whole = torch.autograd.grad(next_item_loss(net, events), net.bias)[0]
+        drawn = [next_item_loss(net, events, 500) for _ in range(60)]
+        assert abs(torch.stack(drawn).mean() - next_item_loss(net, events)) < .01
         assert torch.allclose(torch.autograd.grad(torch.stack(drawn).mean(), net.bias)[0], whole, atol=.01)
 
 
 def test_a_large_catalogue_is_learnt_from_drawn_items():
     split = split_of(cycles())
-    model = make_recommender("gru", **QUICK, whole=5, negatives=20).fit(split)
+    model = make_recommender("gru", **QUICK, full_softmax_max_items=5, n_negatives=20).fit(split)
     assert model.recommend([["a", "b"]], k=1)["item"].to_list() == ["c"]
 
 
 def test_ties_are_settled_by_lot_and_nothing_else_is_moved():
     time = torch.tensor([1, 1, 1, 2, 1, 1, 0, 0, 3])
     history = History(torch.tensor([0, 4, 6, 9]), torch.arange(9), torch.arange(9).float(), time)
-    seen = [ties_by_lot(history, seed) for seed in range(50)]
+    seen = [shuffle_ties(history, seed) for seed in range(50)]
     assert {tuple(h.item[:3].tolist()) for h in seen} == {(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)}
     assert {tuple(h.item[3:].tolist()) for h in seen} == {(3, 4, 5, 6, 7, 8), (3, 5, 4, 6, 7, 8)}
-    for h in seen: assert torch.equal(h.rating, h.item.float()) and torch.equal(h.time, time) and torch.equal(h.ptr, history.ptr)
-    assert torch.equal(seen[0].item, ties_by_lot(history, 0).item)
-    mixed = out_of_order(history, 1)
-    assert torch.equal(mixed.owner, history.owner) and all(sorted(mixed.item[a:b].tolist()) == list(range(a, b)) for a, b in zip([0, 4, 6], [4, 6, 9]))
-    empty = History.of(pl.DataFrame(schema={"user": pl.Int32, "item": pl.Int32, "rating": pl.Float32, "timestamp": pl.Datetime("ms")}), 2)
-    assert len(ties_by_lot(empty).item) == 0
+    for h in seen: assert torch.equal(h.rating, h.item.float()) and torch.equal(h.time, time) and torch.equal(h.indptr, history.indptr)
+    assert torch.equal(seen[0].item, shuffle_ties(history, 0).item)
+    mixed = as_simultaneous(history, 1)
+    assert torch.equal(mixed.user_index, history.user_index) and all(sorted(mixed.item[a:b].tolist()) == list(range(a, b)) for a, b in zip([0, 4, 6], [4, 6, 9]))
+    empty = History.from_rows(pl.DataFrame(schema={"user": pl.Int32, "item": pl.Int32, "rating": pl.Float32, "timestamp": pl.Datetime("ms")}), 2)
+    assert len(shuffle_ties(empty).item) == 0
 
 
 def test_an_order_by_id_within_a_moment_is_not_learnt():
     "Everybody takes two things at once, and the log lists them by id: that is no order."
     pairs = [["a", "b"], ["c", "d"], ["e", "f"]]
     rows = [(f"u{u:03d}", item, u + 1) for u in range(150) for item in pairs[u % 3]]
-    split = split_of(as_interactions(pl.DataFrame(rows, schema=["user", "item", "timestamp"], orient="row")))
+    split = split_of(to_interactions(pl.DataFrame(rows, schema=["user", "item", "timestamp"], orient="row")))
     model = make_recommender("gru", **QUICK).fit(split)
     code = {item: i for i, item in enumerate(split.items["item"])}
     there, back = (model.scores([999], history_of(code[x])).softmax(1)[0, code[y]] for x, y in (("a", "b"), ("b", "a")))
@@ -166,7 +166,7 @@ def test_an_order_by_id_within_a_moment_is_not_learnt():
 @both
 def test_a_planted_order_is_learnt_by_both_and_not_by_popularity(name):
     split = split_of(cycles(), None, sixth(120))
-    quality = lambda model: rank_users(model.fit(split), split, "test", (1,)).users["HitRate@1"].mean()
+    quality = lambda model: eval_ranking(model.fit(split), split, "test", (1,)).users["HitRate@1"].mean()
     assert quality(make_recommender(name, **QUICK)) > .95
     assert max(quality(make_recommender(usual)) for usual in ("popularity", "recent-popularity")) < .5
 
@@ -176,14 +176,14 @@ def test_the_history_in_the_query_and_its_order_matter(name):
     model = make_recommender(name, **QUICK).fit(split_of(cycles(both_ways=True)))
     assert not torch.allclose(model.scores([0], history_of(0, 1, 2)), model.scores([0], history_of(2, 1, 0)))
     assert torch.equal(model.scores([0], history_of(0, 1, 2)), model.scores([5], history_of(0, 1, 2)))     # whoever asks
-    assert not torch.equal(OutOfOrder(model).scores(range(50)), model.scores(range(50)))
+    assert not torch.equal(ShuffledHistory(model).scores(range(50)), model.scores(range(50)))
     assert model.recommend([["c", "b", "a"], ["a", "b", "c"]], k=1)["item"].to_list() == ["h", "d"]
     assert torch.allclose(model.scores([0], history_of(*range(7))), model.scores(range(2), History(torch.tensor([0, 7, 8]), torch.tensor([*range(7), 3]), torch.full((8,), torch.nan), torch.zeros(8, dtype=torch.int64)))[:1], atol=1e-5)
 
 
 @both
 def test_only_the_last_events_are_read(name):
-    model = make_recommender(name, **QUICK, length=3, epochs=2).fit(split_of(cycles()))
+    model = make_recommender(name, **QUICK, lengths=3, epochs=2).fit(split_of(cycles()))
     assert torch.equal(model.scores([0], history_of(7, 6, 1, 2, 3)), model.scores([0], history_of(1, 2, 3)))
     assert not torch.equal(model.scores([0], history_of(0, 2, 3)), model.scores([0], history_of(1, 2, 3)))
 
@@ -206,7 +206,7 @@ def test_saved_and_loaded_equal(name, tmp_path):
     back = load_recommender(tmp_path)
     assert torch.equal(back.scores([0, 3, 999]), model.scores([0, 3, 999])) and torch.equal(back.scores([0], history_of(2, 1)), model.scores([0], history_of(2, 1)))
     assert sorted(f.name for f in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
-    with pytest.raises(Problem, match="does not predict"): back.predict([0], [0])
+    with pytest.raises(UserError, match="does not predict"): back.predict([0], [0])
 
 
 @both
@@ -224,7 +224,7 @@ def test_same_seed_same_weights_and_the_outside_is_left_alone(name):
 @pytest.mark.parametrize("patience", [0, 2])
 def test_two_rows_suffice(name, patience):
     for histories in ([["a"], ["b"]], [["a", "b"]], [["a", "b"], ["b"]], [["a"] * 3]):
-        model = make_recommender(name, embedding=8, epochs=2, patience=patience).fit(split_of(log_of(histories)))
+        model = make_recommender(name, embedding_dim=8, epochs=2, patience=patience).fit(split_of(log_of(histories)))
         assert torch.isfinite(model.scores([0, 9])).all() and len(model.recommend([["a"], []], k=5))
 
 
@@ -238,10 +238,10 @@ def test_a_log_without_times_keeps_the_order_of_its_rows(name):
 def test_stops_early_and_keeps_the_best(name):
     split = split_of(cycles(), sixth(40))
     model = make_recommender(name, **QUICK | {"patience": 2}, epochs=40).fit(split)
-    values = [row["val"] for row in model.curve]
-    assert model.best == 1 + int(np.argmax(values)) == len(values) - 2 < 38
-    assert np.isclose(on_validation(model, split, "NDCG@20"), max(values))                  # the weights are those of the best pass
-    replayed = make_recommender(name, **QUICK, epochs=model.best).fit(split)
+    values = [row["val"] for row in model.loss_curve]
+    assert model.best_epoch == 1 + int(np.argmax(values)) == len(values) - 2 < 38
+    assert np.isclose(val_score(model, split, "NDCG@20"), max(values))                  # the weights are those of the best pass
+    replayed = make_recommender(name, **QUICK, epochs=model.best_epoch).fit(split)
     assert all(torch.equal(a, b) for a, b in zip(model.net.state_dict().values(), replayed.net.state_dict().values()))
 
 
@@ -249,22 +249,22 @@ def test_stops_early_and_keeps_the_best(name):
 def test_without_a_validation_part_some_last_events_choose(name):
     split = split_of(cycles())
     model = make_recommender(name, **QUICK | {"patience": 2}, epochs=30, seed=3).fit(split)
-    chosen = make_recommender(name, **QUICK | {"patience": 2}, epochs=30, seed=3).fit(set_aside(split, 3))
-    assert len(model.curve) == chosen.best < 30 and all(row["val"] is None for row in model.curve)
+    chosen = make_recommender(name, **QUICK | {"patience": 2}, epochs=30, seed=3).fit(holdout_last_events(split, 3))
+    assert len(model.loss_curve) == chosen.best_epoch < 30 and all(row["val"] is None for row in model.loss_curve)
 
 
 def test_what_is_set_aside_is_the_last_of_some():
     split = split_of(cycles(60, 4))
-    made = set_aside(split, 1)
+    made = holdout_last_events(split, 1)
     assert len(made.val) == 6 and made.val["user"].n_unique() == 6 and len(made.train) == len(split.train) - 6
     last = split.train.group_by("user", maintain_order=True).last()
     assert len(made.val.join(last, on=["user", "item", "timestamp"])) == 6
-    assert not set_aside(split, 2).val.equals(made.val) and set_aside(split, 1).val.equals(made.val)
-    assert len(set_aside(split_of(log_of([["a"], ["b"]]))).val) == 0
+    assert not holdout_last_events(split, 2).val.equals(made.val) and holdout_last_events(split, 1).val.equals(made.val)
+    assert len(holdout_last_events(split_of(log_of([["a"], ["b"]]))).val) == 0
 
 
 def test_a_catalogue_beyond_memory_is_refused_in_a_line():
-    with pytest.raises(Problem, match="item-knn"): make_recommender("self-attention", max_items=7).fit(split_of(cycles()))
+    with pytest.raises(UserError, match="item-knn"): make_recommender("self-attention", max_items=7).fit(split_of(cycles()))
     make_recommender("self-attention", **QUICK, max_items=8, epochs=1).fit(split_of(cycles()))
 
 
@@ -272,12 +272,12 @@ def test_a_catalogue_beyond_memory_is_refused_in_a_line():
 
 def test_groups_by_history_cover_everybody_once():
     seen = pl.DataFrame({"n_seen": range(60)})
-    assert seen.select(pl.sum_horizontal(*[e.cast(pl.Int8) for e in sequence.KNOWN.values()])).to_series().eq(1).all()
+    assert seen.select(pl.sum_horizontal(*[e.cast(pl.Int8) for e in sequence.HISTORY_LENGTH_BINS.values()])).to_series().eq(1).all()
 
 
 def test_better_and_worse_are_claimed_only_beyond_chance():
     rng = np.random.default_rng(0)
     people = pl.DataFrame({"user": [f"u{i}" for i in range(300)], "n_seen": rng.integers(0, 30, 300), "seed": 0, "relevant": "any", "items": "all"})
     of = lambda gain: people.with_columns(pl.Series("NDCG@20", rng.random(300) / 5 + gain))
-    rows = by_history({"usual": of(0), "same": of(0), "good": of(.3), "bad": of(-.3)}, "usual").filter(pl.col("known") != "0")
-    assert {m: set(rows.filter(model=m)["apart"]) for m in ("usual", "same", "good", "bad")} == {"usual": {0}, "same": {0}, "good": {1}, "bad": {-1}}
+    rows = metric_by_history_length({"usual": of(0), "same": of(0), "good": of(.3), "bad": of(-.3)}, "usual").filter(pl.col("history_length") != "0")
+    assert {m: set(rows.filter(model=m)["direction"]) for m in ("usual", "same", "good", "bad")} == {"usual": {0}, "same": {0}, "good": {1}, "bad": {-1}}

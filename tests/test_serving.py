@@ -27,11 +27,11 @@ import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
 import widedeep_nb.serving as serving
-from widedeep_nb.core import Problem, Run
+from widedeep_nb.core import UserError, Run
 from widedeep_nb.data import load
 from widedeep_nb.recommend import Rules
 from widedeep_nb.run import cli, main
-from widedeep_nb.serving import Asked, Book, Line, Patient, Said, drawn, hammered, make_app, open_shop, weights_of
+from widedeep_nb.serving import RecommendRequest, FeedbackStore, BatchQueue, TimeoutProtocol, FeedbackEvent, sample_plackett_luce, open_loop_load, make_app, open_service, pl_probabilities
 
 httpx = pytest.importorskip("httpx")
 ROOT = Path(__file__).parents[1]
@@ -46,7 +46,7 @@ def made(small_run):
 
 @pytest.fixture
 def shop(made, tmp_path):
-    shop = open_shop(made.folder, book=tmp_path, seed=0)
+    shop = open_service(made.folder, feedback_dir=tmp_path, seed=0)
     yield shop
     shop.close()
 
@@ -78,8 +78,8 @@ def ask(shop):
 @contextmanager
 def listening(app, **how):
     "The service behind a socket, in a thread of this process."
-    door = serving.listening("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, http=Patient, ws="none", lifespan="off", log_level="critical", **how))
+    door = serving.bind_socket("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, http=TimeoutProtocol, ws="none", lifespan="off", log_level="critical", **how))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
     thread.start()
     while not server.started: time.sleep(.01)
@@ -117,10 +117,10 @@ codes_in = lambda answer: [i["item"] for i in answer.json()["items"]]
 
 def test_a_list_is_the_shelfs(shop, ask, made):
     "Through HTTP, numbering and batches comes what the shelf says."
-    user = shop.known.users[3]
+    user = shop.catalog.users[3]
     found = ask("POST", "/api/recommend", {"user": user, "k": 7}).json()
-    shelf = shop.shelves["hybrid"]
-    want = shelf.lists([user], 7)
+    shelf = shop.pipelines["hybrid"]
+    want = shelf.recommend([user], 7)
     assert [i["item"] for i in found["items"]] == want["item"].to_list() and [i["rank"] for i in found["items"]] == list(range(1, 8))
     assert np.allclose([i["score"] for i in found["items"]], want["score"], rtol=1e-4) and np.allclose([i["stars"] for i in found["items"]], want["stars"], rtol=1e-4)
     assert [i["because"] and i["because"]["item"] for i in found["items"]] == want["because"].to_list() and any(i["because"] for i in found["items"])
@@ -132,30 +132,30 @@ def test_a_list_is_the_shelfs(shop, ask, made):
     assert said.items() <= {a: True, b: False, c: None}.items() and len(said) >= 2
     basket = dict(zip(want["item"][:2], (5., None)))
     found = ask("POST", "/api/recommend", {"basket": [{"item": i, "rating": r} for i, r in basket.items()], "model": "item-knn", "diversity": .3, "rules": {"highest": 90}})
-    assert codes_in(found) == shop.shelves["item-knn"].lists([basket], 10, diversity=.3, rules=Rules(highest=90))["item"].to_list()
+    assert codes_in(found) == shop.pipelines["item-knn"].recommend([basket], 10, diversity=.3, rules=Rules(max_price=90))["item"].to_list()
 
 
 def test_the_log_is_a_history_whatever_the_model_saw(made, tmp_path):
     "Events that came after the fit count: the log is asked, not the model's memory."
     log = made.read("interactions.parquet")
-    shop = open_shop(made.folder, book=tmp_path)
-    knows = shop.shelves["hybrid"].model.log
-    row = int(shop.known.row_of([shop.known.users[5]])[0])
-    mine = shop.known.log.take(torch.tensor([row]))
-    assert sorted(shop.known.products["item"].gather(mine.item.numpy())) == sorted(log.filter(pl.col("rating").is_not_null(), user=shop.known.users[5])["item"])
-    assert len(shop.known.log.item) == log["rating"].count() and len(knows.item) == len(shop.known.log.item)
+    shop = open_service(made.folder, feedback_dir=tmp_path)
+    knows = shop.pipelines["hybrid"].model.train_history
+    row = int(shop.catalog.user_rows([shop.catalog.users[5]])[0])
+    mine = shop.catalog.train_history.select(torch.tensor([row]))
+    assert sorted(shop.catalog.products["item"].gather(mine.item.numpy())) == sorted(log.filter(pl.col("rating").is_not_null(), user=shop.catalog.users[5])["item"])
+    assert len(shop.catalog.train_history.item) == log["rating"].count() and len(knows.item) == len(shop.catalog.train_history.item)
     shop.close()
 
 
 def test_together_is_as_alone(shop):
     "Forty questions of six kinds in one batch get the very lists that each would get by itself."
     draw = np.random.default_rng(0)
-    items, users = shop.known.products["item"], shop.known.users
+    items, users = shop.catalog.products["item"], shop.catalog.users
     kinds = [{"k": 5}, {"k": 9, "model": "item-knn"}, {"k": 5, "diversity": .5}, {"k": 4, "order": "revenue"}, {"k": 3, "rules": {"lowest": 50}}, {"k": 5, "candidates": "all"}]
     asked = []
     for n in range(40):
         who = {"user": users[int(draw.integers(len(users)))]} if n % 2 else {"basket": [{"item": items[int(i)]} for i in draw.integers(0, len(items), 3)], "not_for_me": [items[int(draw.integers(len(items)))]]}
-        asked.append(shop.question_of(Asked(**kinds[n % 6], **who)))
+        asked.append(shop.parse_request(RecommendRequest(**kinds[n % 6], **who)))
     plain = lambda answer: [(i["item"], round(i["score"], 5), i["because"]) for i in answer["items"]]
     together = shop.answer(asked)
     assert [plain(a) for a in together] == [plain(shop.answer([q])[0]) for q in asked]
@@ -163,12 +163,12 @@ def test_together_is_as_alone(shop):
 
 
 def test_one_bad_question_spoils_no_other(shop, ask, monkeypatch):
-    rank = shop.shelves["hybrid"].rank
+    rank = shop.pipelines["hybrid"].rank
 
     def fails_for_two(users, history, k, **how):
         if k == 2: raise RuntimeError("/secret/path")
         return rank(users, history, k, **how)
-    monkeypatch.setattr(shop.shelves["hybrid"], "rank", fails_for_two)
+    monkeypatch.setattr(shop.pipelines["hybrid"], "rank", fails_for_two)
     answers = ask.all([("POST", "/api/recommend", {"k": k}, {}) for k in (1, 2, 3, 2, 4)] + [("POST", "/api/recommend", {"k": 5, "rules": {"blocked": ["no such thing"]}}, {})])
     assert [a.status_code for a in answers] == [200, 500, 200, 500, 200, 422]
     assert answers[1].json() == {"error": "something is wrong here; it has been noted"} and "no such thing" in answers[5].json()["error"]
@@ -198,7 +198,7 @@ def test_what_the_shop_knows(shop, ask, made):
 
 def test_models_that_know_fewer_products(shop, ask):
     "A product that only one model knows is asked of that one, and left out of the histories of the other."
-    hybrid, knn = shop.shelves["hybrid"].model, shop.shelves["item-knn"].model
+    hybrid, knn = shop.pipelines["hybrid"].model, shop.pipelines["item-knn"].model
     only = next(i for i in hybrid.all_items if i not in knn.all_items)
     assert ask("GET", "/api/similar", params={"item": only}).status_code == 200
     assert ask("GET", "/api/similar", params={"item": only, "model": "item-knn"}).status_code == 404
@@ -208,11 +208,11 @@ def test_models_that_know_fewer_products(shop, ask):
 def test_very_many_products_are_looked_at_in_two_stages(shop, made, tmp_path, monkeypatch):
     "The same lists, by way of candidates."
     monkeypatch.setattr(serving, "LARGE", 100)
-    two = open_shop(made.folder, book=tmp_path / "two")
-    assert two.shelves["hybrid"].first.__self__.__class__.__name__ == "TwoStages" and not hasattr(two.shelves["item-knn"].first, "parts")
+    two = open_service(made.folder, feedback_dir=tmp_path / "two")
+    assert two.pipelines["hybrid"].retrieve.__self__.__class__.__name__ == "TwoStages" and not hasattr(two.pipelines["item-knn"].retrieve, "parts")
     alike = []
-    for user in shop.known.users[:20]:
-        one, other = [[i["item"] for i in s.answer([s.question_of(Asked(user=user))])[0]["items"]] for s in (shop, two)]
+    for user in shop.catalog.users[:20]:
+        one, other = [[i["item"] for i in s.answer([s.parse_request(RecommendRequest(user=user))])[0]["items"]] for s in (shop, two)]
         alike.append(len(set(one) & set(other)) / 10)
     assert np.mean(alike) > .9
     two.close()
@@ -238,7 +238,7 @@ def test_feedback_is_history_at_once(shop, ask):
 
 
 def test_feedback_joins_the_log(shop, ask):
-    user = shop.known.users[2]
+    user = shop.catalog.users[2]
     before = ask("GET", "/api/history", params={"user": user, "limit": 200}).json()["events"]
     item = codes_in(ask("POST", "/api/recommend", {"user": user}))[0]
     ask("POST", "/api/feedback", event("x", user, item))
@@ -249,11 +249,11 @@ def test_feedback_joins_the_log(shop, ask):
 
 
 def test_feedback_outlives_the_service(made, tmp_path):
-    shop = open_shop(made.folder, book=tmp_path)
-    item = shop.known.products["item"][0]
+    shop = open_service(made.folder, feedback_dir=tmp_path)
+    item = shop.catalog.products["item"][0]
     with in_process(shop) as ask: assert ask("POST", "/api/feedback", event("x", "visitor", item, "less")).status_code == 201
     shop.close()
-    shop = open_shop(made.folder, book=tmp_path)
+    shop = open_service(made.folder, feedback_dir=tmp_path)
     with in_process(shop) as ask:
         assert ask("POST", "/api/feedback", event("x", "visitor", item, "less")).status_code == 200
         assert item not in codes_in(ask("POST", "/api/recommend", {"user": "visitor", "k": 100}))
@@ -261,41 +261,41 @@ def test_feedback_outlives_the_service(made, tmp_path):
 
 
 def test_an_event_is_written_once_however_often_it_is_sent(shop, ask):
-    item = shop.known.products["item"][0]
+    item = shop.catalog.products["item"][0]
     answers = ask.all([("POST", "/api/feedback", event("same", "v", item, "click"), {})] * 30 + [("POST", "/api/feedback", event(f"k{n % 7}", "v", item, "click"), {}) for n in range(70)])
     assert sorted(a.status_code for a in answers) == [200] * 92 + [201] * 8 and sum(a.json()["new"] for a in answers) == 8
     other = ask("POST", "/api/feedback", event("same", "someone else", item, "click"))
     assert other.status_code == 409 and "\n" not in other.json()["error"]
-    with closing(sqlite3.connect(shop.book.path)) as base: assert base.execute("SELECT count(*), count(DISTINCT key) FROM events").fetchone() == (8, 8)
+    with closing(sqlite3.connect(shop.store.path)) as base: assert base.execute("SELECT count(*), count(DISTINCT key) FROM events").fetchone() == (8, 8)
 
 
 def test_it_can_be_read_back_as_a_log(shop, ask, made, tmp_path):
-    items = shop.known.products["item"]
+    items = shop.catalog.products["item"]
     for n, (item, kind, stars) in enumerate([(items[0], "click", None), (items[1], "rating", 4), (items[2], "less", None), (items[3], "purchase", None), (items[4], "more", None)]):
         assert ask("POST", "/api/feedback", event(str(n), 'ann "the" <x>', item, kind, **({"rating": stars} if stars else {}))).status_code == 201
-    log = load(f"sqlite:///{shop.book.path}?query=SELECT * FROM log").interactions
+    log = load(f"sqlite:///{shop.store.path}?query=SELECT * FROM log").interactions
     assert log.select("user", "item", "event", "rating").rows() == [('ann "the" <x>', items[0], "click", None), ('ann "the" <x>', items[1], "rating", 4.), ('ann "the" <x>', items[3], "purchase", None)]
     assert abs(log["timestamp"].dt.timestamp("ms").max() / 1000 - time.time()) < 60
 
 
 def test_the_command_feedback(made, tmp_path, capsys):
-    words = ["feedback", str(made.folder), "--out", str(tmp_path / "x.parquet"), "--book", str(tmp_path)]
+    words = ["feedback", str(made.folder), "--out", str(tmp_path / "x.parquet"), "--feedback-dir", str(tmp_path)]
     with pytest.raises(SystemExit): main(words)
     assert "widedeep serve" in capsys.readouterr().err
-    book = Book(tmp_path / "feedback.sqlite")
+    book = FeedbackStore(tmp_path / "feedback.sqlite")
     with pytest.raises(SystemExit): main(words)
     assert "nobody has said anything" in capsys.readouterr().err
-    book.keep(Said(key="1", user="u", item="i", event="click")).result()
+    book.add_event(FeedbackEvent(key="1", user="u", item="i", event="click")).result()
     main(words)                                                              # while the service runs
     assert pl.read_parquet(tmp_path / "x.parquet")["user"].to_list() == ["u"] and load(tmp_path / "x.parquet").interactions["item"].to_list() == ["i"]
     book.close()
 
 
 def test_every_list_is_written_down(shop, ask):
-    drawn_list = ask("POST", "/api/recommend", {"user": shop.known.users[1], "k": 6, "explore": True}).json()
+    drawn_list = ask("POST", "/api/recommend", {"user": shop.catalog.users[1], "k": 6, "explore": True}).json()
     best = ask("POST", "/api/recommend", {"k": 3, "model": "popularity"}).json()
     shop.close()
-    with closing(sqlite3.connect(shop.book.path)) as base:
+    with closing(sqlite3.connect(shop.store.path)) as base:
         rows = base.execute("SELECT list, user, model, explored, position, item, propensity FROM shown ORDER BY list, position").fetchall()
         when = base.execute("SELECT time FROM lists").fetchall()
     want = [(a["list"], a["user"], a["model"], int(a["explored"]), i["rank"], i["item"], pytest.approx(i["propensity"])) for a in (drawn_list, best) for i in a["items"]]
@@ -307,7 +307,7 @@ def test_an_acknowledged_event_survives_a_kill(made, tmp_path):
     "Twice in a row; events are sent by four clients until the service dies under them."
     acknowledged, item = [], made.read("items.parquet")["item"][0]
     for life in range(2):
-        with process(made.folder, "--book", tmp_path) as (child, address):
+        with process(made.folder, "--feedback-dir", tmp_path) as (child, address):
             def send(client):
                 for n in itertools.count():
                     key = f"{life}-{client}-{n}"
@@ -323,7 +323,7 @@ def test_an_acknowledged_event_survives_a_kill(made, tmp_path):
 
 
 def test_commits_are_synced(tmp_path):
-    book = Book(tmp_path / "b.sqlite")
+    book = FeedbackStore(tmp_path / "b.sqlite")
     assert book.base.execute("PRAGMA synchronous").fetchone() == (2,) and book.base.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     book.close()
 
@@ -334,7 +334,7 @@ def test_propensities_are_exact():
     "Every list of two among four: its propensity is the product by hand, they sum to one, and a million draws agree."
     w = np.array([.5, .3, .15, .05])
     n = 1_000_000
-    places, chance = drawn(np.tile(w, (n, 1)), 2, np.random.default_rng(0))
+    places, chance = sample_plackett_luce(np.tile(w, (n, 1)), 2, np.random.default_rng(0))
     count = np.bincount(places[:, 0] * 4 + places[:, 1], minlength=16)
     total, chi = 0, 0
     for a, b in itertools.permutations(range(4), 2):
@@ -347,26 +347,26 @@ def test_propensities_are_exact():
 
 
 def test_weights():
-    shares = weights_of(np.array([[.6, .3, .1, -np.inf], [0, 0, 0, 0], [2., -1, -1, -np.inf]]), 1., 0.)
+    shares = pl_probabilities(np.array([[.6, .3, .1, -np.inf], [0, 0, 0, 0], [2., -1, -1, -np.inf]]), 1., 0.)
     assert np.allclose(shares, [[.6, .3, .1, 0], [.25] * 4, [*(np.exp([3, 0, 0]) / np.exp([3, 0, 0]).sum()), 0]])
-    cold, hot = [weights_of(np.array([[.6, .3, .1]]), t, 0.)[0] for t in (.1, 10.)]
+    cold, hot = [pl_probabilities(np.array([[.6, .3, .1]]), t, 0.)[0] for t in (.1, 10.)]
     assert cold[0] > .99 and np.ptp(hot) < .1
-    assert np.allclose(weights_of(np.array([[1., 0.]]), 1., .1), [[.95, .05]])                  # nothing is quite without a chance
-    assert np.allclose(weights_of(np.full((1, 3), -np.inf)), 0)
-    places, chance = drawn(weights_of(np.array([[.5, -np.inf, .5]])), 3, np.random.default_rng(0))
+    assert np.allclose(pl_probabilities(np.array([[1., 0.]]), 1., .1), [[.95, .05]])                  # nothing is quite without a chance
+    assert np.allclose(pl_probabilities(np.full((1, 3), -np.inf)), 0)
+    places, chance = sample_plackett_luce(pl_probabilities(np.array([[.5, -np.inf, .5]])), 3, np.random.default_rng(0))
     assert sorted(places[0, :2]) == [0, 2] and places[0, 2] == -1 and np.allclose(chance[0, :2], [.5, 1])
 
 
 def test_a_tiny_chance_is_exact():
     "What is left of a pool is summed from the small end: nothing is lost beside a weight of one."
     w = np.array([[1., 1e-18, 3e-18]])
-    places, chance = drawn(np.tile(w, (2000, 1)), 3, np.random.default_rng(1))
+    places, chance = sample_plackett_luce(np.tile(w, (2000, 1)), 3, np.random.default_rng(1))
     second = places[:, 1]
     assert set(second) == {1, 2} and np.allclose(chance[second == 1, 1], .25) and np.allclose(chance[:, 2], 1)
 
 
 def test_drawn_lists_keep_the_rules(shop, ask):
-    user = shop.known.users[0]
+    user = shop.catalog.users[0]
     seen = {e["product"]["item"] for e in ask("GET", "/api/history", params={"user": user, "limit": 200}).json()["events"]}
     lists = [ask("POST", "/api/recommend", {"user": user, "k": 5, "explore": True, "rules": {"highest": 100, "most_of_brand": 1}}).json()["items"] for _ in range(30)]
     for items in lists:
@@ -378,7 +378,7 @@ def test_drawn_lists_keep_the_rules(shop, ask):
 
 def test_drawn_as_often_as_it_says(shop):
     "A first place that is drawn many times, through all of the service."
-    asked = [shop.question_of(Asked(k=1, explore=True)) for _ in range(64)]
+    asked = [shop.parse_request(RecommendRequest(k=1, explore=True)) for _ in range(64)]
     first = [i["items"][0] for _ in range(40) for i in shop.answer(asked)]
     found = pl.DataFrame(first, infer_schema_length=None).group_by("item").agg(pl.len(), pl.col("propensity").first()).top_k(5, by="len")
     expected = found["propensity"] * len(first)
@@ -386,7 +386,7 @@ def test_drawn_as_often_as_it_says(shop):
 
 
 def test_exploring_by_default(made, tmp_path):
-    shop = open_shop(made.folder, explore=.5, book=tmp_path)
+    shop = open_service(made.folder, explore=.5, feedback_dir=tmp_path)
     with in_process(shop) as ask:
         assert ask("POST", "/api/recommend", {}).json()["explored"] and not ask("POST", "/api/recommend", {"explore": False}).json()["explored"]
     shop.close()
@@ -409,7 +409,7 @@ def damage(path):
 @pytest.mark.parametrize("file", ["interactions.parquet", "items.parquet", "users.parquet", "models/hybrid/model.safetensors"])
 def test_a_flipped_bit_is_not_served(copied, file):
     damage(copied / file)
-    with pytest.raises(Problem, match="not what was written|not those that were saved") as e: open_shop(copied)
+    with pytest.raises(UserError, match="not what was written|not those that were saved") as e: open_service(copied)
     assert "\n" not in str(e.value) and "run" in str(e.value)
 
 
@@ -420,15 +420,15 @@ def test_what_is_missing_is_said(copied, capsys):
     assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     (copied / "run.json").write_text(json.dumps(about))
     (copied / "items.parquet").unlink()
-    with pytest.raises(Problem, match="items.parquet"): open_shop(copied)
-    with pytest.raises(Problem, match="unknown model 'gru'; known: hybrid, item-knn, popularity"): open_shop(copied, ("gru",))
+    with pytest.raises(UserError, match="items.parquet"): open_service(copied)
+    with pytest.raises(UserError, match="unknown model 'gru'; known: hybrid, item-knn, popularity"): open_service(copied, ("gru",))
 
 
 def test_a_book_that_cannot_be_written(made, tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(Problem, match="cannot be written.*--book"): open_shop(made.folder, book=tmp_path / "file")
+    with pytest.raises(UserError, match="cannot be written.*--book"): open_service(made.folder, feedback_dir=tmp_path / "file")
     (tmp_path / "feedback.sqlite").write_text("no database at all, and longer than the head of one " * 100)
-    with pytest.raises(Problem, match="cannot be written.*--book"): open_shop(made.folder, book=tmp_path)
+    with pytest.raises(UserError, match="cannot be written.*--book"): open_service(made.folder, feedback_dir=tmp_path)
 
 
 def test_a_run_writes_its_hashes(made, tmp_path):
@@ -438,7 +438,7 @@ def test_a_run_writes_its_hashes(made, tmp_path):
     run = Run(tmp_path / "r", dataset="demo?ratings=2000")
     preprocess(run)
     tables = {str(p.relative_to(run.folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in run.folder.rglob("*.parquet")}
-    assert tables == run.about["hashes"] and {"interactions.parquet", "items.parquet", "users.parquet", "train.parquet"} <= set(tables)
+    assert tables == run.manifest["hashes"] and {"interactions.parquet", "items.parquet", "users.parquet", "train.parquet"} <= set(tables)
 
 
 def test_a_folder_that_is_written_while_it_is_read(copied, monkeypatch):
@@ -449,12 +449,12 @@ def test_a_folder_that_is_written_while_it_is_read(copied, monkeypatch):
         (copied / "items.parquet").touch()
         return shelf
     monkeypatch.setattr(serving, "open_shelf", slow)
-    with pytest.raises(Problem, match="was being written while it was read"): open_shop(copied)
+    with pytest.raises(UserError, match="was being written while it was read"): open_service(copied)
 
 
 def test_a_folder_that_changes_while_it_is_served(copied, tmp_path):
     "Files overwritten in place, cut off and removed: the lists stay what they were, and health says so."
-    with process(copied, "--book", tmp_path / "book") as (child, address):
+    with process(copied, "--feedback-dir", tmp_path / "book") as (child, address):
         user = pl.read_parquet(copied / "interactions.parquet")["user"][0]
         plain = lambda: [(i["item"], i["score"], i["stars"]) for i in post(address, "/api/recommend", {"user": user, "k": 20})[1]["items"]]
         health = lambda: json.load(urllib.request.urlopen(address + "/health"))
@@ -502,13 +502,13 @@ def test_bad_bytes(ask, raw):
 
 
 def test_a_rating_needs_stars_and_nothing_else_has(ask, shop):
-    item = shop.known.products["item"][0]
+    item = shop.catalog.products["item"][0]
     for bad in (event("a", "u", item, "rating"), event("a", "u", item, "click", rating=3), event("a", "u", item, "rating", rating=99)): assert ask("POST", "/api/feedback", bad).status_code == 422
 
 
 def test_odd_ids_go_through(ask, shop):
     "Whatever a shop calls its people: quotes, line ends, another script, a nought."
-    item = shop.known.products["item"][0]
+    item = shop.catalog.products["item"][0]
     for n, user in enumerate(["o'hara; DROP TABLE events", "a\nb", "\x00", "日本", "%_", "\U0001f600" * 50, " "]):
         assert ask("POST", "/api/feedback", event(f"odd {n}", user, item, "click")).status_code == 201
         assert item not in codes_in(ask("POST", "/api/recommend", {"user": user, "k": 100})) and len(ask("GET", "/api/history", params={"user": user}).json()["events"]) == 1
@@ -525,7 +525,7 @@ def test_a_large_body_is_not_read(ask):
 
 
 def test_writing_needs_the_token(shop, monkeypatch):
-    item, compared = shop.known.products["item"][0], []
+    item, compared = shop.catalog.products["item"][0], []
     monkeypatch.setattr(serving.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or (a == b))
     with in_process(shop, token="sésame") as ask:
         say = lambda **headers: ask("POST", "/api/feedback", event("t", "u", item, "click"), headers={k: v.encode() for k, v in headers.items()})
@@ -542,7 +542,7 @@ def test_nobody_elses_page_can_use_it(ask, shop):
     assert not [h for h in answer.headers if h.startswith("access-control")]
     assert ask("OPTIONS", "/api/feedback", headers={"origin": "https://elsewhere.example", "access-control-request-method": "POST"}).status_code == 405
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
-        answer = ask("POST", "/api/feedback", content=json.dumps(event("c", "u", shop.known.products["item"][0], "click")), headers={"content-type": kind})
+        answer = ask("POST", "/api/feedback", content=json.dumps(event("c", "u", shop.catalog.products["item"][0], "click")), headers={"content-type": kind})
         assert answer.status_code == 422
     with in_process(shop, hosts=("localhost", "127.0.0.1", "::1")) as ask:
         for host, status in (("localhost", 200), ("localhost:8000", 200), ("127.0.0.1:1", 200), ("[::1]:80", 200), ("[::1]", 200), ("elsewhere.example", 400), ("localhost.elsewhere.example:80", 400), ("", 400)):
@@ -575,7 +575,7 @@ def test_an_error_of_ours_is_noted_where_it_runs_only(shop, ask, monkeypatch, ca
 
 def test_slow_clients_hold_up_nobody(shop, monkeypatch):
     "Two hundred clients that send a byte now and then: others are served, and the slow are let go."
-    monkeypatch.setattr(Patient, "patience", 1.)
+    monkeypatch.setattr(TimeoutProtocol, "patience", 1.)
     with listening(make_app(shop), timeout_keep_alive=1) as at:
         slow = [socket.create_connection(at) for _ in range(200)]
         for n, s in enumerate(slow): s.sendall([b"", b"GET /health HTTP/1.1\r\nx: ", b"POST /api/recommend HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n{", b"\r\n"][n % 4])
@@ -598,8 +598,8 @@ def test_slow_clients_hold_up_nobody(shop, monkeypatch):
 
 
 def test_a_request_in_pieces_is_served(shop, monkeypatch):
-    monkeypatch.setattr(Patient, "patience", 5.)
-    raw = serving.as_request("/api/recommend", {"k": 2})
+    monkeypatch.setattr(TimeoutProtocol, "patience", 5.)
+    raw = serving.encode_request("/api/recommend", {"k": 2})
     with listening(make_app(shop)) as at, socket.create_connection(at) as s:
         s.settimeout(10)
         for _ in range(3):                                              # over one connection
@@ -629,40 +629,40 @@ def test_an_endless_head_is_cut_off(shop):
 
 def test_a_full_disk(shop, ask):
     "Feedback is refused with a reason and is not there afterwards; lists go on; and it heals."
-    item = shop.known.products["item"][0]
+    item = shop.catalog.products["item"][0]
     say = lambda n: ask("POST", "/api/feedback", event(f"d{n}", "user " + "x" * 150, item, "click"))
-    shop.book.base.execute(f"PRAGMA max_page_count = {shop.book.base.execute('PRAGMA page_count').fetchone()[0] + 2}")
+    shop.store.base.execute(f"PRAGMA max_page_count = {shop.store.base.execute('PRAGMA page_count').fetchone()[0] + 2}")
     answers = [say(n) for n in range(200)]
     refused = [n for n, a in enumerate(answers) if a.status_code == 507]
     assert refused and {a.status_code for a in answers} == {201, 507} and "room" in answers[refused[0]].json()["error"]
     assert {ask("POST", "/api/recommend", {"k": 100}).status_code for _ in range(20)} == {200} and say(refused[0]).status_code == 507
     health = ask("GET", "/health").json()
     assert health["status"] == "cannot write" and "full" in health["note"] and health["lists_lost"] >= 1
-    with closing(sqlite3.connect(shop.book.path)) as base: kept = {k for k, in base.execute("SELECT key FROM events")}
+    with closing(sqlite3.connect(shop.store.path)) as base: kept = {k for k, in base.execute("SELECT key FROM events")}
     assert kept == {f"d{n}" for n, a in enumerate(answers) if a.status_code == 201}
-    shop.book.base.execute("PRAGMA max_page_count = 1000000")
+    shop.store.base.execute("PRAGMA max_page_count = 1000000")
     assert say(refused[0]).status_code == 201 and ask("GET", "/health").json()["status"] == "ok"
 
 
 def test_files_that_may_not_grow(made, tmp_path):
     "The same with the system's own limit, and a process that is started again."
     item, stop = made.read("items.parquet")["item"][0], 300_000
-    with process(made.folder, "--book", tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (stop, stop))) as (child, address):
+    with process(made.folder, "--feedback-dir", tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (stop, stop))) as (child, address):
         answers = {}
         for n in range(3000):
             answers[f"r{n}"] = post(address, "/api/feedback", event(f"r{n}", "u" * 100, item, "click"))
             if answers[f"r{n}"][0] == 507: break
         assert answers[f"r{n}"][0] == 507 and "\n" not in answers[f"r{n}"][1]["error"]
         assert post(address, "/api/recommend", {"k": 2})[0] == 200 and child.poll() is None
-    book = Book(tmp_path / "feedback.sqlite")
+    book = FeedbackStore(tmp_path / "feedback.sqlite")
     with closing(sqlite3.connect(book.path)) as base: kept = {k for k, in base.execute("SELECT key FROM events")}
-    assert {k for k, (status, _) in answers.items() if status == 201} == kept and book.keep(Said(**event(f"r{n}", "u" * 100, item, "click"))).result()
+    assert {k for k, (status, _) in answers.items() if status == 201} == kept and book.add_event(FeedbackEvent(**event(f"r{n}", "u" * 100, item, "click"))).result()
     book.close()
 
 
 def test_a_long_line_is_not_joined(shop, ask, monkeypatch):
-    monkeypatch.setitem(serving.MOST, "waiting", 0)
-    for path, body in (("/api/recommend", {}), ("/api/feedback", event("q", "u", shop.known.products["item"][0], "click"))):
+    monkeypatch.setitem(serving.LIMITS, "waiting", 0)
+    for path, body in (("/api/recommend", {}), ("/api/feedback", event("q", "u", shop.catalog.products["item"][0], "click"))):
         answer = ask("POST", path, body)
         assert answer.status_code == 503 and list(answer.json()) == ["error"]
 
@@ -670,10 +670,10 @@ def test_a_long_line_is_not_joined(shop, ask, monkeypatch):
 def test_who_has_gone_gets_no_answer():
     "A client that leaves while it waits disturbs nobody."
     free = threading.Event()
-    line = Line(lambda numbers: free.wait(5) and [n + 1 for n in numbers])
+    line = BatchQueue(lambda numbers: free.wait(5) and [n + 1 for n in numbers])
 
     async def go():
-        gone, stays = asyncio.create_task(line.ask(1)), asyncio.create_task(line.ask(2))
+        gone, stays = asyncio.create_task(line.submit(1)), asyncio.create_task(line.submit(2))
         await asyncio.sleep(.05)
         gone.cancel()
         free.set()
@@ -683,7 +683,7 @@ def test_who_has_gone_gets_no_answer():
 
 
 def test_the_log_of_the_process_holds_no_token(made, tmp_path):
-    with process(made.folder, "--book", tmp_path, env={"WIDEDEEP_TOKEN": "t0p-secret"}) as (child, address):
+    with process(made.folder, "--feedback-dir", tmp_path, env={"WIDEDEEP_TOKEN": "t0p-secret"}) as (child, address):
         item = made.read("items.parquet")["item"][0]
         for given, status in (("t0p-secret", 201), ("wr0ng-guess", 401)): assert post(address, "/api/feedback", event("k", "u", item, "click"), authorization=f"Bearer {given}")[0] == status
         with socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1]))) as s: s.sendall(b"nonsense t0p-secret\r\n\r\n") or s.recv(1000)
@@ -695,7 +695,7 @@ def test_the_log_of_the_process_holds_no_token(made, tmp_path):
 def test_it_ends_when_it_is_told_to(made, tmp_path):
     "Both ways, without a word and with nothing lost."
     for life, told in enumerate((signal.SIGINT, signal.SIGTERM)):
-        with process(made.folder, "--book", tmp_path) as (child, address):
+        with process(made.folder, "--feedback-dir", tmp_path) as (child, address):
             assert post(address, "/api/recommend", {})[0] == 200
             child.send_signal(told)
             assert "Traceback" not in child.communicate(timeout=30)[1]
@@ -708,7 +708,7 @@ def scorer_of(child):
 
 
 def test_when_the_scorer_goes_the_service_stops_and_says_so(made, tmp_path):
-    with process(made.folder, "--book", tmp_path) as (child, address):
+    with process(made.folder, "--feedback-dir", tmp_path) as (child, address):
         assert post(address, "/api/recommend", {})[0] == 200
         scorer_of(child).kill()
         status, answer = post(address, "/api/recommend", {})
@@ -718,7 +718,7 @@ def test_when_the_scorer_goes_the_service_stops_and_says_so(made, tmp_path):
 
 
 def test_when_the_service_is_killed_the_scorer_goes_too(made, tmp_path):
-    with process(made.folder, "--book", tmp_path) as (child, address):
+    with process(made.folder, "--feedback-dir", tmp_path) as (child, address):
         scorer = scorer_of(child)
         assert post(address, "/api/recommend", {})[0] == 200
         child.kill()
@@ -731,13 +731,13 @@ def test_it_listens_to_this_machine_only(made, capsys):
     assert options["host"].default == "127.0.0.1" and options["explore"].default == 0
     with closing(socket.create_server(("127.0.0.1", 0))) as taken, pytest.raises(SystemExit) as e: main(["serve", str(made.folder), "--port", str(taken.getsockname()[1])])
     assert e.value.code == 2 and "name another --port" in capsys.readouterr().err
-    with pytest.raises(Problem, match="cannot listen"): serving.listening("no.such.host.invalid", 0)
+    with pytest.raises(UserError, match="cannot listen"): serving.bind_socket("no.such.host.invalid", 0)
 
 
 def test_measures(shop):
-    meters = serving.Meters()
-    with in_process(shop, meters=meters) as ask:
-        item = shop.known.products["item"][0]
+    meters = serving.ServiceMetrics()
+    with in_process(shop, service_metrics=meters) as ask:
+        item = shop.catalog.products["item"][0]
         ask("POST", "/api/recommend", {"basket": [{"item": item}, {"item": "nothing"}, {"item": "nor this"}]})
         ask("POST", "/api/feedback", event("m", "u", item, "click"))
         for path in ("/api/nothing/1", "/api/nothing/2"): ask("GET", path)
@@ -764,7 +764,7 @@ def test_late_answers_are_counted_from_when_they_were_due():
                 if len(begun) == 20: time.sleep(.5)                     # the whole process stands still, the client too
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
-        found = await hammered(server.sockets[0].getsockname(), [serving.as_request("/x", {})], 200, 1.)
+        found = await open_loop_load(server.sockets[0].getsockname(), [serving.encode_request("/x", {})], 200, 1.)
         server.close()
         return found
     found = asyncio.run(go())
@@ -773,14 +773,14 @@ def test_late_answers_are_counted_from_when_they_were_due():
 
 
 def test_a_load_on_a_process(made):
-    found = serving.load_on(made, 1.5, 40)
-    assert found["asked"] == found["answered"] == 60 and found["lost"] == 0 and 0 < found["median"] <= found["p99"] <= found["longest"] and found["memory"][0] > 50 and found["together"] >= 1
+    found = serving.measure_load(made, 1.5, 40)
+    assert found["asked"] == found["answered"] == 60 and found["lost"] == 0 and 0 < found["median"] <= found["p99"] <= found["max"] and found["memory"][0] > 50 and found["mean_batch_size"] >= 1
 
 
 def test_a_made_up_shop(tmp_path):
-    run = serving.made_up_run(tmp_path / "m", 120)
-    shop = open_shop(run.folder)
-    assert len(shop.known.products) == 120 == shop.shelves["hybrid"].model.n_items and shop.answer([shop.question_of(Asked())])[0]["items"][9]["rank"] == 10
+    run = serving.synthetic_catalog_run(tmp_path / "m", 120)
+    shop = open_service(run.folder)
+    assert len(shop.catalog.products) == 120 == shop.pipelines["hybrid"].model.n_items and shop.answer([shop.parse_request(RecommendRequest())])[0]["items"][9]["rank"] == 10
     shop.close()
 
 

@@ -12,12 +12,12 @@ import yaml
 from bs4 import BeautifulSoup
 
 from widedeep_nb.core import COLORS
-from widedeep_nb.run import GLOW, body_of, execute, pages_in, site_filter, style
+from widedeep_nb.run import DARK_COLORS, render_chapter, execute_notebook, static_pages, site_filter, page_css
 
 ROOT = Path(__file__).parents[1]
 SITE = yaml.safe_load((ROOT / "_quarto.yml").read_text())
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-RESULT_PAGES = pages_in(ROOT / "nbs")
+RESULT_PAGES = static_pages(ROOT / "nbs")
 PAGES = [ROOT / "index.qmd", *sorted((ROOT / "nbs").glob("*.qmd")), *NOTEBOOKS]
 TEXTS = [ROOT / "README.md", *PAGES]
 HOSTS = {"jmlr.org", "arxiv.org", "proceedings.neurips.cc", "proceedings.mlr.press", "papers.nips.cc", "colab.research.google.com", "doi.org", "github.com", "papermill.readthedocs.io", "quarto.org", "sifter.org", "snap.stanford.edu", "mcauleylab.ucsd.edu", "datarepo.eng.ucsd.edu", "narwhals-dev.github.io"}
@@ -128,7 +128,7 @@ def test_every_citation_has_its_entry_and_every_entry_is_cited():
 @pytest.mark.parametrize("key", entries())
 def test_entries_are_whole(key):
     entry = entries()[key]
-    needed = {"article": ["author", "journal", "volume", "pages"], "inproceedings": ["author", "booktitle"], "book": ["editor", "publisher"], "misc": ["author", "howpublished", "url"]}[entry["type"]]
+    needed = {"article": ["author", "journal", "volume", "pages"], "inproceedings": ["author", "booktitle"], "feedback_dir": ["editor", "publisher"], "misc": ["author", "howpublished", "url"]}[entry["type"]]
     assert all(entry.get(field) for field in ["title", "year", *needed])
     people = re.sub(r"\\\W|[{}]", "", entry.get("author") or entry["editor"])  # without accents
     assert key.startswith(tuple(people.split(",")[0].lower().split()))  # a surname of two words gives one of them
@@ -199,7 +199,7 @@ def test_result_pages_have_their_outputs(path):
 @pytest.mark.long
 @each(RESULT_PAGES)
 def test_result_pages_say_what_results_say(path, tmp_path):
-    assert execute(path, tmp_path / path.name, {}) is None
+    assert execute_notebook(path, tmp_path / path.name, {}) is None
     said = lambda p: [(o.data.get("text/markdown") or o.data.get("text/plain")) for o in outputs(p) if "data" in o]
     assert said(tmp_path / path.name) == said(path)
 
@@ -217,7 +217,7 @@ def test_result_pages_hold_for_other_runs_too(path, tmp_path):
     for folder in ("nbs", "results"): (tmp_path / folder).mkdir()
     for stem, run in runs.items(): (tmp_path / "results" / f"{stem}.json").write_text(json.dumps(run))
     shutil.copy(path, tmp_path / "nbs")
-    assert execute(tmp_path / "nbs" / path.name, tmp_path / "done.ipynb", {}) is None
+    assert execute_notebook(tmp_path / "nbs" / path.name, tmp_path / "done.ipynb", {}) is None
     labels = [o.metadata.widedeep.label for o in outputs(tmp_path / "done.ipynb") if "widedeep" in o.get("metadata", {})]
     assert labels and len(labels) == len(set(labels)) and set(re.findall(r"@((?:fig|tbl)-[\w-]*\w)", markdown(tmp_path / "done.ipynb"))) <= set(labels)
 
@@ -226,12 +226,12 @@ def test_result_pages_fit_desk_and_telephone(tmp_path, fits):
     "In the clothes of the report's page: Quarto's are not at hand."
     for path in RESULT_PAGES:
         file = tmp_path / f"{path.stem}.html"
-        file.write_text(f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{style()}</style><div class="layout"><nav></nav><main>{body_of(path)}</main></div>')
+        file.write_text(f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{page_css()}</style><div class="layout"><nav></nav><main>{render_chapter(path)}</main></div>')
         fits(file)
 
 
 def test_colours_of_the_night():
     css = (ROOT / "site.css").read_text()
     rules = re.findall(r'style\*="(\w+): (#\w+)"\] \{ (\w+): (#\w+) !important', css)
-    assert sorted(rules) == sorted((use, COLORS[n], use, bright) for n, bright in GLOW.items() for use in ("fill", "stroke"))
+    assert sorted(rules) == sorted((use, COLORS[n], use, bright) for n, bright in DARK_COLORS.items() for use in ("fill", "stroke"))
     assert SITE["format"]["html"]["css"] == "site.css"
