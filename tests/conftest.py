@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 def shared():
     "Real data beside the project: from WIDEDEEP_SHARED, else ../shared."
     place = Path(os.environ.get("WIDEDEEP_SHARED", ROOT.parent / "shared"))
-    if not (place / "data").exists(): pytest.skip(f"needs the measuring data in {place}; set WIDEDEEP_SHARED")
+    if not (place / "data").exists():
+        pytest.skip(f"needs the measuring data in {place}; set WIDEDEEP_SHARED")
     return place / "data"
 
 
@@ -21,6 +22,7 @@ def ciao(shared):
     "ciao under filtered-first, with its categories."
     from widedeep_nb.data import load
     from widedeep_nb.preprocessing import prepare
+
     log, items, users, *_ = load(shared / "ciao")
     return prepare(log, "filtered-first", items, users)
 
@@ -35,12 +37,27 @@ def small_run(tmp_path_factory):
     def make(**models):
         run = Run(tmp_path_factory.mktemp("small") / "run", dataset="demo?ratings=2500")
         log, items, users, *_ = load("demo?ratings=2500")
-        for name, table in (("interactions", log), ("items", items), ("users", users)): run.write(f"{name}.parquet", table)
+        for name, table in (("interactions", log), ("items", items), ("users", users)):
+            run.write(f"{name}.parquet", table)
         run.update_manifest(hashes=run.file_hashes)
         rated = log.filter(log["rating"].is_not_null())
-        split = add_catalog(Split.from_frames(rated, rated.clear(), rated.clear(), items=items, users=users, protocol=PROTOCOLS["given"]), items)
-        for name, how in models.items(): make_recommender(name.replace("_", "-"), **how).fit(split).save(run.model_folder(name.replace("_", "-")))
+        split = add_catalog(
+            Split.from_frames(
+                rated,
+                rated.clear(),
+                rated.clear(),
+                items=items,
+                users=users,
+                protocol=PROTOCOLS["given"],
+            ),
+            items,
+        )
+        for name, how in models.items():
+            make_recommender(name.replace("_", "-"), **how).fit(split).save(
+                run.model_folder(name.replace("_", "-"))
+            )
         return run
+
     return make
 
 
@@ -48,17 +65,35 @@ def small_run(tmp_path_factory):
 def look():
     "A browser that opens a file at desk and telephone width, by day and by night, and says what it sees."
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if not chromium: pytest.skip("needs chromium")
+    if not chromium:
+        pytest.skip("needs chromium")
     sync = pytest.importorskip("playwright.sync_api")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    ]
     with sync.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=flags)
 
         def see(file):
             "For each width and scheme: how far the page reaches, its colours, pictures that are empty or cut off, what it asked the network for."
             for width, scheme in [(w, s) for w in (1280, 360) for s in ("light", "dark")]:
-                page, asked = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme), []
-                page.on("request", lambda r: asked.append(r.url) if not r.url.startswith(("file:", "data:")) else None)
+                page, asked = (
+                    browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme),
+                    [],
+                )
+                page.on(
+                    "request",
+                    lambda r: (
+                        asked.append(r.url) if not r.url.startswith(("file:", "data:")) else None
+                    ),
+                )
                 page.goto(Path(file).as_uri())
                 seen = page.evaluate("""() => ({reach: document.scrollingElement.scrollWidth, paper: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color,
                     figures: document.querySelectorAll('svg, img').length,
@@ -78,9 +113,18 @@ def light_of(colour):
 @pytest.fixture
 def fits(look):
     "Assert that a page fits, day and night, desk and telephone."
+
     def check(file):
         for seen in look(file):
-            assert seen["reach"] <= seen["width"] and seen["bad"] == [] and seen["asked"] == [], (str(file), seen)
+            assert seen["reach"] <= seen["width"] and seen["bad"] == [] and seen["asked"] == [], (
+                str(file),
+                seen,
+            )
             day = seen["scheme"] == "light"
-            assert (light_of(seen["paper"]) > .9 and light_of(seen["ink"]) < .3) if day else (light_of(seen["paper"]) < .2 and light_of(seen["ink"]) > .8), seen
+            assert (
+                (light_of(seen["paper"]) > 0.9 and light_of(seen["ink"]) < 0.3)
+                if day
+                else (light_of(seen["paper"]) < 0.2 and light_of(seen["ink"]) > 0.8)
+            ), seen
+
     return check

@@ -1,4 +1,5 @@
 "The picture of the service's page in the README: python tests/screenshot.py RUN [PICTURE]."
+
 import io
 import shutil
 import sys
@@ -11,7 +12,9 @@ from test_page import FLAGS, ROOT, say, service, settled
 
 def main(run, picture=ROOT / "results/page.png"):
     with service(run) as (address, _), sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium") or shutil.which("chromium-browser"), args=FLAGS)
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium") or shutil.which("chromium-browser"), args=FLAGS
+        )
         page = browser.new_page(viewport={"width": 1200, "height": 800})
         page.goto(address)
         settled(page)
@@ -22,8 +25,11 @@ def main(run, picture=ROOT / "results/page.png"):
         page.mouse.move(0, 0)
         page.evaluate("document.activeElement.blur(), scrollTo(0, 0)")
         page.wait_for_timeout(500)
-        Image.open(io.BytesIO(page.screenshot())).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(picture, optimize=True)
+        Image.open(io.BytesIO(page.screenshot())).convert("RGB").quantize(
+            256, dither=Image.Dither.NONE
+        ).save(picture, optimize=True)
         browser.close()
 
 
-if __name__ == "__main__": main(*map(Path, sys.argv[1:]))
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

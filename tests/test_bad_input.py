@@ -1,8 +1,7 @@
 "What is wrong as a whole is one line that says so and what would be right, exit code 2, and nothing half-written."
+
 import json
 import os
-import resource
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,22 +9,31 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from widedeep_nb.core import Run, make_recommender, atomic_write, UserError
+from widedeep_nb.core import Run, UserError, make_recommender
 from widedeep_nb.preprocessing import preprocess
 from widedeep_nb.run import main
 
 ROOT = Path(__file__).parents[1]
-SOUND = pl.DataFrame({"user": [f"u{i % 40}" for i in range(400)], "item": [f"i{(i * i) % 31}" for i in range(400)],
-                      "rating": [1. + i % 5 for i in range(400)], "timestamp": [1_300_000_000 + 1000 * i for i in range(400)]}).unique(["user", "item"], maintain_order=True)
+SOUND = pl.DataFrame(
+    {
+        "user": [f"u{i % 40}" for i in range(400)],
+        "item": [f"i{(i * i) % 31}" for i in range(400)],
+        "rating": [1.0 + i % 5 for i in range(400)],
+        "timestamp": [1_300_000_000 + 1000 * i for i in range(400)],
+    }
+).unique(["user", "item"], maintain_order=True)
 
 
 def widedeep(*words):
-    try: main([str(w) for w in words])
-    except SystemExit as stopped: return stopped.code
+    try:
+        main([str(w) for w in words])
+    except SystemExit as stopped:
+        return stopped.code
     return 0
 
 
-def csv(frame): return frame.write_csv().encode()
+def csv(frame):
+    return frame.write_csv().encode()
 
 
 def parquet(folder):
@@ -37,17 +45,64 @@ CASES = {
     "missing": ("nowhere.csv", lambda d: None, [], "nowhere.csv"),
     "empty": ("log.csv", lambda d: b"", [], "log.csv"),
     "header only": ("log.csv", lambda d: b"user,item,rating\n", [], "no rows"),
-    "a picture": ("log.csv", lambda d: b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 20, [], "log.csv"),
-    "another kind": ("log.docx", lambda d: b"PK\x03\x04", [], "not a kind of file that can be read"),
-    "no item": ("log.csv", lambda d: csv(SOUND.rename({"item": "colour"})), [], "no column for the item"),
-    "mostly bad": ("log.csv", lambda d: csv(SOUND.with_columns(pl.lit("much").alias("rating"))), [], "rows"),
-    "one user": ("log.csv", lambda d: csv(SOUND.with_columns(pl.lit("me").alias("user")).unique("item", maintain_order=True)), [], "user"),
-    "a filter that leaves nothing": ("log.csv", lambda d: csv(SOUND.head(60)), ["--protocol", "filtered-first"], "none of 60 rows"),
+    "a picture": (
+        "log.csv",
+        lambda d: b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 20,
+        [],
+        "log.csv",
+    ),
+    "another kind": (
+        "log.docx",
+        lambda d: b"PK\x03\x04",
+        [],
+        "not a kind of file that can be read",
+    ),
+    "no item": (
+        "log.csv",
+        lambda d: csv(SOUND.rename({"item": "colour"})),
+        [],
+        "no column for the item",
+    ),
+    "mostly bad": (
+        "log.csv",
+        lambda d: csv(SOUND.with_columns(pl.lit("much").alias("rating"))),
+        [],
+        "rows",
+    ),
+    "one user": (
+        "log.csv",
+        lambda d: csv(
+            SOUND.with_columns(pl.lit("me").alias("user")).unique("item", maintain_order=True)
+        ),
+        [],
+        "user",
+    ),
+    "a filter that leaves nothing": (
+        "log.csv",
+        lambda d: csv(SOUND.head(60)),
+        ["--protocol", "filtered-first"],
+        "none of 60 rows",
+    ),
     "no parts": ("log.csv", lambda d: csv(SOUND), ["--protocol", "given"], "train.*"),
     "cut off Parquet": ("log.parquet", lambda d: parquet(d)[:-40], [], "log.parquet"),
-    "Parquet of noise": ("log.parquet", lambda d: parquet(d)[:100] + os.urandom(4000) + parquet(d)[-300:], [], "log.parquet"),
-    "cut off gzip": ("log.csv.gz", lambda d: __import__("gzip").compress(csv(SOUND))[:-200], [], "log.csv.gz"),
-    "noise in gzip's clothes": ("log.csv.gz", lambda d: b"\x1f\x8b\x08" + os.urandom(3000), [], "log.csv.gz"),
+    "Parquet of noise": (
+        "log.parquet",
+        lambda d: parquet(d)[:100] + os.urandom(4000) + parquet(d)[-300:],
+        [],
+        "log.parquet",
+    ),
+    "cut off gzip": (
+        "log.csv.gz",
+        lambda d: __import__("gzip").compress(csv(SOUND))[:-200],
+        [],
+        "log.csv.gz",
+    ),
+    "noise in gzip's clothes": (
+        "log.csv.gz",
+        lambda d: b"\x1f\x8b\x08" + os.urandom(3000),
+        [],
+        "log.csv.gz",
+    ),
     "a database": ("log.csv", lambda d: b"SQLite format 3\0" + bytes(4000), [], "log.csv"),
 }
 
@@ -55,10 +110,16 @@ CASES = {
 @pytest.mark.parametrize("name, content, words, said", CASES.values(), ids=CASES)
 def test_refused_and_nothing_written(tmp_path, capfd, name, content, words, said):
     place, held = tmp_path / name, content(tmp_path)
-    if held is not None: place.write_bytes(held)
+    if held is not None:
+        place.write_bytes(held)
     assert widedeep("run", "--dataset", place, "--out", tmp_path / "out", *words) == 2
     shown = capfd.readouterr()
-    assert shown.out == "" and shown.err.startswith("error: ") and shown.err.count("\n") == 1 and said in shown.err, shown.err
+    assert (
+        shown.out == ""
+        and shown.err.startswith("error: ")
+        and shown.err.count("\n") == 1
+        and said in shown.err
+    ), shown.err
     assert not (tmp_path / "out").exists()
 
 
@@ -68,12 +129,35 @@ def finished(tmp_path):
     SOUND.write_csv(tmp_path / "sound.csv")
     run = Run(tmp_path / "run", dataset=str(tmp_path / "sound.csv"))
     preprocess(run)
-    make_recommender("popularity").fit(run.load_splits()[0].for_final_fit()).save(run.model_folder("popularity"))
-    run.add_metrics(pl.DataFrame([dict(model="popularity", task="ranking", split="test", users="all", items="all", n_relevant="any", metric="NDCG@20", scores=.5, lo=.4, hi=.6, n=3)]))
+    make_recommender("popularity").fit(run.load_splits()[0].for_final_fit()).save(
+        run.model_folder("popularity")
+    )
+    run.add_metrics(
+        pl.DataFrame(
+            [
+                dict(
+                    model="popularity",
+                    task="ranking",
+                    split="test",
+                    users="all",
+                    items="all",
+                    n_relevant="any",
+                    metric="NDCG@20",
+                    scores=0.5,
+                    lo=0.4,
+                    hi=0.6,
+                    n=3,
+                )
+            ]
+        )
+    )
     return run
 
 
-def everything(folder): return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("[!.]*")) if p.is_file()}
+def everything(folder):
+    return {
+        p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("[!.]*")) if p.is_file()
+    }
 
 
 @pytest.mark.parametrize("case", ["empty", "no item", "a filter that leaves nothing"])
@@ -82,28 +166,51 @@ def test_a_finished_run_keeps_all_it_had(finished, tmp_path, capfd, case):
     name, content, words, said = CASES[case]
     (tmp_path / name).write_bytes(content(tmp_path))
     assert widedeep("run", "--dataset", tmp_path / name, "--out", finished.folder, *words) == 2
-    assert said in capfd.readouterr().err and everything(finished.folder) == before and not (finished.folder / ".new").exists()
+    assert (
+        said in capfd.readouterr().err
+        and everything(finished.folder) == before
+        and not (finished.folder / ".new").exists()
+    )
 
 
 def test_a_log_that_has_changed_is_read_again(finished, tmp_path):
     before = finished.manifest["steps"]["preprocess"]["fingerprint"]
     SOUND.head(300).write_csv(tmp_path / "sound.csv")
     assert widedeep("run", "--out", finished.folder, "--chapters", "00", "--resume") == 0
-    assert finished.manifest["steps"]["preprocess"]["fingerprint"] != before and finished.read("ingest.json")["rows_read"] == 300
+    assert (
+        finished.manifest["steps"]["preprocess"]["fingerprint"] != before
+        and finished.read("ingest.json")["rows_read"] == 300
+    )
     kept = finished.manifest["steps"]["ingest"]
-    assert widedeep("run", "--out", finished.folder, "--chapters", "00", "--resume") == 0 and finished.manifest["steps"]["ingest"] == kept
+    assert (
+        widedeep("run", "--out", finished.folder, "--chapters", "00", "--resume") == 0
+        and finished.manifest["steps"]["ingest"] == kept
+    )
 
 
-@pytest.mark.parametrize("file, content, said", [
-    ("run.json", b"{", "cannot be read"), ("run.json", b'{"format": 99}', "another version"), ("run.json", b"[]", "another version"),
-    ("models/popularity/model.safetensors", b"noise", "weights"), ("models/popularity/model.json", b"[]", "no saved recommender"),
-    ("models/popularity/model.json", b"{}", "no saved recommender"), ("metrics.json", b"[{", "cannot be read"), ("items.parquet", b"PAR1noise", "cannot be read"),
-])
+@pytest.mark.parametrize(
+    "file, content, said",
+    [
+        ("run.json", b"{", "cannot be read"),
+        ("run.json", b'{"format": 99}', "another version"),
+        ("run.json", b"[]", "another version"),
+        ("models/popularity/model.safetensors", b"noise", "weights"),
+        ("models/popularity/model.json", b"[]", "no saved recommender"),
+        ("models/popularity/model.json", b"{}", "no saved recommender"),
+        ("metrics.json", b"[{", "cannot be read"),
+        ("items.parquet", b"PAR1noise", "cannot be read"),
+    ],
+)
 def test_a_broken_run_folder(finished, capfd, file, content, said):
     (finished.folder / file).write_bytes(content)
     assert widedeep("recommend", finished.folder, "--basket", "i1:5,i4") == 2
     shown = capfd.readouterr()
-    assert shown.out == "" and shown.err.startswith("error: ") and shown.err.count("\n") == 1 and said in shown.err, shown.err
+    assert (
+        shown.out == ""
+        and shown.err.startswith("error: ")
+        and shown.err.count("\n") == 1
+        and said in shown.err
+    ), shown.err
 
 
 def test_a_run_folder_of_another_version_is_left_alone(finished, capfd):
@@ -118,7 +225,10 @@ def small_disk(tmp_path):
     "A folder with room for 300 kB."
     place = tmp_path / "small"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", place], capture_output=True).returncode: pytest.skip("no right to mount a small disk here")
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", place], capture_output=True
+    ).returncode:
+        pytest.skip("no right to mount a small disk here")
     yield place
     subprocess.run(["umount", place], check=True)
 
@@ -126,16 +236,35 @@ def small_disk(tmp_path):
 def test_a_full_disk(small_disk, tmp_path, capfd):
     assert widedeep("run", "--dataset", "demo", "--out", small_disk / "run") == 2
     shown = capfd.readouterr()
-    assert shown.err.startswith("error: ") and shown.err.count("\n") == 1 and "No space left" in shown.err, shown.err
+    assert (
+        shown.err.startswith("error: ")
+        and shown.err.count("\n") == 1
+        and "No space left" in shown.err
+    ), shown.err
     assert os.listdir(small_disk) == []
     SOUND.head(100).write_csv(tmp_path / "few.csv")
-    assert widedeep("run", "--dataset", tmp_path / "few.csv", "--out", small_disk / "run", "--chapters", "00-02") == 2  # the log fits, its pictures do not
-    assert "No space left" in capfd.readouterr().err and not [p for p in (small_disk / "run").rglob(".*") if p.name not in (".lock", ".run.lock", ".new")]
-    for path in (small_disk / "run").rglob("*.json"): json.loads(path.read_text())
+    assert (
+        widedeep(
+            "run",
+            "--dataset",
+            tmp_path / "few.csv",
+            "--out",
+            small_disk / "run",
+            "--chapters",
+            "00-02",
+        )
+        == 2
+    )  # the log fits, its pictures do not
+    assert "No space left" in capfd.readouterr().err and not [
+        p for p in (small_disk / "run").rglob(".*") if p.name not in (".lock", ".run.lock", ".new")
+    ]
+    for path in (small_disk / "run").rglob("*.json"):
+        json.loads(path.read_text())
 
 
 WRITERS = {
-    "json": "run.write('a.json', ['long'] * 100_000)", "parquet": "run.write('a.parquet', pl.DataFrame({'a': np.random.rand(100_000)}))",
+    "json": "run.write('a.json', ['long'] * 100_000)",
+    "parquet": "run.write('a.parquet', pl.DataFrame({'a': np.random.rand(100_000)}))",
     "model": "make_recommender('popularity').fit(split).save(run.folder / 'a')",
 }
 
@@ -144,14 +273,21 @@ WRITERS = {
 def test_whoever_writes_notices_that_there_is_no_room(finished, kind):
     "By the limit on the size of files, which needs no rights."
     limit = 20 if kind == "model" else 5000
-    code = (f"import numpy as np, polars as pl, resource\nfrom widedeep_nb.core import *\nrun = Run({str(finished.folder)!r})\nsplit = run.splits()[0]\n"
-            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\ntry: {WRITERS[kind]}\nexcept Problem as e: print(e)")
+    code = (
+        f"import numpy as np, polars as pl, resource\nfrom widedeep_nb.core import *\nrun = Run({str(finished.folder)!r})\nsplit = run.splits()[0]\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\ntry: {WRITERS[kind]}\nexcept Problem as e: print(e)"
+    )
     before = everything(finished.folder)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "cannot be written (File too large)" in done.stdout and done.stdout.count("\n") == 1, (done.stdout, done.stderr)
+    assert (
+        done.returncode == 0
+        and "cannot be written (File too large)" in done.stdout
+        and done.stdout.count("\n") == 1
+    ), (done.stdout, done.stderr)
     assert everything(finished.folder) == before and not list(finished.folder.rglob(".a*"))
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be a run folder"): Run(tmp_path / "file" / "run")
+    with pytest.raises(UserError, match="cannot be a run folder"):
+        Run(tmp_path / "file" / "run")

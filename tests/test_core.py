@@ -1,4 +1,5 @@
 "The contracts: splits and codes, history, ties, files, run folders, steps."
+
 import json
 import os
 import time
@@ -7,17 +8,36 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from widedeep_nb import core, load_recommender, make_recommender
-from widedeep_nb.core import PROTOCOLS, History, UserError, Recommender, Run, Split, to_interactions, encode_ids, hash_order, mask_seen, open_run, step, top_k
+from widedeep_nb.core import (
+    PROTOCOLS,
+    History,
+    Recommender,
+    Run,
+    Split,
+    UserError,
+    encode_ids,
+    hash_order,
+    mask_seen,
+    open_run,
+    step,
+    to_interactions,
+    top_k,
+)
 
 ids = st.text(min_size=1, max_size=8)
 logs = st.lists(st.tuples(ids, ids, st.integers(1, 5)), min_size=3, max_size=40)
 
 
 def split_of(rows):
-    log = to_interactions(pl.DataFrame(rows, schema=["user", "item", "rating"], orient="row").with_columns(timestamp=pl.int_range(pl.len())))
+    log = to_interactions(
+        pl.DataFrame(rows, schema=["user", "item", "rating"], orient="row").with_columns(
+            timestamp=pl.int_range(pl.len())
+        )
+    )
     a, b = len(log) // 2, 3 * len(log) // 4
     return Split.from_frames(log[:a], log[a:b], log[b:], protocol=PROTOCOLS["given"]), log
 
@@ -29,9 +49,13 @@ def test_codes_tell_who_is_known(rows):
     for column, known in (("user", split.n_train_users), ("item", split.n_train_items)):
         table = getattr(split, column + "s")[column]
         assert table.n_unique() == len(table) == log[column].n_unique()
-        assert set(table[:known]) == set(log[column][: len(split.train)])                # known to training: exactly a prefix
+        assert set(table[:known]) == set(
+            log[column][: len(split.train)]
+        )  # known to training: exactly a prefix
         again = split.merge_train_val()
-        assert set(table[: getattr(again, f"known_{column}s")]) == set(log[column][: len(split.train) + len(split.val)])
+        assert set(table[: getattr(again, f"known_{column}s")]) == set(
+            log[column][: len(split.train) + len(split.val)]
+        )
         decoded = pl.concat([getattr(split, p) for p in core.SPLIT_NAMES])[column]
         assert table[decoded.to_numpy()].to_list() == log[column].to_list()
     assert encode_ids(["\0 nobody"], split.users["user"]).to_list() == [len(split.users)]
@@ -39,7 +63,9 @@ def test_codes_tell_who_is_known(rows):
 
 def test_fit_never_sees_the_test_part():
     class Nosy(Recommender):
-        def _fit(self, split): self.rows = len(split.test)
+        def _fit(self, split):
+            self.rows = len(split.test)
+
     split, _ = split_of([("a", "x", 1), ("b", "y", 2), ("c", "x", 3), ("a", "z", 4)])
     assert len(split.test) and Nosy().fit(split).rows == 0
 
@@ -48,13 +74,24 @@ def test_fit_never_sees_the_test_part():
 @settings(max_examples=100, deadline=None)
 def test_history_is_each_users_rows_in_order(rows, asked):
     split, _ = split_of(rows)
-    taken = History.from_rows(split.train, split.n_train_users).select(torch.tensor(asked, dtype=torch.int64))
+    taken = History.from_rows(split.train, split.n_train_users).select(
+        torch.tensor(asked, dtype=torch.int64)
+    )
     for i, user in enumerate(asked):
         mine = split.train.filter(pl.col("user") == user)
         a, b = taken.indptr[i], taken.indptr[i + 1]
-        assert taken.item[a:b].tolist() == mine["item"].to_list() and taken.rating[a:b].tolist() == mine["rating"].to_list()
+        assert (
+            taken.item[a:b].tolist() == mine["item"].to_list()
+            and taken.rating[a:b].tolist() == mine["rating"].to_list()
+        )
     dense = taken.to_sparse(split.n_train_items).to_dense()
-    assert torch.equal(dense.sum(1).long(), torch.tensor([split.train.filter(pl.col("user") == u)["item"].n_unique() for u in asked], dtype=torch.int64))
+    assert torch.equal(
+        dense.sum(1).long(),
+        torch.tensor(
+            [split.train.filter(pl.col("user") == u)["item"].n_unique() for u in asked],
+            dtype=torch.int64,
+        ),
+    )
 
 
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 4), st.integers(0, 2**31))
@@ -64,104 +101,153 @@ def test_top_k_is_a_stable_sort(m, k, levels, seed):
     scores[scores == levels - 1] = -torch.inf
     order = scores.sort(dim=1, descending=True, stable=True)
     value, column = top_k(scores, k)
-    assert torch.equal(column, order.indices[:, :k].masked_fill(order.values[:, :k] == -torch.inf, -1))
+    assert torch.equal(
+        column, order.indices[:, :k].masked_fill(order.values[:, :k] == -torch.inf, -1)
+    )
 
 
 def test_lot_has_no_favourites():
     "A low code or an early row has no better place than any other: mean place of the first tenth over seeds is the middle."
     table = pl.Series([f"B{i:06d}" for i in range(1000)])
     places = np.stack([np.argsort(hash_order(table, seed).numpy()) for seed in range(200)])
-    assert abs(places[:, :100].mean() - 499.5) < 4 * 1000 / 12**.5 / 20000**.5
-    assert torch.equal(hash_order(table, 3), hash_order(table, 3)) and not torch.equal(hash_order(table, 3), hash_order(table, 4))
+    assert abs(places[:, :100].mean() - 499.5) < 4 * 1000 / 12**0.5 / 20000**0.5
+    assert torch.equal(hash_order(table, 3), hash_order(table, 3)) and not torch.equal(
+        hash_order(table, 3), hash_order(table, 4)
+    )
 
 
 def test_masks_only_what_the_user_has():
-    history = History(torch.tensor([0, 2, 2]), torch.tensor([1, 4]), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+    history = History(
+        torch.tensor([0, 2, 2]),
+        torch.tensor([1, 4]),
+        torch.zeros(2),
+        torch.zeros(2, dtype=torch.int64),
+    )
     masked = mask_seen(torch.zeros(2, 3), history, torch.tensor([4, 0, 2]))
     assert masked.tolist() == [[-float("inf"), 0, 0], [0, 0, 0]]
 
 
 def test_names_resolve_and_wrong_ones_are_listed():
-    for name in core.RECOMMENDERS: assert make_recommender(name).name == name
-    with pytest.raises(UserError, match="known: .*damped-bias"): make_recommender("nope")
-    with pytest.raises(UserError, match="known: .*damping"): make_recommender("damped-bias", dumping=3)
+    for name in core.RECOMMENDERS:
+        assert make_recommender(name).name == name
+    with pytest.raises(UserError, match="known: .*damped-bias"):
+        make_recommender("nope")
+    with pytest.raises(UserError, match="known: .*damping"):
+        make_recommender("damped-bias", dumping=3)
 
 
 def test_run_folder(tmp_path):
     run = Run(tmp_path / "r", dataset="demo?ratings=10", protocol="rolling")
-    assert run.protocol.folds[0] == pytest.approx((.5, .6, .7))
-    assert run.model_folder("ease").parts[-2:] == ("models", "ease") and run.model_folder("ease", 2, 0).parts[-2:] == ("cut-0", "seed-2")
+    assert run.protocol.folds[0] == pytest.approx((0.5, 0.6, 0.7))
+    assert run.model_folder("ease").parts[-2:] == ("models", "ease") and run.model_folder(
+        "ease", 2, 0
+    ).parts[-2:] == ("cut-0", "seed-2")
     about = json.loads((tmp_path / "r/run.json").read_text())
     (tmp_path / "r/run.json").write_text(json.dumps(about | {"format": 0}))
-    with pytest.raises(UserError, match="another version"): Run(tmp_path / "r")
-    (tmp_path / "other").mkdir(); (tmp_path / "other/thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="something else"): Run(tmp_path / "other")
-    with pytest.raises(UserError, match="unknown protocol"): Run(tmp_path / "p", protocol="strickt")
+    with pytest.raises(UserError, match="another version"):
+        Run(tmp_path / "r")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="something else"):
+        Run(tmp_path / "other")
+    with pytest.raises(UserError, match="unknown protocol"):
+        Run(tmp_path / "p", protocol="strickt")
 
 
 def test_a_failed_step_leaves_nothing_done(tmp_path):
     @step()
-    def breaks(run): run.write("half.json", {}); raise RuntimeError
+    def breaks(run):
+        run.write("half.json", {})
+        raise RuntimeError
+
     run = Run(tmp_path / "r")
-    with pytest.raises(RuntimeError): breaks(run)
+    with pytest.raises(RuntimeError):
+        breaks(run)
     assert "breaks" not in run.manifest["steps"]
 
 
 def test_another_setting_makes_a_step_stale(tmp_path):
     calls = []
+
     @step()
-    def counted(run, size: int = 1): calls.append((run.manifest["dataset"], size))
+    def counted(run, size: int = 1):
+        calls.append((run.manifest["dataset"], size))
+
     run = Run(tmp_path / "r", dataset="a")
-    counted(run); counted(run); counted(run, size=2); counted(run)
-    Run(tmp_path / "r", dataset="b"); counted(run)
+    counted(run)
+    counted(run)
+    counted(run, size=2)
+    counted(run)
+    Run(tmp_path / "r", dataset="b")
+    counted(run)
     assert calls == [("a", 1), ("a", 2), ("b", 2)]
-    with pytest.raises(UserError, match="known: size"): counted(run, sise=3)
+    with pytest.raises(UserError, match="known: size"):
+        counted(run, sise=3)
 
 
 def test_weights_that_were_changed_are_refused(tmp_path):
     split, _ = split_of([("a", "x", 1), ("b", "y", 2), ("c", "x", 3), ("a", "z", 4)])
     make_recommender("popularity").fit(split).save(tmp_path)
-    raw = bytearray((tmp_path / "model.safetensors").read_bytes()); raw[-1] ^= 1
+    raw = bytearray((tmp_path / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
     (tmp_path / "model.safetensors").write_bytes(raw)
-    with pytest.raises(UserError, match="not those that were saved"): load_recommender(tmp_path)
+    with pytest.raises(UserError, match="not those that were saved"):
+        load_recommender(tmp_path)
 
 
 # --- pieces of a step side by side
+
 
 def test_pieces_are_done_side_by_side_and_once(tmp_path, monkeypatch):
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
     run = Run(tmp_path / "run")
     pieces = {name: (time_and_place, str(tmp_path / name)) for name in ("a", "b", "c", "d")}
     found = run.map_cached(pieces, 1000, "waiting")
-    assert len({pid for pid, _ in found.values()} | {os.getpid()}) == 3 and {threads for _, threads in found.values()} == {1}   # two others, a thread each
-    assert run.map_cached(pieces, 1000, "waiting") == found and all((tmp_path / name).read_text() == "x" for name in pieces)      # done before, and not again
-    alone = run.map_cached({"e": (os.getpid,)}, 10 ** 6, "a large log")
+    assert len({pid for pid, _ in found.values()} | {os.getpid()}) == 3 and {
+        threads for _, threads in found.values()
+    } == {1}  # two others, a thread each
+    assert run.map_cached(pieces, 1000, "waiting") == found and all(
+        (tmp_path / name).read_text() == "x" for name in pieces
+    )  # done before, and not again
+    alone = run.map_cached({"e": (os.getpid,)}, 10**6, "a large log")
     assert alone == {"e": os.getpid()}
 
 
 def time_and_place(path):
     "Leave a mark, wait, and say where."
-    with open(path, "a") as f: f.write("x")
-    time.sleep(.5)
+    with open(path, "a") as f:
+        f.write("x")
+    time.sleep(0.5)
     return os.getpid(), torch.get_num_threads()
 
 
 def test_a_piece_that_fails_is_said_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
     run = Run(tmp_path / "run")
-    with pytest.raises(UserError, match="^no such thing$"): run.map_cached({"good": (len, "abc"), "bad": (refuse,)}, 10, "failing")
+    with pytest.raises(UserError, match="^no such thing$"):
+        run.map_cached({"good": (len, "abc"), "bad": (refuse,)}, 10, "failing")
     assert not (run.work_dir / "bad.json").exists()
 
 
-def refuse(): raise UserError("no such thing")
+def refuse():
+    raise UserError("no such thing")
 
 
 def test_tiny_runs_are_left_for_the_next_chapter(tmp_path, monkeypatch):
     "In one process and with the same parameters; else they are removed with the process's object."
     alone = open_run("")
-    assert alone.folder != open_run("").folder and alone.manifest["parameters"] == {"seeds": 2, "epochs": 8}
+    assert alone.folder != open_run("").folder and alone.manifest["parameters"] == {
+        "seeds": 2,
+        "epochs": 8,
+    }
     monkeypatch.setenv("WIDEDEEP_TINY", str(tmp_path))
     first = open_run("", n_seeds=1)
     first.update_manifest(steps={"train": {"fingerprint": "m"}})
-    assert first.manifest["parameters"] == {"seeds": 1, "epochs": 8} and tmp_path in first.folder.parents
-    assert open_run("", n_seeds=1).manifest["steps"] == {"train": {"fingerprint": "m"}} and open_run("", n_seeds=2).manifest["steps"] == {}
+    assert (
+        first.manifest["parameters"] == {"seeds": 1, "epochs": 8}
+        and tmp_path in first.folder.parents
+    )
+    assert (
+        open_run("", n_seeds=1).manifest["steps"] == {"train": {"fingerprint": "m"}}
+        and open_run("", n_seeds=2).manifest["steps"] == {}
+    )

@@ -1,4 +1,5 @@
 "Downloads from a server of our own that does what servers do: the right file, another one, half of one, an error, nothing at all."
+
 import gzip
 import hashlib
 import http.server
@@ -11,28 +12,46 @@ from widedeep_nb import data
 from widedeep_nb.core import UserError
 from widedeep_nb.data import DATASETS, Dataset, cache_dir, datasets, fingerprint, load
 
-ROWS = "\n".join(["user,item,rating,timestamp"] + [f"u{i},i{i},{1 + i % 5},{1_365_811_200 + i}" for i in range(20)]).encode()
-ITEMS = gzip.compress(b"".join(b'{"parent_asin": "i%d", "title": "Thing %d", "price": "None", "details": {"a": [1]}}\n' % (i, i) for i in range(20)))
+ROWS = "\n".join(
+    ["user,item,rating,timestamp"]
+    + [f"u{i},i{i},{1 + i % 5},{1_365_811_200 + i}" for i in range(20)]
+).encode()
+ITEMS = gzip.compress(
+    b"".join(
+        b'{"parent_asin": "i%d", "title": "Thing %d", "price": "None", "details": {"a": [1]}}\n'
+        % (i, i)
+        for i in range(20)
+    )
+)
 SUM = hashlib.sha256(ROWS).hexdigest()
 
 
 class Server(http.server.BaseHTTPRequestHandler):
     "The first part of the path says how to behave."
+
     bodies = {"ratings.csv": ROWS, "items.jsonl.gz": ITEMS}
 
-    def log_message(self, *args): pass
+    def log_message(self, *args):
+        pass
 
     def do_GET(self):
         how, name = self.path.strip("/").split("/")
         self.server.asked.append(how)
         body = self.bodies.get(name, b"")
-        if how.isdigit(): return self.send_error(int(how))
-        if how == "moved": return self.answer(b"", 302, Location="/page/" + name)
-        if how == "page": body = b"<!doctype html><title>Not here any more</title>"
-        if how == "wrong": body = body[:-3]
-        if how == "cut": return self.answer(body[:len(body) // 2], lengths=len(body))
-        if how == "short": return self.answer(body[:len(body) // 2])
-        if how == "silent": return self.server.over.wait(20)
+        if how.isdigit():
+            return self.send_error(int(how))
+        if how == "moved":
+            return self.answer(b"", 302, Location="/page/" + name)
+        if how == "page":
+            body = b"<!doctype html><title>Not here any more</title>"
+        if how == "wrong":
+            body = body[:-3]
+        if how == "cut":
+            return self.answer(body[: len(body) // 2], lengths=len(body))
+        if how == "short":
+            return self.answer(body[: len(body) // 2])
+        if how == "silent":
+            return self.server.over.wait(20)
         if how == "stalls":
             self.answer(body[:10], lengths=len(body))
             return self.server.over.wait(20)
@@ -40,7 +59,11 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     def answer(self, body, status=200, length=None, **headers):
         self.send_response(status)
-        for name, value in {"Content-Length": len(body) if length is None else length, **headers}.items(): self.send_header(name, str(value))
+        for name, value in {
+            "Content-Length": len(body) if length is None else length,
+            **headers,
+        }.items():
+            self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body)
         self.wfile.flush()
@@ -53,22 +76,42 @@ def served(tmp_path, monkeypatch):
     server.asked, server.over, server.daemon_threads = [], threading.Event(), True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("WIDEDEEP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "PATIENCE", .3)
+    monkeypatch.setattr(data, "PATIENCE", 0.3)
 
     def toy(*ways, metadata=()):
-        at = lambda ways, name: tuple(f"http://127.0.0.1:{server.server_port}/{way}/{name}" for way in ways)
-        monkeypatch.setitem(DATASETS, "toy", Dataset("a toy shop", 20, "ask the owner", 1_300_000, at(ways, "ratings.csv"), SUM, at(metadata, "items.jsonl.gz"), options={"metadata": 0}))
+        def at(ways, name):
+            return tuple(f"http://127.0.0.1:{server.server_port}/{way}/{name}" for way in ways)
+
+        monkeypatch.setitem(
+            DATASETS,
+            "toy",
+            Dataset(
+                "a toy shop",
+                20,
+                "ask the owner",
+                1_300_000,
+                at(ways, "ratings.csv"),
+                SUM,
+                at(metadata, "items.jsonl.gz"),
+                options={"metadata": 0},
+            ),
+        )
         server.asked.clear()
         return server.asked
+
     yield toy
-    server.over.set(); server.shutdown(); server.server_close()
+    server.over.set()
+    server.shutdown()
+    server.server_close()
 
 
-def kept(): return sorted(f.name for f in cache_dir("toy").rglob("*")) if cache_dir("toy").exists() else []
+def kept():
+    return sorted(f.name for f in cache_dir("toy").rglob("*")) if cache_dir("toy").exists() else []
 
 
 def refused(dataset):
-    with pytest.raises(UserError) as e: load(dataset)
+    with pytest.raises(UserError) as e:
+        load(dataset)
     assert "\n" not in str(e.value) and "try again" in str(e.value)
     return str(e.value)
 
@@ -79,14 +122,32 @@ def test_a_download_is_announced_checked_and_kept(served, capsys):
     assert load("toy").report["kept"] == 20 and kept() == ["ratings.csv"]
     said = capsys.readouterr().err
     told, bar = said.split("\n", 1)
-    assert all(part in told for part in ("a toy shop", "20 rows", "1 MB", "ask the owner", str(cache_dir("toy")))) and "100%" in bar
+    assert (
+        all(
+            part in told
+            for part in ("a toy shop", "20 rows", "1 MB", "ask the owner", str(cache_dir("toy")))
+        )
+        and "100%" in bar
+    )
     assert datasets().filter(name="toy")["available"].item() and fingerprint("toy") == SUM
     assert load("toy").report["sha256"] == SUM and asked == ["good"]
     assert capsys.readouterr().err == ""  # nothing is announced where nothing is downloaded
 
 
-@pytest.mark.parametrize("way, why", [("wrong", "not the published file"), ("page", "not the published file"), ("moved", "not the published file"), ("cut", "the file ends early"),
-                                      ("short", "not the published file"), ("500", "it answers 500"), ("404", "it answers 404"), ("silent", "no answer in time"), ("stalls", "no answer in time")])
+@pytest.mark.parametrize(
+    "way, why",
+    [
+        ("wrong", "not the published file"),
+        ("page", "not the published file"),
+        ("moved", "not the published file"),
+        ("cut", "the file ends early"),
+        ("short", "not the published file"),
+        ("500", "it answers 500"),
+        ("404", "it answers 404"),
+        ("silent", "no answer in time"),
+        ("stalls", "no answer in time"),
+    ],
+)
 def test_a_failed_download_leaves_nothing(served, way, why):
     served(way)
     assert why in refused("toy") and kept() == []
@@ -94,19 +155,37 @@ def test_a_failed_download_leaves_nothing(served, way, why):
     assert load("toy").report["kept"] == 20
 
 
-@pytest.mark.parametrize("way, why", [("page", "not the published file"), ("moved", "not the published file"), ("cut", "the file ends early"), ("short", "the file ends early"), ("404", "it answers 404"), ("stalls", "no answer in time")])
+@pytest.mark.parametrize(
+    "way, why",
+    [
+        ("page", "not the published file"),
+        ("moved", "not the published file"),
+        ("cut", "the file ends early"),
+        ("short", "the file ends early"),
+        ("404", "it answers 404"),
+        ("stalls", "no answer in time"),
+    ],
+)
 def test_a_file_without_a_known_sum_is_read_through_before_it_is_kept(served, way, why):
     served("good", metadata=(way,))
     assert why in refused("toy?metadata=1") and kept() == ["ratings.csv"]
     served("good", metadata=(way, "good"))
     items = load("toy?metadata=1").items
-    assert items["title"].to_list() == [f"Thing {i}" for i in range(20)] and items.columns == ["item", "title", "price"] and kept() == ["items.jsonl.gz", "ratings.csv"]
+    assert (
+        items["title"].to_list() == [f"Thing {i}" for i in range(20)]
+        and items.columns == ["item", "title", "price"]
+        and kept() == ["items.jsonl.gz", "ratings.csv"]
+    )
     assert fingerprint("toy?metadata=1") == load("toy?metadata=1").report["sha256"] != SUM
 
 
 def test_the_second_address_is_asked_where_the_first_fails(served):
     asked = served("404", "stalls", "good")
-    assert load("toy").report["sha256"] == SUM and asked == ["404", "stalls", "good"] and kept() == ["ratings.csv"]
+    assert (
+        load("toy").report["sha256"] == SUM
+        and asked == ["404", "stalls", "good"]
+        and kept() == ["ratings.csv"]
+    )
 
 
 def test_a_spoilt_file_in_the_cache_is_replaced_not_used(served):
@@ -121,5 +200,7 @@ def test_a_spoilt_file_in_the_cache_is_replaced_not_used(served):
 
 def test_nobody_listens(served, monkeypatch):
     served("good")
-    monkeypatch.setitem(DATASETS, "toy", replace(DATASETS["toy"], urls=("http://127.0.0.1:9/good/ratings.csv",)))
+    monkeypatch.setitem(
+        DATASETS, "toy", replace(DATASETS["toy"], urls=("http://127.0.0.1:9/good/ratings.csv",))
+    )
     assert "ConnectionError" in refused("toy") and kept() == []

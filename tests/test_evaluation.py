@@ -1,4 +1,5 @@
 "Evaluation against oracles written with lists, sets and math only, against ranx, and against frauds."
+
 import math
 import random
 from dataclasses import replace
@@ -11,68 +12,124 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from widedeep_nb import evaluation as ev
-from widedeep_nb.core import METRIC_SCHEMA, PROTOCOLS, UserError, Recommender, Split, to_interactions, hash_order
+from widedeep_nb.core import (
+    METRIC_SCHEMA,
+    PROTOCOLS,
+    Recommender,
+    Split,
+    UserError,
+    hash_order,
+    to_interactions,
+)
 
-settings.register_profile("steady", deadline=None)                     # how long an example takes says nothing about it
+settings.register_profile(
+    "steady", deadline=None
+)  # how long an example takes says nothing about it
 settings.load_profile("steady")
 STRICT, UNMASKED = PROTOCOLS["strict"], PROTOCOLS["as-reported"]
 
 
 class Table(Recommender):
     "Looks scores up: `table[user code, item code]`."
+
     name = "table"
 
-    def __init__(self, table): self.table = torch.as_tensor(table, dtype=torch.float32)
-    def _fit(self, split): pass
-    def _scores(self, users, history, items): return self.table[users][:, items]
+    def __init__(self, table):
+        self.table = torch.as_tensor(table, dtype=torch.float32)
+
+    def _fit(self, split):
+        pass
+
+    def _scores(self, users, history, items):
+        return self.table[users][:, items]
 
 
 class Stars(Table):
     predicts_ratings = True
 
-    def _predict(self, users, items, history): return self.table[users, items]
+    def _predict(self, users, items, history):
+        return self.table[users, items]
 
 
-def log(rows): return to_interactions(pl.DataFrame(rows, schema=["user", "item", "rating"], orient="row"))
+def log(rows):
+    return to_interactions(pl.DataFrame(rows, schema=["user", "item", "rating"], orient="row"))
 
 
-def make(train, val, test=(), protocol=STRICT, items=None): return Split.from_frames(log(train), log(val), log(list(test)), items=items, protocol=protocol)
+def make(train, val, test=(), protocol=STRICT, items=None):
+    return Split.from_frames(log(train), log(val), log(list(test)), items=items, protocol=protocol)
 
 
 # ---- the oracle -------------------------------------------------------------------------------------------------
 
+
 def oracle(train, val, score, order, ks, relevant, mask, new):
     "What each user of `val` should get; `score(user, item)`, ids as text, `order`: position of an item in the lot."
     known, seen = {i for _, i, _ in train}, {}
-    for u, i, _ in train: seen.setdefault(u, set()).add(i)
+    for u, i, _ in train:
+        seen.setdefault(u, set()).add(i)
     candidates = {i for _, i, _ in val} - known if new else known
     expected = {}
     for user in {u for u, _, _ in val}:
         had = seen.get(user, set())
-        wanted = {i for u, i, r in val if u == user and (relevant is None or (r is not None and r >= relevant))} & candidates
-        if mask: wanted -= had
-        if not wanted: continue
+        wanted = {
+            i
+            for u, i, r in val
+            if u == user and (relevant is None or (r is not None and r >= relevant))
+        } & candidates
+        if mask:
+            wanted -= had
+        if not wanted:
+            continue
         offered = [i for i in candidates if not (mask and i in had)]
-        ranked = sorted((i for i in offered if score(user, i) != -math.inf), key=lambda i: (-score(user, i), order[i]))
+        ranked = sorted(
+            (i for i in offered if score(user, i) != -math.inf),
+            key=lambda i: (-score(user, i), order[i]),
+        )
         row = {"warm": user in seen, "n_relevant": len(wanted), "n_candidates": len(offered)}
         for k in ks:
             top = ranked[:k]
             at = [n for n, i in enumerate(top, 1) if i in wanted]
             best = sum(1 / math.log2(n + 1) for n in range(1, min(k, len(wanted)) + 1))
-            row |= {f"Precision@{k}": len(at) / k, f"Recall@{k}": len(at) / len(wanted), f"HitRate@{k}": float(bool(at)), f"MRR@{k}": 1 / at[0] if at else 0.,
-                    f"MAP@{k}": sum((j + 1) / n for j, n in enumerate(at)) / min(k, len(wanted)), f"NDCG@{k}": sum(1 / math.log2(n + 1) for n in at) / best}
+            row |= {
+                f"Precision@{k}": len(at) / k,
+                f"Recall@{k}": len(at) / len(wanted),
+                f"HitRate@{k}": float(bool(at)),
+                f"MRR@{k}": 1 / at[0] if at else 0.0,
+                f"MAP@{k}": sum((j + 1) / n for j, n in enumerate(at)) / min(k, len(wanted)),
+                f"NDCG@{k}": sum(1 / math.log2(n + 1) for n in at) / best,
+            }
         expected[user] = row
     return expected
 
 
 def random_case(rng):
     "A small log with strangers, new items, repeats, ties, scores of -inf, and lists longer than the catalogue."
-    users, items = [f"u{i}" for i in range(rng.randint(2, 9))], [f"i{i}" for i in range(rng.randint(2, 25))]
-    rows = lambda n, us, its: [(rng.choice(us), rng.choice(its), rng.choice([None, 1, 2, 3, 4, 5])) for _ in range(n)]
-    train = rows(rng.randint(2, 60), users[:max(1, len(users) - 2)], items[:max(1, len(items) - rng.randint(0, 3))])
+    users, items = (
+        [f"u{i}" for i in range(rng.randint(2, 9))],
+        [f"i{i}" for i in range(rng.randint(2, 25))],
+    )
+
+    def rows(n, us, its):
+        return [
+            (rng.choice(us), rng.choice(its), rng.choice([None, 1, 2, 3, 4, 5])) for _ in range(n)
+        ]
+
+    train = rows(
+        rng.randint(2, 60),
+        users[: max(1, len(users) - 2)],
+        items[: max(1, len(items) - rng.randint(0, 3))],
+    )
     val = rows(rng.randint(1, 40), users, items)
-    near = [.3, .1 + .2, float(np.nextafter(np.float32(.3), np.float32(1))), -math.inf]
-    draw = rng.choice([lambda: rng.random(), lambda: rng.randint(0, 1), lambda: rng.randint(0, 4), lambda: rng.choice(near), lambda: 0])
+    near = [0.3, 0.1 + 0.2, float(np.nextafter(np.float32(0.3), np.float32(1))), -math.inf]
+    draw = rng.choice(
+        [
+            lambda: rng.random(),
+            lambda: rng.randint(0, 1),
+            lambda: rng.randint(0, 4),
+            lambda: rng.choice(near),
+            lambda: 0,
+        ]
+    )
     table = {(u, i): float(np.float32(draw())) for u in users for i in items}
     return train, val, table
 
@@ -81,7 +138,12 @@ def test_oracle():
     rng, cases, empty_lists, ties = random.Random(1), 0, 0, 0
     while cases < 1500:
         train, val, table = random_case(rng)
-        mask, new, relevant, seed = rng.random() < .6, rng.random() < .2, rng.choice([None, None, 4, 2.5]), rng.randint(0, 3)
+        mask, new, relevant, seed = (
+            rng.random() < 0.6,
+            rng.random() < 0.2,
+            rng.choice([None, None, 4, 2.5]),
+            rng.randint(0, 3),
+        )
         ks = tuple(sorted(rng.sample([1, 2, 3, 5, 10, 40], 3)))
         split = make(train, val, protocol=STRICT if mask else UNMASKED)
         users, items = split.users["user"].to_list(), split.items["item"].to_list()
@@ -97,8 +159,12 @@ def test_oracle():
             empty_lists += want["n_candidates"] < max(ks)
             ties += len({table[users[row["user"]], i] for i in items}) < len(items)
         out = got.task.excluded
-        assert out["users"] == len({u for u, _, _ in val}) and out["users without relevant items"] == out["users"] - len(expected)
-        assert out["pairs"] - out["pairs on non-candidate items"] - out["pairs already in the history"] == sum(e["n_relevant"] for e in expected.values())
+        assert out["users"] == len({u for u, _, _ in val}) and out[
+            "users without relevant items"
+        ] == out["users"] - len(expected)
+        assert out["pairs"] - out["pairs on non-candidate items"] - out[
+            "pairs already in the history"
+        ] == sum(e["n_relevant"] for e in expected.values())
     assert empty_lists > 200 and ties > 500
 
 
@@ -108,7 +174,10 @@ def test_blocks_of_users_change_nothing():
     model = Table(torch.rand(len(split.users), len(split.items))).fit(split)
     question = ev.make_eval_task(split)
     assert len(question.users) > 2
-    assert torch.equal(ev.top_k_lists(model, split, question, 5, budget=1), ev.top_k_lists(model, split, question, 5))
+    assert torch.equal(
+        ev.top_k_lists(model, split, question, 5, budget=1),
+        ev.top_k_lists(model, split, question, 5),
+    )
 
 
 @pytest.mark.long
@@ -116,19 +185,38 @@ def test_ranx():
     ranx = pytest.importorskip("ranx")
     rng = np.random.default_rng(0)
     users, items = [f"u{i}" for i in range(60)], [f"i{i}" for i in range(50)]
-    train = [(u, i, None) for u in users for i in rng.choice(items, 8, replace=False)] + [(users[0], i, None) for i in items]
-    val = list({(u, str(i), None) for u in users[1:] for i in rng.choice(items, rng.integers(1, 12))})
+    train = [(u, i, None) for u in users for i in rng.choice(items, 8, replace=False)] + [
+        (users[0], i, None) for i in items
+    ]
+    val = list(
+        {(u, str(i), None) for u in users[1:] for i in rng.choice(items, rng.integers(1, 12))}
+    )
     split = make(train, val)
-    scores = rng.permuted(np.tile(np.arange(50.), (60, 1)), axis=1)          # strictly ordered
+    scores = rng.permuted(np.tile(np.arange(50.0), (60, 1)), axis=1)  # strictly ordered
     got = ev.eval_ranking(Table(scores).fit(split), split, ks=(5, 10, 20))
-    name, item, had = split.users["user"].to_list(), split.items["item"].to_list(), set(split.train.select("user", "item").iter_rows())
+    name, item, had = (
+        split.users["user"].to_list(),
+        split.items["item"].to_list(),
+        set(split.train.select("user", "item").iter_rows()),
+    )
     wanted = {}
-    for u, i in got.task.ground_truth.iter_rows(): wanted.setdefault(name[u], {})[item[i]] = 1
-    run = {name[u]: {item[i]: float(scores[u, i]) for i in range(50) if (u, i) not in had} for u in got.users["user"]}
+    for u, i in got.task.ground_truth.iter_rows():
+        wanted.setdefault(name[u], {})[item[i]] = 1
+    run = {
+        name[u]: {item[i]: float(scores[u, i]) for i in range(50) if (u, i) not in had}
+        for u in got.users["user"]
+    }
     n = got.users["n_relevant"].to_numpy()
-    theirs = ranx.evaluate(ranx.Qrels(wanted), ranx.Run(run), ["precision@5", "recall@5", "map@5", "ndcg@20", "hit_rate@10", "mrr@10"], return_mean=False)
-    by_user = [sorted(wanted).index(name[u]) for u in got.users["user"]]     # ranx sorts by id
-    for ours, (metric, values) in zip(["Precision@5", "Recall@5", "MAP@5", "NDCG@20", "HitRate@10", "MRR@10"], theirs.items()):
+    theirs = ranx.evaluate(
+        ranx.Qrels(wanted),
+        ranx.Run(run),
+        ["precision@5", "recall@5", "map@5", "ndcg@20", "hit_rate@10", "mrr@10"],
+        return_mean=False,
+    )
+    by_user = [sorted(wanted).index(name[u]) for u in got.users["user"]]  # ranx sorts by id
+    for ours, (metric, values) in zip(
+        ["Precision@5", "Recall@5", "MAP@5", "NDCG@20", "HitRate@10", "MRR@10"], theirs.items()
+    ):
         values = np.asarray(values)[by_user] * (n / np.minimum(5, n) if metric == "map@5" else 1)
         assert np.allclose(got.users[ours].to_numpy(), values, atol=1e-9), metric
     assert 0 < got.users["MAP@5"].mean() < 1
@@ -149,122 +237,199 @@ def test_metrics_lie_between_0_and_1(hits, more, k):
 @given(st.integers(1, 20), st.integers(1, 12))
 def test_the_best_list_scores_1(relevant, k):
     hits, n = torch.tensor([[i < relevant for i in range(k)]]), torch.tensor([relevant])
-    for name in ("MAP", "NDCG", "HitRate", "MRR"): assert abs(ev.RANKING_METRICS[name](hits, n, k).item() - 1) < 1e-12, name
+    for name in ("MAP", "NDCG", "HitRate", "MRR"):
+        assert abs(ev.RANKING_METRICS[name](hits, n, k).item() - 1) < 1e-12, name
 
 
 @given(rows_of_hits, st.data())
 def test_a_hit_that_moves_up_never_harms(hits, data):
     up, down = sorted(data.draw(st.lists(st.integers(0, len(hits) - 1), min_size=2, max_size=2)))
     better = list(hits)
-    if hits[down] and not hits[up]: better[up], better[down] = True, False
+    if hits[down] and not hits[up]:
+        better[up], better[down] = True, False
     k, n = data.draw(st.integers(1, len(hits))), torch.tensor([max(1, sum(hits))])
     for name, f in ev.RANKING_METRICS.items():
         before, after = (f(torch.tensor([h]), n, k).item() for h in (hits, better))
         assert after >= before - 1e-12, name
-        if better != hits and down < k and name in ("MAP", "NDCG"): assert after > before, name
+        if better != hits and down < k and name in ("MAP", "NDCG"):
+            assert after > before, name
 
 
 @settings(max_examples=30)
-@given(st.integers(0, 10**6), st.sampled_from([lambda x: 2 * x + 1, lambda x: x**3, torch.exp, lambda x: x - 100]))
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([lambda x: 2 * x + 1, lambda x: x**3, torch.exp, lambda x: x - 100]),
+)
 def test_only_the_order_of_scores_counts(seed, stretch):
     train, val, _ = random_case(random.Random(seed))
     split = make(train, val)
-    scores = torch.randint(0, 6, (len(split.users), len(split.items)), generator=torch.Generator().manual_seed(seed)).float()
+    scores = torch.randint(
+        0, 6, (len(split.users), len(split.items)), generator=torch.Generator().manual_seed(seed)
+    ).float()
     a, b = (ev.eval_ranking(Table(s).fit(split), split).users for s in (scores, stretch(scores)))
     assert a.equals(b)
 
 
 # ---- ties and frauds --------------------------------------------------------------------------------------------
 
+
 def skewed_shop(n_users=250, n_items=40, name=lambda i: f"i{i:02d}"):
     "People take six of forty items, of which few sell well; the sixth is to be found."
     rng = np.random.default_rng(0)
     weight = 1 / np.arange(1, n_items + 1)
     taken = [rng.choice(n_items, 6, replace=False, p=weight / weight.sum()) for _ in range(n_users)]
-    return make([(f"u{u}", name(i), None) for u, t in enumerate(taken) for i in t[:5]], [(f"u{u}", name(t[5]), None) for u, t in enumerate(taken)])
+    return make(
+        [(f"u{u}", name(i), None) for u, t in enumerate(taken) for i in t[:5]],
+        [(f"u{u}", name(t[5]), None) for u, t in enumerate(taken)],
+    )
 
 
-def constant(split): return Table(torch.zeros(len(split.users), len(split.items))).fit(split)
+def constant(split):
+    return Table(torch.zeros(len(split.users), len(split.items))).fit(split)
 
 
-@pytest.mark.parametrize("name", [lambda i: f"i{i:02d}", lambda i: f"{(17 * i + 5) % 40:03d}"], ids=["one naming", "another naming"])
+@pytest.mark.parametrize(
+    "name",
+    [lambda i: f"i{i:02d}", lambda i: f"{(17 * i + 5) % 40:03d}"],
+    ids=["one naming", "another naming"],
+)
 def test_a_constant_scores_as_chance_whatever_the_items_are_called(name):
     split = skewed_shop(name=name)
     model = constant(split)
     users = [ev.eval_ranking(model, split, ks=(10,), seed=s).users for s in range(150)]
     scores = np.array([u["NDCG@10"].mean() for u in users])
-    chance = ev.expected_random_ndcg(users[0]["n_relevant"].to_numpy(), users[0]["n_candidates"].to_numpy(), 10).mean()
-    assert abs(scores.mean() - chance) < 3.3 * scores.std() / len(scores)**.5
-    assert chance == pytest.approx(sum(1 / math.log2(i + 1) for i in range(1, 11)) / 35)      # by hand: one of 35 is right
-    assert 3.3 * scores.std() / len(scores)**.5 < .2 * chance                                  # the check above could fail
+    chance = ev.expected_random_ndcg(
+        users[0]["n_relevant"].to_numpy(), users[0]["n_candidates"].to_numpy(), 10
+    ).mean()
+    assert abs(scores.mean() - chance) < 3.3 * scores.std() / len(scores) ** 0.5
+    assert chance == pytest.approx(
+        sum(1 / math.log2(i + 1) for i in range(1, 11)) / 35
+    )  # by hand: one of 35 is right
+    assert 3.3 * scores.std() / len(scores) ** 0.5 < 0.2 * chance  # the check above could fail
 
 
 def frauds(split):
     class Seen(Table):
-        def _scores(self, users, history, items): return history.to_sparse(self.n_items).to_dense()[:, items]
-    popular = torch.bincount(torch.tensor(split.train["item"].to_numpy()).long(), minlength=len(split.items)).float()
+        def _scores(self, users, history, items):
+            return history.to_sparse(self.n_items).to_dense()[:, items]
+
+    popular = torch.bincount(
+        torch.tensor(split.train["item"].to_numpy()).long(), minlength=len(split.items)
+    ).float()
     real = Table(popular.expand(len(split.users), -1)).fit(split)
-    turn = lambda s: torch.randperm(len(popular), generator=torch.Generator().manual_seed(s))
+
+    def turn(s):
+        return torch.randperm(len(popular), generator=torch.Generator().manual_seed(s))
+
     shuffled = [Table(popular[turn(s)].expand(len(split.users), -1)).fit(split) for s in range(12)]
-    return {"real": [real] * 12, "shuffled": shuffled, "constant": [constant(split)] * 12, "seen": [Seen([]).fit(split)] * 12}
+    return {
+        "real": [real] * 12,
+        "shuffled": shuffled,
+        "constant": [constant(split)] * 12,
+        "seen": [Seen([]).fit(split)] * 12,
+    }
 
 
 def test_three_frauds_fail_and_a_real_model_passes():
     split = skewed_shop()
-    verdict = {name: ev.gain_over_random([ev.eval_ranking(m, split, ks=(10,), seed=s).users for s, m in enumerate(models)]) for name, models in frauds(split).items()}
-    assert verdict["real"][1] > .05
-    for name in ("shuffled", "constant", "seen"): assert verdict[name][1] <= 0, name
+    verdict = {
+        name: ev.gain_over_random(
+            [ev.eval_ranking(m, split, ks=(10,), seed=s).users for s, m in enumerate(models)]
+        )
+        for name, models in frauds(split).items()
+    }
+    assert verdict["real"][1] > 0.05
+    for name in ("shuffled", "constant", "seen"):
+        assert verdict[name][1] <= 0, name
 
 
 def test_what_was_seen_cannot_be_a_hit():
-    split = make([("a", "x", None), ("a", "y", None), ("b", "z", None)], [("a", "x", None), ("a", "z", None)])
+    split = make(
+        [("a", "x", None), ("a", "y", None), ("b", "z", None)], [("a", "x", None), ("a", "z", None)]
+    )
     got = ev.eval_ranking(Table([[9, 9, 0], [0, 0, 0]]).fit(split), split, ks=(1,))
     assert got.users["n_relevant"].to_list() == [1] and got.users["Precision@1"].to_list() == [1]
     assert got.task.excluded["pairs already in the history"] == 1
     open_split = replace(split, protocol=UNMASKED)
-    assert ev.eval_ranking(Table([[9, 9, 0], [0, 0, 0]]).fit(open_split), open_split, ks=(1,)).users["n_relevant"].to_list() == [2]
+    assert ev.eval_ranking(
+        Table([[9, 9, 0], [0, 0, 0]]).fit(open_split), open_split, ks=(1,)
+    ).users["n_relevant"].to_list() == [2]
 
 
 def test_a_model_that_saw_more_than_the_training_part_is_refused():
-    split = make([("a", "x", 3), ("b", "y", 4)], [("a", "y", 5)], [("b", "x", 1)], protocol=replace(STRICT, min_user=1, min_item=1))
+    split = make(
+        [("a", "x", 3), ("b", "y", 4)],
+        [("a", "y", 5)],
+        [("b", "x", 1)],
+        protocol=replace(STRICT, min_user=1, min_item=1),
+    )
     leaky = Table(torch.zeros(2, 2)).fit(split.merge_train_val())
-    with pytest.raises(UserError, match="fitted on other rows"): ev.eval_ranking(leaky, split)
-    with pytest.raises(UserError, match="fitted on other rows"): ev.eval_ratings(leaky, split)
+    with pytest.raises(UserError, match="fitted on other rows"):
+        ev.eval_ranking(leaky, split)
+    with pytest.raises(UserError, match="fitted on other rows"):
+        ev.eval_ratings(leaky, split)
     assert len(ev.eval_ranking(leaky, split.merge_train_val(), "test").users) == 1
 
 
 def test_scores_that_are_not_numbers_are_refused():
     split = make([("a", "x", 3), ("b", "y", 4)], [("a", "y", 5)])
-    with pytest.raises(UserError, match="not numbers"): ev.eval_ranking(Table(torch.full((2, 2), torch.nan)).fit(split), split)
+    with pytest.raises(UserError, match="not numbers"):
+        ev.eval_ranking(Table(torch.full((2, 2), torch.nan)).fit(split), split)
 
 
 @pytest.mark.parametrize("history", ["seen", "fit"])
 def test_history_is_what_the_protocol_says(history):
     class Probe(Table):
         predicts_ratings = True
-        def _scores(self, users, history, items): self.asked = len(history.item); return torch.zeros(len(users), len(items))
-        def _predict(self, users, items, history): self.told = len(history.item); return torch.zeros(len(users))
-    split = make([("a", "x", 3), ("b", "y", 4), ("c", "z", 1)], [("a", "y", 5)], [("a", "z", 2), ("a", "y", 1), ("b", "x", 1)], protocol=replace(PROTOCOLS["leave-one-out"], history_source=history))
+
+        def _scores(self, users, history, items):
+            self.asked = len(history.item)
+            return torch.zeros(len(users), len(items))
+
+        def _predict(self, users, items, history):
+            self.told = len(history.item)
+            return torch.zeros(len(users))
+
+    split = make(
+        [("a", "x", 3), ("b", "y", 4), ("c", "z", 1)],
+        [("a", "y", 5)],
+        [("a", "z", 2), ("a", "y", 1), ("b", "x", 1)],
+        protocol=replace(PROTOCOLS["leave-one-out"], history_source=history),
+    )
     probe = Probe([]).fit(split)
-    ev.eval_ranking(probe, split, "test"); ev.eval_ratings(probe, split, "test")
+    ev.eval_ranking(probe, split, "test")
+    ev.eval_ratings(probe, split, "test")
     assert (probe.asked, probe.told) == {"seen": (3, 5), "fit": (2, 3)}[history]
 
 
 # ---- beyond accuracy --------------------------------------------------------------------------------------------
 
+
 def test_beyond_accuracy_by_hand():
-    about = pl.DataFrame({"item": ["x", "y", "z"], "category": ["A", "A", "B"], "price": [10., 20., 40.]})
-    train = [("a", "x", None), ("b", "x", None), ("b", "y", None), ("c", "x", None), ("d", "z", None)]
+    about = pl.DataFrame(
+        {"item": ["x", "y", "z"], "category": ["A", "A", "B"], "price": [10.0, 20.0, 40.0]}
+    )
+    train = [
+        ("a", "x", None),
+        ("b", "x", None),
+        ("b", "y", None),
+        ("c", "x", None),
+        ("d", "z", None),
+    ]
     split = make(train, [("a", "y", None), ("e", "x", None)], items=about)
     items = split.items["item"].to_list()
     score = [float({"x": 3, "y": 2, "z": 1}[i]) for i in items]
     got = ev.eval_ranking(Table([score] * 5).fit(split), split, ks=(1, 2))
-    a, e = got.users.sort("warm", descending=True).to_dicts()              # a: has x, gets y, z.  e: a stranger, gets x, y
-    assert a["Novelty@2"] == pytest.approx(2) and e["Novelty@2"] == pytest.approx((math.log2(4 / 3) + 2) / 2)
+    a, e = got.users.sort(
+        "warm", descending=True
+    ).to_dicts()  # a: has x, gets y, z.  e: a stranger, gets x, y
+    assert a["Novelty@2"] == pytest.approx(2) and e["Novelty@2"] == pytest.approx(
+        (math.log2(4 / 3) + 2) / 2
+    )
     assert a["Diversity@2"] == 1 and e["Diversity@2"] == 0
     assert a["Revenue@2"] == 20 and e["Revenue@2"] == 10
     assert a["PopularityLift@2"] == pytest.approx((1 - 3) / 3) and e["PopularityLift@2"] is None
-    shown = ev.catalog_metrics(got.lists[:, :1], got.task.candidates)        # y and x of three
+    shown = ev.catalog_metrics(got.lists[:, :1], got.task.candidates)  # y and x of three
     assert shown["value"].to_list() == pytest.approx([2 / 3, 1 / 3])
 
 
@@ -274,28 +439,63 @@ def test_diversity_against_all_pairs():
         category = [rng.randint(-1, 3) for _ in range(9)]
         row = rng.sample(range(9), 5) + [-1] * rng.randint(0, 2)
         known = [category[i] for i in row if i >= 0 and category[i] >= 0]
-        pairs = [(a, b) for n, a in enumerate(known) for b in known[n + 1:]]
+        pairs = [(a, b) for n, a in enumerate(known) for b in known[n + 1 :]]
         got = ev.diversity(torch.tensor([row]), torch.tensor(category)).item()
-        assert math.isnan(got) if not pairs else got == pytest.approx(1 - sum(a == b for a, b in pairs) / len(pairs))
+        assert (
+            math.isnan(got)
+            if not pairs
+            else got == pytest.approx(1 - sum(a == b for a, b in pairs) / len(pairs))
+        )
 
 
 # ---- stars ------------------------------------------------------------------------------------------------------
 
+
 def test_rmse_by_hand():
-    split = make([("a", "x", 1), ("b", "y", 5), ("b", "x", 3)], [("a", "y", 5), ("a", "n", 1), ("s", "x", 2), ("b", "n", None)])
-    rows = ev.eval_ratings(Stars(torch.full((3, 3), 3.)).fit(split), split)
-    assert len(rows) == 3                                                     # errors -2, 2, 1; one row has no stars
-    found = {(r["users"], r["items"], r["metric"]): r for r in ev.metric_table([rows], [ev.eval_ranking(constant(split), split).users.with_columns(relevant=pl.lit("any"), items=pl.lit("all"))]).to_dicts() if r["task"] == "rating"}
-    expected = {("all", "all"): [2, 2, 1], ("warm", "all"): [2, 2], ("cold", "all"): [1], ("all", "warm"): [2, 1], ("all", "new"): [2], ("cold", "warm"): [1], ("warm", "warm"): [2], ("warm", "new"): [2]}
+    split = make(
+        [("a", "x", 1), ("b", "y", 5), ("b", "x", 3)],
+        [("a", "y", 5), ("a", "n", 1), ("s", "x", 2), ("b", "n", None)],
+    )
+    rows = ev.eval_ratings(Stars(torch.full((3, 3), 3.0)).fit(split), split)
+    assert len(rows) == 3  # errors -2, 2, 1; one row has no stars
+    found = {
+        (r["users"], r["items"], r["metric"]): r
+        for r in ev.metric_table(
+            [rows],
+            [
+                ev.eval_ranking(constant(split), split).users.with_columns(
+                    relevant=pl.lit("any"), items=pl.lit("all")
+                )
+            ],
+        ).to_dicts()
+        if r["task"] == "rating"
+    }
+    expected = {
+        ("all", "all"): [2, 2, 1],
+        ("warm", "all"): [2, 2],
+        ("cold", "all"): [1],
+        ("all", "warm"): [2, 1],
+        ("all", "new"): [2],
+        ("cold", "warm"): [1],
+        ("warm", "warm"): [2],
+        ("warm", "new"): [2],
+    }
     assert {k[:2] for k in found} == set(expected)
     for key, errors in expected.items():
         mse = sum(e * e for e in errors) / len(errors)
-        assert found[*key, "MSE"]["value"] == pytest.approx(mse) and found[*key, "RMSE"]["value"] == pytest.approx(mse**.5)
-        assert found[*key, "MAE"]["value"] == pytest.approx(sum(errors) / len(errors)) and found[*key, "MAE"]["n"] == len(errors)
+        assert found[*key, "MSE"]["value"] == pytest.approx(mse) and found[*key, "RMSE"][
+            "value"
+        ] == pytest.approx(mse**0.5)
+        assert found[*key, "MAE"]["value"] == pytest.approx(sum(errors) / len(errors)) and found[
+            *key, "MAE"
+        ]["n"] == len(errors)
 
 
 def test_rows_in_blocks_and_models_without_stars():
-    split = make([(f"u{i % 7}", f"i{i % 5}", 1 + i % 5) for i in range(35)], [(f"u{i % 9}", f"i{i % 6}", 1 + i % 3) for i in range(40)])
+    split = make(
+        [(f"u{i % 7}", f"i{i % 5}", 1 + i % 5) for i in range(35)],
+        [(f"u{i % 9}", f"i{i % 6}", 1 + i % 3) for i in range(40)],
+    )
     table = torch.rand(len(split.users), len(split.items)) * 4 + 1
     model = Stars(table).fit(split)
     one, many = ev.eval_ratings(model, split), ev.eval_ratings(model, split, batch_size=3)
@@ -305,6 +505,7 @@ def test_rows_in_blocks_and_models_without_stars():
 
 
 # ---- intervals --------------------------------------------------------------------------------------------------
+
 
 def covered(simulate, truth, repeats=400):
     "How often the interval holds the truth."
@@ -316,125 +517,231 @@ def covered(simulate, truth, repeats=400):
     return inside / repeats
 
 
-def limits(repeats=400): return .95 - 3.3 * (.95 * .05 / repeats)**.5, .95 + 3.3 * (.95 * .05 / repeats)**.5
+def limits(repeats=400):
+    return 0.95 - 3.3 * (0.95 * 0.05 / repeats) ** 0.5, 0.95 + 3.3 * (0.95 * 0.05 / repeats) ** 0.5
 
 
 def test_coverage_of_a_mean():
     low, high = limits()
-    assert low <= covered(lambda rng, r: ev.bootstrap((rng.random(150) < .3).astype(float), n_resamples=400, seed=r), .3) <= high
+    assert (
+        low
+        <= covered(
+            lambda rng, r: ev.bootstrap(
+                (rng.random(150) < 0.3).astype(float), n_resamples=400, seed=r
+            ),
+            0.3,
+        )
+        <= high
+    )
 
 
 def test_coverage_of_rmse_with_rows_that_are_alike_within_a_user():
     def simulate(rng, r):
-        n = rng.integers(1, 12, 150)                                          # ratings of each user
-        own = rng.normal(size=150)                                            # how hard a user is to predict
-        total = np.array([((o + .3 * rng.normal(size=m))**2).sum() for o, m in zip(own, n)])
+        n = rng.integers(1, 12, 150)  # ratings of each user
+        own = rng.normal(size=150)  # how hard a user is to predict
+        total = np.array([((o + 0.3 * rng.normal(size=m)) ** 2).sum() for o, m in zip(own, n)])
         return ev.bootstrap(total, n, take_sqrt=True, n_resamples=400, seed=r)
+
     low, high = limits()
-    assert low - .02 <= covered(simulate, 1.09**.5) <= high                   # squares are skewed: two points more
+    assert low - 0.02 <= covered(simulate, 1.09**0.5) <= high  # squares are skewed: two points more
 
 
 def test_paired_is_narrower_than_unpaired():
     rng = np.random.default_rng(2)
     person = rng.normal(size=300)
-    a, b = person + .1 * rng.normal(size=300), person + .05 + .1 * rng.normal(size=300)
+    a, b = person + 0.1 * rng.normal(size=300), person + 0.05 + 0.1 * rng.normal(size=300)
     difference, lo, hi, p = ev.paired_bootstrap(b, a)
     (_, alo, ahi), (_, blo, bhi) = ev.bootstrap(a), ev.bootstrap(b)
-    apart = ((ahi - alo)**2 + (bhi - blo)**2)**.5                             # width if the two were on different people
-    assert (hi - lo < .3 * apart).all() and difference == pytest.approx((b - a).mean())
-    assert lo > 0 and p < .01 and alo < bhi and blo < ahi
+    apart = (
+        (ahi - alo) ** 2 + (bhi - blo) ** 2
+    ) ** 0.5  # width if the two were on different people
+    assert (hi - lo < 0.3 * apart).all() and difference == pytest.approx((b - a).mean())
+    assert lo > 0 and p < 0.01 and alo < bhi and blo < ahi
 
 
 def test_a_model_does_not_differ_from_itself():
     rng = np.random.default_rng(3)
     squared, n = rng.random((5, 80, 2)), rng.integers(1, 9, (5, 80, 2))
-    for how in ({}, {"root": True}): assert [x.tolist() for x in ev.paired_bootstrap(squared, squared, n, n, **how)] == [[0, 0]] * 3 + [[1, 1]]
+    for how in ({}, {"root": True}):
+        assert [x.tolist() for x in ev.paired_bootstrap(squared, squared, n, n, **how)] == [
+            [0, 0]
+        ] * 3 + [[1, 1]]
 
 
 def test_paired_rmse_is_the_difference_of_rmse():
-    a, b, n = np.array([4., 1, 9]), np.array([1., 1, 1]), np.array([1, 1, 2])
-    assert ev.paired_bootstrap(a, b, n, n, take_sqrt=True)[0] == pytest.approx((14 / 4)**.5 - (3 / 4)**.5)
+    a, b, n = np.array([4.0, 1, 9]), np.array([1.0, 1, 1]), np.array([1, 1, 2])
+    assert ev.paired_bootstrap(a, b, n, n, take_sqrt=True)[0] == pytest.approx(
+        (14 / 4) ** 0.5 - (3 / 4) ** 0.5
+    )
 
 
 def test_p_values_are_uniform_where_nothing_differs():
     rng = np.random.default_rng(4)
-    p = [ev.paired_bootstrap(rng.normal(size=80), rng.normal(size=80), n_resamples=400, seed=r)[3][0] for r in range(400)]
-    assert .05 - 3.3 * (.05 * .95 / 400)**.5 <= np.mean(np.array(p) <= .05) <= .05 + 3.3 * (.05 * .95 / 400)**.5 + .01
-    assert abs(np.mean(p) - .5) < 3.3 * (1 / 12 / 400)**.5
+    p = [
+        ev.paired_bootstrap(rng.normal(size=80), rng.normal(size=80), n_resamples=400, seed=r)[3][0]
+        for r in range(400)
+    ]
+    assert (
+        0.05 - 3.3 * (0.05 * 0.95 / 400) ** 0.5
+        <= np.mean(np.array(p) <= 0.05)
+        <= 0.05 + 3.3 * (0.05 * 0.95 / 400) ** 0.5 + 0.01
+    )
+    assert abs(np.mean(p) - 0.5) < 3.3 * (1 / 12 / 400) ** 0.5
 
 
 def test_seeds_are_resampled_too():
-    users = np.tile([0., 1.], 100)
-    seeds = np.array([-.3, -.1, 0, .1, .3])
+    users = np.tile([0.0, 1.0], 100)
+    seeds = np.array([-0.3, -0.1, 0, 0.1, 0.3])
     value, lo, hi = ev.bootstrap(users + seeds[:, None])
     _, lo1, hi1 = ev.bootstrap(users)
-    assert value == pytest.approx(.5) and hi - lo > 1.5 * (hi1 - lo1)
-    assert (ev.paired_bootstrap(users + seeds[:, None], users)[1] < 0).all() and (ev.paired_bootstrap(users + seeds[:, None], users)[2] > 0).all()
+    assert value == pytest.approx(0.5) and hi - lo > 1.5 * (hi1 - lo1)
+    assert (ev.paired_bootstrap(users + seeds[:, None], users)[1] < 0).all() and (
+        ev.paired_bootstrap(users + seeds[:, None], users)[2] > 0
+    ).all()
 
 
 def test_blocks_of_samples_change_nothing():
     values = np.random.default_rng(0).random(50)
     whole = np.concatenate(list(ev.bootstrap_weights(50, 100)))
     blocks = np.concatenate(list(ev.bootstrap_weights(50, 100, width=2**20)))
-    assert (whole == blocks).all() and (whole.sum(1) == 50).all() and len(list(ev.bootstrap_weights(50, 100, width=2**20))) > 1
+    assert (
+        (whole == blocks).all()
+        and (whole.sum(1) == 50).all()
+        and len(list(ev.bootstrap_weights(50, 100, width=2**20))) > 1
+    )
     assert ev.bootstrap(values)[0] == pytest.approx(values.mean())
 
 
 def test_holm():
-    assert np.allclose(ev.holm([.01, .04, .03, .005]), [.03, .06, .06, .02]) and ev.holm([.9, .8]).max() == 1
+    assert (
+        np.allclose(ev.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+        and ev.holm([0.9, 0.8]).max() == 1
+    )
 
 
 # ---- the whole --------------------------------------------------------------------------------------------------
 
+
 def starred_shop():
     rng = np.random.default_rng(1)
-    rows = lambda users, n: [(f"u{rng.integers(*users)}", f"i{min(int(rng.exponential(6)), 24)}", float(rng.integers(1, 6))) for _ in range(n)]
-    return make(rows((0, 40), 400), rows((20, 60), 150) + [("u30", "new", 5.)])
+
+    def rows(users, n):
+        return [
+            (
+                f"u{rng.integers(*users)}",
+                f"i{min(int(rng.exponential(6)), 24)}",
+                float(rng.integers(1, 6)),
+            )
+            for _ in range(n)
+        ]
+
+    return make(rows((0, 40), 400), rows((20, 60), 150) + [("u30", "new", 5.0)])
 
 
 def test_evaluate():
     split = starred_shop()
-    model = Stars(torch.rand(len(split.users), len(split.items), generator=torch.Generator().manual_seed(0)) * 4 + 1).fit(split)
+    model = Stars(
+        torch.rand(len(split.users), len(split.items), generator=torch.Generator().manual_seed(0))
+        * 4
+        + 1
+    ).fit(split)
     found = ev.evaluate(model, split, ks=(5, 20))
-    assert set(found["task"]) == {"rating", "ranking"} and found["versus"].null_count() == len(found) and set(found["relevant"]) == {"any"}
-    assert all(found.schema[c] == METRIC_SCHEMA[c] for c in found.columns) and not found.select("users", "items", "relevant", "task", "metric").is_duplicated().any()
-    assert (found["lo"] <= found["value"] + 1e-12).all() and (found["value"] <= found["hi"] + 1e-12).all()
-    assert {f"{m}@{k}" for m in ev.RANKING_METRICS for k in (5, 20)} | {"Coverage@20", "Gini@20", "Novelty@20", "PopularityLift@20"} == set(found.filter(task="ranking")["metric"])
+    assert (
+        set(found["task"]) == {"rating", "ranking"}
+        and found["versus"].null_count() == len(found)
+        and set(found["relevant"]) == {"any"}
+    )
+    assert (
+        all(found.schema[c] == METRIC_SCHEMA[c] for c in found.columns)
+        and not found.select("users", "items", "relevant", "task", "metric").is_duplicated().any()
+    )
+    assert (found["lo"] <= found["value"] + 1e-12).all() and (
+        found["value"] <= found["hi"] + 1e-12
+    ).all()
+    assert {f"{m}@{k}" for m in ev.RANKING_METRICS for k in (5, 20)} | {
+        "Coverage@20",
+        "Gini@20",
+        "Novelty@20",
+        "PopularityLift@20",
+    } == set(found.filter(task="ranking")["metric"])
     n = {u: found.filter(users=u, metric="NDCG@5")["n"].item() for u in ("all", "warm", "cold")}
     assert n["all"] == n["warm"] + n["cold"] and min(n.values()) > 5
     users = ev.eval_ranking(model, split, ks=(5, 20)).users
-    assert found.filter(users="cold", metric="NDCG@5")["value"].item() == pytest.approx(users.filter(~pl.col("warm"))["NDCG@5"].mean())
+    assert found.filter(users="cold", metric="NDCG@5")["value"].item() == pytest.approx(
+        users.filter(~pl.col("warm"))["NDCG@5"].mean()
+    )
     liked, new = ev.evaluate(model, split, relevant=4), ev.evaluate(model, split, items="new")
-    assert set(liked.filter(task="ranking")["relevant"]) == {">=4"} and liked.filter(users="all", metric="NDCG@5")["n"].item() < n["all"]
-    assert set(new["items"]) == {"new"} and set(new["task"]) == {"ranking"} 
-    expected = split.val.join(split.train, on="item", how="anti").group_by("user").agg(pl.col("item").n_unique())
-    assert new.filter(users="all", metric="NDCG@5")["n"].item() == len(expected) < 5 and new["lo"].null_count() == len(new)   # too few for an interval
-    assert new.filter(users="all", metric="Precision@5")["value"].item() == pytest.approx(expected["item"].mean() / 5)        # all new ones fit in
+    assert (
+        set(liked.filter(task="ranking")["relevant"]) == {">=4"}
+        and liked.filter(users="all", metric="NDCG@5")["n"].item() < n["all"]
+    )
+    assert set(new["items"]) == {"new"} and set(new["task"]) == {"ranking"}
+    expected = (
+        split.val.join(split.train, on="item", how="anti")
+        .group_by("user")
+        .agg(pl.col("item").n_unique())
+    )
+    assert new.filter(users="all", metric="NDCG@5")["n"].item() == len(expected) < 5 and new[
+        "lo"
+    ].null_count() == len(new)  # too few for an interval
+    assert new.filter(users="all", metric="Precision@5")["value"].item() == pytest.approx(
+        expected["item"].mean() / 5
+    )  # all new ones fit in
 
 
 def test_windows_of_time_are_clustered_by_user_and_seeds_are_put_together():
     rng = np.random.default_rng(0)
     users = [f"u{i}" for i in range(60)]
     hard = rng.random(60)
-    window = lambda cut, seed: pl.DataFrame({"user": users, "warm": True, "NDCG@5": hard, "relevant": "any", "items": "all"}).with_columns(cut=pl.lit(cut, pl.Int64), seed=pl.lit(seed, pl.Int64))
+
+    def window(cut, seed):
+        return pl.DataFrame(
+            {"user": users, "warm": True, "NDCG@5": hard, "relevant": "any", "items": "all"}
+        ).with_columns(cut=pl.lit(cut, pl.Int64), seed=pl.lit(seed, pl.Int64))
+
     ranked = pl.concat([window(c, s) for c in range(4) for s in (0, 1)])
-    rated = pl.DataFrame(schema={"user": pl.String, "warm": pl.Boolean, "warm_item": pl.Boolean, "cut": pl.Int64, "seed": pl.Int64} | {m: pl.Float64 for m in ev.RATING_METRICS})
+    rated = pl.DataFrame(
+        schema={
+            "user": pl.String,
+            "warm": pl.Boolean,
+            "warm_item": pl.Boolean,
+            "cut": pl.Int64,
+            "seed": pl.Int64,
+        }
+        | {m: pl.Float64 for m in ev.RATING_METRICS}
+    )
     tables = ev.metrics_by_seed_and_fold(rated, ranked, [(c, s) for c in range(4) for s in (0, 1)])
-    assert len(tables) == 9 and tables[-1]["cut"].null_count() == tables[-1]["seed"].null_count() == len(tables[-1])
-    one, together = tables[0].filter(users="all").row(0, named=True), tables[-1].filter(users="all").row(0, named=True)
+    assert len(tables) == 9 and tables[-1]["cut"].null_count() == tables[-1][
+        "seed"
+    ].null_count() == len(tables[-1])
+    one, together = (
+        tables[0].filter(users="all").row(0, named=True),
+        tables[-1].filter(users="all").row(0, named=True),
+    )
     assert together["n"] == 240 and together["value"] == pytest.approx(hard.mean())
-    assert together["hi"] - together["lo"] == pytest.approx(one["hi"] - one["lo"])     # the same people four times are not four times the evidence
+    assert together["hi"] - together["lo"] == pytest.approx(
+        one["hi"] - one["lo"]
+    )  # the same people four times are not four times the evidence
 
 
 def test_two_models_are_compared_on_the_same_users_only():
-    frame = pl.DataFrame({"user": list(range(10)), "warm": [True] * 10, "NDCG@5": np.linspace(0, 1, 10)})
-    better = frame.with_columns(pl.col("NDCG@5") + .1)
+    frame = pl.DataFrame(
+        {"user": list(range(10)), "warm": [True] * 10, "NDCG@5": np.linspace(0, 1, 10)}
+    )
+    better = frame.with_columns(pl.col("NDCG@5") + 0.1)
     row = ev.aggregate([better], ["NDCG@5"], reference=[frame]).row(0, named=True)
-    assert row["value"] == pytest.approx(.1) and row["lo"] == pytest.approx(.1) and row["p"] < .01
-    with pytest.raises(UserError, match="same users"): ev.aggregate([better], ["NDCG@5"], reference=[frame[1:]])
+    assert (
+        row["value"] == pytest.approx(0.1) and row["lo"] == pytest.approx(0.1) and row["p"] < 0.01
+    )
+    with pytest.raises(UserError, match="same users"):
+        ev.aggregate([better], ["NDCG@5"], reference=[frame[1:]])
 
 
 def test_nothing_to_find_is_no_error():
     split = make([("a", "x", None), ("b", "y", None)], [("a", "x", None)])
     got = ev.eval_ranking(constant(split), split)
-    assert len(got.users) == 0 and got.task.excluded["users without relevant items"] == 1 and len(ev.evaluate(constant(split), split)) == 0
+    assert (
+        len(got.users) == 0
+        and got.task.excluded["users without relevant items"] == 1
+        and len(ev.evaluate(constant(split), split)) == 0
+    )

@@ -1,4 +1,5 @@
 "Experiments: plans, lots, tests whose truth is known, policies read from logs, and a book read after a service."
+
 import itertools
 import json
 import sqlite3
@@ -14,10 +15,9 @@ from scipy import integrate, stats
 import widedeep_nb.experiment as ex
 from widedeep_nb.core import UserError
 from widedeep_nb.data import synthetic_users
-from widedeep_nb.serving import sample_plackett_luce
 
-PLAN = {"lists": {"popularity": .3, "neighbours": .4, "content": .3}, "stars": {"ridge": 1.}}
-HALVES = {"old": .5, "new": .5}
+PLAN = {"lists": {"popularity": 0.3, "neighbours": 0.4, "content": 0.3}, "stars": {"ridge": 1.0}}
+HALVES = {"old": 0.5, "new": 0.5}
 IDS = pl.Series([f"U{i:05}" for i in range(5000)])
 
 
@@ -34,81 +34,136 @@ def found(made):
     for day in ("drawn", "test"):
         (made.work_dir / day).mkdir(parents=True)
         (made.work_dir / day / "feedback.sqlite").write_bytes(b"half a book")
-    return ex.run_simulation(made, synthetic_users(made.manifest["dataset"]), ("hybrid", "popularity"), .1, 3, 1000)
+    return ex.run_simulation(
+        made, synthetic_users(made.manifest["dataset"]), ("hybrid", "popularity"), 0.1, 3, 1000
+    )
 
 
 # plan
 
-@pytest.mark.parametrize("sd, effect, power, alpha", [*itertools.product((.3, 2.), (.02, .1), (.8, .95), (.05, .01))])
+
+@pytest.mark.parametrize(
+    "sd, effect, power, alpha",
+    [*itertools.product((0.3, 2.0), (0.02, 0.1), (0.8, 0.95), (0.05, 0.01))],
+)
 def test_sample_size_is_the_closed_formula(sd, effect, power, alpha):
     z = stats.norm.ppf([1 - alpha / 2, power]).sum()
-    assert abs(ex.sample_size(sd, effect, power, alpha) - 2 * (z * sd / effect)**2) < 1 + stats.norm.ppf(1 - alpha / 2)**2
+    assert (
+        abs(ex.sample_size(sd, effect, power, alpha) - 2 * (z * sd / effect) ** 2)
+        < 1 + stats.norm.ppf(1 - alpha / 2) ** 2
+    )
 
 
 def test_power_is_what_simulation_gives():
     draw, tests = np.random.default_rng(0), 4000
-    n = ex.sample_size(1., .4, .9)
-    called = int((ex.welch_test(draw.normal(0, 1, (tests, n)), draw.normal(.4, 1, (tests, n))).p < .05).sum())
-    lo, hi = ex.binomial_limits(tests, ex.statistical_power(n, 1., .4))
-    assert lo <= called <= hi and abs(ex.statistical_power(n, 1., .4) - .9) < .01
+    n = ex.sample_size(1.0, 0.4, 0.9)
+    called = int(
+        (
+            ex.welch_test(draw.normal(0, 1, (tests, n)), draw.normal(0.4, 1, (tests, n))).p < 0.05
+        ).sum()
+    )
+    lo, hi = ex.binomial_limits(tests, ex.statistical_power(n, 1.0, 0.4))
+    assert lo <= called <= hi and abs(ex.statistical_power(n, 1.0, 0.4) - 0.9) < 0.01
 
 
-@pytest.mark.parametrize("wrong", [dict(sd=0.), dict(effect=-1.), dict(power=.04), dict(alpha=0.), dict(ratio=0.), dict(power=1.)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(sd=0.0),
+        dict(effect=-1.0),
+        dict(power=0.04),
+        dict(alpha=0.0),
+        dict(ratio=0.0),
+        dict(power=1.0),
+    ],
+)
 def test_a_plan_that_cannot_be_is_refused_in_one_line(wrong):
-    with pytest.raises(UserError) as e: ex.sample_size(**{"sd": 1., "effect": .1} | wrong)
+    with pytest.raises(UserError) as e:
+        ex.sample_size(**{"sd": 1.0, "effect": 0.1} | wrong)
     assert "\n" not in str(e.value)
 
 
 # assign
 
+
 def test_groups_are_balanced_in_every_experiment():
     "The p-values of balance over many experiments are themselves uniform."
-    sizes = [int((ex.assign_arms(IDS, f"experiment {i}", HALVES) == "new").sum()) for i in range(200)]
+    sizes = [
+        int((ex.assign_arms(IDS, f"experiment {i}", HALVES) == "new").sum()) for i in range(200)
+    ]
     even = [stats.binomtest(s, len(IDS)).pvalue for s in sizes]
-    assert stats.kstest(even, "uniform").pvalue > .001
-    assert stats.kstest([ex.srm_test([s, len(IDS) - s], [.5, .5]) for s in sizes], "uniform").pvalue > .001
+    assert stats.kstest(even, "uniform").pvalue > 0.001
+    assert (
+        stats.kstest([ex.srm_test([s, len(IDS) - s], [0.5, 0.5]) for s in sizes], "uniform").pvalue
+        > 0.001
+    )
 
 
 def test_experiments_are_independent():
-    groups = np.array([(ex.assign_arms(IDS, f"experiment {i}", HALVES) == "new").to_numpy() for i in range(40)])
-    pairs = [stats.chi2_contingency(np.histogram2d(a, b, 2)[0], correction=False).pvalue for a, b in itertools.combinations(groups, 2)]
-    assert stats.kstest(pairs, "uniform").pvalue > .001
+    groups = np.array(
+        [(ex.assign_arms(IDS, f"experiment {i}", HALVES) == "new").to_numpy() for i in range(40)]
+    )
+    pairs = [
+        stats.chi2_contingency(np.histogram2d(a, b, 2)[0], correction=False).pvalue
+        for a, b in itertools.combinations(groups, 2)
+    ]
+    assert stats.kstest(pairs, "uniform").pvalue > 0.001
 
 
 def test_a_lot_is_stable_and_knows_nothing_of_the_others():
-    shares = {"a": .2, "b": .5, "c": .3}
-    whole, some = ex.assign_arms(IDS, "x", shares, .1), IDS[::-7]
-    assert ex.assign_arms(some, "x", shares, .1).equals(whole[::-7])
-    assert ex.hash_uniform(pl.Series(["U1"]), "button")[0] == int.from_bytes(__import__("hashlib").sha256(b"button\0U1").digest()[:8], "big") // 2**11 / 2**53
+    shares = {"a": 0.2, "b": 0.5, "c": 0.3}
+    whole, some = ex.assign_arms(IDS, "x", shares, 0.1), IDS[::-7]
+    assert ex.assign_arms(some, "x", shares, 0.1).equals(whole[::-7])
+    assert (
+        ex.hash_uniform(pl.Series(["U1"]), "button")[0]
+        == int.from_bytes(__import__("hashlib").sha256(b"button\0U1").digest()[:8], "big")
+        // 2**11
+        / 2**53
+    )
     parts = whole.filter(whole != "holdout")
-    assert ex.srm_test([int((parts == a).sum()) for a in shares], [*shares.values()]) > .001
-    for name in ("y", "holdout"): assert ((ex.assign_arms(IDS, name, HALVES, .1) == "holdout") == (whole == "holdout")).all()
+    assert ex.srm_test([int((parts == a).sum()) for a in shares], [*shares.values()]) > 0.001
+    for name in ("y", "holdout"):
+        assert ((ex.assign_arms(IDS, name, HALVES, 0.1) == "holdout") == (whole == "holdout")).all()
 
 
-@pytest.mark.parametrize("arms, holdout", [({"a": 1.}, 0.), ({"a": .5, "b": .6}, 0.), ({"a": 0., "b": 1.}, 0.), (HALVES, 1.), (HALVES, -.1), ({"holdout": .5, "b": .5}, .1)])
+@pytest.mark.parametrize(
+    "arms, holdout",
+    [
+        ({"a": 1.0}, 0.0),
+        ({"a": 0.5, "b": 0.6}, 0.0),
+        ({"a": 0.0, "b": 1.0}, 0.0),
+        (HALVES, 1.0),
+        (HALVES, -0.1),
+        ({"holdout": 0.5, "b": 0.5}, 0.1),
+    ],
+)
 def test_wrong_shares_are_refused(arms, holdout):
-    with pytest.raises(UserError): ex.assign_arms(IDS, "x", arms, holdout)
+    with pytest.raises(UserError):
+        ex.assign_arms(IDS, "x", arms, holdout)
 
 
 # decide
+
 
 def test_many_tests_at_once_are_the_same_as_one_by_one():
     draw = np.random.default_rng(1)
     a, b = draw.exponential(1, (20, 30)), draw.exponential(2, (20, 44))
     for i, p in enumerate(ex.welch_test(a, b).p):
         theirs = stats.ttest_ind(b[i], a[i], equal_var=False)
-        assert np.isclose(p, theirs.pvalue) and np.allclose([ex.welch_test(a, b).lo[i], ex.welch_test(a, b).hi[i]], theirs.confidence_interval())
+        assert np.isclose(p, theirs.pvalue) and np.allclose(
+            [ex.welch_test(a, b).lo[i], ex.welch_test(a, b).hi[i]], theirs.confidence_interval()
+        )
 
 
 def test_cuped_is_the_regression_on_what_was_before():
     "The coefficient of the group in a regression that knows the time before (statsmodels)."
     draw = np.random.default_rng(2)
     x, y = draw.normal(size=(2, 300)), draw.normal(size=(2, 300))
-    y += .7 * x + np.array([[0], [.4]])
+    y += 0.7 * x + np.array([[0], [0.4]])
     design = np.column_stack([np.ones(600), np.repeat([0, 1], 300), x.ravel()])
     fit = sm.OLS(y.ravel(), design).fit()
     ours = ex.welch_test(*ex.cuped(*y, *x))
-    assert np.isclose(ours.value, fit.params[1]) and abs(ours.se / fit.bse[1] - 1) < .02
+    assert np.isclose(ours.value, fit.params[1]) and abs(ours.se / fit.bse[1] - 1) < 0.02
 
 
 def test_the_delta_method_is_the_bootstrap_by_person():
@@ -117,38 +172,54 @@ def test_the_delta_method_is_the_bootstrap_by_person():
     y = draw.binomial(v, draw.beta(1, 2, (2, 600)))
     ours, who = ex.welch_test(*ex.delta_method(y, v)), draw.integers(600, size=(4000, 2, 600))
     again = np.take_along_axis(y[None], who, 2).sum(2) / np.take_along_axis(v[None], who, 2).sum(2)
-    assert abs(np.std(again[:, 1] - again[:, 0]) / ours.se - 1) < .05
+    assert abs(np.std(again[:, 1] - again[:, 0]) / ours.se - 1) < 0.05
     assert np.isclose(ours.value, np.diff(y.sum(1) / v.sum(1))[0])
 
 
 def test_the_sequential_p_is_the_mixture_of_likelihoods():
     "Johari et al.: one over the mean likelihood ratio when the effect is drawn from a normal."
-    value, se, n, planned = np.array([.5, .1, .3]), np.array([.2, .1, .08]), np.array([50, 100, 200]), 200
-    rho2 = (-2 * np.log(.05) + np.log(1 - 2 * np.log(.05))) / planned
+    value, se, n, planned = (
+        np.array([0.5, 0.1, 0.3]),
+        np.array([0.2, 0.1, 0.08]),
+        np.array([50, 100, 200]),
+        200,
+    )
+    rho2 = (-2 * np.log(0.05) + np.log(1 - 2 * np.log(0.05))) / planned
+
     def ratio(v, s, m):
-        tau = np.sqrt(rho2 * m) * s                                                                # in units of one person's spread, which is s * sqrt(m)
-        return integrate.quad(lambda d: stats.norm.pdf(d, 0, tau) * np.exp((v * d - d * d / 2) / s**2), -8 * tau - 2 * abs(v), 8 * tau + 2 * abs(v))[0]
+        tau = np.sqrt(rho2 * m) * s  # in units of one person's spread, which is s * sqrt(m)
+        return integrate.quad(
+            lambda d: stats.norm.pdf(d, 0, tau) * np.exp((v * d - d * d / 2) / s**2),
+            -8 * tau - 2 * abs(v),
+            8 * tau + 2 * abs(v),
+        )[0]
+
     due = np.minimum.accumulate([min(1, 1 / ratio(*row)) for row in zip(value, se, n)])
     assert np.allclose(ex.confidence_sequence(value, se, n, planned)[2], due, rtol=1e-5)
 
 
 def test_the_sequential_interval_leaves_out_nought_where_its_p_is_small():
     z, n = np.linspace(2, 4.5, 500)[:, None], np.full((500, 1), 300)
-    for alpha in (.05, .01):
+    for alpha in (0.05, 0.01):
         lo, hi, p = ex.confidence_sequence(z, np.ones((500, 1)), n, 250, alpha)
         assert ((lo > 0) == (p < alpha)).all() and 0 < (lo > 0).sum() < 500
 
 
 def test_a_confidence_sequence_is_narrowest_where_it_was_planned():
     n = np.arange(50, 5000, 10)
-    width = lambda planned: np.subtract(*ex.confidence_sequence(0 * n, 1 / np.sqrt(n), n, planned)[1::-1])
-    near = int(np.argmin([width(p)[np.searchsorted(n, 1000)] for p in (100, 500, 1000, 2000, 4500)]))
+
+    def width(planned):
+        return np.subtract(*ex.confidence_sequence(0 * n, 1 / np.sqrt(n), n, planned)[1::-1])
+
+    near = int(
+        np.argmin([width(p)[np.searchsorted(n, 1000)] for p in (100, 500, 1000, 2000, 4500)])
+    )
     assert near == 2
 
 
 def test_on_the_way_is_what_one_would_see_then():
     draw = np.random.default_rng(4)
-    y, second, looks = draw.normal(size=(3, 90)), draw.random((3, 90)) < .4, np.array([20, 33, 90])
+    y, second, looks = draw.normal(size=(3, 90)), draw.random((3, 90)) < 0.4, np.array([20, 33, 90])
     value, se = ex.cumulative_stats(y, second, looks)
     for test, (j, n) in itertools.product(range(3), enumerate(looks)):
         seen = ex.welch_test(y[test, :n][~second[test, :n]], y[test, :n][second[test, :n]])
@@ -156,53 +227,67 @@ def test_on_the_way_is_what_one_would_see_then():
 
 
 @pytest.fixture(scope="module")
-def proof(): return ex.calibration_trials()
+def proof():
+    return ex.calibration_trials()
 
 
 def test_every_test_keeps_what_it_promises(proof):
     "False alarms, coverage and power over five thousand experiments whose truth is known."
-    assert ex.describe_calibration([r for r in ex.calibration_table(proof) if not r["holds"]] or ex.calibration_table(proof)).endswith("counts.")
+    assert ex.describe_calibration(
+        [r for r in ex.calibration_table(proof) if not r["holds"]] or ex.calibration_table(proof)
+    ).endswith("counts.")
 
 
 def test_peeking_breaks_an_ordinary_test_and_counting_visits_does_too(proof):
-    high = ex.binomial_limits(proof["tests"], .05)[1]
+    high = ex.binomial_limits(proof["tests"], 0.05)[1]
     same = proof["A/A"]
-    assert same["looking"]["called"] > 3 * high and same["by visit"]["called"] > high > same["sequential"]["called"]
-    assert same["sequential"]["called"] <= .05 * proof["tests"]
+    assert (
+        same["looking"]["called"] > 3 * high
+        and same["by visit"]["called"] > high > same["sequential"]["called"]
+    )
+    assert same["sequential"]["called"] <= 0.05 * proof["tests"]
 
 
 def test_p_values_are_uniform_where_nothing_is(proof):
-    assert proof["A/A"]["uniform"] > .01 > proof["A/B"]["uniform"] and proof["A/A"]["p"] == sorted(proof["A/A"]["p"])
+    assert proof["A/A"]["uniform"] > 0.01 > proof["A/B"]["uniform"] and proof["A/A"]["p"] == sorted(
+        proof["A/A"]["p"]
+    )
 
 
 def test_cuped_needs_fewer_people(proof):
     people = ex.synthetic_population()
     n = proof["cuped n"]
-    assert n < .7 * proof["n"]
-    called, (lo, hi) = ex.simulate_tests(people, n, 2000, seed=9)["cuped"]["called"], ex.binomial_limits(2000, .8)
-    assert lo - 20 <= called <= hi + 20                                                            # the correlation is itself an estimate
+    assert n < 0.7 * proof["n"]
+    called, (lo, hi) = (
+        ex.simulate_tests(people, n, 2000, seed=9)["cuped"]["called"],
+        ex.binomial_limits(2000, 0.8),
+    )
+    assert lo - 20 <= called <= hi + 20  # the correlation is itself an estimate
 
 
 @pytest.mark.long
 def test_promises_over_ten_thousand_other_experiments():
     "Within the limits that hold 95 % of six such counts together."
     people = ex.synthetic_population(seed=5)
-    n = ex.sample_size(float(people.control.std()), float(people.treatment.mean() - people.control.mean()))
+    n = ex.sample_size(
+        float(people.control.std()), float(people.treatment.mean() - people.control.mean())
+    )
     for apart in (False, True):
         rows = [ex.simulate_tests(people, n, 2000, apart, seed) for seed in range(20, 25)]
         for kind in ("mean", "ratio", "cuped"):
             count = sum(r["tests"] - r[kind]["covered"] for r in rows)
-            lo, hi = stats.binom.interval(1 - .05 / 6, 10_000, .05)
+            lo, hi = stats.binom.interval(1 - 0.05 / 6, 10_000, 0.05)
             assert lo <= count <= hi, (apart, kind, count)
         assert sum(r["tests"] - r["sequential"]["covered"] for r in rows) <= 500
 
 
 # off-policy
 
+
 def test_the_estimates_are_right_on_average():
     "Over every list that could be drawn, weighted by its chance: exact, however wrong the guess."
     draw = np.random.default_rng(6)
-    p, q = (w / w.sum() for w in draw.uniform(.1, 1, (2, 1, 5)))
+    p, q = (w / w.sum() for w in draw.uniform(0.1, 1, (2, 1, 5)))
     every = np.array([*itertools.permutations(range(5), 3)])
     chance, target = (ex.list_propensity(np.repeat(w, len(every), 0), every) for w in (p, q))
     assert np.isclose(chance.sum(), 1) and np.isclose(target.sum(), 1)
@@ -211,18 +296,28 @@ def test_the_estimates_are_right_on_average():
     assert np.isclose((chance * w * reward).sum(), truth)
     expected = np.full(len(every), (target * guess).sum())
     assert np.isclose((chance * (expected + w * (reward - guess))).sum(), truth)
-    one = {name: value for name, (value, _) in ex.off_policy_value(reward, chance, target, guess, expected).items()}
-    assert np.isclose(one["IPS"], (w * reward).mean()) and np.isclose(one["self-normalised"], (w * reward).sum() / w.sum()) and np.isclose(one["doubly robust"], (expected + w * (reward - guess)).mean())
+    one = {
+        name: value
+        for name, (value, _) in ex.off_policy_value(reward, chance, target, guess, expected).items()
+    }
+    assert (
+        np.isclose(one["IPS"], (w * reward).mean())
+        and np.isclose(one["self-normalised"], (w * reward).sum() / w.sum())
+        and np.isclose(one["doubly robust"], (expected + w * (reward - guess)).mean())
+    )
 
 
 def test_bias_and_spread_on_logs_whose_truth_is_known():
     rows = {r["name"]: r for r in ex.estimator_bias_variance(ex.synthetic_logs(seed=3))}
     for name in ("IPS", "self-normalised", "doubly robust"):
         assert abs(rows[name]["bias"]) < 3.5 * rows[name]["bias_se"], name
-        lo, hi = ex.binomial_limits(400, .95)
-        assert lo - 4 <= 400 * rows[name]["covered"] <= hi + 4, name                                # intervals are those of the normal
-    for name in ("mean of the log", "guess alone"): assert abs(rows[name]["bias"]) > 10 * rows[name]["bias_se"]
-    assert max(rows["doubly robust"]["sd"], rows["self-normalised"]["sd"]) < .8 * rows["IPS"]["sd"]
+        lo, hi = ex.binomial_limits(400, 0.95)
+        assert lo - 4 <= 400 * rows[name]["covered"] <= hi + 4, (
+            name
+        )  # intervals are those of the normal
+    for name in ("mean of the log", "guess alone"):
+        assert abs(rows[name]["bias"]) > 10 * rows[name]["bias_se"]
+    assert max(rows["doubly robust"]["sd"], rows["self-normalised"]["sd"]) < 0.8 * rows["IPS"]["sd"]
 
 
 def test_no_list_has_a_say_in_its_own_guess():
@@ -231,14 +326,26 @@ def test_no_list_has_a_say_in_its_own_guess():
     before = ex.cross_fit_reward_model(x, r, other)[0][4]
     r[4] += 10
     after = ex.cross_fit_reward_model(x, r, other)[0]
-    assert after[4] == before and not np.isclose(after[5], ex.cross_fit_reward_model(x, r - 10 * (np.arange(40) == 4), other)[0][5])
+    assert after[4] == before and not np.isclose(
+        after[5], ex.cross_fit_reward_model(x, r - 10 * (np.arange(40) == 4), other)[0][5]
+    )
 
 
-@pytest.mark.parametrize("chance, target, words", [
-    (np.ones(400), np.ones(400), "no list of this log was drawn"), (np.zeros(0), np.zeros(0), "no lists"), (np.full(400, 1.5), np.ones(400), "above 0 and at most 1"),
-    (np.full(400, .5), np.zeros(400), "ever shown"), (np.full(400, .5), np.full(400, .3), "0.60 where 1 is due"), (np.full(400, .01), np.where(np.arange(400) < 4, 1., 0), "worth 4 lists"), (np.full(1, .5), np.full(1, .5), "worth 1 lists")])
+@pytest.mark.parametrize(
+    "chance, target, words",
+    [
+        (np.ones(400), np.ones(400), "no list of this log was drawn"),
+        (np.zeros(0), np.zeros(0), "no lists"),
+        (np.full(400, 1.5), np.ones(400), "above 0 and at most 1"),
+        (np.full(400, 0.5), np.zeros(400), "ever shown"),
+        (np.full(400, 0.5), np.full(400, 0.3), "0.60 where 1 is due"),
+        (np.full(400, 0.01), np.where(np.arange(400) < 4, 1.0, 0), "worth 4 lists"),
+        (np.full(1, 0.5), np.full(1, 0.5), "worth 1 lists"),
+    ],
+)
 def test_a_log_that_cannot_answer_is_refused_with_the_reason(chance, target, words):
-    with pytest.raises(UserError) as e: ex.check_overlap(chance, target)
+    with pytest.raises(UserError) as e:
+        ex.check_overlap(chance, target)
     assert words in str(e.value) and "\n" not in str(e.value)
 
 
@@ -246,38 +353,82 @@ def test_lists_of_one_person_are_not_counted_as_if_each_was_drawn_by_itself():
     "The standard error of a mean over people, each of whom has four lists (statsmodels, clustered)."
     draw = np.random.default_rng(8)
     person = np.repeat(np.arange(150), 4)
-    reward, half = (draw.random(150)[person] > draw.random(600) / 2).astype(float), np.full(600, .5)
+    reward, half = (
+        (draw.random(150)[person] > draw.random(600) / 2).astype(float),
+        np.full(600, 0.5),
+    )
     value, se = ex.off_policy_value(reward, half, half, 0 * reward, 0 * reward, person)["IPS"]
-    due = sm.OLS(reward, np.ones(600)).fit(cov_type="cluster", cov_kwds={"groups": person, "use_correction": False}).bse[0]
-    assert np.isclose(value, reward.mean()) and np.isclose(se, due) and se > 1.3 * ex.off_policy_value(reward, half, half, 0 * reward, 0 * reward)["IPS"][1]
+    due = (
+        sm.OLS(reward, np.ones(600))
+        .fit(cov_type="cluster", cov_kwds={"groups": person, "use_correction": False})
+        .bse[0]
+    )
+    assert (
+        np.isclose(value, reward.mean())
+        and np.isclose(se, due)
+        and se > 1.3 * ex.off_policy_value(reward, half, half, 0 * reward, 0 * reward)["IPS"][1]
+    )
 
 
 def test_too_few_people_are_not_asked(made):
-    with pytest.raises(UserError, match="people take part"): ex.run_simulation(made, synthetic_users(made.manifest["dataset"]), ("hybrid", "popularity"), .95, 3, 1000)
+    with pytest.raises(UserError, match="people take part"):
+        ex.run_simulation(
+            made, synthetic_users(made.manifest["dataset"]), ("hybrid", "popularity"), 0.95, 3, 1000
+        )
 
 
 # a book
 
+
 def test_an_experiment_is_read_from_the_book(made, found):
     "What SQL says of the book, by other words than the module's."
     test, path = found["test"], made.folder / "experiment/test/feedback.sqlite"
-    assert found["lost"] == 0 and test["crossed"] == 0 and test["mismatch"] > ex.SRM_ALPHA and not list(made.work_dir.glob("*/feedback.sqlite"))
+    assert (
+        found["lost"] == 0
+        and test["crossed"] == 0
+        and test["mismatch"] > ex.SRM_ALPHA
+        and not list(made.work_dir.glob("*/feedback.sqlite"))
+    )
     with closing(sqlite3.connect(path)) as base:
         for arm in test["arms"]:
-            visits, people = base.execute("SELECT count(*), count(DISTINCT user) FROM lists WHERE NOT explored AND model = ?", [arm["model"]]).fetchone()
-            bought = base.execute("SELECT count(*) FROM events WHERE event = 'purchase' AND list IN (SELECT id FROM lists WHERE NOT explored AND model = ?)", [arm["model"]]).fetchone()[0]
-            assert (arm["visits"], arm["people"], arm["bought"]) == (visits, people, bought) and people > 20
+            visits, people = base.execute(
+                "SELECT count(*), count(DISTINCT user) FROM lists WHERE NOT explored AND model = ?",
+                [arm["model"]],
+            ).fetchone()
+            bought = base.execute(
+                "SELECT count(*) FROM events WHERE event = 'purchase' AND list IN (SELECT id FROM lists WHERE NOT explored AND model = ?)",
+                [arm["model"]],
+            ).fetchone()[0]
+            assert (arm["visits"], arm["people"], arm["bought"]) == (
+                visits,
+                people,
+                bought,
+            ) and people > 20
         every = base.execute("SELECT DISTINCT user, model FROM lists WHERE NOT explored").fetchall()
-    assert [m for _, m in every] == ex.assign_arms(pl.Series([u for u, _ in every]), test["name"], {"popularity": .5, "hybrid": .5}, .1).to_list()
+    assert [m for _, m in every] == ex.assign_arms(
+        pl.Series([u for u, _ in every]), test["name"], {"popularity": 0.5, "hybrid": 0.5}, 0.1
+    ).to_list()
     by = {a["model"]: a for a in test["arms"]}
-    rate = lambda m: by[m]["bought"] / by[m]["people"]
-    assert np.isclose(test["effects"][0]["value"], rate("hybrid") - rate("popularity")) and np.isclose(test["way"]["value"][-1], next(e["value"] for e in test["effects"] if e["what"] == ex.PRIMARY_OUTCOME))
+
+    def rate(m):
+        return by[m]["bought"] / by[m]["people"]
+
+    assert np.isclose(
+        test["effects"][0]["value"], rate("hybrid") - rate("popularity")
+    ) and np.isclose(
+        test["way"]["value"][-1],
+        next(e["value"] for e in test["effects"] if e["what"] == ex.PRIMARY_OUTCOME),
+    )
 
 
 def test_the_service_draws_as_it_says(made, found):
     "Its propensities, worked out anew; and what is said of other policies is so, or nothing is said."
     rows = found["policies"]
-    assert [r["agrees"] for r in rows] == [1.] * 3 and np.isclose(rows[0]["worth"], rows[0]["lists"]) and np.isclose(rows[0]["estimates"]["IPS"][0], rows[0]["earned"])
+    assert (
+        [r["agrees"] for r in rows] == [1.0] * 3
+        and np.isclose(rows[0]["worth"], rows[0]["lists"])
+        and np.isclose(rows[0]["estimates"]["IPS"][0], rows[0]["earned"])
+    )
     for r in rows:
         assert ("refused" in r) != ("estimates" in r)
         if "estimates" in r:
@@ -286,84 +437,191 @@ def test_the_service_draws_as_it_says(made, found):
 
 
 def test_wrong_propensities_are_noticed(made, found):
-    shown = ex.load_exposures(made.folder / "experiment/drawn/feedback.sqlite").with_columns(chance=pl.col("chance") * .9)
-    assert ex.evaluate_policies(made, shown, synthetic_users(made.manifest["dataset"]), ("hybrid", "popularity"), 2)[0]["agrees"] == 0.
+    shown = ex.load_exposures(made.folder / "experiment/drawn/feedback.sqlite").with_columns(
+        chance=pl.col("chance") * 0.9
+    )
+    assert (
+        ex.evaluate_policies(
+            made, shown, synthetic_users(made.manifest["dataset"]), ("hybrid", "popularity"), 2
+        )[0]["agrees"]
+        == 0.0
+    )
 
 
 def test_lists_that_were_not_drawn_say_nothing_of_others(made, found):
-    shown = ex.load_exposures(made.folder / "experiment/test/feedback.sqlite").filter(~pl.col("explored"))
-    with pytest.raises(UserError, match="no drawn lists"): ex.evaluate_policies(made, shown, None, ("hybrid", "popularity"))
-    with pytest.raises(UserError, match="propensity is 1"): ex.check_overlap(shown["chance"].to_numpy(), shown["chance"].to_numpy())
+    shown = ex.load_exposures(made.folder / "experiment/test/feedback.sqlite").filter(
+        ~pl.col("explored")
+    )
+    with pytest.raises(UserError, match="no drawn lists"):
+        ex.evaluate_policies(made, shown, None, ("hybrid", "popularity"))
+    with pytest.raises(UserError, match="propensity is 1"):
+        ex.check_overlap(shown["chance"].to_numpy(), shown["chance"].to_numpy())
 
 
 def test_people_who_met_both_models_are_left_out_and_a_loss_is_noticed(made, found):
     shown = ex.load_exposures(made.folder / "experiment/test/feedback.sqlite")
-    before, name, shares = ex.pre_period_stats(made.read("interactions.parquet")), found["test"]["name"], {"popularity": .5, "hybrid": .5}
+    before, name, shares = (
+        ex.pre_period_stats(made.read("interactions.parquet")),
+        found["test"]["name"],
+        {"popularity": 0.5, "hybrid": 0.5},
+    )
     one = shown.filter(~pl.col("explored"), pl.col("model") == "hybrid")[:1]
-    crossed = ex.analyze_experiment(pl.concat([shown, one.with_columns(model=pl.lit("popularity"))]), name, shares, .1, before)
-    assert crossed["crossed"] == 1 and crossed["arms"][1]["people"] == found["test"]["arms"][1]["people"] - 1
-    gone = shown.filter((pl.col("model") == "hybrid") | pl.Series(ex.hash_uniform(shown["user"], "gone") > .6))
-    lost = ex.analyze_experiment(gone, name, shares, .1, before)
+    crossed = ex.analyze_experiment(
+        pl.concat([shown, one.with_columns(model=pl.lit("popularity"))]), name, shares, 0.1, before
+    )
+    assert (
+        crossed["crossed"] == 1
+        and crossed["arms"][1]["people"] == found["test"]["arms"][1]["people"] - 1
+    )
+    gone = shown.filter(
+        (pl.col("model") == "hybrid") | pl.Series(ex.hash_uniform(shown["user"], "gone") > 0.6)
+    )
+    lost = ex.analyze_experiment(gone, name, shares, 0.1, before)
     assert lost["mismatch"] < ex.SRM_ALPHA
-    said = ex.describe_experiment({"test": lost, "pair": ("hybrid", "popularity"), "people": {}, "lost": 0, "planned": found["planned"]})
+    said = ex.describe_experiment(
+        {
+            "test": lost,
+            "pair": ("hybrid", "popularity"),
+            "people": {},
+            "lost": 0,
+            "planned": found["planned"],
+        }
+    )
     assert "nothing can be said" in said[-1] and not any("So:" in s for s in said)
 
 
 def test_what_is_no_book_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no book"): ex.load_exposures(tmp_path / "feedback.sqlite")
-    (tmp_path / "feedback.sqlite").write_bytes(b"not a database, but long enough to be looked at as one" * 40)
-    with pytest.raises(UserError, match="not a book"): ex.load_exposures(tmp_path / "feedback.sqlite")
+    with pytest.raises(UserError, match="no book"):
+        ex.load_exposures(tmp_path / "feedback.sqlite")
+    (tmp_path / "feedback.sqlite").write_bytes(
+        b"not a database, but long enough to be looked at as one" * 40
+    )
+    with pytest.raises(UserError, match="not a book"):
+        ex.load_exposures(tmp_path / "feedback.sqlite")
 
 
 @pytest.mark.long
 def test_an_experiment_repeats(made, found):
     "The same people, groups and whims; what the service draws by lot is its own, and only the drawn day is of that."
     made.work_dir = made.folder / ".work/experiment-again"
-    again = ex.run_simulation(made, synthetic_users(made.manifest["dataset"]), ("hybrid", "popularity"), .1, 3, 1000)
-    assert again["test"]["arms"] == found["test"]["arms"] and all(a == pytest.approx(b) for a, b in zip(again["test"]["effects"], found["test"]["effects"], strict=True))
+    again = ex.run_simulation(
+        made, synthetic_users(made.manifest["dataset"]), ("hybrid", "popularity"), 0.1, 3, 1000
+    )
+    assert again["test"]["arms"] == found["test"]["arms"] and all(
+        a == pytest.approx(b)
+        for a, b in zip(again["test"]["effects"], found["test"]["effects"], strict=True)
+    )
 
 
 def test_words_follow_the_numbers(found):
     test = found["test"]
-    for value, end in ((.3, "use hybrid."), (-.3, "use popularity.")):
-        turned = [e | {"value": value, "lo": value - .1, "hi": value + .1} for e in test["effects"]]
-        assert ex.describe_experiment({"pair": ("hybrid", "popularity")} | found | {"test": test | {"effects": turned}})[-1].endswith(end)
-    level = [e | {"value": .01, "lo": -.1, "hi": .12} for e in test["effects"]]
-    assert "not told apart. Keep popularity" in ex.describe_experiment({"pair": ("hybrid", "popularity")} | found | {"test": test | {"effects": level}})[-1]
+    for value, end in ((0.3, "use hybrid."), (-0.3, "use popularity.")):
+        turned = [
+            e | {"value": value, "lo": value - 0.1, "hi": value + 0.1} for e in test["effects"]
+        ]
+        assert ex.describe_experiment(
+            {"pair": ("hybrid", "popularity")} | found | {"test": test | {"effects": turned}}
+        )[-1].endswith(end)
+    level = [e | {"value": 0.01, "lo": -0.1, "hi": 0.12} for e in test["effects"]]
+    assert (
+        "not told apart. Keep popularity"
+        in ex.describe_experiment(
+            {"pair": ("hybrid", "popularity")} | found | {"test": test | {"effects": level}}
+        )[-1]
+    )
 
 
 def test_the_page_fits(found, proof, tmp_path, fits):
-    plt.rcdefaults()                                                                              # whoever was here before
+    plt.rcdefaults()  # whoever was here before
     page = ex.render_experiment(found | {"pair": ("hybrid", "popularity"), "trials": proof}, "demo")
     (tmp_path / "experiment.html").write_text(page)
-    assert page.count("currentColor") > 10                                                         # the figure's ink is the page's, by night too
+    assert page.count("currentColor") > 10  # the figure's ink is the page's, by night too
     fits(tmp_path / "experiment.html")
 
 
 # other logs
 
+
 def log_of(**columns):
     n = 300
-    base = {"user": [f"u{i % 40}" for i in range(n)], "item": [f"i{i}" for i in range(n)], "rating": [1. + i * i % 5 for i in range(n)], "timestamp": [10**12 + i * 10**7 for i in range(n)]}
-    return pl.DataFrame(base | columns, schema={"user": pl.String, "item": pl.String, "rating": pl.Float32, "timestamp": pl.Int64}).with_columns(pl.col("timestamp").cast(pl.Datetime("ms")))
+    base = {
+        "user": [f"u{i % 40}" for i in range(n)],
+        "item": [f"i{i}" for i in range(n)],
+        "rating": [1.0 + i * i % 5 for i in range(n)],
+        "timestamp": [10**12 + i * 10**7 for i in range(n)],
+    }
+    return pl.DataFrame(
+        base | columns,
+        schema={"user": pl.String, "item": pl.String, "rating": pl.Float32, "timestamp": pl.Int64},
+    ).with_columns(pl.col("timestamp").cast(pl.Datetime("ms")))
 
 
-@pytest.mark.parametrize("gone", [{}, {"rating": [None] * 300}, {"timestamp": [None] * 300}, {"rating": [None] * 300, "timestamp": [None] * 300}, {"user": ["u"] * 300}, {"rating": [5.] * 300}])
+@pytest.mark.parametrize(
+    "gone",
+    [
+        {},
+        {"rating": [None] * 300},
+        {"timestamp": [None] * 300},
+        {"rating": [None] * 300, "timestamp": [None] * 300},
+        {"user": ["u"] * 300},
+        {"rating": [5.0] * 300},
+    ],
+)
 def test_any_log_gets_a_plan_or_is_told_why_not(gone):
     needs = ex.required_sample_sizes(log_of(**gone))
-    assert (needs["days"] is None) == ("timestamp" in gone) and len(needs["metrics"]) == (1 if None in gone.get("rating", ()) else 3)
-    for row in needs["sizes"]: assert row["with CUPED"] <= row["people"] and (row["days"] is None) == ("timestamp" in gone) and (row["days"] or 0) % 7 == 0
+    assert (needs["days"] is None) == ("timestamp" in gone) and len(needs["metrics"]) == (
+        1 if None in gone.get("rating", ()) else 3
+    )
+    for row in needs["sizes"]:
+        assert (
+            row["with CUPED"] <= row["people"]
+            and (row["days"] is None) == ("timestamp" in gone)
+            and (row["days"] or 0) % 7 == 0
+        )
     json.dumps(needs, allow_nan=False)
 
 
 def test_where_there_is_nobody_to_ask_it_says_what_would_be_done():
-    said = ex.describe_experiment_plan({"pair": ("hybrid", "popularity"), "groups": {"hybrid": 12, "popularity": 9, "holdout": 3}})
-    assert "12" in said and "keep 3" in said and ex.describe_experiment({"pair": ("hybrid", "popularity"), "groups": {"hybrid": 12, "popularity": 9, "holdout": 3}}) == [said]
+    said = ex.describe_experiment_plan(
+        {"pair": ("hybrid", "popularity"), "groups": {"hybrid": 12, "popularity": 9, "holdout": 3}}
+    )
+    assert (
+        "12" in said
+        and "keep 3" in said
+        and ex.describe_experiment(
+            {
+                "pair": ("hybrid", "popularity"),
+                "groups": {"hybrid": 12, "popularity": 9, "holdout": 3},
+            }
+        )
+        == [said]
+    )
     assert synthetic_users("ciao.csv") is None
 
 
 def test_a_model_is_not_tried_against_itself(made):
-    made.write("leaderboard.parquet", pl.DataFrame(schema={"model": pl.String, "value": pl.Float64, "lo": pl.Float64, "hi": pl.Float64, "n": pl.Int64, "versus": pl.String, "metric": pl.String, "users": pl.String, "items": pl.String, "relevant": pl.String}))
+    made.write(
+        "leaderboard.parquet",
+        pl.DataFrame(
+            schema={
+                "model": pl.String,
+                "value": pl.Float64,
+                "lo": pl.Float64,
+                "hi": pl.Float64,
+                "n": pl.Int64,
+                "versus": pl.String,
+                "metric": pl.String,
+                "users": pl.String,
+                "items": pl.String,
+                "relevant": pl.String,
+            }
+        ),
+    )
     assert ex.pick_arms(made, "hybrid") == ("hybrid", "popularity")
-    for names, words in ((("hybrid", "hybrid"), "itself"), (("nobody",), "unknown model"), (("popularity",), "no simple model")):
-        with pytest.raises(UserError, match=words): ex.pick_arms(made, *names)
+    for names, words in (
+        (("hybrid", "hybrid"), "itself"),
+        (("nobody",), "unknown model"),
+        (("popularity",), "no simple model"),
+    ):
+        with pytest.raises(UserError, match=words):
+            ex.pick_arms(made, *names)

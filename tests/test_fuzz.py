@@ -1,4 +1,5 @@
 "Whatever lies in a file: a valid log comes out, or one line that says what is wrong."
+
 import gzip
 import io
 import json
@@ -11,16 +12,63 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from widedeep_nb.core import OPTIONAL_COLUMNS, INTERACTION_SCHEMA, UserError
-from widedeep_nb.data import FORMATS, LOG_COLUMN_ALIASES, COMPRESSIONS, load
+from widedeep_nb.core import INTERACTION_SCHEMA, OPTIONAL_COLUMNS, UserError
+from widedeep_nb.data import COMPRESSIONS, FORMATS, LOG_COLUMN_ALIASES, load
 
 T = 1_365_811_200
-names = st.sampled_from([n for known in LOG_COLUMN_ALIASES.values() for n in known.split()] + ["reviewerID", "Item-ID", "", "text", "ü", "user\n", 'a"b', "1", "."]) | st.text(max_size=5)
-scalars = st.one_of(st.none(), st.text(max_size=6), st.integers(-3, 12), st.floats(width=32), st.booleans(), st.sampled_from(["007", "1e5", " ", "nan", "inf", "click", "view", "purchase", '"', "a,b", "\r", "\ud800"]),
-                    st.integers(T, T + 9999), st.sampled_from([0, -1, T * 1000, T * 10**9, 10**19, 2**63, 10**40, 1e300, "2014-05-23", "05 23, 2014", "0000-00-00"]))
-values = scalars | st.lists(scalars, max_size=2) | st.dictionaries(st.text(max_size=2), scalars, max_size=2)
-one_in = lambda n: st.integers(0, n - 1).map(lambda k: k == n - 1)
-good_rows = st.lists(st.fixed_dictionaries({"user": st.sampled_from(["u1", "007", "é"]), "item": st.sampled_from(["i1", "00", "x y"]), "rating": st.integers(1, 5), "timestamp": st.integers(T, T + 99)}), min_size=1, max_size=12)
+names = st.sampled_from(
+    [n for known in LOG_COLUMN_ALIASES.values() for n in known.split()]
+    + ["reviewerID", "Item-ID", "", "text", "ü", "user\n", 'a"b', "1", "."]
+) | st.text(max_size=5)
+scalars = st.one_of(
+    st.none(),
+    st.text(max_size=6),
+    st.integers(-3, 12),
+    st.floats(width=32),
+    st.booleans(),
+    st.sampled_from(
+        ["007", "1e5", " ", "nan", "inf", "click", "view", "purchase", '"', "a,b", "\r", "\ud800"]
+    ),
+    st.integers(T, T + 9999),
+    st.sampled_from(
+        [
+            0,
+            -1,
+            T * 1000,
+            T * 10**9,
+            10**19,
+            2**63,
+            10**40,
+            1e300,
+            "2014-05-23",
+            "05 23, 2014",
+            "0000-00-00",
+        ]
+    ),
+)
+values = (
+    scalars
+    | st.lists(scalars, max_size=2)
+    | st.dictionaries(st.text(max_size=2), scalars, max_size=2)
+)
+
+
+def one_in(n):
+    return st.integers(0, n - 1).map(lambda k: k == n - 1)
+
+
+good_rows = st.lists(
+    st.fixed_dictionaries(
+        {
+            "user": st.sampled_from(["u1", "007", "é"]),
+            "item": st.sampled_from(["i1", "00", "x y"]),
+            "rating": st.integers(1, 5),
+            "timestamp": st.integers(T, T + 99),
+        }
+    ),
+    min_size=1,
+    max_size=12,
+)
 
 
 @st.composite
@@ -29,24 +77,42 @@ def tables(draw):
     rows = [list(r.values()) for r in draw(good_rows)]
     columns = ["user", "item", "rating", "timestamp"]
     if draw(one_in(4)):
-        columns = draw(st.lists(names, min_size=1, max_size=5) | st.permutations(columns + ["event"]).map(lambda c: c[:draw(st.integers(1, 5))]))
+        columns = draw(
+            st.lists(names, min_size=1, max_size=5)
+            | st.permutations(columns + ["event"]).map(lambda c: c[: draw(st.integers(1, 5))])
+        )
         rows = [draw(st.lists(values, min_size=len(columns), max_size=len(columns))) for _ in rows]
-    for _ in range(draw(st.integers(0, 2))): rows[draw(st.integers(0, len(rows) - 1))][draw(st.integers(0, len(columns) - 1))] = draw(values)
+    for _ in range(draw(st.integers(0, 2))):
+        rows[draw(st.integers(0, len(rows) - 1))][draw(st.integers(0, len(columns) - 1))] = draw(
+            values
+        )
     return columns, rows
 
 
 def as_csv(draw, columns, rows):
-    separator, quote = draw(st.sampled_from([",", ",", "\t", ";", "|", "::", " "])), draw(st.booleans())
-    field = lambda v: "" if v is None else '"' + str(v).replace('"', '""') + '"' if quote else str(v)
+    separator, quote = (
+        draw(st.sampled_from([",", ",", "\t", ";", "|", "::", " "])),
+        draw(st.booleans()),
+    )
+
+    def field(v):
+        return "" if v is None else '"' + str(v).replace('"', '""') + '"' if quote else str(v)
+
     lines = [separator.join(map(field, r)) for r in ([] if draw(one_in(4)) else [columns]) + rows]
-    text = draw(st.sampled_from(["\n", "\r\n", "\r"])).join(lines) + draw(st.sampled_from(["", "\n", "\n\n"]))
-    return text.encode(draw(st.sampled_from(["utf-8"] * 8 + ["utf-8-sig", "latin-1", "utf-16"])), "replace")
+    text = draw(st.sampled_from(["\n", "\r\n", "\r"])).join(lines) + draw(
+        st.sampled_from(["", "\n", "\n\n"])
+    )
+    return text.encode(
+        draw(st.sampled_from(["utf-8"] * 8 + ["utf-8-sig", "latin-1", "utf-16"])), "replace"
+    )
 
 
 def as_json(draw, columns, rows):
     rows = [dict(zip(columns, r)) for r in rows]
     form = str if draw(one_in(4)) else json.dumps
-    return (form(rows) if draw(st.booleans()) else "\n".join(map(form, rows))).encode("utf-8", "replace")
+    return (form(rows) if draw(st.booleans()) else "\n".join(map(form, rows))).encode(
+        "utf-8", "replace"
+    )
 
 
 def as_parquet(draw, columns, rows):
@@ -54,9 +120,28 @@ def as_parquet(draw, columns, rows):
     held = {}
     for i, name in enumerate(columns):
         values = [r[i] for r in rows]
-        try: column = pl.Series(name, values, strict=False).cast(draw(st.sampled_from([None] * 6 + [pl.String, pl.Float64, pl.Binary, pl.Datetime("us"), pl.Boolean, pl.Decimal(20, 2)])) or pl.Series(values, strict=False).dtype, strict=False)
-        except (Exception, pl.exceptions.PanicException): column = pl.Series(name, [str(v).encode("utf-8", "replace") for v in values])
-        if column.dtype not in (pl.Object, pl.Null, pl.Struct([])): held[name] = column
+        try:
+            column = pl.Series(name, values, strict=False).cast(
+                draw(
+                    st.sampled_from(
+                        [None] * 6
+                        + [
+                            pl.String,
+                            pl.Float64,
+                            pl.Binary,
+                            pl.Datetime("us"),
+                            pl.Boolean,
+                            pl.Decimal(20, 2),
+                        ]
+                    )
+                )
+                or pl.Series(values, strict=False).dtype,
+                strict=False,
+            )
+        except (Exception, pl.exceptions.PanicException):
+            column = pl.Series(name, [str(v).encode("utf-8", "replace") for v in values])
+        if column.dtype not in (pl.Object, pl.Null, pl.Struct([])):
+            held[name] = column
     file = io.BytesIO()
     pl.DataFrame(held).write_parquet(file)
     return file.getvalue()
@@ -65,8 +150,14 @@ def as_parquet(draw, columns, rows):
 def broken(draw, content):
     "The same with bytes changed, cut out or put in."
     for _ in range(draw(st.integers(0, 3))):
-        at, odd = draw(st.integers(0, len(content))), draw(st.sampled_from([b"", b"\xff", b"\0", b'"', b"\n", b",", b"{"]) | st.binary(max_size=4))
-        content = content[:at] + odd + content[at + draw(st.integers(0, 8)):]
+        at, odd = (
+            draw(st.integers(0, len(content))),
+            draw(
+                st.sampled_from([b"", b"\xff", b"\0", b'"', b"\n", b",", b"{"])
+                | st.binary(max_size=4)
+            ),
+        )
+        content = content[:at] + odd + content[at + draw(st.integers(0, 8)) :]
     return content
 
 
@@ -74,46 +165,84 @@ def broken(draw, content):
 def files(draw):
     "A name and what lies under it."
     end = draw(st.sampled_from(list(FORMATS))) + draw(st.sampled_from(("", "") + COMPRESSIONS))
-    write = {"csv": as_csv, "json": as_json, "parquet": as_parquet}[draw(st.sampled_from([FORMATS["." + end.split(".")[1]]] * 60 + list(FORMATS.values())))]
+    write = {"csv": as_csv, "json": as_json, "parquet": as_parquet}[
+        draw(st.sampled_from([FORMATS["." + end.split(".")[1]]] * 60 + list(FORMATS.values())))
+    ]
     content = draw(st.binary(max_size=60)) if draw(one_in(12)) else write(draw, *draw(tables()))
-    if draw(one_in(3)): content = broken(draw, content)
-    if end.endswith(COMPRESSIONS) and not draw(one_in(12)): content = gzip.compress(content, 1) if end.endswith(".gz") else pa.compress(content, "zstd", asbytes=True)
+    if draw(one_in(3)):
+        content = broken(draw, content)
+    if end.endswith(COMPRESSIONS) and not draw(one_in(12)):
+        content = (
+            gzip.compress(content, 1)
+            if end.endswith(".gz")
+            else pa.compress(content, "zstd", asbytes=True)
+        )
     return end, broken(draw, content) if draw(one_in(12)) else content
 
 
-mappings = st.none() | st.none() | st.none() | st.dictionaries(st.sampled_from(list(LOG_COLUMN_ALIASES) + ["who"]), st.sampled_from(["user", "item", "", "1", "2", "3", "0", "text", "time"]), max_size=3)
+mappings = (
+    st.none()
+    | st.none()
+    | st.none()
+    | st.dictionaries(
+        st.sampled_from(list(LOG_COLUMN_ALIASES) + ["who"]),
+        st.sampled_from(["user", "item", "", "1", "2", "3", "0", "text", "time"]),
+        max_size=3,
+    )
+)
 
 
 def check(end, content, columns, beside):
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         (place / f"ratings{end}").write_bytes(content)
-        if beside: (place / f"items{beside[0]}").write_bytes(beside[1])
-        try: loaded = load(place if beside else place / f"ratings{end}", columns)
-        except UserError as e: return valid_message(str(e))
+        if beside:
+            (place / f"items{beside[0]}").write_bytes(beside[1])
+        try:
+            loaded = load(place if beside else place / f"ratings{end}", columns)
+        except UserError as e:
+            return valid_message(str(e))
         assert [p.name for p in place.iterdir() if p.name.startswith(".")] == []
     log, items, users = loaded
-    assert {c: t for c, t in log.schema.items() if c in INTERACTION_SCHEMA} == INTERACTION_SCHEMA and all(OPTIONAL_COLUMNS[c] == t for c, t in log.schema.items() if c not in INTERACTION_SCHEMA)
-    assert loaded.report["rows_read"] == len(log) + sum(d["rows"] for d in loaded.report["dropped"]) and len(log) == loaded.report["kept"] > 0
+    assert {
+        c: t for c, t in log.schema.items() if c in INTERACTION_SCHEMA
+    } == INTERACTION_SCHEMA and all(
+        OPTIONAL_COLUMNS[c] == t for c, t in log.schema.items() if c not in INTERACTION_SCHEMA
+    )
+    assert (
+        loaded.report["rows_read"] == len(log) + sum(d["rows"] for d in loaded.report["dropped"])
+        and len(log) == loaded.report["kept"] > 0
+    )
     for ids, table in ((log["user"], users["user"]), (log["item"], items["item"])):
-        assert ids.null_count() == 0 and ids.str.strip_chars().str.len_bytes().min() > 0 and not ids.str.contains("\ufffd", literal=True).any()
+        assert (
+            ids.null_count() == 0
+            and ids.str.strip_chars().str.len_bytes().min() > 0
+            and not ids.str.contains("\ufffd", literal=True).any()
+        )
         assert table.is_unique().all() and ids.is_in(table.implode()).all()
-    assert log["rating"].is_finite().all() and (not loaded.report["has_time"] or log["timestamp"].null_count() == 0)
+    assert log["rating"].is_finite().all() and (
+        not loaded.report["has_time"] or log["timestamp"].null_count() == 0
+    )
 
 
-def valid_message(text): assert text.isprintable() and 10 < len(text) < 1200, text
+def valid_message(text):
+    assert text.isprintable() and 10 < len(text) < 1200, text
 
 
 inputs = dict(file=files(), columns=mappings, staged=st.none() | st.none() | st.none() | files())
-quiet = dict(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+quiet = dict(
+    deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 
 
 @settings(max_examples=300, **quiet)
 @given(**inputs)
-def test_any_file(file, columns, beside): check(*file, columns, beside)
+def test_any_file(file, columns, beside):
+    check(*file, columns, beside)
 
 
 @pytest.mark.long
 @settings(max_examples=10_000, **quiet)
 @given(**inputs)
-def test_ten_thousand_files(file, columns, beside): check(*file, columns, beside)
+def test_ten_thousand_files(file, columns, beside):
+    check(*file, columns, beside)

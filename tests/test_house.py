@@ -1,4 +1,5 @@
 "The rules of the house: modules in step with notebooks, chapters that import only what comes before, clean files."
+
 import ast
 import json
 import re
@@ -13,19 +14,34 @@ ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
 APPENDICES = {"shop"}  # described after the report; reached from chapters by name only
 names = [p.stem for p in CHAPTERS]
-cells = lambda path: json.loads(path.read_text())["cells"]
-code = lambda path: [c for c in cells(path) if c["cell_type"] == "code"]
-source = lambda cell: "".join(cell["source"])
-exported = lambda path: [source(c) for c in code(path) if re.search(r"^#\|\s*export", source(c), re.M)]
+
+
+def cells(path):
+    return json.loads(path.read_text())["cells"]
+
+
+def code(path):
+    return [c for c in cells(path) if c["cell_type"] == "code"]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def exported(path):
+    return [source(c) for c in code(path) if re.search(r"^#\|\s*export", source(c), re.M)]
 
 
 def tool(name, *args, cwd):
-    done = subprocess.run([Path(sys.executable).with_name(name), *args], cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run(
+        [Path(sys.executable).with_name(name), *args], cwd=cwd, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
 def copy_of_sources(to: Path):
-    for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, to)
+    for name in ("settings.ini", "pyproject.toml"):
+        shutil.copy(ROOT / name, to)
     shutil.copytree(ROOT / "nbs", to / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     (to / "widedeep_nb").mkdir()
     shutil.copy(ROOT / "widedeep_nb/__init__.py", to / "widedeep_nb")
@@ -36,14 +52,22 @@ def test_modules_in_step(tmp_path):
     tool("nbdev_export", cwd=tmp_path)
     made = {p.name: p.read_text() for p in (tmp_path / "widedeep_nb").glob("*.py")}
     there = {p.name: p.read_text() for p in (ROOT / "widedeep_nb").glob("*.py")}
-    assert sorted(made) == sorted(there), "a module without a chapter, or a chapter without its module: run nbdev_export"
-    assert [n for n in made if made[n] != there[n]] == [], "modules differ from their notebooks: run nbdev_export"
+    assert sorted(made) == sorted(there), (
+        "a module without a chapter, or a chapter without its module: run nbdev_export"
+    )
+    assert [n for n in made if made[n] != there[n]] == [], (
+        "modules differ from their notebooks: run nbdev_export"
+    )
 
 
 def test_notebooks_clean(tmp_path):
     copy_of_sources(tmp_path)
     tool("nbdev_clean", cwd=tmp_path)
-    assert [p.name for p in (ROOT / "nbs").glob("*.ipynb") if p.read_text() != (tmp_path / "nbs" / p.name).read_text()] == [], "run nbdev_clean"
+    assert [
+        p.name
+        for p in (ROOT / "nbs").glob("*.ipynb")
+        if p.read_text() != (tmp_path / "nbs" / p.name).read_text()
+    ] == [], "run nbdev_clean"
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=names)
@@ -51,9 +75,16 @@ def test_imports_only_chapters_before(path):
     "The numbers are the architecture."
     number = {p.stem[3:]: int(p.stem[:2]) for p in CHAPTERS}
     tree = ast.parse((ROOT / "widedeep_nb" / f"{path.stem[3:]}.py").read_text())
-    imported = [("widedeep_nb." if n.level else "") + (n.module or a.name) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names]
+    imported = [
+        ("widedeep_nb." if n.level else "") + (n.module or a.name)
+        for n in ast.walk(tree)
+        if isinstance(n, ast.ImportFrom)
+        for a in n.names
+    ]
     imported += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
-    mine = {m.split(".")[1] for m in imported if m.startswith("widedeep_nb.")}  # nbdev writes `from .core import`
+    mine = {
+        m.split(".")[1] for m in imported if m.startswith("widedeep_nb.")
+    }  # nbdev writes `from .core import`
     own = int(path.stem[:2])
     assert [m for m in mine if m in APPENDICES or not number[m] < own] == []
 
@@ -62,7 +93,9 @@ def test_imports_only_chapters_before(path):
 def test_chapter_form(path):
     all_cells = cells(path)
     first = next(source(c) for c in all_cells if c["cell_type"] == "markdown")
-    assert re.match(r"# .+\n\n> .+", first), "a chapter opens with a title and one line that says what it is for"
+    assert re.match(r"# .+\n\n> .+", first), (
+        "a chapter opens with a title and one line that says what it is for"
+    )
     badge = re.search(r"colab\.research\.google\.com/github/[^/]+/[^/]+/blob/main/([^)]+)\)", first)
     assert badge and badge[1] == f"nbs/{path.name}" and (ROOT / badge[1]).exists()
     assert len([c for c in all_cells if "parameters" in c["metadata"].get("tags", [])]) == 1
@@ -76,13 +109,43 @@ def test_chapter_form(path):
 @pytest.mark.parametrize("path", CHAPTERS, ids=names)
 def test_no_cell_takes_a_name_that_a_function_needs(path):
     "In a chapter the exported functions look their helpers up among the notebook's own names."
-    code = {c["id"]: ast.parse(re.sub(r"(?m)^[%!].*$", "", source(c))).body for c in cells(path) if c["cell_type"] == "code"}
+    code = {
+        c["id"]: ast.parse(re.sub(r"(?m)^[%!].*$", "", source(c))).body
+        for c in cells(path)
+        if c["cell_type"] == "code"
+    }
     shared = {c["id"] for c in cells(path) if source(c).startswith("#| export")}
-    needed = {(a.asname or a.name).split(".")[0] for i in shared for n in code[i] if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
-    needed |= {n.name for i in shared for n in code[i] if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    needed = {
+        (a.asname or a.name).split(".")[0]
+        for i in shared
+        for n in code[i]
+        if isinstance(n, (ast.Import, ast.ImportFrom))
+        for a in n.names
+    }
+    needed |= {
+        n.name for i in shared for n in code[i] if isinstance(n, (ast.FunctionDef, ast.ClassDef))
+    }
+
     def taken(node):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)): return set()
-        return {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set().union(*map(taken, ast.iter_child_nodes(node)))
+        if isinstance(
+            node,
+            (
+                ast.FunctionDef,
+                ast.ClassDef,
+                ast.Lambda,
+                ast.ListComp,
+                ast.SetComp,
+                ast.DictComp,
+                ast.GeneratorExp,
+            ),
+        ):
+            return set()
+        return (
+            {node.id}
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+            else set().union(*map(taken, ast.iter_child_nodes(node)))
+        )
+
     assert not needed & set().union(*[taken(n) for i in code.keys() - shared for n in code[i]])
 
 
@@ -91,18 +154,38 @@ def test_public_functions_are_documented(path):
     "One line of docstring and a comment for each argument."
     text = (ROOT / "widedeep_nb" / f"{path.stem[3:]}.py").read_text()
     lines, tree = text.splitlines(), ast.parse(text)
-    commands = lambda n: any("command" in ast.unparse(d) for d in n.decorator_list)  # click documents these by their options
-    for node in [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_") and not commands(n)]:
+
+    def commands(n):
+        return any(
+            "command" in ast.unparse(d) for d in n.decorator_list
+        )  # click documents these by their options
+
+    for node in [
+        n
+        for n in tree.body
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef))
+        and not n.name.startswith("_")
+        and not commands(n)
+    ]:
         assert ast.get_docstring(node), f"{node.name} has no docstring"
-        if isinstance(node, ast.ClassDef): continue
+        if isinstance(node, ast.ClassDef):
+            continue
         for arg in [a for a in node.args.args + node.args.kwonlyargs if a.arg != "self"]:
             one_line = len(node.args.args) <= 1 and node.lineno == arg.lineno
-            assert one_line or "#" in lines[arg.lineno - 1], f"{node.name}: argument {arg.arg} has no comment"
+            assert one_line or "#" in lines[arg.lineno - 1], (
+                f"{node.name}: argument {arg.arg} has no comment"
+            )
 
 
 def test_nothing_of_this_machine():
-    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    texts = {f: (ROOT / f).read_text() for f in files if f.endswith((".ipynb", ".py", ".md", ".json", ".yml", ".toml", ".ini", ".html"))}
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    texts = {
+        f: (ROOT / f).read_text()
+        for f in files
+        if f.endswith((".ipynb", ".py", ".md", ".json", ".yml", ".toml", ".ini", ".html"))
+    }
     home = re.compile(r"/(?:home|root|Users)/\w+/")
     assert [f for f, t in texts.items() if home.search(t)] == []
 
@@ -110,7 +193,14 @@ def test_nothing_of_this_machine():
 def test_no_row_of_the_measuring_data_lies_in_the_notebooks(shared):
     "Ids of the real log are told by their form."
     import polars as pl
-    log = pl.read_csv(shared / "ciao/ratings.csv.gz", has_header=False, infer_schema=False).select(pl.nth(0, 1))
+
+    log = pl.read_csv(shared / "ciao/ratings.csv.gz", has_header=False, infer_schema=False).select(
+        pl.nth(0, 1)
+    )
     form = re.compile(r"\b(U\d{5}|P\d{6})\b")
     assert log.select(pl.all_horizontal(pl.all().str.contains(r"^(U\d{5}|P\d{6})$")).all()).item()
-    assert {p.name: found for p in (ROOT / "nbs").glob("*.ipynb") if (found := form.findall(p.read_text())[:3])} == {}
+    assert {
+        p.name: found
+        for p in (ROOT / "nbs").glob("*.ipynb")
+        if (found := form.findall(p.read_text())[:3])
+    } == {}

@@ -1,4 +1,5 @@
 "Every figure in the README comes from results/, and every file it names is there."
+
 import json
 import re
 from pathlib import Path
@@ -15,28 +16,55 @@ RESULTS = sorted((ROOT / "results").glob("*.json"))
 
 def test_tables_are_those_of_results():
     block = re.search(r"<!-- figures -->\n(.*?)\n<!-- /figures -->", README, re.S)[1]
-    assert RESULTS and block == "\n\n".join(map(readme_table, load_results(ROOT / "results").values()))
+    assert RESULTS and block == "\n\n".join(
+        map(readme_table, load_results(ROOT / "results").values())
+    )
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
 def test_each_figure_by_itself(path):
     "Read back from the table with no help of the code that wrote it."
     results = json.loads(path.read_text())
-    start = re.search(rf"\*\*{results['dataset']}\*\*[^\n]*, protocol `{results['protocol']}`, {results['rows']:,} rows", README).start()
+    start = re.search(
+        rf"\*\*{results['dataset']}\*\*[^\n]*, protocol `{results['protocol']}`, {results['rows']:,} rows",
+        README,
+    ).start()
     table = README[start:].split("\n\n")[1]
-    wanted = {(r["model"], r["metric"], r["versus"]): r for r in results["metrics"] if (r["users"], r["items"], r["relevant"], r["split"]) == ("all", "all", "any", "test")}
+    wanted = {
+        (r["model"], r["metric"], r["versus"]): r
+        for r in results["metrics"]
+        if (r["users"], r["items"], r["relevant"], r["split"]) == ("all", "all", "any", "test")
+    }
     ours, checked = "hybrid" if ("hybrid", "NDCG@20", None) in wanted else "wide-deep", 0
     shown = [line.strip("| ").split(" |")[0] for line in table.splitlines()[2:]]
-    first = lambda metric, sign: sorted((m for m, x, versus in wanted if x == metric and versus is None), key=lambda m: sign * wanted[m, metric, None]["value"])
-    assert len(set(shown)) == len(shown) and {ours, *first("NDCG@20", -1)[:10], *first("RMSE", 1)[:5]} <= set(shown)
+
+    def first(metric, sign):
+        return sorted(
+            (m for m, x, versus in wanted if x == metric and versus is None),
+            key=lambda m: sign * wanted[m, metric, None]["value"],
+        )
+
+    assert len(set(shown)) == len(shown) and {
+        ours,
+        *first("NDCG@20", -1)[:10],
+        *first("RMSE", 1)[:5],
+    } <= set(shown)
     for line in table.splitlines()[2:]:
         model, *cells = [c.strip() for c in line.strip("|").split("|")]
-        keys = [(model, "RMSE", None), (ours, "RMSE", model), (model, "NDCG@20", None), (ours, "NDCG@20", model)]
+        keys = [
+            (model, "RMSE", None),
+            (ours, "RMSE", model),
+            (model, "NDCG@20", None),
+            (ours, "NDCG@20", model),
+        ]
         for key, cell in zip(keys, cells):
             assert bool(cell) == (key in wanted), key
-            if not cell: continue
+            if not cell:
+                continue
             found = [float(x) for x in re.findall(r"[+-]?\d+\.\d+", cell)]
-            assert found == pytest.approx([wanted[key][c] for c in ("value", "lo", "hi")], abs=5.1e-5)
+            assert found == pytest.approx(
+                [wanted[key][c] for c in ("value", "lo", "hi")], abs=5.1e-5
+            )
             checked += len(found)
     assert checked > 20
 
@@ -45,14 +73,24 @@ def test_what_size_takes_is_what_was_measured():
     said = re.search(r"<!-- size -->\n(.*?)\n?<!-- /size -->", README, re.S)[1]
     found = json.loads((ROOT / "results" / "scale" / "cpu.json").read_text())
     assert said == readme_size_text(found) and len(said.splitlines()) == 3
-    for stage in found["largest"]: assert stage["seconds"] > 0
-    assert f"{found['largest'][0]['rows_read']:,}" in said and f"{max(s['rows_read'] for s in found['growth'] if s['stage'] == 'read'):,}" in said
+    for stage in found["largest"]:
+        assert stage["seconds"] > 0
+    assert (
+        f"{found['largest'][0]['rows_read']:,}" in said
+        and f"{max(s['rows_read'] for s in found['growth'] if s['stage'] == 'read'):,}" in said
+    )
 
 
 def test_no_other_figure_is_typed_into_it():
-    prose = re.sub(r"<!-- figures -->.*?<!-- /figures -->|<!-- picture -->.*?<!-- /picture -->|<!-- size -->.*?<!-- /size -->|```.*?```", "", README, flags=re.S)
+    prose = re.sub(
+        r"<!-- figures -->.*?<!-- /figures -->|<!-- picture -->.*?<!-- /picture -->|<!-- size -->.*?<!-- /size -->|```.*?```",
+        "",
+        README,
+        flags=re.S,
+    )
     assert re.findall(r"\d*\.\d{3,}", prose) == []
 
 
 def test_files_it_names_exist():
-    for link in re.findall(r'\]\((?!https?:)([^)#]+)\)|src="([^"]+)"', README): assert (ROOT / (link[0] or link[1])).exists(), link
+    for link in re.findall(r'\]\((?!https?:)([^)#]+)\)|src="([^"]+)"', README):
+        assert (ROOT / (link[0] or link[1])).exists(), link

@@ -1,4 +1,5 @@
 "The command line, the runner, the page, the site's filter and publishing, on small notebooks made here."
+
 import ast
 import json
 import os
@@ -20,8 +21,31 @@ import yaml
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from widedeep_nb.core import RECOMMENDERS, UserError, Recommender, Run, Split, to_interactions, register
-from widedeep_nb.run import (CASTS, bare_name, list_chapters, parse_overrides, main, open_locked_run, render_page, make_run_plan, parse_basket, read_parameters, site_filter, recommend_from_run, summary_text, winners_svg)
+from widedeep_nb.core import (
+    RECOMMENDERS,
+    Recommender,
+    Run,
+    Split,
+    UserError,
+    register,
+    to_interactions,
+)
+from widedeep_nb.run import (
+    CASTS,
+    bare_name,
+    list_chapters,
+    main,
+    make_run_plan,
+    open_locked_run,
+    parse_basket,
+    parse_overrides,
+    read_parameters,
+    recommend_from_run,
+    render_page,
+    site_filter,
+    summary_text,
+    winners_svg,
+)
 
 ROOT = Path(__file__).parents[1]
 REAL = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
@@ -29,8 +53,19 @@ COUNT = "from pathlib import Path\nif out: print(file=open(Path(out) / f'{name}.
 
 
 def chapter(folder, name, parameters, *cells):
-    nb = new_notebook(cells=[new_markdown_cell(f"# Chapter {name[3:]}\n\n[![Open in Colab](https://colab.example/badge.svg)](https://colab.example/{name})"),
-                             new_code_cell("#| hide\nfrom typing import Optional"), new_code_cell(f"out: str = ''  # run folder\n{parameters}", metadata={"tags": ["parameters"]}), new_code_cell(f"#| hide\nname = '{name}'\n{COUNT}"), *cells])
+    nb = new_notebook(
+        cells=[
+            new_markdown_cell(
+                f"# Chapter {name[3:]}\n\n[![Open in Colab](https://colab.example/badge.svg)](https://colab.example/{name})"
+            ),
+            new_code_cell("#| hide\nfrom typing import Optional"),
+            new_code_cell(
+                f"out: str = ''  # run folder\n{parameters}", metadata={"tags": ["parameters"]}
+            ),
+            new_code_cell(f"#| hide\nname = '{name}'\n{COUNT}"),
+            *cells,
+        ]
+    )
     nbformat.write(nb, folder / f"{name}.ipynb")
 
 
@@ -38,47 +73,94 @@ def chapter(folder, name, parameters, *cells):
 def nbs(tmp_path):
     folder = tmp_path / "nbs"
     folder.mkdir()
-    same = new_code_cell("from IPython.display import HTML, display\ndisplay(HTML('<figure id=\"fig-same\"><a href=\"#fig-same\">here</a></figure>'))")
-    chapter(folder, "00_first", "n: int = 2  # a number", new_markdown_cell("See [the second](01_second.ipynb). A mean $\\bar{x}$.\n\n## Twice\n\n## Twice more"), new_code_cell("#| export\nprint(n * n)"), same)
-    chapter(folder, "01_second", "n: int = 2  # a number\nrate: Optional[float] = None  # a rate\nfail: str = ''  # how to fail",
-            new_code_cell("class Problem(ValueError): pass\nassert fail != 'bug', 'as asked'\nif fail == 'problem': raise Problem('the file is empty; give another')\n(n, rate)"))
-    chapter(folder, "02_third", "pause: float = 0.0  # seconds", new_code_cell("import time\ntime.sleep(pause)"),
-            new_code_cell("import sys\nfrom IPython.display import HTML\nprint('secret ' + 'of the machine', file=sys.stderr)\nHTML('<img src=\"https://far.example/a.png\"><script src=\"https://far.example/a.js\"></script>done')"), same)
+    same = new_code_cell(
+        'from IPython.display import HTML, display\ndisplay(HTML(\'<figure id="fig-same"><a href="#fig-same">here</a></figure>\'))'
+    )
+    chapter(
+        folder,
+        "00_first",
+        "n: int = 2  # a number",
+        new_markdown_cell(
+            "See [the second](01_second.ipynb). A mean $\\bar{x}$.\n\n## Twice\n\n## Twice more"
+        ),
+        new_code_cell("#| export\nprint(n * n)"),
+        same,
+    )
+    chapter(
+        folder,
+        "01_second",
+        "n: int = 2  # a number\nrate: Optional[float] = None  # a rate\nfail: str = ''  # how to fail",
+        new_code_cell(
+            "class Problem(ValueError): pass\nassert fail != 'bug', 'as asked'\nif fail == 'problem': raise Problem('the file is empty; give another')\n(n, rate)"
+        ),
+    )
+    chapter(
+        folder,
+        "02_third",
+        "pause: float = 0.0  # seconds",
+        new_code_cell("import time\ntime.sleep(pause)"),
+        new_code_cell(
+            "import sys\nfrom IPython.display import HTML\nprint('secret ' + 'of the machine', file=sys.stderr)\nHTML('<img src=\"https://far.example/a.png\"><script src=\"https://far.example/a.js\"></script>done')"
+        ),
+        same,
+    )
     return folder
 
 
 def widedeep(*words):
     "Call the command line here; its exit code."
-    try: main([str(w) for w in words])
-    except SystemExit as stopped: return stopped.code
+    try:
+        main([str(w) for w in words])
+    except SystemExit as stopped:
+        return stopped.code
     return 0
 
 
-def ran(out, name): return len((out / f"{name}.ran").read_text().splitlines()) if (out / f"{name}.ran").exists() else 0
+def ran(out, name):
+    return (
+        len((out / f"{name}.ran").read_text().splitlines()) if (out / f"{name}.ran").exists() else 0
+    )
 
 
-def statuses(out): return {name: c["status"] for name, c in json.loads((out / "run.json").read_text())["chapters"].items()}
+def statuses(out):
+    return {
+        name: c["status"]
+        for name, c in json.loads((out / "run.json").read_text())["chapters"].items()
+    }
 
 
-def source_of(path): return "\n".join(c.source for c in nbformat.read(path, 4).cells)
+def source_of(path):
+    return "\n".join(c.source for c in nbformat.read(path, 4).cells)
 
 
 # --- what is refused, before anything is written
 
-@pytest.mark.parametrize("words, said", [
-    (["-p", "m=1"], ["unknown parameter 'm'", "n: int = 2 (chapter 00, 01)", "rate: Optional[float] = None (chapter 01)", "pause: float = 0.0"]),
-    (["-p", "n=two"], ["n=two is no int", "n: int = 2"]),
-    (["-p", "rate=fast"], ["rate=fast is no Optional[float]"]),
-    (["-p", "n"], ["'-p n' has no value"]),
-    (["-p", "out=/tmp"], ["unknown parameter 'out'"]),
-    (["--chapters", "00", "-p", "pause=1"], ["unknown parameter 'pause'"]),
-    (["--chapters", "04"], ["unknown chapter '04'", "00, 01, 02"]),
-    (["--chapters", "02-01"], ["end before they begin", "00, 01, 02"]),
-    (["--protocol", "strickt"], ["unknown protocol 'strickt'", "strict"]),
-    (["--dataset", "demmo"], ["unknown dataset 'demmo'", "demo", "electronics-2014"]),
-    (["--seed", "x"], ["--seed"]),
-    (["-f", "nowhere.yaml"], ["nowhere.yaml cannot be read"]),
-])
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (
+            ["-p", "m=1"],
+            [
+                "unknown parameter 'm'",
+                "n: int = 2 (chapter 00, 01)",
+                "rate: Optional[float] = None (chapter 01)",
+                "pause: float = 0.0",
+            ],
+        ),
+        (["-p", "n=two"], ["n=two is no int", "n: int = 2"]),
+        (["-p", "rate=fast"], ["rate=fast is no Optional[float]"]),
+        (["-p", "n"], ["'-p n' has no value"]),
+        (["-p", "out=/tmp"], ["unknown parameter 'out'"]),
+        (["--chapters", "00", "-p", "pause=1"], ["unknown parameter 'pause'"]),
+        (["--chapters", "04"], ["unknown chapter '04'", "00, 01, 02"]),
+        (["--chapters", "02-01"], ["end before they begin", "00, 01, 02"]),
+        (["--protocol", "strickt"], ["unknown protocol 'strickt'", "strict"]),
+        (["--dataset", "demmo"], ["unknown dataset 'demmo'", "demo", "electronics-2014"]),
+        (["--seed", "x"], ["--seed"]),
+        (["-f", "nowhere.yaml"], ["nowhere.yaml cannot be read"]),
+    ],
+)
 def test_refused_in_one_line_and_nothing_written(nbs, tmp_path, capsys, words, said):
     assert widedeep("run", "--out", tmp_path / "run", "--notebooks", nbs, *words) == 2
     shown = capsys.readouterr()
@@ -95,7 +177,9 @@ def test_a_folder_of_something_else_is_left_alone(nbs, tmp_path, capsys):
 
 
 def test_without_a_checkout(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("widedeep_nb.__file__", str(tmp_path / "site-packages/widedeep_nb/__init__.py"))
+    monkeypatch.setattr(
+        "widedeep_nb.__file__", str(tmp_path / "site-packages/widedeep_nb/__init__.py")
+    )
     monkeypatch.chdir(tmp_path)
     assert widedeep("run") == 2
     assert "needs a checkout" in capsys.readouterr().err and os.listdir(tmp_path) == []
@@ -103,14 +187,19 @@ def test_without_a_checkout(tmp_path, monkeypatch, capsys):
 
 # --- parameters
 
+
 @pytest.mark.parametrize("path", REAL, ids=lambda p: p.stem)
 def test_parameters_of_real_chapters_are_what_python_makes_of_them(path):
-    cells = [c.source for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    cells = [
+        c.source for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])
+    ]
     assert len(cells) == 1
     space = {"Optional": Optional}
     exec(cells[0], space)
     declared = read_parameters(path)
-    assert list(declared)[0] == "out" and len(declared) == len(ast.parse(cells[0]).body) == len(space["__annotations__"])
+    assert list(declared)[0] == "out" and len(declared) == len(ast.parse(cells[0]).body) == len(
+        space["__annotations__"]
+    )
     for name, p in declared.items():
         kind = p.type.removeprefix("Optional[").removesuffix("]")
         assert kind in CASTS and space[name] == p.default and p.comment
@@ -120,32 +209,60 @@ def test_parameters_of_real_chapters_are_what_python_makes_of_them(path):
 
 def test_values_come_from_a_file_and_from_words(nbs, tmp_path):
     (tmp_path / "given.yaml").write_text("n: 7\nrate: 1e-3\n")
-    plan = lambda *words: make_run_plan(tmp_path / "run", notebooks=nbs, overrides=parse_overrides(words, tmp_path / "given.yaml")).values
-    assert plan() == {"00_first": {"n": 7}, "01_second": {"n": 7, "rate": .001}, "02_third": {}}
+
+    def plan(*words):
+        return make_run_plan(
+            tmp_path / "run",
+            notebooks=nbs,
+            overrides=parse_overrides(words, tmp_path / "given.yaml"),
+        ).values
+
+    assert plan() == {"00_first": {"n": 7}, "01_second": {"n": 7, "rate": 0.001}, "02_third": {}}
     assert plan("n=8", "rate=none")["01_second"] == {"n": 8, "rate": None}
     (tmp_path / "given.yaml").write_text("n: [1, 2]\n")
-    with pytest.raises(UserError, match="name: value"): plan()
+    with pytest.raises(UserError, match="name: value"):
+        plan()
 
 
 def test_the_shop_s_appendix_belongs_to_the_shop(nbs):
-    for name in ("17_run", "18_shop"): shutil.copy(nbs / "02_third.ipynb", nbs / f"{name}.ipynb")
-    names = lambda dataset: [p.name[:2] for p in list_chapters(nbs, dataset)]
-    assert names("demo?ratings=4000") == ["00", "01", "02", "18"] and names("/data/mine.csv") == ["00", "01", "02"]
+    for name in ("17_run", "18_shop"):
+        shutil.copy(nbs / "02_third.ipynb", nbs / f"{name}.ipynb")
+
+    def names(dataset):
+        return [p.name[:2] for p in list_chapters(nbs, dataset)]
+
+    assert names("demo?ratings=4000") == ["00", "01", "02", "18"] and names("/data/mine.csv") == [
+        "00",
+        "01",
+        "02",
+    ]
 
 
 # --- running
 
+
 def test_run_chapters_and_resume(nbs, tmp_path, capsys):
     out = tmp_path / "run {n}"  # papermill fills in braces
-    go = lambda *words: widedeep("run", "--out", out, "--notebooks", nbs, *words)
+
+    def go(*words):
+        return widedeep("run", "--out", out, "--notebooks", nbs, *words)
+
     assert go("--chapters", "00,02", "-p", "n=3") == 0
-    assert statuses(out) == {"00_first": "done", "02_third": "done"} and (ran(out, "00_first"), ran(out, "01_second")) == (1, 0)
+    assert statuses(out) == {"00_first": "done", "02_third": "done"} and (
+        ran(out, "00_first"),
+        ran(out, "01_second"),
+    ) == (1, 0)
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"\[1/2\] 00 first +\d+\.\d s", lines[0]) and "index.html" in lines[-1]
     assert nbformat.read(out / "notebooks/00_first.ipynb", 4).cells[-2].outputs[0].text == "9\n"
-    assert go("--resume") == 0  # 01 is new, so 02, which comes after it, is run again; n=3 is remembered
+    assert (
+        go("--resume") == 0
+    )  # 01 is new, so 02, which comes after it, is run again; n=3 is remembered
     assert [ran(out, c) for c in ("00_first", "01_second", "02_third")] == [1, 1, 2]
-    assert nbformat.read(out / "notebooks/01_second.ipynb", 4).cells[-1].outputs[0].data["text/plain"] == "(3, None)"
+    assert (
+        nbformat.read(out / "notebooks/01_second.ipynb", 4).cells[-1].outputs[0].data["text/plain"]
+        == "(3, None)"
+    )
     assert go("--resume") == 0
     assert [ran(out, c) for c in ("00_first", "01_second", "02_third")] == [1, 1, 2]
     assert go("--resume", "-p", "pause=0.01") == 0
@@ -155,74 +272,150 @@ def test_run_chapters_and_resume(nbs, tmp_path, capsys):
 
 def test_without_resume_all_is_computed_anew(nbs, tmp_path):
     out = tmp_path / "run"
-    (nbs / "03_steps.ipynb").write_text(nbformat.writes(new_notebook(cells=[new_code_cell("#| export\n@step()\ndef prepare(run): pass")])))
+    (nbs / "03_steps.ipynb").write_text(
+        nbformat.writes(
+            new_notebook(cells=[new_code_cell("#| export\n@step()\ndef prepare(run): pass")])
+        )
+    )
     run = Run(out, dataset="demo?ratings=4000", protocol="given", parameters={"n": 5})
-    run.update_manifest(steps={"prepare": {"fingerprint": "a"}, "other": {"fingerprint": "b"}}, chapters={"03_steps": {"status": "done", "fingerprint": "c", "seconds": 1}})
+    run.update_manifest(
+        steps={"prepare": {"fingerprint": "a"}, "other": {"fingerprint": "b"}},
+        chapters={"03_steps": {"status": "done", "fingerprint": "c", "seconds": 1}},
+    )
     run.write("metrics.json", [])
     with open_locked_run(make_run_plan(out, chapters="03", notebooks=nbs)) as run:
-        assert set(run.manifest["steps"]) == {"other"} and run.manifest["chapters"] == {} and (out / "metrics.json").exists()
-        assert (run.manifest["dataset"], run.manifest["protocol"], run.manifest["parameters"]) == ("demo?ratings=4000", "given", {"n": 5})
+        assert (
+            set(run.manifest["steps"]) == {"other"}
+            and run.manifest["chapters"] == {}
+            and (out / "metrics.json").exists()
+        )
+        assert (run.manifest["dataset"], run.manifest["protocol"], run.manifest["parameters"]) == (
+            "demo?ratings=4000",
+            "given",
+            {"n": 5},
+        )
     run.update_manifest(steps={"other": {"fingerprint": "b"}})
-    with open_locked_run(make_run_plan(out, resume=True, notebooks=nbs)) as run: assert set(run.manifest["steps"]) == {"other"} and (out / "metrics.json").exists()
+    with open_locked_run(make_run_plan(out, resume=True, notebooks=nbs)) as run:
+        assert set(run.manifest["steps"]) == {"other"} and (out / "metrics.json").exists()
     with open_locked_run(make_run_plan(out, dataset="demo", notebooks=nbs)) as run:
-        assert run.manifest["steps"] == {} and run.manifest["parameters"] == {} and run.manifest["dataset"] == "demo" and not (out / "metrics.json").exists()
+        assert (
+            run.manifest["steps"] == {}
+            and run.manifest["parameters"] == {}
+            and run.manifest["dataset"] == "demo"
+            and not (out / "metrics.json").exists()
+        )
 
 
 def test_a_failing_cell_and_a_problem(nbs, tmp_path, capsys):
     out = tmp_path / "run"
-    go = lambda *words: widedeep("run", "--out", out, "--notebooks", nbs, *words)
+
+    def go(*words):
+        return widedeep("run", "--out", out, "--notebooks", nbs, *words)
+
     assert go("-p", "fail=bug") == 1
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and all(s in said for s in ("01_second", "AssertionError: as asked", str(out / "notebooks/01_second.ipynb")))
-    assert statuses(out) == {"00_first": "done", "01_second": "failed"} and ran(out, "02_third") == 0
+    assert said.count("\n") == 1 and all(
+        s in said
+        for s in ("01_second", "AssertionError: as asked", str(out / "notebooks/01_second.ipynb"))
+    )
+    assert (
+        statuses(out) == {"00_first": "done", "01_second": "failed"} and ran(out, "02_third") == 0
+    )
     made = (out / "index.html").read_text()
-    assert "AssertionError: as asked" in made and "failed</b>" in made and "site-packages" not in made
+    assert (
+        "AssertionError: as asked" in made and "failed</b>" in made and "site-packages" not in made
+    )
     assert go("--resume", "-p", "fail=problem") == 2
-    assert capsys.readouterr().err == "error: the file is empty; give another\n" and statuses(out)["01_second"] == "failed"
-    assert go("--resume", "-p", "fail=") == 0 and set(statuses(out).values()) == {"done"} and ran(out, "00_first") == 1
+    assert (
+        capsys.readouterr().err == "error: the file is empty; give another\n"
+        and statuses(out)["01_second"] == "failed"
+    )
+    assert (
+        go("--resume", "-p", "fail=") == 0
+        and set(statuses(out).values()) == {"done"}
+        and ran(out, "00_first") == 1
+    )
 
 
 def test_a_kernel_that_dies(nbs, tmp_path, capsys):
     chapter(nbs, "01_second", "n: int = 2  # a number", new_code_cell("import os\nos._exit(9)"))
     assert widedeep("run", "--out", tmp_path / "run", "--notebooks", nbs) == 1
-    assert "01_second failed: its kernel died" in capsys.readouterr().err and statuses(tmp_path / "run")["01_second"] == "failed"
+    assert (
+        "01_second failed: its kernel died" in capsys.readouterr().err
+        and statuses(tmp_path / "run")["01_second"] == "failed"
+    )
 
 
 def test_chapters_run_on_this_python_whatever_python3_means(nbs, tmp_path, monkeypatch):
     spec = tmp_path / "jupyter/kernels/python3"
     spec.mkdir(parents=True)
-    (spec / "kernel.json").write_text(json.dumps({"argv": ["/bin/false", "{connection_file}"], "display_name": "another", "language": "python"}))
+    (spec / "kernel.json").write_text(
+        json.dumps(
+            {
+                "argv": ["/bin/false", "{connection_file}"],
+                "display_name": "another",
+                "language": "python",
+            }
+        )
+    )
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
-    chapter(nbs, "00_first", "n: int = 2  # a number", new_code_cell("import sys\nprint(sys.executable)"))
+    chapter(
+        nbs,
+        "00_first",
+        "n: int = 2  # a number",
+        new_code_cell("import sys\nprint(sys.executable)"),
+    )
     assert widedeep("run", "--out", tmp_path / "run", "--notebooks", nbs, "--chapters", "00") == 0
-    assert nbformat.read(tmp_path / "run/notebooks/00_first.ipynb", 4).cells[-1].outputs[0].text.strip() == sys.executable
+    assert (
+        nbformat.read(tmp_path / "run/notebooks/00_first.ipynb", 4)
+        .cells[-1]
+        .outputs[0]
+        .text.strip()
+        == sys.executable
+    )
 
 
 def start(out, nbs, *words):
-    return subprocess.Popen([sys.executable, "-m", "widedeep_nb.run", "run", "--out", out, "--notebooks", nbs, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "widedeep_nb.run", "run", "--out", out, "--notebooks", nbs, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def wait_for(out, process, name, status, also=lambda: True):
     "Until a chapter has got so far; the process must still be there."
     for _ in range(3000):
         try:
-            if statuses(out).get(name) == status and also(): return
-        except FileNotFoundError: pass
+            if statuses(out).get(name) == status and also():
+                return
+        except FileNotFoundError:
+            pass
         assert process.poll() is None, process.communicate()
-        time.sleep(.02)
+        time.sleep(0.02)
     raise AssertionError(f"{name} never was {status}")
 
 
-@pytest.mark.parametrize("name, status", [("00_first", "started"), ("00_first", "done"), ("02_third", "started")])
+@pytest.mark.parametrize(
+    "name, status", [("00_first", "started"), ("00_first", "done"), ("02_third", "started")]
+)
 def test_killed_and_resumed(nbs, tmp_path, capsys, name, status):
     out = tmp_path / "run"
     process = start(out, nbs, "-p", "pause=60")
     wait_for(out, process, name, status)
     before = (out / "run.json").read_text()
     done = [c for c, s in statuses(out).items() if s == "done"]
-    assert widedeep("run", "--out", out, "--notebooks", nbs, "--dataset", "electronics-2014") == 2  # one at a time
-    assert "is being run already" in capsys.readouterr().err and json.loads(before)["dataset"] == "demo" == json.loads((out / "run.json").read_text())["dataset"]
+    assert (
+        widedeep("run", "--out", out, "--notebooks", nbs, "--dataset", "electronics-2014") == 2
+    )  # one at a time
+    assert (
+        "is being run already" in capsys.readouterr().err
+        and json.loads(before)["dataset"]
+        == "demo"
+        == json.loads((out / "run.json").read_text())["dataset"]
+    )
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = [c for c, s in statuses(out).items() if s == "done"]
@@ -238,20 +431,37 @@ def test_ctrl_c(nbs, tmp_path):
     wait_for(out, process, "02_third", "started", lambda: ran(out, "02_third") == 1)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and said.strip().startswith("stopped; go on with: widedeep run --out") and said.strip().count("\n") == 0, said
-    assert statuses(out)["02_third"] == "started" and (out / "index.html").exists() and sorted(os.listdir(out / "notebooks")) == ["00_first.ipynb", "01_second.ipynb"]
+    assert (
+        process.returncode == 130
+        and said.strip().startswith("stopped; go on with: widedeep run --out")
+        and said.strip().count("\n") == 0
+    ), said
+    assert (
+        statuses(out)["02_third"] == "started"
+        and (out / "index.html").exists()
+        and sorted(os.listdir(out / "notebooks")) == ["00_first.ipynb", "01_second.ipynb"]
+    )
 
 
 # --- the page
 
+
 def outside(html):
     "Everything that a page would load, or that points into nothing."
     soup = BeautifulSoup(html, "html.parser")
-    found = [(t.name, k, v) for t in soup.find_all(True) for k, v in t.attrs.items()
-             if k in ("src", "href", "srcset", "xlink:href", "data", "poster", "action", "background") and re.match(r"(https?:)?//|\w+\.\w+", v.strip()) and not (t.name == "a" and v.startswith("http"))]
+    found = [
+        (t.name, k, v)
+        for t in soup.find_all(True)
+        for k, v in t.attrs.items()
+        if k in ("src", "href", "srcset", "xlink:href", "data", "poster", "action", "background")
+        and re.match(r"(https?:)?//|\w+\.\w+", v.strip())
+        and not (t.name == "a" and v.startswith("http"))
+    ]
     found += re.findall(r"@import[^;]*|url\((?!#)[^)]*\)", html.split("<body>")[0])
     ids = [t["id"] for t in soup.find_all(id=True)]
-    found += [i for i in set(ids) if ids.count(i) > 1] + [a["href"] for a in soup.find_all("a", href=re.compile("^#")) if a["href"][1:] not in ids]
+    found += [i for i in set(ids) if ids.count(i) > 1] + [
+        a["href"] for a in soup.find_all("a", href=re.compile("^#")) if a["href"][1:] not in ids
+    ]
     return found + [t for t in soup.find_all(["script", "iframe", "link"])]
 
 
@@ -261,34 +471,98 @@ def test_the_page_is_one_file_and_loads_nothing(nbs, tmp_path):
     made = (out / "index.html").read_text()
     assert outside(made) == []
     soup = BeautifulSoup(made, "html.parser")
-    assert [s["id"] for s in soup.find_all("section")] == ["00_first", "01_second", "02_third"] and len(soup.find("nav").find_all("a")) == 3
+    assert [s["id"] for s in soup.find_all("section")] == [
+        "00_first",
+        "01_second",
+        "02_third",
+    ] and len(soup.find("nav").find_all("a")) == 3
     text = soup.get_text()
-    assert "Chapter third" in text and "done" in text and "synthetic" in soup.find("header").get_text() and "chapter 07" in text
-    assert "<math" in made and "secret of the machine" not in made and "#| " not in made and "injected" not in made and ".ran" not in made
+    assert (
+        "Chapter third" in text
+        and "done" in text
+        and "synthetic" in soup.find("header").get_text()
+        and "chapter 07" in text
+    )
+    assert (
+        "<math" in made
+        and "secret of the machine" not in made
+        and "#| " not in made
+        and "injected" not in made
+        and ".ran" not in made
+    )
     assert soup.find(id="00_first--twice") and soup.find(id="00_first--twice-more")
     assert outside('<body><img src="//a.example/x.png"><a href="#no">x</a></body>') != []
 
 
 def records(*rows):
-    base = dict(task="ranking", split="test", users="all", items="all", n_relevant="any", metric="NDCG@20", n=50, reference=None)
-    return pl.DataFrame([base | dict(zip(("model", "versus", "value", "lo", "hi"), row)) for row in rows], schema_overrides={"versus": pl.String}, infer_schema_length=None)
+    base = dict(
+        task="ranking",
+        split="test",
+        users="all",
+        items="all",
+        n_relevant="any",
+        metric="NDCG@20",
+        n=50,
+        reference=None,
+    )
+    return pl.DataFrame(
+        [base | dict(zip(("model", "versus", "value", "lo", "hi"), row)) for row in rows],
+        schema_overrides={"versus": pl.String},
+        infer_schema_length=None,
+    )
 
 
-@pytest.mark.parametrize("rows, said", [
-    ([("wide-deep", None, .2, .1, .3), ("popularity", None, .1, .05, .15), ("wide-deep", "popularity", .1, .01, .2)], "use wide-deep (NDCG@20 0.2000): it beats every baseline"),
-    ([("wide-deep", None, .2, .1, .3), ("popularity", None, .1, .05, .15), ("wide-deep", "popularity", .1, -.01, .2)], "use wide-deep (NDCG@20 0.2000), though it is not surely better than popularity"),
-    ([("wide-deep", None, .2, .1, .3), ("popularity", None, .1, .05, .15)], "not surely better than popularity"),
-    ([("wide-deep", None, .1, .1, .3), ("popularity", None, .2, .05, .15), ("wide-deep", "popularity", -.1, -.2, -.01)], "use popularity (NDCG@20 0.2000): it beats wide-deep, by an interval"),
-    ([("wide-deep", None, .1, .1, .3), ("popularity", None, .2, .05, .15), ("wide-deep", "popularity", -.1, -.2, .01)], "too close to call"),
-    ([("popularity", None, .2, .05, .15)], "wide-deep has not been measured"),
-])
+@pytest.mark.parametrize(
+    "rows, said",
+    [
+        (
+            [
+                ("wide-deep", None, 0.2, 0.1, 0.3),
+                ("popularity", None, 0.1, 0.05, 0.15),
+                ("wide-deep", "popularity", 0.1, 0.01, 0.2),
+            ],
+            "use wide-deep (NDCG@20 0.2000): it beats every baseline",
+        ),
+        (
+            [
+                ("wide-deep", None, 0.2, 0.1, 0.3),
+                ("popularity", None, 0.1, 0.05, 0.15),
+                ("wide-deep", "popularity", 0.1, -0.01, 0.2),
+            ],
+            "use wide-deep (NDCG@20 0.2000), though it is not surely better than popularity",
+        ),
+        (
+            [("wide-deep", None, 0.2, 0.1, 0.3), ("popularity", None, 0.1, 0.05, 0.15)],
+            "not surely better than popularity",
+        ),
+        (
+            [
+                ("wide-deep", None, 0.1, 0.1, 0.3),
+                ("popularity", None, 0.2, 0.05, 0.15),
+                ("wide-deep", "popularity", -0.1, -0.2, -0.01),
+            ],
+            "use popularity (NDCG@20 0.2000): it beats wide-deep, by an interval",
+        ),
+        (
+            [
+                ("wide-deep", None, 0.1, 0.1, 0.3),
+                ("popularity", None, 0.2, 0.05, 0.15),
+                ("wide-deep", "popularity", -0.1, -0.2, 0.01),
+            ],
+            "too close to call",
+        ),
+        ([("popularity", None, 0.2, 0.05, 0.15)], "wide-deep has not been measured"),
+    ],
+)
 def test_the_advice_follows_the_figures(tmp_path, rows, said):
     run = Run(tmp_path / "run")
     assert "chapter 07" in summary_text(run) and winners_svg(run) == ""
     run.add_metrics(records(*rows))
     assert said in summary_text(run)
     assert outside(render_page(run)) == [] and "<svg" in render_page(run)
-    worse = records(*rows).with_columns(pl.lit("RMSE").alias("metric"), pl.lit("rating").alias("task"))  # lower is better: value and interval turn round
+    worse = records(*rows).with_columns(
+        pl.lit("RMSE").alias("metric"), pl.lit("rating").alias("task")
+    )  # lower is better: value and interval turn round
     run.add_metrics(worse.with_columns(value=-pl.col("value"), lo=-pl.col("hi"), hi=-pl.col("lo")))
     rating = summary_text(run).split("To predict stars")[1]
     assert said.split("):")[-1].split("),")[-1].strip() in rating
@@ -296,38 +570,82 @@ def test_the_advice_follows_the_figures(tmp_path, rows, said):
 
 # --- asking
 
+
 class Count(Recommender):
     "How often each item was taken."
-    def _fit(self, split): self.count = torch.bincount(torch.from_numpy(split.train["item"].to_numpy()), minlength=split.n_train_items).float()
-    def _scores(self, users, history, items): return self.count[items].expand(len(users), -1)
+
+    def _fit(self, split):
+        self.count = torch.bincount(
+            torch.from_numpy(split.train["item"].to_numpy()), minlength=split.n_train_items
+        ).float()
+
+    def _scores(self, users, history, items):
+        return self.count[items].expand(len(users), -1)
 
 
 def test_recommend(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(RECOMMENDERS, "count", None)
     model = register("count")(dataclass(Count))()
-    log = to_interactions(pl.DataFrame({"user": ["ann", "ann", "bob", "bob", "eve"], "item": ["007", "bag", "007", "cam", "bag"], "rating": [5, 3, 4, 1, 2], "timestamp": [1, 2, 3, 4, 5]}))
+    log = to_interactions(
+        pl.DataFrame(
+            {
+                "user": ["ann", "ann", "bob", "bob", "eve"],
+                "item": ["007", "bag", "007", "cam", "bag"],
+                "rating": [5, 3, 4, 1, 2],
+                "timestamp": [1, 2, 3, 4, 5],
+            }
+        )
+    )
     run = Run(tmp_path / "run")
-    run.write("items.parquet", pl.DataFrame({"item": ["007", "bag", "cam"], "title": ["A film", "A bag", "A camera"]}))
-    assert widedeep("recommend", run.folder, "--user", "ann") == 2 and "no fitted model" in capsys.readouterr().err
+    run.write(
+        "items.parquet",
+        pl.DataFrame({"item": ["007", "bag", "cam"], "title": ["A film", "A bag", "A camera"]}),
+    )
+    assert (
+        widedeep("recommend", run.folder, "--user", "ann") == 2
+        and "no fitted model" in capsys.readouterr().err
+    )
     model.fit(Split.from_frames(log, log.clear(), log.clear())).save(run.model_folder("count"))
-    ask = lambda *words: (widedeep("recommend", run.folder, "--json", *words), json.loads(capsys.readouterr().out))
+
+    def ask(*words):
+        return (
+            widedeep("recommend", run.folder, "--json", *words),
+            json.loads(capsys.readouterr().out),
+        )
+
     code, found = ask("--user", "ann")
-    assert code == 0 and [(r["item"], r["title"], r["rank"]) for r in found["items"]] == [("cam", "A camera", 1)] and found["note"] == ""
+    assert (
+        code == 0
+        and [(r["item"], r["title"], r["rank"]) for r in found["items"]] == [("cam", "A camera", 1)]
+        and found["note"] == ""
+    )
     _, found = ask("--user", "zoe", "-k", "2")
-    assert "nobody called" in found["note"] and {r["item"] for r in found["items"]} == {"007", "bag"}
+    assert "nobody called" in found["note"] and {r["item"] for r in found["items"]} == {
+        "007",
+        "bag",
+    }
     _, found = ask("--basket", "007:5,hat")
     assert "hat" in found["note"] and {r["item"] for r in found["items"]} == {"bag", "cam"}
     assert widedeep("recommend", run.folder, "--user", "zoe") == 0
     shown = capsys.readouterr()
     assert "nobody called" in shown.err and "A film" in shown.out
-    for words, said in [(["--user", "ann", "--basket", "007"], "either"), ([], "either"), (["--user", "ann", "--model", "eas"], "known: count"), (["--user", "ann", "-k", "0"], "-k")]:
+    for words, said in [
+        (["--user", "ann", "--basket", "007"], "either"),
+        ([], "either"),
+        (["--user", "ann", "--model", "eas"], "known: count"),
+        (["--user", "ann", "-k", "0"], "-k"),
+    ]:
         assert widedeep("recommend", run.folder, *words) == 2 and said in capsys.readouterr().err
-    assert widedeep("recommend", tmp_path / "nowhere", "--user", "ann") == 2 and not (tmp_path / "nowhere").exists()
+    assert (
+        widedeep("recommend", tmp_path / "nowhere", "--user", "ann") == 2
+        and not (tmp_path / "nowhere").exists()
+    )
 
 
 def test_baskets_as_they_are_typed():
     assert parse_basket("007:4.5, bag,a:b") == {"007": 4.5, "bag": None, "a:b": None}
-    with pytest.raises(UserError): parse_basket(" , ")
+    with pytest.raises(UserError):
+        parse_basket(" , ")
 
 
 def test_datasets(capsys):
@@ -337,32 +655,85 @@ def test_datasets(capsys):
 
 # --- the site's filter and publishing
 
+
 def labelled(label="fig-a"):
-    data = {"text/html": f'<figure id="{label}"><svg>x</svg><figcaption>It "grows" by $2.</figcaption></figure>'}
-    return new_output("display_data", data, metadata={"widedeep": {"label": label, "caption": 'It "grows" by $2.', "alt": "A line."}})
+    data = {
+        "text/html": f'<figure id="{label}"><svg>x</svg><figcaption>It "grows" by $2.</figcaption></figure>'
+    }
+    return new_output(
+        "display_data",
+        data,
+        metadata={"widedeep": {"label": label, "caption": 'It "grows" by $2.', "alt": "A line."}},
+    )
 
 
 def test_site_filter_as_a_command():
-    table = new_output("display_data", {"text/html": '<div class="wd-table"><table class="wd" id="tbl-b"><caption>All.</caption><tr></tr></table></div>'}, metadata={"widedeep": {"label": "tbl-b", "caption": "All."}})
-    nb = new_notebook(cells=[new_code_cell("#| hide\nsecret()"), new_code_cell("#| default_exp run"), new_code_cell("out = 1", metadata={"tags": ["injected-parameters"]}),
-                             new_code_cell("#| export\n#| eval: false\n#| code-fold: true\nf()", outputs=[new_output("stream", name="stderr", text="warned"), labelled()]),
-                             new_code_cell("g()", outputs=[table]), new_code_cell("h()", outputs=[labelled("fig-c"), labelled("fig-d")])])
-    done = subprocess.run([sys.executable, "-m", "widedeep_nb.run", "site-filter"], input=nbformat.writes(nb), capture_output=True, text=True, cwd=ROOT / "nbs")
+    table = new_output(
+        "display_data",
+        {
+            "text/html": '<div class="wd-table"><table class="wd" id="tbl-b"><caption>All.</caption><tr></tr></table></div>'
+        },
+        metadata={"widedeep": {"label": "tbl-b", "caption": "All."}},
+    )
+    nb = new_notebook(
+        cells=[
+            new_code_cell("#| hide\nsecret()"),
+            new_code_cell("#| default_exp run"),
+            new_code_cell("out = 1", metadata={"tags": ["injected-parameters"]}),
+            new_code_cell(
+                "#| export\n#| eval: false\n#| code-fold: true\nf()",
+                outputs=[new_output("stream", name="stderr", text="warned"), labelled()],
+            ),
+            new_code_cell("g()", outputs=[table]),
+            new_code_cell("h()", outputs=[labelled("fig-c"), labelled("fig-d")]),
+        ]
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "widedeep_nb.run", "site-filter"],
+        input=nbformat.writes(nb),
+        capture_output=True,
+        text=True,
+        cwd=ROOT / "nbs",
+    )
     assert done.returncode == 0 and done.stderr == ""
     figure, two, three = json.loads(done.stdout)["cells"]
-    assert figure["source"] == ["#| code-fold: true\n", "f()"] and [c["source"] for c in (two, three)] == [["g()"], ["h()"]]
-    texts = ["".join(o["data"]["text/markdown"]) for c in (figure, two, three) for o in c["outputs"]]
-    assert texts[0] == '::: {#fig-a}\n\n````{=html}\n<svg>x</svg>\n````\n\nIt "grows" by \\$2.\n\n:::\n'
-    assert '<div class="wd-table"><table class="wd"><tr></tr></table></div>' in texts[1] and texts[1].endswith("\n````\n\nAll.\n\n:::\n")
-    assert [t.splitlines()[0] for t in texts] == ["::: {#fig-a}", "::: {#tbl-b}", "::: {#fig-c}", "::: {#fig-d}"]  # several in one cell
+    assert figure["source"] == ["#| code-fold: true\n", "f()"] and [
+        c["source"] for c in (two, three)
+    ] == [["g()"], ["h()"]]
+    texts = [
+        "".join(o["data"]["text/markdown"]) for c in (figure, two, three) for o in c["outputs"]
+    ]
+    assert (
+        texts[0]
+        == '::: {#fig-a}\n\n````{=html}\n<svg>x</svg>\n````\n\nIt "grows" by \\$2.\n\n:::\n'
+    )
+    assert '<div class="wd-table"><table class="wd"><tr></tr></table></div>' in texts[1] and texts[
+        1
+    ].endswith("\n````\n\nAll.\n\n:::\n")
+    assert [t.splitlines()[0] for t in texts] == [
+        "::: {#fig-a}",
+        "::: {#tbl-b}",
+        "::: {#fig-c}",
+        "::: {#fig-d}",
+    ]  # several in one cell
 
 
 @pytest.mark.parametrize("path", REAL, ids=lambda p: p.stem)
 def test_site_filter_leaves_no_directive_of_nbdev(path):
     for cell in site_filter(nbformat.read(path, 4)).cells:
         if cell.cell_type == "code":
-            options = yaml.safe_load("\n".join(l[2:] for l in cell.source.splitlines() if l.startswith("#|"))) or {}
-            assert isinstance(options, dict) and not set(options) & {"export", "eval", "hide", "default_exp"}
+            options = (
+                yaml.safe_load(
+                    "\n".join(l[2:] for l in cell.source.splitlines() if l.startswith("#|"))
+                )
+                or {}
+            )
+            assert isinstance(options, dict) and not set(options) & {
+                "export",
+                "eval",
+                "hide",
+                "default_exp",
+            }
 
 
 def finished(nbs, out, *words):
@@ -370,72 +741,151 @@ def finished(nbs, out, *words):
     shutil.copy(ROOT / "settings.ini", nbs.parent)
     assert widedeep("run", "--out", out, "--notebooks", nbs, *words) == 0
     run = Run(out)
-    run.add_metrics(records(("popularity", None, .2, .1, .3)))
-    run.write("interactions.parquet", pl.DataFrame({"user": ["a"], "item": ["b"], "timestamp": [None]}))
+    run.add_metrics(records(("popularity", None, 0.2, 0.1, 0.3)))
+    run.write(
+        "interactions.parquet", pl.DataFrame({"user": ["a"], "item": ["b"], "timestamp": [None]})
+    )
     return run
 
 
 def test_publish(nbs, tmp_path, capsys):
-    chapter(nbs, "02_third", "", new_code_cell("import sys\nprint('warned', file=sys.stderr)\nprint(out)\nobject()"))
-    nbformat.write(new_notebook(cells=[new_code_cell("from widedeep_nb.run import published\nprint([(n, r['metrics'][0]['value']) for n, r in published('../results').items()])")]), nbs / "discussion.ipynb")
-    nbformat.write(new_notebook(cells=[new_code_cell("n: int = 1  # a number", metadata={"tags": ["parameters"]}), new_code_cell("1 / 0")]), nbs / "driver.ipynb")
+    chapter(
+        nbs,
+        "02_third",
+        "",
+        new_code_cell("import sys\nprint('warned', file=sys.stderr)\nprint(out)\nobject()"),
+    )
+    nbformat.write(
+        new_notebook(
+            cells=[
+                new_code_cell(
+                    "from widedeep_nb.run import published\nprint([(n, r['metrics'][0]['value']) for n, r in published('../results').items()])"
+                )
+            ]
+        ),
+        nbs / "discussion.ipynb",
+    )
+    nbformat.write(
+        new_notebook(
+            cells=[
+                new_code_cell("n: int = 1  # a number", metadata={"tags": ["parameters"]}),
+                new_code_cell("1 / 0"),
+            ]
+        ),
+        nbs / "driver.ipynb",
+    )
     before = {p.name: nbformat.read(p, 4) for p in nbs.glob("*.ipynb")}
     finished(nbs, tmp_path / "runs/mine", "--dataset", "demo?ratings=4000")
     assert widedeep("publish", tmp_path / "runs/mine", "--notebooks", nbs) == 0
     for path in nbs.glob("*.ipynb"):
         after, old = nbformat.read(path, 4), before[path.name]
-        assert [(c.id, c.source, c.metadata.get("tags")) for c in after.cells] == [(c.id, c.source, c.metadata.get("tags")) for c in old.cells]
+        assert [(c.id, c.source, c.metadata.get("tags")) for c in after.cells] == [
+            (c.id, c.source, c.metadata.get("tags")) for c in old.cells
+        ]
         assert not any(o.get("name") == "stderr" for c in after.cells for o in c.get("outputs", []))
         assert str(tmp_path) not in path.read_text()
     shown = nbformat.read(nbs / "02_third.ipynb", 4).cells[-1].outputs
     assert shown[0].text == "runs/mine\n" and shown[1].data["text/plain"] == "<object>"
     results = json.loads((tmp_path / "results/demo-strict.json").read_text())
-    assert results["dataset"] == results["metrics"][0]["dataset"] == "demo" and results["rows"] == 1 and results["metrics"][0]["value"] == .2
-    assert set(results["seconds"]) == {"00_first", "01_second", "02_third"} and {"protocol", "seed", "device", "versions", "log", "parts"} < set(results) and str(tmp_path) not in json.dumps(results)
-    assert nbformat.read(nbs / "discussion.ipynb", 4).cells[0].outputs[0].text == "[('demo-strict', 0.2)]\n"
+    assert (
+        results["dataset"] == results["metrics"][0]["dataset"] == "demo"
+        and results["rows"] == 1
+        and results["metrics"][0]["value"] == 0.2
+    )
+    assert (
+        set(results["seconds"]) == {"00_first", "01_second", "02_third"}
+        and {"protocol", "seed", "device", "versions", "log", "parts"} < set(results)
+        and str(tmp_path) not in json.dumps(results)
+    )
+    assert (
+        nbformat.read(nbs / "discussion.ipynb", 4).cells[0].outputs[0].text
+        == "[('demo-strict', 0.2)]\n"
+    )
     assert nbformat.read(nbs / "driver.ipynb", 4).cells[1].outputs == []
     text = (nbs / "01_second.ipynb").read_text()
     (nbs / "01_second.ipynb").write_text(text.replace("as asked", "as you like"))
     capsys.readouterr()
-    assert widedeep("publish", tmp_path / "runs/mine", "--notebooks", nbs) == 2 and "01_second has changed since the run" in capsys.readouterr().err
+    assert (
+        widedeep("publish", tmp_path / "runs/mine", "--notebooks", nbs) == 2
+        and "01_second has changed since the run" in capsys.readouterr().err
+    )
 
 
 def test_rows_of_a_real_log_are_never_published(nbs, tmp_path):
-    for n, tags in (("02_third", ["rows"]), ("03_fourth", [])): chapter(nbs, n, "", new_code_cell("print('user a')", metadata={"tags": tags}))
-    shown = lambda stem: nbformat.read(nbs / f"{stem}.ipynb", 4).cells[-1].outputs[0]
+    for n, tags in (("02_third", ["rows"]), ("03_fourth", [])):
+        chapter(nbs, n, "", new_code_cell("print('user a')", metadata={"tags": tags}))
+
+    def shown(stem):
+        return nbformat.read(nbs / f"{stem}.ipynb", 4).cells[-1].outputs[0]
+
     log = tmp_path / "private/ratings.csv"
     log.parent.mkdir()
     log.write_text("user,item,rating,timestamp\n")
     run = finished(nbs, tmp_path / "runs/mine", "--dataset", log)
     run.write("ingest.json", {"kept": 1, "notes": ["of user a"]})
     assert widedeep("publish", run.folder, "--notebooks", nbs) == 0
-    assert "not published" in shown("02_third").data["text/markdown"] and "user a" not in (nbs / "02_third.ipynb").read_text().split('"outputs"')[-1].split('"source"')[0]
+    assert (
+        "not published" in shown("02_third").data["text/markdown"]
+        and "user a"
+        not in (nbs / "02_third.ipynb").read_text().split('"outputs"')[-1].split('"source"')[0]
+    )
     assert shown("03_fourth").text == "user a\n"
     text = (tmp_path / "results/ratings-strict.json").read_text()
-    assert json.loads(text)["log"]["kept"] == 1 and "of user a" not in text and str(tmp_path) not in text
+    assert (
+        json.loads(text)["log"]["kept"] == 1
+        and "of user a" not in text
+        and str(tmp_path) not in text
+    )
     run.update_manifest(dataset="demo")
-    assert widedeep("publish", run.folder, "--notebooks", nbs) == 0 and shown("02_third").text == "user a\n"
+    assert (
+        widedeep("publish", run.folder, "--notebooks", nbs) == 0
+        and shown("02_third").text == "user a\n"
+    )
 
 
 # --- the real notebooks
 
+
 @pytest.mark.parametrize("path", REAL, ids=lambda p: p.stem)
 def test_badges_point_at_the_notebook_itself(path):
-    links = re.findall(r"colab\.research\.google\.com/github/[\w-]+/[\w-]+/blob/main/([^)\s]+)", source_of(path))
+    links = re.findall(
+        r"colab\.research\.google\.com/github/[\w-]+/[\w-]+/blob/main/([^)\s]+)", source_of(path)
+    )
     assert links == [f"nbs/{path.name}"] and (ROOT / links[0]).exists()
 
 
 def test_names_of_datasets_say_nothing_of_the_machine():
-    assert [bare_name(d) for d in ("demo?ratings=4000", "/data/me/ratings.csv.gz", "postgresql://me:secret@host/shop?query=SELECT a/b")] == ["demo", "ratings", "shop"]
+    assert [
+        bare_name(d)
+        for d in (
+            "demo?ratings=4000",
+            "/data/me/ratings.csv.gz",
+            "postgresql://me:secret@host/shop?query=SELECT a/b",
+        )
+    ] == ["demo", "ratings", "shop"]
 
 
 def test_a_known_user_is_no_stranger_though_the_filter_took_all_they_did(tmp_path):
     "The log knows more than the model was fitted on: nothing that a user has is recommended."
-    from widedeep_nb.core import Split, to_interactions, make_recommender
-    log = to_interactions(pl.DataFrame({"user": ["ann", "ann", "bob", "eve"], "item": ["cam", "bag", "cam", "pen"], "timestamp": [1, 2, 3, 4]}))
+    from widedeep_nb.core import Split, make_recommender, to_interactions
+
+    log = to_interactions(
+        pl.DataFrame(
+            {
+                "user": ["ann", "ann", "bob", "eve"],
+                "item": ["cam", "bag", "cam", "pen"],
+                "timestamp": [1, 2, 3, 4],
+            }
+        )
+    )
     run = Run(tmp_path / "run")
     run.write("interactions.parquet", log)
-    make_recommender("popularity").fit(Split.from_frames(log[:3], log[:0], log[3:])).save(run.model_folder("popularity"))   # eve's row came after the fit
+    make_recommender("popularity").fit(Split.from_frames(log[:3], log[:0], log[3:])).save(
+        run.model_folder("popularity")
+    )  # eve's row came after the fit
     told = recommend_from_run(run, user="bob", k=2)
     assert [r["item"] for r in told["items"]] == ["bag"] and told["note"] == ""
-    assert recommend_from_run(run, user="eve", k=2)["note"] == "" and "nobody called zoe" in recommend_from_run(run, user="zoe", k=2)["note"]
+    assert (
+        recommend_from_run(run, user="eve", k=2)["note"] == ""
+        and "nobody called zoe" in recommend_from_run(run, user="zoe", k=2)["note"]
+    )

@@ -1,4 +1,5 @@
 "Order: no position sees its future, a planted order is learnt, and both models keep the face of a recommender."
+
 import numpy as np
 import polars as pl
 import pytest
@@ -6,44 +7,88 @@ import torch
 
 import widedeep_nb.sequence as sequence
 from widedeep_nb.baselines import val_score
-from widedeep_nb.core import History, UserError, Split, to_interactions, load_recommender, make_recommender
+from widedeep_nb.core import (
+    History,
+    Split,
+    UserError,
+    load_recommender,
+    make_recommender,
+    to_interactions,
+)
 from widedeep_nb.evaluation import eval_ranking
-from widedeep_nb.sequence import AttentionNet, GRUNet, ShuffledHistory, length_batches, metric_by_history_length, next_item_loss, fit_sequence_model, pad_histories, relative_causal_bias, as_simultaneous, holdout_last_events, shuffle_ties
+from widedeep_nb.sequence import (
+    AttentionNet,
+    GRUNet,
+    ShuffledHistory,
+    as_simultaneous,
+    holdout_last_events,
+    length_batches,
+    metric_by_history_length,
+    next_item_loss,
+    pad_histories,
+    relative_causal_bias,
+    shuffle_ties,
+)
 
 both = pytest.mark.parametrize("name", sequence.SEQUENCE_MODELS)
-QUICK = dict(embedding_dim=16, dropout=.1, batch_size=128, patience=0)
+QUICK = dict(embedding_dim=16, dropout=0.1, batch_size=128, patience=0)
 N = 9
 
 
 def nets(n_items=N):
     torch.manual_seed(0)
-    made = [GRUNet(n_items, 8, .2, torch.zeros(n_items), 2), AttentionNet(n_items, 8, .2, torch.zeros(n_items), 2, 2, 20)]
-    with torch.no_grad(): made[1].relative_bias.normal_()  # as after training
+    made = [
+        GRUNet(n_items, 8, 0.2, torch.zeros(n_items), 2),
+        AttentionNet(n_items, 8, 0.2, torch.zeros(n_items), 2, 2, 20),
+    ]
+    with torch.no_grad():
+        made[1].relative_bias.normal_()  # as after training
     return [net.eval() for net in made]
 
 
 def log_of(histories, times=True, step=1):
     "A log from lists of items, a list a user; without times in the order of the rows."
-    rows = [(f"u{u:03d}", item, (t + 1) * step) for u, items in enumerate(histories) for t, item in enumerate(items)]
+    rows = [
+        (f"u{u:03d}", item, (t + 1) * step)
+        for u, items in enumerate(histories)
+        for t, item in enumerate(items)
+    ]
     log = pl.DataFrame(rows, schema=["user", "item", "timestamp"], orient="row")
     return to_interactions(log if times else log.drop("timestamp"))
 
 
-def split_of(train, val=None, test=None): return Split.from_frames(train, train.clear() if val is None else val, train.clear() if test is None else test)
+def split_of(train, val=None, test=None):
+    return Split.from_frames(
+        train, train.clear() if val is None else val, train.clear() if test is None else test
+    )
 
 
 def cycles(n=120, steps=5, of="abcdefgh", times=True, both_ways=False):
     "Each goes round from another start; or half of them the other way round."
-    return log_of([[of[(u + (-1) ** (both_ways * (u // len(of))) * t) % len(of)] for t in range(steps)] for u in range(n)], times)
+    return log_of(
+        [
+            [of[(u + (-1) ** (both_ways * (u // len(of))) * t) % len(of)] for t in range(steps)]
+            for u in range(n)
+        ],
+        times,
+    )
 
 
-def sixth(n): return cycles(n, 6).filter(pl.col("timestamp").dt.epoch("ms") == 6)  # what follows on the five
+def sixth(n):
+    return cycles(n, 6).filter(pl.col("timestamp").dt.epoch("ms") == 6)  # what follows on the five
 
 
-def history_of(*items): return History(torch.tensor([0, len(items)]), torch.tensor(items, dtype=torch.int64), torch.full((len(items),), torch.nan), torch.zeros(len(items), dtype=torch.int64))
+def history_of(*items):
+    return History(
+        torch.tensor([0, len(items)]),
+        torch.tensor(items, dtype=torch.int64),
+        torch.full((len(items),), torch.nan),
+        torch.zeros(len(items), dtype=torch.int64),
+    )
 
 
 # ---------------------------------------------------------------- no position sees its future
+
 
 def changes(net):
     "For each length of a past: does what is said of it change when what comes later does?"
@@ -58,42 +103,61 @@ def changes(net):
 
 @pytest.mark.parametrize("which", [0, 1], ids=sequence.SEQUENCE_MODELS)
 def test_no_position_sees_its_future_to_the_last_bit(which):
-    with torch.no_grad(): assert not any(changes(nets()[which]))
+    with torch.no_grad():
+        assert not any(changes(nets()[which]))
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=sequence.SEQUENCE_MODELS)
 def test_the_loss_at_a_position_does_not_depend_on_later_events(which):
     "By its gradient: of the vectors that are read, only those up to the position have one."
     net, seen = nets()[which], []
-    hook = net.item.register_forward_hook(lambda module, given, out: (out.retain_grad(), seen.append(out))[1] and None)
-    net(torch.randint(N, (2, 7), generator=torch.Generator().manual_seed(0)))[:, 3].select(1, 0).sum().backward()  # one number: the sum of all is the same whatever was read, as they are brought to a common scale
+    hook = net.item.register_forward_hook(
+        lambda module, given, out: (out.retain_grad(), seen.append(out))[1] and None
+    )
+    net(torch.randint(N, (2, 7), generator=torch.Generator().manual_seed(0)))[:, 3].select(
+        1, 0
+    ).sum().backward()  # one number: the sum of all is the same whatever was read, as they are brought to a common scale
     hook.remove()
     assert (seen[0].grad[:, :4].abs().sum(2) > 0).all() and (seen[0].grad[:, 4:] == 0).all()
 
 
 def test_without_the_mask_the_future_would_be_seen(monkeypatch):
     "So that the tests above test something."
-    unmasked = lambda weight, n: relative_causal_bias(weight, n).nan_to_num(neginf=0)
+
+    def unmasked(weight, n):
+        return relative_causal_bias(weight, n).nan_to_num(neginf=0)
+
     monkeypatch.setattr(sequence, "relative_causal_bias", unmasked)
-    with torch.no_grad(): assert all(changes(nets()[1]))
+    with torch.no_grad():
+        assert all(changes(nets()[1]))
 
 
 def test_a_longer_history_says_of_its_beginning_what_the_beginning_said():
     events = torch.randint(N, (3, 10), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        for net in nets(): assert torch.allclose(net(events)[:, :4], net(events[:, :4]), atol=1e-6)
+        for net in nets():
+            assert torch.allclose(net(events)[:, :4], net(events[:, :4]), atol=1e-6)
 
 
 # ---------------------------------------------------------------- parts
 
+
 def test_last_events_is_the_plain_loop():
     rng = np.random.default_rng(0)
     lists = [rng.integers(12, size=n).tolist() for n in (0, 3, 9, 1, 0, 5)]
-    history = History(torch.tensor(np.cumsum([0] + [len(x) for x in lists])), torch.tensor(sum(lists, [])), torch.full((18,), torch.nan), torch.zeros(18, dtype=torch.int64))
+    history = History(
+        torch.tensor(np.cumsum([0] + [len(x) for x in lists])),
+        torch.tensor(sum(lists, [])),
+        torch.full((18,), torch.nan),
+        torch.zeros(18, dtype=torch.int64),
+    )
     for n_items, length in ((12, 50), (12, 4), (7, 3), (1, 2)):
         events, count = pad_histories(history, n_items, length)
         want = [[i for i in x if i < n_items][-length:] for x in lists]
-        assert count.tolist() == [len(x) for x in want] and [row[:n].tolist() for row, n in zip(events, count)] == want
+        assert (
+            count.tolist() == [len(x) for x in want]
+            and [row[:n].tolist() for row, n in zip(events, count)] == want
+        )
         assert all((row[n:] == n_items).all() for row, n in zip(events, count))
     events, count = pad_histories(history.select(torch.tensor([0, 99])), 12, 4)
     assert events.shape[0] == 2 and count.tolist() == [0, 0]
@@ -103,17 +167,27 @@ def test_filling_up_changes_nothing():
     events = torch.tensor([[0, 3, 1, N, N], [2, N, N, N, N]])
     with torch.no_grad():
         for net in nets():
-            assert torch.allclose(net(events)[0, :3], net(events[:1, :3])[0], atol=1e-6) and torch.allclose(net(events)[1, 0], net(events[1:, :1])[0, 0], atol=1e-6)
+            assert torch.allclose(
+                net(events)[0, :3], net(events[:1, :3])[0], atol=1e-6
+            ) and torch.allclose(net(events)[1, 0], net(events[1:, :1])[0, 0], atol=1e-6)
             wider = torch.nn.functional.pad(events, (0, 6), value=N)
-            assert torch.allclose(next_item_loss(net, wider), next_item_loss(net, events), atol=1e-6)
-            by_hand = [-net.scores(net(events[:1, :n])[0, -1]).log_softmax(0)[events[0, n]] for n in (1, 2)]
-            assert torch.isclose(next_item_loss(net, events), torch.stack(by_hand).mean(), atol=1e-6)
+            assert torch.allclose(
+                next_item_loss(net, wider), next_item_loss(net, events), atol=1e-6
+            )
+            by_hand = [
+                -net.scores(net(events[:1, :n])[0, -1]).log_softmax(0)[events[0, n]] for n in (1, 2)
+            ]
+            assert torch.isclose(
+                next_item_loss(net, events), torch.stack(by_hand).mean(), atol=1e-6
+            )
 
 
 def test_every_history_is_learnt_from_once_a_pass():
     length = torch.from_numpy(np.random.default_rng(0).integers(1, 50, 300))
     one, two = length_batches(length, 200), length_batches(length, 200)
-    assert torch.cat(one).sort()[0].tolist() == torch.cat(two).sort()[0].tolist() == list(range(300)) and not torch.equal(torch.cat(one), torch.cat(two))
+    assert torch.cat(one).sort()[0].tolist() == torch.cat(two).sort()[0].tolist() == list(
+        range(300)
+    ) and not torch.equal(torch.cat(one), torch.cat(two))
     questions = sorted(int(length[rows].sum()) for rows in one)
     assert questions[1] > 150 and questions[-1] < 250  # what is left over makes one smaller batch
     padded = sum(int(length[rows].max()) * len(rows) for rows in one)
@@ -126,8 +200,10 @@ def test_drawn_items_stand_for_the_catalogue():
         events = torch.randint(N, (6, 5), generator=torch.Generator().manual_seed(0))
         whole = torch.autograd.grad(next_item_loss(net, events), net.bias)[0]
         drawn = [next_item_loss(net, events, 500) for _ in range(60)]
-        assert abs(torch.stack(drawn).mean() - next_item_loss(net, events)) < .01
-        assert torch.allclose(torch.autograd.grad(torch.stack(drawn).mean(), net.bias)[0], whole, atol=.01)
+        assert abs(torch.stack(drawn).mean() - next_item_loss(net, events)) < 0.01
+        assert torch.allclose(
+            torch.autograd.grad(torch.stack(drawn).mean(), net.bias)[0], whole, atol=0.01
+        )
 
 
 def test_a_large_catalogue_is_learnt_from_drawn_items():
@@ -140,13 +216,37 @@ def test_ties_are_settled_by_lot_and_nothing_else_is_moved():
     time = torch.tensor([1, 1, 1, 2, 1, 1, 0, 0, 3])
     history = History(torch.tensor([0, 4, 6, 9]), torch.arange(9), torch.arange(9).float(), time)
     seen = [shuffle_ties(history, seed) for seed in range(50)]
-    assert {tuple(h.item[:3].tolist()) for h in seen} == {(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)}
+    assert {tuple(h.item[:3].tolist()) for h in seen} == {
+        (0, 1, 2),
+        (0, 2, 1),
+        (1, 0, 2),
+        (1, 2, 0),
+        (2, 0, 1),
+        (2, 1, 0),
+    }
     assert {tuple(h.item[3:].tolist()) for h in seen} == {(3, 4, 5, 6, 7, 8), (3, 5, 4, 6, 7, 8)}
-    for h in seen: assert torch.equal(h.rating, h.item.float()) and torch.equal(h.time, time) and torch.equal(h.indptr, history.indptr)
+    for h in seen:
+        assert (
+            torch.equal(h.rating, h.item.float())
+            and torch.equal(h.time, time)
+            and torch.equal(h.indptr, history.indptr)
+        )
     assert torch.equal(seen[0].item, shuffle_ties(history, 0).item)
     mixed = as_simultaneous(history, 1)
-    assert torch.equal(mixed.user_index, history.user_index) and all(sorted(mixed.item[a:b].tolist()) == list(range(a, b)) for a, b in zip([0, 4, 6], [4, 6, 9]))
-    empty = History.from_rows(pl.DataFrame(schema={"user": pl.Int32, "item": pl.Int32, "rating": pl.Float32, "timestamp": pl.Datetime("ms")}), 2)
+    assert torch.equal(mixed.user_index, history.user_index) and all(
+        sorted(mixed.item[a:b].tolist()) == list(range(a, b)) for a, b in zip([0, 4, 6], [4, 6, 9])
+    )
+    empty = History.from_rows(
+        pl.DataFrame(
+            schema={
+                "user": pl.Int32,
+                "item": pl.Int32,
+                "rating": pl.Float32,
+                "timestamp": pl.Datetime("ms"),
+            }
+        ),
+        2,
+    )
     assert len(shuffle_ties(empty).item) == 0
 
 
@@ -154,48 +254,88 @@ def test_an_order_by_id_within_a_moment_is_not_learnt():
     "Everybody takes two things at once, and the log lists them by id: that is no order."
     pairs = [["a", "b"], ["c", "d"], ["e", "f"]]
     rows = [(f"u{u:03d}", item, u + 1) for u in range(150) for item in pairs[u % 3]]
-    split = split_of(to_interactions(pl.DataFrame(rows, schema=["user", "item", "timestamp"], orient="row")))
+    split = split_of(
+        to_interactions(pl.DataFrame(rows, schema=["user", "item", "timestamp"], orient="row"))
+    )
     model = make_recommender("gru", **QUICK).fit(split)
     code = {item: i for i, item in enumerate(split.items["item"])}
-    there, back = (model.scores([999], history_of(code[x])).softmax(1)[0, code[y]] for x, y in (("a", "b"), ("b", "a")))
-    assert there > .5 and back > .5  # each follows the other
+    there, back = (
+        model.scores([999], history_of(code[x])).softmax(1)[0, code[y]]
+        for x, y in (("a", "b"), ("b", "a"))
+    )
+    assert there > 0.5 and back > 0.5  # each follows the other
 
 
 # ---------------------------------------------------------------- the recommenders
 
+
 @both
 def test_a_planted_order_is_learnt_by_both_and_not_by_popularity(name):
     split = split_of(cycles(), None, sixth(120))
-    quality = lambda model: eval_ranking(model.fit(split), split, "test", (1,)).users["HitRate@1"].mean()
-    assert quality(make_recommender(name, **QUICK)) > .95
-    assert max(quality(make_recommender(usual)) for usual in ("popularity", "recent-popularity")) < .5
+
+    def quality(model):
+        return eval_ranking(model.fit(split), split, "test", (1,)).users["HitRate@1"].mean()
+
+    assert quality(make_recommender(name, **QUICK)) > 0.95
+    assert (
+        max(quality(make_recommender(usual)) for usual in ("popularity", "recent-popularity")) < 0.5
+    )
 
 
 @both
 def test_the_history_in_the_query_and_its_order_matter(name):
     model = make_recommender(name, **QUICK).fit(split_of(cycles(both_ways=True)))
-    assert not torch.allclose(model.scores([0], history_of(0, 1, 2)), model.scores([0], history_of(2, 1, 0)))
-    assert torch.equal(model.scores([0], history_of(0, 1, 2)), model.scores([5], history_of(0, 1, 2)))     # whoever asks
+    assert not torch.allclose(
+        model.scores([0], history_of(0, 1, 2)), model.scores([0], history_of(2, 1, 0))
+    )
+    assert torch.equal(
+        model.scores([0], history_of(0, 1, 2)), model.scores([5], history_of(0, 1, 2))
+    )  # whoever asks
     assert not torch.equal(ShuffledHistory(model).scores(range(50)), model.scores(range(50)))
     assert model.recommend([["c", "b", "a"], ["a", "b", "c"]], k=1)["item"].to_list() == ["h", "d"]
-    assert torch.allclose(model.scores([0], history_of(*range(7))), model.scores(range(2), History(torch.tensor([0, 7, 8]), torch.tensor([*range(7), 3]), torch.full((8,), torch.nan), torch.zeros(8, dtype=torch.int64)))[:1], atol=1e-5)
+    assert torch.allclose(
+        model.scores([0], history_of(*range(7))),
+        model.scores(
+            range(2),
+            History(
+                torch.tensor([0, 7, 8]),
+                torch.tensor([*range(7), 3]),
+                torch.full((8,), torch.nan),
+                torch.zeros(8, dtype=torch.int64),
+            ),
+        )[:1],
+        atol=1e-5,
+    )
 
 
 @both
 def test_only_the_last_events_are_read(name):
     model = make_recommender(name, **QUICK, lengths=3, epochs=2).fit(split_of(cycles()))
-    assert torch.equal(model.scores([0], history_of(7, 6, 1, 2, 3)), model.scores([0], history_of(1, 2, 3)))
-    assert not torch.equal(model.scores([0], history_of(0, 2, 3)), model.scores([0], history_of(1, 2, 3)))
+    assert torch.equal(
+        model.scores([0], history_of(7, 6, 1, 2, 3)), model.scores([0], history_of(1, 2, 3))
+    )
+    assert not torch.equal(
+        model.scores([0], history_of(0, 2, 3)), model.scores([0], history_of(1, 2, 3))
+    )
 
 
 @both
 def test_strangers_and_new_items(name):
     split = split_of(cycles())
-    model, usual = make_recommender(name, **QUICK, epochs=2).fit(split), make_recommender("recent-popularity").fit(split)
-    assert torch.equal(model.scores([999]), usual.scores([999])) and model.recommend([[]], k=3)["item"].to_list() == usual.recommend([[]], k=3)["item"].to_list()
+    model, usual = (
+        make_recommender(name, **QUICK, epochs=2).fit(split),
+        make_recommender("recent-popularity").fit(split),
+    )
+    assert (
+        torch.equal(model.scores([999]), usual.scores([999]))
+        and model.recommend([[]], k=3)["item"].to_list()
+        == usual.recommend([[]], k=3)["item"].to_list()
+    )
     scores = model.scores([0, 999], items=[0, 1, 2, 3, 4, 5, 6, 7, 8, 99])
     assert (scores[:, 8:].amax(1) < scores[:, :8].amin(1)).all() and torch.isfinite(scores).all()
-    assert torch.equal(model.scores([0], history_of(3, 50)), model.scores([0], history_of(3)))             # an item that it does not know is passed over
+    assert torch.equal(
+        model.scores([0], history_of(3, 50)), model.scores([0], history_of(3))
+    )  # an item that it does not know is passed over
     assert torch.equal(model.scores([0], history_of(50)), usual.scores([999]))
 
 
@@ -204,14 +344,23 @@ def test_saved_and_loaded_equal(name, tmp_path):
     model = make_recommender(name, **QUICK, epochs=2, layers=2).fit(split_of(cycles()))
     model.save(tmp_path)
     back = load_recommender(tmp_path)
-    assert torch.equal(back.scores([0, 3, 999]), model.scores([0, 3, 999])) and torch.equal(back.scores([0], history_of(2, 1)), model.scores([0], history_of(2, 1)))
+    assert torch.equal(back.scores([0, 3, 999]), model.scores([0, 3, 999])) and torch.equal(
+        back.scores([0], history_of(2, 1)), model.scores([0], history_of(2, 1))
+    )
     assert sorted(f.name for f in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
-    with pytest.raises(UserError, match="does not predict"): back.predict([0], [0])
+    with pytest.raises(UserError, match="does not predict"):
+        back.predict([0], [0])
 
 
 @both
 def test_same_seed_same_weights_and_the_outside_is_left_alone(name):
-    fit = lambda seed: make_recommender(name, **QUICK, epochs=2, seed=seed).fit(split_of(cycles())).net.state_dict()
+    def fit(seed):
+        return (
+            make_recommender(name, **QUICK, epochs=2, seed=seed)
+            .fit(split_of(cycles()))
+            .net.state_dict()
+        )
+
     torch.manual_seed(1)
     first, outside = fit(0), torch.rand(1)
     torch.manual_seed(1)
@@ -224,7 +373,9 @@ def test_same_seed_same_weights_and_the_outside_is_left_alone(name):
 @pytest.mark.parametrize("patience", [0, 2])
 def test_two_rows_suffice(name, patience):
     for histories in ([["a"], ["b"]], [["a", "b"]], [["a", "b"], ["b"]], [["a"] * 3]):
-        model = make_recommender(name, embedding_dim=8, epochs=2, patience=patience).fit(split_of(log_of(histories)))
+        model = make_recommender(name, embedding_dim=8, epochs=2, patience=patience).fit(
+            split_of(log_of(histories))
+        )
         assert torch.isfinite(model.scores([0, 9])).all() and len(model.recommend([["a"], []], k=5))
 
 
@@ -240,44 +391,83 @@ def test_stops_early_and_keeps_the_best(name):
     model = make_recommender(name, **QUICK | {"patience": 2}, epochs=40).fit(split)
     values = [row["val"] for row in model.loss_curve]
     assert model.best_epoch == 1 + int(np.argmax(values)) == len(values) - 2 < 38
-    assert np.isclose(val_score(model, split, "NDCG@20"), max(values))                  # the weights are those of the best pass
+    assert np.isclose(
+        val_score(model, split, "NDCG@20"), max(values)
+    )  # the weights are those of the best pass
     replayed = make_recommender(name, **QUICK, epochs=model.best_epoch).fit(split)
-    assert all(torch.equal(a, b) for a, b in zip(model.net.state_dict().values(), replayed.net.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.net.state_dict().values(), replayed.net.state_dict().values())
+    )
 
 
 @both
 def test_without_a_validation_part_some_last_events_choose(name):
     split = split_of(cycles())
     model = make_recommender(name, **QUICK | {"patience": 2}, epochs=30, seed=3).fit(split)
-    chosen = make_recommender(name, **QUICK | {"patience": 2}, epochs=30, seed=3).fit(holdout_last_events(split, 3))
-    assert len(model.loss_curve) == chosen.best_epoch < 30 and all(row["val"] is None for row in model.loss_curve)
+    chosen = make_recommender(name, **QUICK | {"patience": 2}, epochs=30, seed=3).fit(
+        holdout_last_events(split, 3)
+    )
+    assert len(model.loss_curve) == chosen.best_epoch < 30 and all(
+        row["val"] is None for row in model.loss_curve
+    )
 
 
 def test_what_is_set_aside_is_the_last_of_some():
     split = split_of(cycles(60, 4))
     made = holdout_last_events(split, 1)
-    assert len(made.val) == 6 and made.val["user"].n_unique() == 6 and len(made.train) == len(split.train) - 6
+    assert (
+        len(made.val) == 6
+        and made.val["user"].n_unique() == 6
+        and len(made.train) == len(split.train) - 6
+    )
     last = split.train.group_by("user", maintain_order=True).last()
     assert len(made.val.join(last, on=["user", "item", "timestamp"])) == 6
-    assert not holdout_last_events(split, 2).val.equals(made.val) and holdout_last_events(split, 1).val.equals(made.val)
+    assert not holdout_last_events(split, 2).val.equals(made.val) and holdout_last_events(
+        split, 1
+    ).val.equals(made.val)
     assert len(holdout_last_events(split_of(log_of([["a"], ["b"]]))).val) == 0
 
 
 def test_a_catalogue_beyond_memory_is_refused_in_a_line():
-    with pytest.raises(UserError, match="item-knn"): make_recommender("self-attention", max_items=7).fit(split_of(cycles()))
+    with pytest.raises(UserError, match="item-knn"):
+        make_recommender("self-attention", max_items=7).fit(split_of(cycles()))
     make_recommender("self-attention", **QUICK, max_items=8, epochs=1).fit(split_of(cycles()))
 
 
 # ---------------------------------------------------------------- what is said of them
 
+
 def test_groups_by_history_cover_everybody_once():
     seen = pl.DataFrame({"n_seen": range(60)})
-    assert seen.select(pl.sum_horizontal(*[e.cast(pl.Int8) for e in sequence.HISTORY_LENGTH_BINS.values()])).to_series().eq(1).all()
+    assert (
+        seen.select(
+            pl.sum_horizontal(*[e.cast(pl.Int8) for e in sequence.HISTORY_LENGTH_BINS.values()])
+        )
+        .to_series()
+        .eq(1)
+        .all()
+    )
 
 
 def test_better_and_worse_are_claimed_only_beyond_chance():
     rng = np.random.default_rng(0)
-    people = pl.DataFrame({"user": [f"u{i}" for i in range(300)], "n_seen": rng.integers(0, 30, 300), "seed": 0, "relevant": "any", "items": "all"})
-    of = lambda gain: people.with_columns(pl.Series("NDCG@20", rng.random(300) / 5 + gain))
-    rows = metric_by_history_length({"usual": of(0), "same": of(0), "good": of(.3), "bad": of(-.3)}, "usual").filter(pl.col("history_length") != "0")
-    assert {m: set(rows.filter(model=m)["direction"]) for m in ("usual", "same", "good", "bad")} == {"usual": {0}, "same": {0}, "good": {1}, "bad": {-1}}
+    people = pl.DataFrame(
+        {
+            "user": [f"u{i}" for i in range(300)],
+            "n_seen": rng.integers(0, 30, 300),
+            "seed": 0,
+            "relevant": "any",
+            "items": "all",
+        }
+    )
+
+    def of(gain):
+        return people.with_columns(pl.Series("NDCG@20", rng.random(300) / 5 + gain))
+
+    rows = metric_by_history_length(
+        {"usual": of(0), "same": of(0), "good": of(0.3), "bad": of(-0.3)}, "usual"
+    ).filter(pl.col("history_length") != "0")
+    assert {
+        m: set(rows.filter(model=m)["direction"]) for m in ("usual", "same", "good", "bad")
+    } == {"usual": {0}, "same": {0}, "good": {1}, "bad": {-1}}

@@ -1,4 +1,5 @@
 "The site: every page is reachable, every link and reference has its target, every figure a caption and a text alternative."
+
 import ast
 import json
 import re
@@ -12,7 +13,14 @@ import yaml
 from bs4 import BeautifulSoup
 
 from widedeep_nb.core import COLORS
-from widedeep_nb.run import DARK_COLORS, render_chapter, execute_notebook, static_pages, site_filter, page_css
+from widedeep_nb.run import (
+    DARK_COLORS,
+    execute_notebook,
+    page_css,
+    render_chapter,
+    site_filter,
+    static_pages,
+)
 
 ROOT = Path(__file__).parents[1]
 SITE = yaml.safe_load((ROOT / "_quarto.yml").read_text())
@@ -20,38 +28,89 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 RESULT_PAGES = static_pages(ROOT / "nbs")
 PAGES = [ROOT / "index.qmd", *sorted((ROOT / "nbs").glob("*.qmd")), *NOTEBOOKS]
 TEXTS = [ROOT / "README.md", *PAGES]
-HOSTS = {"jmlr.org", "arxiv.org", "proceedings.neurips.cc", "proceedings.mlr.press", "papers.nips.cc", "colab.research.google.com", "doi.org", "github.com", "papermill.readthedocs.io", "quarto.org", "sifter.org", "snap.stanford.edu", "mcauleylab.ucsd.edu", "datarepo.eng.ucsd.edu", "narwhals-dev.github.io"}
-name = lambda p: p.relative_to(ROOT).as_posix()
-each = lambda paths: pytest.mark.parametrize("path", paths, ids=name)
+HOSTS = {
+    "jmlr.org",
+    "arxiv.org",
+    "proceedings.neurips.cc",
+    "proceedings.mlr.press",
+    "papers.nips.cc",
+    "colab.research.google.com",
+    "doi.org",
+    "github.com",
+    "papermill.readthedocs.io",
+    "quarto.org",
+    "sifter.org",
+    "snap.stanford.edu",
+    "mcauleylab.ucsd.edu",
+    "datarepo.eng.ucsd.edu",
+    "narwhals-dev.github.io",
+}
+
+
+def name(p):
+    return p.relative_to(ROOT).as_posix()
+
+
+def each(paths):
+    return pytest.mark.parametrize("path", paths, ids=name)
 
 
 def outputs(path):
-    return [o for c in nbformat.read(path, 4).cells for o in c.get("outputs", [])] if path.suffix == ".ipynb" else []
+    return (
+        [o for c in nbformat.read(path, 4).cells for o in c.get("outputs", [])]
+        if path.suffix == ".ipynb"
+        else []
+    )
 
 
 def markdown(path):
     "All prose of a page, that of its outputs too, without code."
-    if path.suffix != ".ipynb": text = path.read_text()
-    else: text = "\n\n".join([c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"] + [o.data["text/markdown"] for o in outputs(path) if "text/markdown" in o.get("data", {})])
-    return re.sub(r"^---\n.*?\n---\n|^```.*?^```|<!--.*?-->|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]+\$", "", text, flags=re.S | re.M)
+    if path.suffix != ".ipynb":
+        text = path.read_text()
+    else:
+        text = "\n\n".join(
+            [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"]
+            + [
+                o.data["text/markdown"]
+                for o in outputs(path)
+                if "text/markdown" in o.get("data", {})
+            ]
+        )
+    return re.sub(
+        r"^---\n.*?\n---\n|^```.*?^```|<!--.*?-->|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]+\$",
+        "",
+        text,
+        flags=re.S | re.M,
+    )
 
 
 def anchors(path):
     "What a heading of a page is called in an address."
-    headings = re.findall(r"^#+ (.+)$", path.read_text() if path.suffix != ".ipynb" else "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"), re.M)
+    headings = re.findall(
+        r"^#+ (.+)$",
+        path.read_text()
+        if path.suffix != ".ipynb"
+        else "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"),
+        re.M,
+    )
     return {re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", h).strip().lower()) for h in headings}
 
 
-def links(text): return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"""(?:src|href)=["']([^"']+)""", text)
+def links(text):
+    return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"""(?:src|href)=["']([^"']+)""", text)
 
 
 # --- every page is there and can be reached
 
+
 def listed(contents):
     for entry in contents:
-        if isinstance(entry, str): yield entry
-        elif "href" in entry: yield entry["href"]
-        else: yield from listed(entry["contents"])
+        if isinstance(entry, str):
+            yield entry
+        elif "href" in entry:
+            yield entry["href"]
+        else:
+            yield from listed(entry["contents"])
 
 
 def test_the_sidebar_lists_every_page_once():
@@ -60,12 +119,20 @@ def test_the_sidebar_lists_every_page_once():
 
 def test_all_pages_are_rendered():
     assert {p for pattern in SITE["project"]["render"] for p in ROOT.glob(pattern)} == set(PAGES)
-    assert SITE["execute"] == {"enabled": False} and set(SITE["format"]["html"]["theme"]) == {"light", "dark"} and SITE["format"]["html"]["html-math-method"] == "mathml"
+    assert (
+        SITE["execute"] == {"enabled": False}
+        and set(SITE["format"]["html"]["theme"]) == {"light", "dark"}
+        and SITE["format"]["html"]["html-math-method"] == "mathml"
+    )
 
 
 @each(PAGES[1:])
 def test_each_page_says_what_it_is_for(path):
-    text = path.read_text() if path.suffix == ".qmd" else next(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
+    text = (
+        path.read_text()
+        if path.suffix == ".qmd"
+        else next(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
+    )
     assert re.match(r"(---\ntitle: .+\n---|# .+)\n\n> .+", text)
 
 
@@ -73,16 +140,35 @@ def test_the_workflow_publishes_what_make_site_renders():
     flow = yaml.safe_load((ROOT / ".github/workflows/publish.yml").read_text())
     steps = flow["jobs"]["site"]["steps"]
     used = [s["uses"].split("@")[0] for s in steps if "uses" in s]
-    order = ["actions/checkout", "actions/setup-python", "quarto-dev/quarto-actions/setup", "actions/configure-pages", "actions/upload-pages-artifact", "actions/deploy-pages"]
+    order = [
+        "actions/checkout",
+        "actions/setup-python",
+        "quarto-dev/quarto-actions/setup",
+        "actions/configure-pages",
+        "actions/upload-pages-artifact",
+        "actions/deploy-pages",
+    ]
     assert used == order and all(re.search(r"@v\d+$", s["uses"]) for s in steps if "uses" in s)
-    assert next(s for s in steps if "upload" in s.get("uses", ""))["with"]["path"] == SITE["project"]["output-dir"]
+    assert (
+        next(s for s in steps if "upload" in s.get("uses", ""))["with"]["path"]
+        == SITE["project"]["output-dir"]
+    )
     assert flow["permissions"] == {"contents": "read", "pages": "write", "id-token": "write"}
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
-    runs = [s["run"] for f in (ROOT / ".github/workflows").glob("*.yml") for job in yaml.safe_load(f.read_text())["jobs"].values() for s in job["steps"] if "run" in s]
-    assert "make site" in runs and all(r.split()[0] == "make" and r.split()[1] in targets for r in runs)
+    runs = [
+        s["run"]
+        for f in (ROOT / ".github/workflows").glob("*.yml")
+        for job in yaml.safe_load(f.read_text())["jobs"].values()
+        for s in job["steps"]
+        if "run" in s
+    ]
+    assert "make site" in runs and all(
+        r.split()[0] == "make" and r.split()[1] in targets for r in runs
+    )
 
 
 # --- links
+
 
 @each(TEXTS)
 def test_links_within_have_a_target(path):
@@ -90,29 +176,44 @@ def test_links_within_have_a_target(path):
         place, _, anchor = link.partition("#")
         target = (path.parent / place).resolve() if place else path
         assert target.exists(), f"{name(path)} links to {link}"
-        assert not anchor or anchor in anchors(target), f"{name(path)} links to {link}: no such heading"
+        assert not anchor or anchor in anchors(target), (
+            f"{name(path)} links to {link}: no such heading"
+        )
 
 
 @each(TEXTS)
 def test_links_without_are_https_to_known_hosts(path):
     for link in [l for l in links(markdown(path)) if urlsplit(l).scheme]:
         parts = urlsplit(link)
-        assert parts.scheme == "https" and parts.hostname in HOSTS and re.fullmatch(r"[\w./:%~?=&#()+-]+", link), f"{name(path)} links to {link}"
+        assert (
+            parts.scheme == "https"
+            and parts.hostname in HOSTS
+            and re.fullmatch(r"[\w./:%~?=&#()+-]+", link)
+        ), f"{name(path)} links to {link}"
         inside = re.search(r"/widedeep-nb/widedeep_nb/blob/main/(.+)", link)
         assert not inside or (ROOT / inside[1]).exists(), f"{name(path)} links to {link}"
 
 
 def test_links_are_found():
     "So that the tests above test something."
-    assert "nbs/00_core.ipynb" in links(markdown(ROOT / "README.md")) and sum(len(links(markdown(p))) for p in TEXTS) > 40
+    assert (
+        "nbs/00_core.ipynb" in links(markdown(ROOT / "README.md"))
+        and sum(len(links(markdown(p))) for p in TEXTS) > 40
+    )
     assert "stars-and-lists-are-two-questions" in anchors(ROOT / "nbs/discussion.ipynb")
 
 
 # --- the bibliography
 
+
 def entries():
-    found = re.findall(r"^@(\w+)\{([\w-]+),\n(.*?)^\}", (ROOT / SITE["bibliography"]).read_text(), re.S | re.M)
-    return {key: {"type": kind} | dict(re.findall(r"^\s*(\w+)\s*=\s*\{(.*)\},?$", body, re.M)) for kind, key, body in found}
+    found = re.findall(
+        r"^@(\w+)\{([\w-]+),\n(.*?)^\}", (ROOT / SITE["bibliography"]).read_text(), re.S | re.M
+    )
+    return {
+        key: {"type": kind} | dict(re.findall(r"^\s*(\w+)\s*=\s*\{(.*)\},?$", body, re.M))
+        for kind, key, body in found
+    }
 
 
 CITED = re.compile(r"(?<![\w.])-?@([a-z]+\d{4}\w*)")
@@ -120,28 +221,46 @@ CITED = re.compile(r"(?<![\w.])-?@([a-z]+\d{4}\w*)")
 
 def test_every_citation_has_its_entry_and_every_entry_is_cited():
     cited = {key: name(p) for p in PAGES for key in CITED.findall(markdown(p))}
-    assert {k: p for k, p in cited.items() if k not in entries()} == {} and set(entries()) - set(cited) == set()
-    strange = [(name(p), at) for p in PAGES for at in re.findall(r"(?<![\w.])@[\w-]+", markdown(p)) if not CITED.fullmatch(at) and not at.startswith(("@fig-", "@tbl-"))]
+    assert {k: p for k, p in cited.items() if k not in entries()} == {} and set(entries()) - set(
+        cited
+    ) == set()
+    strange = [
+        (name(p), at)
+        for p in PAGES
+        for at in re.findall(r"(?<![\w.])@[\w-]+", markdown(p))
+        if not CITED.fullmatch(at) and not at.startswith(("@fig-", "@tbl-"))
+    ]
     assert strange == []
 
 
 @pytest.mark.parametrize("key", entries())
 def test_entries_are_whole(key):
     entry = entries()[key]
-    needed = {"article": ["author", "journal", "volume", "pages"], "inproceedings": ["author", "booktitle"], "feedback_dir": ["editor", "publisher"], "misc": ["author", "howpublished", "url"]}[entry["type"]]
+    needed = {
+        "article": ["author", "journal", "volume", "pages"],
+        "inproceedings": ["author", "booktitle"],
+        "feedback_dir": ["editor", "publisher"],
+        "misc": ["author", "howpublished", "url"],
+    }[entry["type"]]
     assert all(entry.get(field) for field in ["title", "year", *needed])
     people = re.sub(r"\\\W|[{}]", "", entry.get("author") or entry["editor"])  # without accents
-    assert key.startswith(tuple(people.split(",")[0].lower().split()))  # a surname of two words gives one of them
+    assert key.startswith(
+        tuple(people.split(",")[0].lower().split())
+    )  # a surname of two words gives one of them
     assert re.search(r"\d{4}", key)[0] == entry["year"] and 1900 < int(entry["year"]) < 2030
-    if "doi" in entry: assert re.fullmatch(r"10\.\d{4,9}/[\w.()/-]+", entry["doi"])
-    if "url" in entry: assert urlsplit(entry["url"]).scheme == "https" and urlsplit(entry["url"]).hostname in HOSTS
+    if "doi" in entry:
+        assert re.fullmatch(r"10\.\d{4,9}/[\w.()/-]+", entry["doi"])
+    if "url" in entry:
+        assert urlsplit(entry["url"]).scheme == "https" and urlsplit(entry["url"]).hostname in HOSTS
     assert "doi" in entry or "url" in entry or "pages" in entry
     assert (ROOT / SITE["bibliography"]).read_text().count(f"{{{key},") == 1
 
 
 # --- figures, tables and references to them
 
-LABELLED = re.compile(r"^::: \{#((?:fig|tbl)-[a-z0-9-]+)\}\n\n````\{=html\}\n(.*?)\n````\n\n([^\n]+)\n\n:::\n$", re.S)
+LABELLED = re.compile(
+    r"^::: \{#((?:fig|tbl)-[a-z0-9-]+)\}\n\n````\{=html\}\n(.*?)\n````\n\n([^\n]+)\n\n:::\n$", re.S
+)
 
 
 @each(NOTEBOOKS)
@@ -154,16 +273,27 @@ def test_labelled_outputs_become_divs_that_quarto_can_number(path):
             assert found and list(output.data) == ["text/markdown"], text[:200]
             label, content, caption = found.groups()
             labels.append(label)
-            assert label == output.metadata.widedeep.label and ":::" not in content and "````" not in content
-            assert f'id="{label}"' not in content and not re.search(r"</?(figure|figcaption|caption)\b", content)
-            if label.startswith("tbl-"): assert content.count("<table") == content.count("</table>") == 1
+            assert (
+                label == output.metadata.widedeep.label
+                and ":::" not in content
+                and "````" not in content
+            )
+            assert f'id="{label}"' not in content and not re.search(
+                r"</?(figure|figcaption|caption)\b", content
+            )
+            if label.startswith("tbl-"):
+                assert content.count("<table") == content.count("</table>") == 1
             assert re.sub(r"\\(.)", r"\1", caption) == output.metadata.widedeep.caption
-    assert len(labels) == len(set(labels)), "a website's references hold within a page, and need each label once there"
+    assert len(labels) == len(set(labels)), (
+        "a website's references hold within a page, and need each label once there"
+    )
 
 
 @each(PAGES)
 def test_references_have_their_figure_on_the_page(path):
-    labels = {o.metadata.widedeep.label for o in outputs(path) if "widedeep" in o.get("metadata", {})}
+    labels = {
+        o.metadata.widedeep.label for o in outputs(path) if "widedeep" in o.get("metadata", {})
+    }
     assert set(re.findall(r"@((?:fig|tbl)-[\w-]*\w)", markdown(path))) - labels == set()
 
 
@@ -173,19 +303,31 @@ def test_every_figure_has_a_caption_and_a_text_alternative(path):
         about, page = o.get("metadata", {}).get("widedeep"), o.get("data", {}).get("text/html", "")
         assert "image/png" not in o.get("data", {}), "a bare picture: use show_figure"
         soup = BeautifulSoup(page, "html.parser")
-        for svg in soup.find_all("svg"): assert svg.get("role") == "img" and len(svg.get("aria-label", "")) > 20
-        for img in soup.find_all("img"): assert img.get("alt")
+        for svg in soup.find_all("svg"):
+            assert svg.get("role") == "img" and len(svg.get("aria-label", "")) > 20
+        for img in soup.find_all("img"):
+            assert img.get("alt")
         if about:
-            assert re.search(r"\w.*\w.*[.!?)]$", about["caption"]) and len(about["caption"].split()) > 4, about["caption"]
+            assert (
+                re.search(r"\w.*\w.*[.!?)]$", about["caption"])
+                and len(about["caption"].split()) > 4
+            ), about["caption"]
             assert not about["label"].startswith("fig-") or len(about["alt"]) > 20, about["label"]
 
 
 # --- pages that state results
 
+
 @each(RESULT_PAGES)
 def test_no_figure_is_typed_into_prose(path):
     prose = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"]
-    code = [n.value for c in nbformat.read(path, 4).cells if c.cell_type == "code" for n in ast.walk(ast.parse(c.source)) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    code = [
+        n.value
+        for c in nbformat.read(path, 4).cells
+        if c.cell_type == "code"
+        for n in ast.walk(ast.parse(c.source))
+        if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    ]
     for text in [re.sub(r"`[^`]*`|Apache-2\.0|95 %|top 1 %", "", t) for t in prose + code]:
         assert re.findall(r"\d+\.\d+|(?<![.\d])\d+ ?%|\d{1,3},\d{3}\b", text) == []
 
@@ -200,7 +342,14 @@ def test_result_pages_have_their_outputs(path):
 @each(RESULT_PAGES)
 def test_result_pages_say_what_results_say(path, tmp_path):
     assert execute_notebook(path, tmp_path / path.name, {}) is None
-    said = lambda p: [(o.data.get("text/markdown") or o.data.get("text/plain")) for o in outputs(p) if "data" in o]
+
+    def said(p):
+        return [
+            (o.data.get("text/markdown") or o.data.get("text/plain"))
+            for o in outputs(p)
+            if "data" in o
+        ]
+
     assert said(tmp_path / path.name) == said(path)
 
 
@@ -211,27 +360,48 @@ def test_result_pages_hold_for_other_runs_too(path, tmp_path):
     runs = {f.stem: json.loads(f.read_text()) for f in (ROOT / "results").glob("*.json")}
     bare = json.loads(json.dumps(runs["demo-strict"])) | {"dataset": "bare", "protocol": "given"}
     bare["log"] |= {"has_stars": False, "first": None, "last": None}
-    bare["summary"] |= dict.fromkeys(["first", "last", "stars_mean", "stars_sd", "new_user", "new_item", "new_either"])
-    bare["metrics"] = [r for r in bare["metrics"] if r["task"] == "ranking" and r["users"] != "cold"]
+    bare["summary"] |= dict.fromkeys(
+        ["first", "last", "stars_mean", "stars_sd", "new_user", "new_item", "new_either"]
+    )
+    bare["metrics"] = [
+        r for r in bare["metrics"] if r["task"] == "ranking" and r["users"] != "cold"
+    ]
     runs |= {"bare-given": bare, "demo-rolling": runs["demo-strict"] | {"protocol": "rolling"}}
-    for folder in ("nbs", "results"): (tmp_path / folder).mkdir()
-    for stem, run in runs.items(): (tmp_path / "results" / f"{stem}.json").write_text(json.dumps(run))
+    for folder in ("nbs", "results"):
+        (tmp_path / folder).mkdir()
+    for stem, run in runs.items():
+        (tmp_path / "results" / f"{stem}.json").write_text(json.dumps(run))
     shutil.copy(path, tmp_path / "nbs")
     assert execute_notebook(tmp_path / "nbs" / path.name, tmp_path / "done.ipynb", {}) is None
-    labels = [o.metadata.widedeep.label for o in outputs(tmp_path / "done.ipynb") if "widedeep" in o.get("metadata", {})]
-    assert labels and len(labels) == len(set(labels)) and set(re.findall(r"@((?:fig|tbl)-[\w-]*\w)", markdown(tmp_path / "done.ipynb"))) <= set(labels)
+    labels = [
+        o.metadata.widedeep.label
+        for o in outputs(tmp_path / "done.ipynb")
+        if "widedeep" in o.get("metadata", {})
+    ]
+    assert (
+        labels
+        and len(labels) == len(set(labels))
+        and set(re.findall(r"@((?:fig|tbl)-[\w-]*\w)", markdown(tmp_path / "done.ipynb")))
+        <= set(labels)
+    )
 
 
 def test_result_pages_fit_desk_and_telephone(tmp_path, fits):
     "In the clothes of the report's page: Quarto's are not at hand."
     for path in RESULT_PAGES:
         file = tmp_path / f"{path.stem}.html"
-        file.write_text(f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{page_css()}</style><div class="layout"><nav></nav><main>{render_chapter(path)}</main></div>')
+        file.write_text(
+            f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{page_css()}</style><div class="layout"><nav></nav><main>{render_chapter(path)}</main></div>'
+        )
         fits(file)
 
 
 def test_colours_of_the_night():
     css = (ROOT / "site.css").read_text()
     rules = re.findall(r'style\*="(\w+): (#\w+)"\] \{ (\w+): (#\w+) !important', css)
-    assert sorted(rules) == sorted((use, COLORS[n], use, bright) for n, bright in DARK_COLORS.items() for use in ("fill", "stroke"))
+    assert sorted(rules) == sorted(
+        (use, COLORS[n], use, bright)
+        for n, bright in DARK_COLORS.items()
+        for use in ("fill", "stroke")
+    )
     assert SITE["format"]["html"]["css"] == "site.css"

@@ -31,10 +31,35 @@ from scipy.sparse.linalg import svds
 from scipy.stats import kendalltau
 from torch import nn
 
-from .core import COLORS, LOSSES, PROTOCOLS, History, UserError, Recommender, Run, Split, select_columns, load_recommender, make_recommender, check_choice, pick_device, register, step
+from widedeep_nb.core import (
+    COLORS,
+    LOSSES,
+    PROTOCOLS,
+    History,
+    Recommender,
+    Run,
+    Split,
+    UserError,
+    check_choice,
+    load_recommender,
+    make_recommender,
+    pick_device,
+    register,
+    select_columns,
+    step,
+)
 from .data import ingest
-from .evaluation import metrics_by_seed_and_fold, metric_table, evaluate_once, evaluate_wide_deep, eval_ranking, eval_ratings, aggregate, format_ci
-from .preprocessing import damped_bias, prepare, group_sum
+from widedeep_nb.evaluation import (
+    aggregate,
+    eval_ranking,
+    eval_ratings,
+    evaluate_once,
+    evaluate_wide_deep,
+    format_ci,
+    metric_table,
+    metrics_by_seed_and_fold,
+)
+from .preprocessing import damped_bias, group_sum, prepare
 
 # %% ../nbs/07_baselines.ipynb #709b0b22
 def rating_tensors(
@@ -42,49 +67,79 @@ def rating_tensors(
 ) -> tuple:  # user codes, item codes (int64), stars (float64): the training rows that have stars
     "The stars of a split, as tensors."
     rows = split.train.drop_nulls("rating")
-    if not len(rows): raise UserError("this log has no stars to learn from; rank with popularity, item-knn or ease instead")
-    return tuple(rows[c].cast(t).to_torch() for c, t in [("user", pl.Int64), ("item", pl.Int64), ("rating", pl.Float64)])
+    if not len(rows):
+        raise UserError(
+            "this log has no stars to learn from; rank with popularity, item-knn or ease instead"
+        )
+    return tuple(
+        rows[c].cast(t).to_torch()
+        for c, t in [("user", pl.Int64), ("item", pl.Int64), ("rating", pl.Float64)]
+    )
 
 
 @register("mean")
 @dataclass
 class Mean(Recommender):
     "The mean of all stars, for everybody and everything."
+
     predicts_ratings = True
 
-    def _fit(self, split): self.mean = rating_tensors(split)[2].mean()
+    def _fit(self, split):
+        self.mean = rating_tensors(split)[2].mean()
 
-    def _predict(self, users, items, history): return self.mean.float().expand(len(users))
+    def _predict(self, users, items, history):
+        return self.mean.float().expand(len(users))
 
 # %% ../nbs/07_baselines.ipynb #dd2664e8
 @register("damped-bias")
 @dataclass
 class DampedBias(Recommender):
     "Mean, user and item deviation (Koren, Bell and Volinsky, 2009), fitted in turn."
-    damping: float = 5.  # ratings of no deviation added to each user and item
+
+    damping: float = 5.0  # ratings of no deviation added to each user and item
     epochs: int = 10  # times that items, then users are fitted
     predicts_ratings = True
 
     def _fit(self, split):
         # one row more than there are items: all items that training has not seen share it, and it stays 0
-        self.mean, _, of_item = damped_bias(*rating_tensors(split), split.n_train_users, split.n_train_items + 1, self.damping, self.epochs)
+        self.mean, _, of_item = damped_bias(
+            *rating_tensors(split),
+            split.n_train_users,
+            split.n_train_items + 1,
+            self.damping,
+            self.epochs,
+        )
         self.item_bias = of_item.nan_to_num()  # without damping, nothing over nothing
 
     def user_bias(self, history):
-        left = history.rating.double() - self.mean - self.item_bias[history.item.clamp(max=self.n_items)]
+        left = (
+            history.rating.double()
+            - self.mean
+            - self.item_bias[history.item.clamp(max=self.n_items)]
+        )
         owner, left, n = history.user_index[~left.isnan()], left[~left.isnan()], len(history)
-        return (group_sum(owner, left, n) / (torch.bincount(owner, minlength=n) + self.damping)).nan_to_num()
+        return (
+            group_sum(owner, left, n) / (torch.bincount(owner, minlength=n) + self.damping)
+        ).nan_to_num()
 
     def _predict(self, users, items, history):
-        return (self.mean + self.user_bias(history) + self.item_bias[items.clamp(max=self.n_items)]).float()
+        return (
+            self.mean + self.user_bias(history) + self.item_bias[items.clamp(max=self.n_items)]
+        ).float()
 
     def _scores(self, users, history, items):
-        return (self.mean + self.user_bias(history)[:, None] + self.item_bias[items.clamp(max=self.n_items)]).float()
+        return (
+            self.mean
+            + self.user_bias(history)[:, None]
+            + self.item_bias[items.clamp(max=self.n_items)]
+        ).float()
 
 # %% ../nbs/07_baselines.ipynb #f5b62383
 def item_counts(
     user_item: torch.Tensor,  # sparse 0/1 [users, items]
-) -> torch.Tensor:  # float32 [items + 1]; the last one, 0, stands for every item that training has not seen
+) -> (
+    torch.Tensor
+):  # float32 [items + 1]; the last one, 0, stands for every item that training has not seen
     "How many users have each item."
     return torch.bincount(user_item.indices()[1], minlength=user_item.shape[1] + 1).float()
 
@@ -94,24 +149,31 @@ def item_counts(
 class Popularity(Recommender):
     "How many users have it."
 
-    def _fit(self, split): self.weight = item_counts(self.train_history.to_sparse(self.n_items))
+    def _fit(self, split):
+        self.weight = item_counts(self.train_history.to_sparse(self.n_items))
 
-    def _scores(self, users, history, items): return self.weight[items.clamp(max=self.n_items)].expand(len(users), -1)
+    def _scores(self, users, history, items):
+        return self.weight[items.clamp(max=self.n_items)].expand(len(users), -1)
 
 # %% ../nbs/07_baselines.ipynb #fe3498b9
 @register("recent-popularity")
 @dataclass
 class RecentPopularity(Popularity):
     "How many users have it, the past fading exponentially; without times plain popularity."
-    days: float = 365.  # time constant: after so many days a user counts 1/e
+
+    days: float = 365.0  # time constant: after so many days a user counts 1/e
 
     def _fit(self, split):
         last = split.train.unique(["user", "item"], keep="last", maintain_order=True)
         # an event without a time is taken to be of average age, so that it neither leads nor is lost
-        age = last.select((pl.col("timestamp").max() - pl.col("timestamp")).dt.total_milliseconds() / 86_400_000).to_series()
+        age = last.select(
+            (pl.col("timestamp").max() - pl.col("timestamp")).dt.total_milliseconds() / 86_400_000
+        ).to_series()
         age = age.fill_null(age.mean() or 0)
         weight = (-age / self.days).exp().to_torch()
-        self.weight = torch.bincount(last["item"].cast(pl.Int64).to_torch(), weights=weight, minlength=self.n_items + 1).float()
+        self.weight = torch.bincount(
+            last["item"].cast(pl.Int64).to_torch(), weights=weight, minlength=self.n_items + 1
+        ).float()
 
 # %% ../nbs/07_baselines.ipynb #667a68ea
 def to_csr(
@@ -130,20 +192,26 @@ class HistoryRecommender(Recommender):
         self._fit_matrix(to_csr(have))
 
     def _restore(self, state):
-        super()._restore({k: v.clone() for k, v in state.items()})  # laid out in memory as after fit, so that sums round alike
+        super()._restore(
+            {k: v.clone() for k, v in state.items()}
+        )  # laid out in memory as after fit, so that sums round alike
 
     def _scores(self, users, history, items):
         have = history.to_sparse(self.n_items)
         scores = F.pad(self._score_history(have), (0, 1))
         stranger = torch.bincount(have.indices()[0], minlength=len(history)) == 0
-        return select_columns(torch.where(stranger[:, None], self.popularity, scores), items.clamp(max=self.n_items))
+        return select_columns(
+            torch.where(stranger[:, None], self.popularity, scores), items.clamp(max=self.n_items)
+        )
 
 # %% ../nbs/07_baselines.ipynb #75d4339f
 def top_k_neighbors(
     X: sp.csr_array,  # 0/1 [m, n]: its columns may be neighbours
     k: int,  # neighbours kept of each
     similarity_fn: Callable,  # of (block of columns, other, own, in common): how alike; 0 or less: no neighbour
-    queries: Optional[sp.csr_array] = None,  # 0/1 [m, q]: columns whose neighbours are wanted; default: those of `X`, none its own neighbour
+    queries: Optional[
+        sp.csr_array
+    ] = None,  # 0/1 [m, q]: columns whose neighbours are wanted; default: those of `X`, none its own neighbour
     budget: int = 20_000_000,  # pairs worked on at a time: bounds the memory
     max_pairs: float = 2e10,  # pairs that may be looked at in all: about an hour
 ) -> tuple:  # neighbours int64 [q, k] and how alike float32 [q, k]; nearest first, ties to the smaller code, padded with n and 0
@@ -154,21 +222,30 @@ def top_k_neighbors(
     q = queries.shape[1]
     # a column costs at most as many pairs as its rows have entries; blocks of columns of about equal cost
     cost = (queries.astype(bool).astype(float).T @ np.diff(X.tocsr().indptr)).cumsum()
-    if q and cost[-1] > max_pairs: raise UserError(f"exact neighbours would look at {cost[-1]:,.0f} pairs (at most {max_pairs:,.0f}): hours; take als or svd")
-    edges = np.unique(np.r_[0, np.searchsorted(cost, np.arange(budget, cost[-1] if q else 0, budget)), q])
+    if q and cost[-1] > max_pairs:
+        raise UserError(
+            f"exact neighbours would look at {cost[-1]:,.0f} pairs (at most {max_pairs:,.0f}): hours; take als or svd"
+        )
+    edges = np.unique(
+        np.r_[0, np.searchsorted(cost, np.arange(budget, cost[-1] if q else 0, budget)), q]
+    )
     neighbour, similarity = np.full((q, k), n), np.zeros((q, k), np.float32)
     for start, end in zip(edges, edges[1:]):
         pair = (X.T @ queries[:, start:end]).tocoo()
         other, own = pair.row, pair.col
         near = similarity_fn(slice(start, end), other, own, pair.data)
         own, kept = own + start, near > 0
-        if itself: kept &= other != own
+        if itself:
+            kept &= other != own
         other, own, near = other[kept], own[kept], near[kept]
         order = np.lexsort((other, -near, own))
         other, own, near = other[order], own[order], near[order]
         rank = np.arange(len(own)) - np.searchsorted(own, own)
         kept = rank < k
-        neighbour[own[kept], rank[kept]], similarity[own[kept], rank[kept]] = other[kept], near[kept]
+        neighbour[own[kept], rank[kept]], similarity[own[kept], rank[kept]] = (
+            other[kept],
+            near[kept],
+        )
     return torch.from_numpy(neighbour), torch.from_numpy(similarity)
 
 # %% ../nbs/07_baselines.ipynb #f61f574a
@@ -178,27 +255,41 @@ def rule_strength(
     min_support: int,  # least users who have both
 ) -> Callable:  # for `top_k_neighbors`
     "How strongly one item speaks for another."
-    count, lifted = user_item.sum(0), check_choice(measure, ("confidence", "lift"), "measure") == "lift"
+    count, lifted = (
+        user_item.sum(0),
+        check_choice(measure, ("confidence", "lift"), "measure") == "lift",
+    )
     usual = count / user_item.shape[0] if lifted else np.ones(len(count))
-    return lambda block, other, own, both: np.where(both >= min_support, both / count[block][own] / usual[other], 0)
+    return lambda block, other, own, both: np.where(
+        both >= min_support, both / count[block][own] / usual[other], 0
+    )
 
 
 @register("association-rules")
 @dataclass
 class AssociationRules(HistoryRecommender):
     "Rules between pairs of items (Agrawal et al., 1993), the strongest of a history's (Sarwar et al., 2000)."
+
     measure: str = "confidence"  # or "lift"
     min_support: int = 2  # least users who have both
     k: int = 200  # rules kept of each item
 
     def _fit_matrix(self, user_item):
-        self.consequents, self.strength = top_k_neighbors(user_item, min(self.k, user_item.shape[1]), rule_strength(user_item, self.measure, self.min_support))
+        self.consequents, self.strength = top_k_neighbors(
+            user_item,
+            min(self.k, user_item.shape[1]),
+            rule_strength(user_item, self.measure, self.min_support),
+        )
 
     def _score_history(self, user_item):
         owner, item = user_item.indices()
-        place = owner[:, None] * (self.n_items + 1) + self.consequents[item]                          # the last column takes the padding
+        place = (
+            owner[:, None] * (self.n_items + 1) + self.consequents[item]
+        )  # the last column takes the padding
         scores = torch.zeros(len(user_item) * (self.n_items + 1))
-        return scores.scatter_reduce(0, place.flatten(), self.strength[item].flatten(), "amax").view(len(user_item), -1)[:, :-1]
+        return scores.scatter_reduce(
+            0, place.flatten(), self.strength[item].flatten(), "amax"
+        ).view(len(user_item), -1)[:, :-1]
 
 # %% ../nbs/07_baselines.ipynb #1764af9a
 def cosine(
@@ -217,7 +308,9 @@ def sparse_lookup(
     column: np.ndarray,  # int [k]
 ) -> np.ndarray:  # float [k]
     "What stands at some places of a sparse table."
-    return matrix.tocsr()[row, column] if len(row) else np.zeros(0)  # scipy makes no array of no places
+    return (
+        matrix.tocsr()[row, column] if len(row) else np.zeros(0)
+    )  # scipy makes no array of no places
 
 
 def pearson(
@@ -227,10 +320,18 @@ def pearson(
 ) -> Callable:  # for `top_k_neighbors`
     "Shrunk correlation of deviations over what two columns have in common (Koren, 2010)."
     (have, x), (wanted, y) = [[m.tocsc() for m in pair] for pair in (data, queries)]
+
     def alike(block, other, own, both):
-        of = lambda a, b: sparse_lookup(a.T @ b[:, block], other, own)
+        def of(a, b):
+            return sparse_lookup(a.T @ b[:, block], other, own)
+
         norm = np.sqrt(of(x.power(2), wanted) * of(have, y.power(2)))
-        return np.divide(of(x, y), norm, out=np.zeros(len(norm)), where=norm > 0) * (both - 1) / np.maximum(both - 1 + shrink, 1e-9)
+        return (
+            np.divide(of(x, y), norm, out=np.zeros(len(norm)), where=norm > 0)
+            * (both - 1)
+            / np.maximum(both - 1 + shrink, 1e-9)
+        )
+
     return alike
 
 # %% ../nbs/07_baselines.ipynb #51d3ef1b
@@ -239,10 +340,18 @@ def rating_residuals(
     history: History,  # of n users
 ) -> tuple:  # 0/1 and deviations, both csr [n, items]; of several stars for one item the mean
     "What each user's stars leave over beyond the damped bias."
-    left = history.rating.double() - bias.mean - bias.user_bias(history)[history.user_index] - bias.item_bias[history.item.clamp(max=bias.n_items)]
+    left = (
+        history.rating.double()
+        - bias.mean
+        - bias.user_bias(history)[history.user_index]
+        - bias.item_bias[history.item.clamp(max=bias.n_items)]
+    )
     keep = ~left.isnan() & (history.item < bias.n_items)
     at = (history.user_index[keep].numpy(), history.item[keep].numpy())
-    table, count = [sp.coo_array((v, at), shape=(len(history), bias.n_items)).tocsr() for v in (left[keep].numpy(), np.ones(len(at[0])))]
+    table, count = [
+        sp.coo_array((v, at), shape=(len(history), bias.n_items)).tocsr()
+        for v in (left[keep].numpy(), np.ones(len(at[0])))
+    ]
     table.data /= count.data
     count.data[:] = 1
     return count, table
@@ -254,40 +363,74 @@ def dedupe_histories(
 ) -> tuple:  # int64 [n], which of the m histories is whose; and these
     "Histories without repeats, where a user who is asked about several times has the same each time."
     code, who = torch.unique(users, return_inverse=True)
-    first = torch.full((len(code),), len(users)).scatter_reduce(0, who, torch.arange(len(users)), "amin")
+    first = torch.full((len(code),), len(users)).scatter_reduce(
+        0, who, torch.arange(len(users)), "amin"
+    )
     short = history.select(first)
-    same = lambda a, b: torch.equal(a.indptr, b.indptr) and torch.equal(a.item, b.item) and torch.equal(a.rating.nan_to_num(-1), b.rating.nan_to_num(-1))
+
+    def same(a, b):
+        return (
+            torch.equal(a.indptr, b.indptr)
+            and torch.equal(a.item, b.item)
+            and torch.equal(a.rating.nan_to_num(-1), b.rating.nan_to_num(-1))
+        )
+
     return (who, short) if same(short.select(who), history) else (torch.arange(len(users)), history)
 
 # %% ../nbs/07_baselines.ipynb #353dc94e
 @dataclass
 class KNNRecommender(HistoryRecommender, DampedBias):
     "Two neighbourhoods: by who has what for lists; by deviations from the damped bias for stars."
+
     k: int = 100  # neighbours that a list is made from
-    shrink: float = 10.  # added to the denominator of the cosine
-    similarity: str = "pearson"  # for stars: "pearson" of the deviations, or "cosine" of who rated what
+    shrink: float = 10.0  # added to the denominator of the cosine
+    similarity: str = (
+        "pearson"  # for stars: "pearson" of the deviations, or "cosine" of who rated what
+    )
     k_rating: int = 50  # neighbours that stars are predicted from
-    shrink_rating: float = 10.  # as `shrink`, for stars
-    shrink_pred: float = 1.  # nearness added to that of the neighbours, as if they had no deviation
+    shrink_rating: float = 10.0  # as `shrink`, for stars
+    shrink_pred: float = (
+        1.0  # nearness added to that of the neighbours, as if they had no deviation
+    )
     predicts_ratings = property(lambda self: hasattr(self, "item_bias"))
 
     def _fit(self, split):
-        if split.has_ratings: DampedBias._fit(self, split)
+        if split.has_ratings:
+            DampedBias._fit(self, split)
         HistoryRecommender._fit(self, split)
 
     def _rating_neighbors(self, residuals, queries=None):
         have, to = residuals[0], residuals if queries is None else queries
         kind = check_choice(self.similarity, ("pearson", "cosine"), "similarity")
-        alike = pearson(residuals, to, self.shrink_rating) if kind == "pearson" else cosine(have, to[0], self.shrink_rating)
-        return top_k_neighbors(have, min(self.k_rating, have.shape[1]), alike, None if queries is None else queries[0])
+        alike = (
+            pearson(residuals, to, self.shrink_rating)
+            if kind == "pearson"
+            else cosine(have, to[0], self.shrink_rating)
+        )
+        return top_k_neighbors(
+            have, min(self.k_rating, have.shape[1]), alike, None if queries is None else queries[0]
+        )
 
     def _predict(self, users, items, history, batch_size=512):
-        stars, (who, history) = DampedBias._predict(self, users, items, history), dedupe_histories(users, history)
+        stars, (who, history) = (
+            DampedBias._predict(self, users, items, history),
+            dedupe_histories(users, history),
+        )
         for b in torch.arange(len(history)).split(batch_size):
             mine = ((who >= b[0]) & (who <= b[-1]) & (items < self.n_items)).nonzero()[:, 0]
-            at = ((who[mine] - b[0]).numpy().copy(), items[mine].numpy().copy())  # scipy wants arrays of its own
-            pull, weight = [sparse_lookup(m, *at) for m in self._neighbor_sums(*rating_residuals(self, history.select(b)))]
-            stars[mine] += torch.from_numpy(np.divide(pull, weight + self.shrink_pred, out=np.zeros(len(mine)), where=weight > 0)).float()
+            at = (
+                (who[mine] - b[0]).numpy().copy(),
+                items[mine].numpy().copy(),
+            )  # scipy wants arrays of its own
+            pull, weight = [
+                sparse_lookup(m, *at)
+                for m in self._neighbor_sums(*rating_residuals(self, history.select(b)))
+            ]
+            stars[mine] += torch.from_numpy(
+                np.divide(
+                    pull, weight + self.shrink_pred, out=np.zeros(len(mine)), where=weight > 0
+                )
+            ).float()
         return stars
 
 
@@ -298,7 +441,10 @@ def neighbors_to_csr(
 ) -> sp.csr_array:  # [q, n]
     "Neighbours as a sparse table."
     own, place = (similarities > 0).nonzero(as_tuple=True)
-    return sp.csr_array((similarities[own, place].double().numpy(), (own.numpy(), neighbors[own, place].numpy())), shape=(len(neighbors), n))
+    return sp.csr_array(
+        (similarities[own, place].double().numpy(), (own.numpy(), neighbors[own, place].numpy())),
+        shape=(len(neighbors), n),
+    )
 
 # %% ../nbs/07_baselines.ipynb #a1d01787
 @register("item-knn")
@@ -307,13 +453,20 @@ class ItemKNN(KNNRecommender):
     "Item-based nearest neighbours (Sarwar et al., 2001; Deshpande and Karypis, 2004; Koren, 2010)."
 
     def _fit_matrix(self, user_item):
-        self.neighbors, self.similarities = top_k_neighbors(user_item, min(self.k, user_item.shape[1]), cosine(user_item, user_item, self.shrink))
-        if self.predicts_ratings: self.rating_neighbors, self.rating_similarities = self._rating_neighbors(rating_residuals(self, self.train_history))
+        self.neighbors, self.similarities = top_k_neighbors(
+            user_item, min(self.k, user_item.shape[1]), cosine(user_item, user_item, self.shrink)
+        )
+        if self.predicts_ratings:
+            self.rating_neighbors, self.rating_similarities = self._rating_neighbors(
+                rating_residuals(self, self.train_history)
+            )
 
     def _score_history(self, user_item):
         owner, item = user_item.indices()
         scores = torch.zeros(len(user_item), self.n_items + 1)  # the last column takes the padding
-        return scores.index_put((owner[:, None], self.neighbors[item]), self.similarities[item], accumulate=True)[:, :-1]
+        return scores.index_put(
+            (owner[:, None], self.neighbors[item]), self.similarities[item], accumulate=True
+        )[:, :-1]
 
     def _neighbor_sums(self, user_item, residuals):
         near = neighbors_to_csr(self.rating_neighbors, self.rating_similarities, self.n_items)
@@ -324,12 +477,17 @@ class ItemKNN(KNNRecommender):
 @dataclass
 class UserKNN(KNNRecommender):
     "User-based nearest neighbours (Resnick et al., 1994; Herlocker et al., 1999)."
+
     max_users: int = 200_000  # most people that each one is compared with
 
     def _fit_matrix(self, user_item):
-        if self.n_users > self.max_users: raise UserError(f"user-knn would compare each person with {self.n_users:,} others (max_users is {self.max_users:,}); use item-knn")
+        if self.n_users > self.max_users:
+            raise UserError(
+                f"user-knn would compare each person with {self.n_users:,} others (max_users is {self.max_users:,}); use item-knn"
+            )
         self.have = user_item
-        if self.predicts_ratings: self.left = rating_residuals(self, self.train_history)
+        if self.predicts_ratings:
+            self.left = rating_residuals(self, self.train_history)
 
     def _restore(self, state):
         super()._restore(state)
@@ -337,11 +495,20 @@ class UserKNN(KNNRecommender):
 
     def _score_history(self, user_item):
         asked = to_csr(user_item).T
-        near = top_k_neighbors(self.have.T, min(self.k, self.n_users), cosine(self.have.T, asked, self.shrink), asked)
-        return torch.from_numpy((neighbors_to_csr(*near, self.n_users) @ self.have).toarray()).float()
+        near = top_k_neighbors(
+            self.have.T, min(self.k, self.n_users), cosine(self.have.T, asked, self.shrink), asked
+        )
+        return torch.from_numpy(
+            (neighbors_to_csr(*near, self.n_users) @ self.have).toarray()
+        ).float()
 
     def _neighbor_sums(self, user_item, residuals):
-        near = neighbors_to_csr(*self._rating_neighbors(*[tuple(m.T for m in pair) for pair in (self.left, (user_item, residuals))]), self.n_users)
+        near = neighbors_to_csr(
+            *self._rating_neighbors(
+                *[tuple(m.T for m in pair) for pair in (self.left, (user_item, residuals))]
+            ),
+            self.n_users,
+        )
         return near @ self.left[1], near @ self.left[0]
 
 # %% ../nbs/07_baselines.ipynb #9126a1fc
@@ -349,54 +516,77 @@ class UserKNN(KNNRecommender):
 @dataclass
 class EASE(HistoryRecommender):
     "Linear regression of every item on all others, in closed form (Steck, 2019)."
-    reg: float = 200.  # ridge penalty, in users
+
+    reg: float = 200.0  # ridge penalty, in users
     max_items: int = 20_000  # largest catalogue; memory grows with its square
 
     def _fit_matrix(self, user_item):
         n = user_item.shape[1]
-        if n > self.max_items: raise UserError(f"ease would take {24 * n * n / 2**30:,.0f} GiB for {n:,} items (max_items is {self.max_items:,}); use item-knn")
+        if n > self.max_items:
+            raise UserError(
+                f"ease would take {24 * n * n / 2**30:,.0f} GiB for {n:,} items (max_items is {self.max_items:,}); use item-knn"
+            )
         gram = torch.from_numpy((user_item.T @ user_item).toarray()).double()
         gram.diagonal().add_(self.reg)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         self.weight = (-inverse / inverse.diagonal()).float().fill_diagonal_(0)
 
-    def _score_history(self, user_item): return torch.sparse.mm(user_item, self.weight)
+    def _score_history(self, user_item):
+        return torch.sparse.mm(user_item, self.weight)
 
 # %% ../nbs/07_baselines.ipynb #ba0e4068
 @register("svd")
 @dataclass
 class SVD(HistoryRecommender):
     "Truncated singular value decomposition of who has what: PureSVD (Cremonesi, Koren and Turrin, 2010)."
+
     factors: int = 16  # singular values kept
 
     def _fit_matrix(self, user_item):
         user_item, least = user_item.astype(np.float64), min(user_item.shape)
-        if least <= self.factors + 1: _, value, right = np.linalg.svd(user_item.toarray(), full_matrices=False)   # ARPACK finds fewer than all
-        else: _, value, right = svds(user_item, self.factors, v0=np.ones(least), return_singular_vectors="vh")
-        strong = np.argsort(-value)[:self.factors]
+        if least <= self.factors + 1:
+            _, value, right = np.linalg.svd(
+                user_item.toarray(), full_matrices=False
+            )  # ARPACK finds fewer than all
+        else:
+            _, value, right = svds(
+                user_item, self.factors, v0=np.ones(least), return_singular_vectors="vh"
+            )
+        strong = np.argsort(-value)[: self.factors]
         strong = strong[value[strong] > 1e-9 * value.max()]
         self.right = torch.from_numpy(right[strong].copy()).float()
 
-    def _score_history(self, user_item): return torch.sparse.mm(user_item, self.right.T) @ self.right
+    def _score_history(self, user_item):
+        return torch.sparse.mm(user_item, self.right.T) @ self.right
 
 # %% ../nbs/07_baselines.ipynb #4f4796db
 def batched_ridge(
     targets: sp.csr_array,  # [n, m], a regression a row: which inputs, and the target of each
     inputs: torch.Tensor,  # float [m, f], the inputs
     penalty: torch.Tensor,  # float [n], ridge of each
-    weight: float = 1.,  # of each row's own inputs in its normal matrix
-    base_gram: Optional[torch.Tensor] = None,  # float [f, f], a part of the normal matrix that is alike for everybody
+    weight: float = 1.0,  # of each row's own inputs in its normal matrix
+    base_gram: Optional[
+        torch.Tensor
+    ] = None,  # float [f, f], a part of the normal matrix that is alike for everybody
     budget: int = 2**22,  # numbers worked on at a time
 ) -> torch.Tensor:  # float [n, f]
     "A ridge regression for every row of a sparse table."
     (n, m), f = targets.shape, inputs.shape[1]
-    if not targets.nnz: return torch.zeros(n, f)
-    ptr, at, target = torch.from_numpy(targets.indptr).long(), torch.from_numpy(targets.indices).long(), torch.from_numpy(targets.data).float()
+    if not targets.nnz:
+        return torch.zeros(n, f)
+    ptr, at, target = (
+        torch.from_numpy(targets.indptr).long(),
+        torch.from_numpy(targets.indices).long(),
+        torch.from_numpy(targets.data).float(),
+    )
     count, start, found = ptr.diff(), 0, torch.zeros(n, f)
-    order, alike = count.argsort(descending=True, stable=True), torch.zeros(f, f) if base_gram is None else base_gram
+    order, alike = (
+        count.argsort(descending=True, stable=True),
+        torch.zeros(f, f) if base_gram is None else base_gram,
+    )
     while start < n:
         longest = max(int(count[order[start]]), 1)
-        who = order[start:start + max(1, budget // (max(longest, f) * f))]
+        who = order[start : start + max(1, budget // (max(longest, f) * f))]
         place = torch.arange(longest)
         there = place < count[who, None]
         event = (ptr[who, None] + place).clamp(max=targets.nnz - 1)
@@ -411,56 +601,97 @@ def batched_ridge(
 @dataclass
 class FunkSVD(DampedBias):
     "Damped bias plus a product of factors (Funk, 2006), by alternating ridge regressions (Koren et al., 2009)."
+
     factors: int = 8  # numbers a person and a thing
-    reg: float = .4  # penalty, for each rating
+    reg: float = 0.4  # penalty, for each rating
     n_iter: int = 15  # times that people, then things are solved
     seed: int = 0  # of where the things start
 
     def _fit(self, split):
         super()._fit(split)
         left = rating_residuals(self, self.train_history)[1]
-        self.item = .1 * torch.randn(self.n_items, self.factors, generator=torch.Generator().manual_seed(self.seed))
-        for _ in range(self.n_iter): self.item = self._solve(left.T.tocsr(), self._solve(left, self.item))
+        self.item = 0.1 * torch.randn(
+            self.n_items, self.factors, generator=torch.Generator().manual_seed(self.seed)
+        )
+        for _ in range(self.n_iter):
+            self.item = self._solve(left.T.tocsr(), self._solve(left, self.item))
 
     def _solve(self, residuals, fixed_factors):
-        return batched_ridge(residuals, fixed_factors, self.reg * torch.from_numpy(np.diff(residuals.indptr)).clamp(min=1))
+        return batched_ridge(
+            residuals,
+            fixed_factors,
+            self.reg * torch.from_numpy(np.diff(residuals.indptr)).clamp(min=1),
+        )
 
     def _predict(self, users, items, history):
         who, short = dedupe_histories(users, history)
-        person, thing = self._solve(rating_residuals(self, short)[1], self.item), F.pad(self.item, (0, 0, 0, 1))
-        return super()._predict(users, items, history) + (person[who] * thing[items.clamp(max=self.n_items)]).sum(1)
+        person, thing = (
+            self._solve(rating_residuals(self, short)[1], self.item),
+            F.pad(self.item, (0, 0, 0, 1)),
+        )
+        return super()._predict(users, items, history) + (
+            person[who] * thing[items.clamp(max=self.n_items)]
+        ).sum(1)
 
     def _scores(self, users, history, items):
-        person, thing = self._solve(rating_residuals(self, history)[1], self.item), F.pad(self.item, (0, 0, 0, 1))
-        return super()._scores(users, history, items) + person @ thing[items.clamp(max=self.n_items)].T
+        person, thing = (
+            self._solve(rating_residuals(self, history)[1], self.item),
+            F.pad(self.item, (0, 0, 0, 1)),
+        )
+        return (
+            super()._scores(users, history, items) + person @ thing[items.clamp(max=self.n_items)].T
+        )
 
 # %% ../nbs/07_baselines.ipynb #eb8ab253
 @register("als")
 @dataclass
 class ALS(HistoryRecommender):
     "Weighted factors of who has what, by alternating ridge regressions (Hu, Koren and Volinsky, 2008)."
+
     factors: int = 32  # numbers a person and a thing
-    alpha: float = 10.  # how much more is believed of what one has
-    reg: float = 50.  # penalty
+    alpha: float = 10.0  # how much more is believed of what one has
+    reg: float = 50.0  # penalty
     n_iter: int = 10  # times that people, then things are solved
     seed: int = 0  # of where the things start
 
     def _fit_matrix(self, user_item):
-        self.item = .01 * torch.randn(self.n_items, self.factors, generator=torch.Generator().manual_seed(self.seed))
-        for _ in range(self.n_iter): self.item = self._solve(user_item.T.tocsr(), self._solve(user_item, self.item))
+        self.item = 0.01 * torch.randn(
+            self.n_items, self.factors, generator=torch.Generator().manual_seed(self.seed)
+        )
+        for _ in range(self.n_iter):
+            self.item = self._solve(user_item.T.tocsr(), self._solve(user_item, self.item))
 
     def _solve(self, user_item, fixed_factors, base_gram=None):
-        return batched_ridge(user_item * (1 + self.alpha), fixed_factors, torch.full((user_item.shape[0],), self.reg), self.alpha, fixed_factors.T @ fixed_factors if base_gram is None else base_gram)
+        return batched_ridge(
+            user_item * (1 + self.alpha),
+            fixed_factors,
+            torch.full((user_item.shape[0],), self.reg),
+            self.alpha,
+            fixed_factors.T @ fixed_factors if base_gram is None else base_gram,
+        )
 
-    def _score_history(self, user_item): return self._solve(to_csr(user_item), self.item, self._cached("common", lambda: self.item.T @ self.item)) @ self.item.T
+    def _score_history(self, user_item):
+        return (
+            self._solve(
+                to_csr(user_item),
+                self.item,
+                self._cached("common", lambda: self.item.T @ self.item),
+            )
+            @ self.item.T
+        )
 
 # %% ../nbs/07_baselines.ipynb #b97c9090
 class FactorRecommender(HistoryRecommender):
     "A recommender with a vector for each user that training knows; newcomers are scored by their history."
 
     def _scores(self, users, history, items):
-        scores, known = super()._scores(users, history, items), (users < self.n_users).nonzero()[:, 0]
-        scores[known] = select_columns(F.pad(self._score_users(users[known]), (0, 1)), items.clamp(max=self.n_items))
+        scores, known = (
+            super()._scores(users, history, items),
+            (users < self.n_users).nonzero()[:, 0],
+        )
+        scores[known] = select_columns(
+            F.pad(self._score_users(users[known]), (0, 1)), items.clamp(max=self.n_items)
+        )
         return scores
 
 
@@ -468,23 +699,42 @@ class FactorRecommender(HistoryRecommender):
 @dataclass
 class BPR(FactorRecommender):
     "Matrix factorisation by Bayesian personalised ranking (Rendle et al., 2009), from the package implicit."
+
     factors: int = 32  # numbers a person and a thing
     epochs: int = 30  # over the rows
-    lr: float = .05  # learning rate
-    reg: float = .01  # penalty
+    lr: float = 0.05  # learning rate
+    reg: float = 0.01  # penalty
     seed: int = 0
 
     def _fit_matrix(self, user_item):
-        try: from implicit.cpu.bpr import BayesianPersonalizedRanking
-        except ImportError: raise UserError("bpr needs the package implicit: pip install 'widedeep_nb[baselines]'") from None
-        model = BayesianPersonalizedRanking(self.factors, self.lr, self.reg, iterations=self.epochs, num_threads=1, random_state=self.seed)
+        try:
+            from implicit.cpu.bpr import BayesianPersonalizedRanking
+        except ImportError:
+            raise UserError(
+                "bpr needs the package implicit: pip install 'widedeep_nb[baselines]'"
+            ) from None
+        model = BayesianPersonalizedRanking(
+            self.factors,
+            self.lr,
+            self.reg,
+            iterations=self.epochs,
+            num_threads=1,
+            random_state=self.seed,
+        )
         model.fit(sp.csr_matrix(user_item), show_progress=False)
-        self.user, self.item = torch.tensor(model.user_factors), torch.tensor(model.item_factors)  # the last number is the thing's bias
+        self.user, self.item = (
+            torch.tensor(model.user_factors),
+            torch.tensor(model.item_factors),
+        )  # the last number is the thing's bias
 
-    def _score_users(self, users): return self.user[users] @ self.item.T
+    def _score_users(self, users):
+        return self.user[users] @ self.item.T
 
     def _score_history(self, user_item):
-        mean = torch.sparse.mm(user_item, self.item) / torch.bincount(user_item.indices()[0], minlength=len(user_item)).clamp(min=1)[:, None]
+        mean = (
+            torch.sparse.mm(user_item, self.item)
+            / torch.bincount(user_item.indices()[0], minlength=len(user_item)).clamp(min=1)[:, None]
+        )
         mean[:, -1] = 1
         return mean @ self.item.T
 
@@ -494,14 +744,19 @@ class NeuMFNet(nn.Module):
 
     def __init__(self, n_users: int, n_items: int, d: int):
         super().__init__()
-        self.user, self.item, self.user_deep, self.item_deep = tables = [nn.Embedding(n, d) for n in (n_users, n_items) * 2]
-        for table in tables: nn.init.normal_(table.weight, std=.01)
+        self.user, self.item, self.user_deep, self.item_deep = tables = [
+            nn.Embedding(n, d) for n in (n_users, n_items) * 2
+        ]
+        for table in tables:
+            nn.init.normal_(table.weight, std=0.01)
         self.user_layer, self.item_layer = nn.Linear(d, 2 * d), nn.Linear(d, 2 * d, bias=False)
         self.rest = nn.Sequential(nn.ReLU(), nn.Linear(2 * d, d), nn.ReLU(), nn.Linear(d, 1))
         self.product = nn.Linear(d, 1, bias=False)
 
     def forward(self, user: torch.Tensor, item: torch.Tensor) -> torch.Tensor:
-        deep = self.rest(self.user_layer(self.user_deep(user)) + self.item_layer(self.item_deep(item)))
+        deep = self.rest(
+            self.user_layer(self.user_deep(user)) + self.item_layer(self.item_deep(item))
+        )
         return (self.product(self.user(user) * self.item(item)) + deep)[..., 0]
 
 
@@ -519,12 +774,17 @@ def train_with_negatives(
     device = pick_device()
     net, user, item = net.to(device).train(), user.to(device), item.to(device)
     optimiser = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
-    users, label = user.repeat(1 + n_negatives), (torch.arange(len(user) * (1 + n_negatives), device=device) < len(user)).float()
+    users, label = (
+        user.repeat(1 + n_negatives),
+        (torch.arange(len(user) * (1 + n_negatives), device=device) < len(user)).float(),
+    )
     for _ in range(epochs):
         items = torch.cat([item, torch.randint(n_items, (len(user) * n_negatives,), device=device)])
         for rows in torch.randperm(len(users), device=device).split(batch_size):
             optimiser.zero_grad(set_to_none=True)
-            F.binary_cross_entropy_with_logits(net(users[rows], items[rows]), label[rows]).backward()
+            F.binary_cross_entropy_with_logits(
+                net(users[rows], items[rows]), label[rows]
+            ).backward()
             optimiser.step()
     return net.cpu().eval()
 
@@ -533,31 +793,42 @@ def train_with_negatives(
 @dataclass
 class NeuMF(FactorRecommender):
     "Neural matrix factorisation (He et al., 2017), without pre-training."
+
     embedding: int = 16  # numbers a person and a thing, in each of two tables; the MLP's layers have twice and once as many
     epochs: int = 10  # passes over the rows
     n_negatives: int = 4  # items drawn beside each row
-    lr: float = .003
+    lr: float = 0.003
     seed: int = 0
     max_examples: int = 200_000_000  # most examples that training may look at
 
     def _fit_matrix(self, user_item):
         examples = user_item.nnz * (1 + self.n_negatives) * self.epochs
-        if examples > self.max_examples: raise UserError(f"neumf would look at {examples:,} examples (max_examples is {self.max_examples:,}); use als or bpr")
+        if examples > self.max_examples:
+            raise UserError(
+                f"neumf would look at {examples:,} examples (max_examples is {self.max_examples:,}); use als or bpr"
+            )
         user, item = [torch.from_numpy(c).long() for c in user_item.nonzero()]
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            self.net = train_with_negatives(self._build(), user, item, self.n_items, self.epochs, self.n_negatives, self.lr)
+            self.net = train_with_negatives(
+                self._build(), user, item, self.n_items, self.epochs, self.n_negatives, self.lr
+            )
 
-    def _build(self): return NeuMFNet(self.n_users, self.n_items, self.embedding)
+    def _build(self):
+        return NeuMFNet(self.n_users, self.n_items, self.embedding)
 
     def _score_users(self, users, max_floats=2**21):
         items = torch.arange(self.n_items)[None]
         blocks = users.split(max(1, max_floats // (2 * self.embedding * self.n_items)))
-        return torch.cat([torch.empty(0, self.n_items)] + [self.net(b[:, None], items) for b in blocks if len(b)])
+        return torch.cat(
+            [torch.empty(0, self.n_items)] + [self.net(b[:, None], items) for b in blocks if len(b)]
+        )
 
-    def _score_history(self, user_item): return self.popularity[:-1].expand(len(user_item), -1)
+    def _score_history(self, user_item):
+        return self.popularity[:-1].expand(len(user_item), -1)
 
-    def _state(self): return super()._state() | {f"net.{k}": v for k, v in self.net.state_dict().items()}
+    def _state(self):
+        return super()._state() | {f"net.{k}": v for k, v in self.net.state_dict().items()}
 
     def _restore(self, state):
         super()._restore({k: v for k, v in state.items() if not k.startswith("net.")})
@@ -569,19 +840,46 @@ LARGE_LOG_ROWS = 1_000_000  # rows from which on only the first two settings of 
 
 PARAM_GRIDS = {  # for each metric that the model is made for, the settings to try; the default first
     "mean": {},
-    "damped-bias": {"RMSE": [{"damping": d} for d in (5., 1., 2., 10., 20.)]},
+    "damped-bias": {"RMSE": [{"damping": d} for d in (5.0, 1.0, 2.0, 10.0, 20.0)]},
     "popularity": {},
-    "recent-popularity": {"NDCG@20": [{"days": d} for d in (365., 30., 90., 180., 1095.)]},
-    "association-rules": {"NDCG@20": [{"measure": m, "min_support": n} for m, n in (("confidence", 2), ("confidence", 5), ("lift", 2), ("lift", 5))]},
-    "user-knn": {"NDCG@20": [{"k": k, "shrink": s} for k, s in ((100, 10.), (100, 0.), (300, 10.))],
-                 "RMSE": [{"similarity": m, "shrink_pred": d} for m, d in (("pearson", 1.), ("pearson", 5.), ("cosine", 1.), ("cosine", 5.))]},
-    "item-knn": {"NDCG@20": [{"k": k, "shrink": s} for k, s in ((100, 10.), (20, 10.), (20, 100.), (100, 100.), (500, 100.))],
-                 "RMSE": [{"similarity": m, "shrink_pred": d} for m, d in (("pearson", 1.), ("pearson", 5.), ("cosine", 1.), ("cosine", 5.))]},
+    "recent-popularity": {"NDCG@20": [{"days": d} for d in (365.0, 30.0, 90.0, 180.0, 1095.0)]},
+    "association-rules": {
+        "NDCG@20": [
+            {"measure": m, "min_support": n}
+            for m, n in (("confidence", 2), ("confidence", 5), ("lift", 2), ("lift", 5))
+        ]
+    },
+    "user-knn": {
+        "NDCG@20": [{"k": k, "shrink": s} for k, s in ((100, 10.0), (100, 0.0), (300, 10.0))],
+        "RMSE": [
+            {"similarity": m, "shrink_pred": d}
+            for m, d in (("pearson", 1.0), ("pearson", 5.0), ("cosine", 1.0), ("cosine", 5.0))
+        ],
+    },
+    "item-knn": {
+        "NDCG@20": [
+            {"k": k, "shrink": s}
+            for k, s in ((100, 10.0), (20, 10.0), (20, 100.0), (100, 100.0), (500, 100.0))
+        ],
+        "RMSE": [
+            {"similarity": m, "shrink_pred": d}
+            for m, d in (("pearson", 1.0), ("pearson", 5.0), ("cosine", 1.0), ("cosine", 5.0))
+        ],
+    },
     "svd": {"NDCG@20": [{"factors": f} for f in (16, 4, 8, 32, 64)]},
-    "funk-svd": {"RMSE": [{"reg": lam} for lam in (.4, .1, .2, .8)]},
-    "als": {"NDCG@20": [{"factors": f, "reg": lam} for f, lam in ((32, 50.), (32, 10.), (32, 200.), (8, 50.))]},
-    "bpr": {"NDCG@20": [{"factors": f, "epochs": n} for f, n in ((32, 30), (32, 10), (32, 100), (8, 30))]},
-    "ease": {"NDCG@20": [{"reg": lam} for lam in (200., 50., 100., 500., 1000.)]},
+    "funk-svd": {"RMSE": [{"reg": lam} for lam in (0.4, 0.1, 0.2, 0.8)]},
+    "als": {
+        "NDCG@20": [
+            {"factors": f, "reg": lam}
+            for f, lam in ((32, 50.0), (32, 10.0), (32, 200.0), (8, 50.0))
+        ]
+    },
+    "bpr": {
+        "NDCG@20": [
+            {"factors": f, "epochs": n} for f, n in ((32, 30), (32, 10), (32, 100), (8, 30))
+        ]
+    },
+    "ease": {"NDCG@20": [{"reg": lam} for lam in (200.0, 50.0, 100.0, 500.0, 1000.0)]},
     "neumf": {"NDCG@20": [{"epochs": n} for n in (10, 5, 20)]},
 }
 
@@ -593,9 +891,10 @@ def val_score(
     max_users: int = 0,  # how many people are asked about at most, drawn by lot; 0: all
 ) -> Optional[float]:  # None where there is nothing to judge by
     "One figure of one model."
-    if metric == "NDCG@20": return eval_ranking(model, split, ks=(20,), max_users=max_users).users[metric].mean()
+    if metric == "NDCG@20":
+        return eval_ranking(model, split, ks=(20,), max_users=max_users).users[metric].mean()
     squared = eval_ratings(model, split)["MSE"].mean()
-    return None if squared is None else squared ** .5
+    return None if squared is None else squared**0.5
 
 
 def grid_search(
@@ -607,11 +906,24 @@ def grid_search(
     "Choose settings on validation: by the least RMSE for stars, by the largest NDCG@20 for lists."
     chosen, tried = {}, []
     for metric, points in grid.items():
-        if not len(split.val) or metric == "RMSE" and not split.has_ratings: continue
-        found = [{"settings": p, "metric": metric, "value": val_score(make_recommender(name, **p).fit(split), split, metric, max_users)}
-                 for p in (points if len(split.train) < LARGE_LOG_ROWS else points[:2])]
+        if not len(split.val) or metric == "RMSE" and not split.has_ratings:
+            continue
+        found = [
+            {
+                "settings": p,
+                "metric": metric,
+                "value": val_score(
+                    make_recommender(name, **p).fit(split), split, metric, max_users
+                ),
+            }
+            for p in (points if len(split.train) < LARGE_LOG_ROWS else points[:2])
+        ]
         usable = [t for t in found if t["value"] is not None]
-        best = min(usable, key=lambda t: t["value"] if metric == "RMSE" else -t["value"], default={"settings": {}})
+        best = min(
+            usable,
+            key=lambda t: t["value"] if metric == "RMSE" else -t["value"],
+            default={"settings": {}},
+        )
         chosen, tried = chosen | best["settings"], tried + found
     return chosen, tried
 
@@ -621,16 +933,29 @@ def fit_and_save(
     name: str,  # a registered baseline
     tune: bool = True,  # choose its settings on validation; else take the defaults
     max_users: int = 0,  # how many people are asked about at most, drawn by lot; 0: all
-) -> tuple:  # fitted models by (cut, seed), and a note on each fit: settings, seconds, what was tried
+) -> (
+    tuple
+):  # fitted models by (cut, seed), and a note on each fit: settings, seconds, what was tried
     "Fit a baseline on every window of the run and keep it."
     models, notes = {}, []
     for cut, split in enumerate(run.load_splits()):
         begun = time.perf_counter()
-        settings, tried = grid_search(name, PARAM_GRIDS[name], split, max_users) if tune else ({}, [])
+        settings, tried = (
+            grid_search(name, PARAM_GRIDS[name], split, max_users) if tune else ({}, [])
+        )
         started = time.perf_counter()
         models[cut, 0] = make_recommender(name, **settings).fit(split.for_final_fit())
         ended = time.perf_counter()
-        notes.append({"model": name, "cut": cut, "settings": settings, "seconds": round(ended - started, 4), "seconds tuning": round(started - begun, 4), "tried": tried})
+        notes.append(
+            {
+                "model": name,
+                "cut": cut,
+                "settings": settings,
+                "seconds": round(ended - started, 4),
+                "seconds tuning": round(started - begun, 4),
+                "tried": tried,
+            }
+        )
         models[cut, 0].save(run.model_folder(name, fold=cut))
     return models, notes
 
@@ -644,10 +969,24 @@ def evaluate_on_test(
     "Judge a model on the test part of every window."
     tables = {"rated": [], "ranked": [], "shown": []}
     for (cut, seed), model in models.items():
-        judged = evaluate_once(model, splits[cut], "test", (5, 10, 20), relevance_thresholds, ("known", "new"), max_users=max_users)
+        judged = evaluate_once(
+            model,
+            splits[cut],
+            "test",
+            (5, 10, 20),
+            relevance_thresholds,
+            ("known", "new"),
+            max_users=max_users,
+        )
         for name in tables:
-            frame = judged[name].with_columns(cut=pl.lit(cut, pl.Int64), seed=pl.lit(seed, pl.Int64))
-            tables[name].append(frame.with_columns(user=splits[cut].users["user"].gather(frame["user"])) if "user" in frame.columns else frame)
+            frame = judged[name].with_columns(
+                cut=pl.lit(cut, pl.Int64), seed=pl.lit(seed, pl.Int64)
+            )
+            tables[name].append(
+                frame.with_columns(user=splits[cut].users["user"].gather(frame["user"]))
+                if "user" in frame.columns
+                else frame
+            )
     return {name: pl.concat(frames, how="diagonal") for name, frames in tables.items()}
 
 # %% ../nbs/07_baselines.ipynb #27c05ac8
@@ -656,16 +995,34 @@ def paired_differences(
     versus_tables: dict,  # the same of another model
 ) -> pl.DataFrame:  # records: the first model's figures minus the other's, on the same users
     "Paired differences over all seeds and windows."
-    if not len(versus_tables["rated"]): model_tables = model_tables | {"rated": model_tables["rated"].clear()}
-    seeds = [pl.concat([t["rated"]["seed"], t["ranked"]["seed"]]).unique().sort().to_list() or [0] for t in (model_tables, versus_tables)]  # there may be nobody to judge by
-    by_seed = [[[t[name].filter(seed=s) for s in of] for name in ("rated", "ranked")] for t, of in zip((model_tables, versus_tables), seeds)]
-    each = pl.concat([t.select("cut", "seed") for t in (model_tables["rated"], model_tables["ranked"])]).unique()
-    cut, seed = each.row(0) if len(each) == 1 else (None, None)  # as for figures: over several, both are empty
-    return metric_table(*by_seed[0], versus=by_seed[1]).with_columns(cut=pl.lit(cut, pl.Int64), seed=pl.lit(seed, pl.Int64))
+    if not len(versus_tables["rated"]):
+        model_tables = model_tables | {"rated": model_tables["rated"].clear()}
+    seeds = [
+        pl.concat([t["rated"]["seed"], t["ranked"]["seed"]]).unique().sort().to_list() or [0]
+        for t in (model_tables, versus_tables)
+    ]  # there may be nobody to judge by
+    by_seed = [
+        [[t[name].filter(seed=s) for s in of] for name in ("rated", "ranked")]
+        for t, of in zip((model_tables, versus_tables), seeds)
+    ]
+    each = pl.concat(
+        [t.select("cut", "seed") for t in (model_tables["rated"], model_tables["ranked"])]
+    ).unique()
+    cut, seed = (
+        each.row(0) if len(each) == 1 else (None, None)
+    )  # as for figures: over several, both are empty
+    return metric_table(*by_seed[0], versus=by_seed[1]).with_columns(
+        cut=pl.lit(cut, pl.Int64), seed=pl.lit(seed, pl.Int64)
+    )
 
 # %% ../nbs/07_baselines.ipynb #6cf62541
 ABLATIONS = ("wide-alone", "deep-alone")
-OWN_MODELS = ("hybrid", "wide-deep", *ABLATIONS, *(f"wide-deep-{loss}" for loss in LOSSES))  # no baselines
+OWN_MODELS = (
+    "hybrid",
+    "wide-deep",
+    *ABLATIONS,
+    *(f"wide-deep-{loss}" for loss in LOSSES),
+)  # no baselines
 
 
 def metric_records(
@@ -676,9 +1033,22 @@ def metric_records(
 ) -> pl.DataFrame:  # as in metrics.json, those of differences with their p-values
     "A model's own figures, and how far the reference is from it."
     each = tables["shown"].select("cut", "seed").unique(maintain_order=True).rows()
-    own = [tables["shown"].with_columns(task=pl.lit("ranking")), *metrics_by_seed_and_fold(tables["rated"], tables["ranked"], each)]
-    own = pl.concat(own, how="diagonal").with_columns(model=pl.lit(name), versus=pl.lit(None, pl.String))
-    apart = [] if name == reference else [paired_differences(reference_tables, tables).with_columns(model=pl.lit(reference), versus=pl.lit(name))]
+    own = [
+        tables["shown"].with_columns(task=pl.lit("ranking")),
+        *metrics_by_seed_and_fold(tables["rated"], tables["ranked"], each),
+    ]
+    own = pl.concat(own, how="diagonal").with_columns(
+        model=pl.lit(name), versus=pl.lit(None, pl.String)
+    )
+    apart = (
+        []
+        if name == reference
+        else [
+            paired_differences(reference_tables, tables).with_columns(
+                model=pl.lit(reference), versus=pl.lit(name)
+            )
+        ]
+    )
     return pl.concat([own, *apart], how="diagonal").with_columns(split=pl.lit("test"))
 
 
@@ -689,7 +1059,8 @@ def save_metrics(
     reference_tables: dict,  # rated, ranked of wide-deep
 ):
     "Write down a model's own figures, and how far wide-deep is from it."
-    for table in ("rated", "ranked"): run.write(f"evaluation/{name}/{table}.parquet", tables[table])
+    for table in ("rated", "ranked"):
+        run.write(f"evaluation/{name}/{table}.parquet", tables[table])
     run.add_metrics(metric_records(name, tables, reference_tables))
 
 # %% ../nbs/07_baselines.ipynb #dc9cbf3e
@@ -699,20 +1070,31 @@ def compare_baselines(
     tune: bool = True,  # choose the settings of baselines on validation; else take their defaults
 ):
     "Fit and judge every baseline, and the halves of the hybrid; writes models, metrics.json and compare.json."
-    splits, trained = [s.for_final_fit() for s in run.load_splits()], run.read("training.json")["fits"]
+    splits, trained = (
+        [s.for_final_fit() for s in run.load_splits()],
+        run.read("training.json")["fits"],
+    )
     hybrid = {name: run.read(f"evaluation/{name}.parquet") for name in ("rated", "ranked")}
     asked = run.read("evaluation.json")
-    relevants, most = (None, asked["relevant"]) if splits[-1].has_ratings else (None,), asked["max_users"]
+    relevants, most = (
+        (None, asked["relevant"]) if splits[-1].has_ratings else (None,),
+        asked["max_users"],
+    )
     fits, left_out = [], {}
     for name in PARAM_GRIDS:
-        try: models, notes = fit_and_save(run, name, tune, most)
+        try:
+            models, notes = fit_and_save(run, name, tune, most)
         except UserError as e:
             left_out[name] = str(e)
             continue
         fits += notes
         save_metrics(run, name, evaluate_on_test(models, splits, relevants, most), hybrid)
     for name in ABLATIONS:
-        models = {(f["cut"], f["seed"]): load_recommender(run.model_folder(name, f["seed"], f["cut"])) for f in trained if f["model"] == name}
+        models = {
+            (f["cut"], f["seed"]): load_recommender(run.model_folder(name, f["seed"], f["cut"]))
+            for f in trained
+            if f["model"] == name
+        }
         save_metrics(run, name, evaluate_on_test(models, splits, relevants, most), hybrid)
     run.write("compare.json", {"fits": fits, "excluded": left_out})
 
@@ -722,7 +1104,9 @@ def pooled_records(
 ) -> pl.DataFrame:  # one record for each model, comparison, group and metric
     "Keep what holds over all seeds and windows; where there is only one, that."
     key = ["model", "versus", "task", "split", "users", "items", "relevant", "metric"]
-    return records.sort("cut", "seed", nulls_last=False, maintain_order=True).unique(key, keep="first", maintain_order=True)
+    return records.sort("cut", "seed", nulls_last=False, maintain_order=True).unique(
+        key, keep="first", maintain_order=True
+    )
 
 # %% ../nbs/07_baselines.ipynb #c2631a9d
 def model_color(
@@ -730,7 +1114,9 @@ def model_color(
     failed: bool = False,  # is it on the wrong side of what knows nobody?
 ) -> str:  # a colour
     "The colour of a model: failures red, the hybrid (trained with whatever loss) and its halves their own, baselines grey."
-    own = {"wide-alone": "wide", "deep-alone": "deep"}.get(model, "hybrid" if model in OWN_MODELS else "baseline")
+    own = {"wide-alone": "wide", "deep-alone": "deep"}.get(
+        model, "hybrid" if model in OWN_MODELS else "baseline"
+    )
     return COLORS["alarm" if failed else own]
 
 
@@ -741,17 +1127,34 @@ def plot_intervals(
     failed: Iterable[str] = (),  # models shown in red
 ) -> plt.Figure:  # a dot and an interval a model, labelled with its name and figure
     "Who wins, with intervals."
-    fig, ax = plt.subplots(figsize=(5.2, .7 + .3 * len(rows)))
+    fig, ax = plt.subplots(figsize=(5.2, 0.7 + 0.3 * len(rows)))
     colours = [model_color(model, model in failed) for model in rows["model"]]
-    for y, (colour, value, lo, hi) in enumerate(zip(colours, rows["value"], rows["lo"], rows["hi"])):
-        if lo is not None: ax.plot([lo, hi], [y, y], color=colour, lw=2, solid_capstyle="round")
+    for y, (colour, value, lo, hi) in enumerate(
+        zip(colours, rows["value"], rows["lo"], rows["hi"])
+    ):
+        if lo is not None:
+            ax.plot([lo, hi], [y, y], color=colour, lw=2, solid_capstyle="round")
         ax.plot(value, y, "o", color=colour, ms=6)
-        ax.annotate(f"{value:.3f}", (value if hi is None else hi, y), (5, 0), textcoords="offset points", va="center", color=colour)
-    if baseline_value is not None: ax.axvline(baseline_value, color=COLORS["baseline"], lw=.8, ls=":")
-    ax.set(yticks=range(len(rows)), yticklabels=rows["model"], ylim=(len(rows) - .4, -.6), xlabel=metric)
+        ax.annotate(
+            f"{value:.3f}",
+            (value if hi is None else hi, y),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+        )
+    if baseline_value is not None:
+        ax.axvline(baseline_value, color=COLORS["baseline"], lw=0.8, ls=":")
+    ax.set(
+        yticks=range(len(rows)),
+        yticklabels=rows["model"],
+        ylim=(len(rows) - 0.4, -0.6),
+        xlabel=metric,
+    )
     ax.tick_params(axis="y", length=0)
-    ax.margins(x=.12)
-    for label, colour in zip(ax.get_yticklabels(), colours): label.set_color(COLORS["ink"] if colour == COLORS["baseline"] else colour)
+    ax.margins(x=0.12)
+    for label, colour in zip(ax.get_yticklabels(), colours):
+        label.set_color(COLORS["ink"] if colour == COLORS["baseline"] else colour)
     return fig
 
 # %% ../nbs/07_baselines.ipynb #a023db64
@@ -761,13 +1164,26 @@ def describe_baseline_wins(
     users: str = "all",  # "all", "warm" or "cold"
 ) -> str:  # a sentence
     "Whom wide-deep beats, and whom it does not."
-    rows = records.filter(pl.col("versus").is_not_null(), model="wide-deep", metric=metric, users=users, items="all", relevant="any")
+    rows = records.filter(
+        pl.col("versus").is_not_null(),
+        model="wide-deep",
+        metric=metric,
+        users=users,
+        items="all",
+        relevant="any",
+    )
     better = -1 if metric in ("RMSE", "MSE", "MAE") else 1
     ranks = {"is better than": [], "is worse than": [], "cannot be told apart from": []}
     for versus, value, lo, hi in rows.select("versus", "value", "lo", "hi").rows():
-        ranks[list(ranks)[2 if lo is None or lo <= 0 <= hi else 0 if value * better > 0 else 1]].append(versus)
+        ranks[
+            list(ranks)[2 if lo is None or lo <= 0 <= hi else 0 if value * better > 0 else 1]
+        ].append(versus)
     said = [f"{how} {', '.join(who)}" for how, who in ranks.items() if who]
-    return f"In {metric}, wide-deep {'; it '.join(said)}." if said else f"In {metric} there is nothing to compare wide-deep with."
+    return (
+        f"In {metric}, wide-deep {'; it '.join(said)}."
+        if said
+        else f"In {metric} there is nothing to compare wide-deep with."
+    )
 
 # %% ../nbs/07_baselines.ipynb #91270ba1
 def model_choice_text(
@@ -776,13 +1192,35 @@ def model_choice_text(
     "Where the hybrid is worth its cost, and where a baseline does."
     said = []
     for metric, better, task in (("RMSE", -1, "predict stars"), ("NDCG@20", 1, "make lists")):
-        rows = records.filter(pl.col("versus").is_not_null(), ~pl.col("versus").is_in(OWN_MODELS), model="wide-deep", metric=metric, users="all", items="all", relevant="any").drop_nulls(["lo", "hi"])
-        if not len(rows): continue
-        wins = rows.filter((pl.min_horizontal(pl.col("lo") * better, pl.col("hi") * better)) > 0)["versus"].to_list()
-        losses = rows.filter((pl.max_horizontal(pl.col("lo") * better, pl.col("hi") * better)) < 0).sort(pl.col("value") * better)["versus"].to_list()
-        said.append(f"To {task}, wide-deep beats {len(wins)} of {len(rows)} baselines and loses to {len(losses)}; " + (
-            "it has earned its place here." if len(wins) == len(rows) else f"as it stands, use {losses[0]} instead." if losses
-            else "nothing beats it, but what it cannot be told apart from is simpler."))
+        rows = records.filter(
+            pl.col("versus").is_not_null(),
+            ~pl.col("versus").is_in(OWN_MODELS),
+            model="wide-deep",
+            metric=metric,
+            users="all",
+            items="all",
+            relevant="any",
+        ).drop_nulls(["lo", "hi"])
+        if not len(rows):
+            continue
+        wins = rows.filter((pl.min_horizontal(pl.col("lo") * better, pl.col("hi") * better)) > 0)[
+            "versus"
+        ].to_list()
+        losses = (
+            rows.filter((pl.max_horizontal(pl.col("lo") * better, pl.col("hi") * better)) < 0)
+            .sort(pl.col("value") * better)["versus"]
+            .to_list()
+        )
+        said.append(
+            f"To {task}, wide-deep beats {len(wins)} of {len(rows)} baselines and loses to {len(losses)}; "
+            + (
+                "it has earned its place here."
+                if len(wins) == len(rows)
+                else f"as it stands, use {losses[0]} instead."
+                if losses
+                else "nothing beats it, but what it cannot be told apart from is simpler."
+            )
+        )
     return " ".join(said)
 
 # %% ../nbs/07_baselines.ipynb #32810007
@@ -791,7 +1229,9 @@ def cheapest_near_best(
 ) -> str:  # a model
     "The quickest of those that are about as good as the best."
     best = rows.sort("value").row(-1, named=True)
-    return rows.filter(pl.col("value") >= (best["value"] if best["lo"] is None else best["lo"])).sort("seconds")["model"][0]
+    return rows.filter(
+        pl.col("value") >= (best["value"] if best["lo"] is None else best["lo"])
+    ).sort("seconds")["model"][0]
 
 
 def plot_quality_vs_cost(
@@ -800,35 +1240,65 @@ def plot_quality_vs_cost(
     highlight: str = "wide-deep",  # a model that is named in any case
 ) -> plt.Figure:
     "Quality against seconds; named are the best, the quickest that is about as good, and ours."
-    rows, middle = rows.sort("seconds"), (rows["seconds"].min() * rows["seconds"].max()) ** .5
-    best, top = rows.sort("value").row(-1, named=True)["model"], rows.select(pl.max_horizontal("value", "hi").max()).item()
-    above = rows.filter(pl.col("model").is_in([cheapest_near_best(rows), best])).sort((pl.col("seconds") / middle).log().abs())["model"].to_list()
-    shelf = {model: top * (1.06 + .1 * place) for place, model in enumerate(above)}  # names above all intervals, the outer the higher: no line through a name
+    rows, middle = rows.sort("seconds"), (rows["seconds"].min() * rows["seconds"].max()) ** 0.5
+    best, top = (
+        rows.sort("value").row(-1, named=True)["model"],
+        rows.select(pl.max_horizontal("value", "hi").max()).item(),
+    )
+    above = (
+        rows.filter(pl.col("model").is_in([cheapest_near_best(rows), best]))
+        .sort((pl.col("seconds") / middle).log().abs())["model"]
+        .to_list()
+    )
+    shelf = {
+        model: top * (1.06 + 0.1 * place) for place, model in enumerate(above)
+    }  # names above all intervals, the outer the higher: no line through a name
     fig, ax = plt.subplots(figsize=(5.2, 3.4))
-    for model, value, lo, hi, seconds in rows.select("model", "value", "lo", "hi", "seconds").rows():
+    for model, value, lo, hi, seconds in rows.select(
+        "model", "value", "lo", "hi", "seconds"
+    ).rows():
         colour, left = model_color(model), seconds > middle
-        if lo is not None: ax.plot([seconds, seconds], [lo, hi], color=colour, lw=1, alpha=.5)
-        ax.plot(seconds, value, "o", color=colour, ms=6, alpha=1 if model in shelf or colour != COLORS["baseline"] else .4)
-        how = dict(textcoords="offset points", ha="right" if left else "left", color=COLORS["ink"] if colour == COLORS["baseline"] else colour)
+        if lo is not None:
+            ax.plot([seconds, seconds], [lo, hi], color=colour, lw=1, alpha=0.5)
+        ax.plot(
+            seconds,
+            value,
+            "o",
+            color=colour,
+            ms=6,
+            alpha=1 if model in shelf or colour != COLORS["baseline"] else 0.4,
+        )
+        how = dict(
+            textcoords="offset points",
+            ha="right" if left else "left",
+            color=COLORS["ink"] if colour == COLORS["baseline"] else colour,
+        )
         if model in shelf:
-            ax.plot([seconds, seconds], [hi or value, shelf[model]], color=COLORS["baseline"], lw=.7)
+            ax.plot(
+                [seconds, seconds], [hi or value, shelf[model]], color=COLORS["baseline"], lw=0.7
+            )
             ax.annotate(model, (seconds, shelf[model]), (-3 if left else 3, 0), va="center", **how)
-        elif model == highlight: ax.annotate(model, (seconds, value), (-6 if left else 6, -12), va="center", **how)
+        elif model == highlight:
+            ax.annotate(model, (seconds, value), (-6 if left else 6, -12), va="center", **how)
     ax.set(xscale="log", xlabel="seconds of one fit (log scale)", ylabel=metric)
-    ax.margins(x=.1, y=.08)
+    ax.margins(x=0.1, y=0.08)
     return fig
 
 # %% ../nbs/07_baselines.ipynb #dd3ae4bc
 def rank_correlation(
     results: pl.DataFrame,  # protocol, model, value
-) -> pl.DataFrame:  # one, other, tau: a row a pair of protocols; null where they share fewer than two models
+) -> (
+    pl.DataFrame
+):  # one, other, tau: a row a pair of protocols; null where they share fewer than two models
     "Kendall's rank correlation of the models' orders under each pair of protocols (Kendall, 1938)."
     names, rows = results["protocol"].unique(maintain_order=True).to_list(), []
     for one, other in combinations(names, 2):
         both = results.filter(protocol=one).join(results.filter(protocol=other), on="model")
         tau = kendalltau(both["value"], both["value_right"]).statistic if len(both) > 1 else np.nan
         rows.append((one, other, None if np.isnan(tau) else float(tau)))
-    return pl.DataFrame(rows, schema={"one": pl.String, "other": pl.String, "tau": pl.Float64}, orient="row")
+    return pl.DataFrame(
+        rows, schema={"one": pl.String, "other": pl.String, "tau": pl.Float64}, orient="row"
+    )
 
 # %% ../nbs/07_baselines.ipynb #05d4a2f7
 PROTOCOL_MODELS = ("popularity", "recent-popularity", "item-knn", "ease")
@@ -842,11 +1312,20 @@ def evaluate_under_protocol(
     "One model under one protocol."
     lists = []
     for split in (s.for_final_fit() for s in splits):
-        unrated = replace(split, train=split.train.with_columns(rating=pl.lit(None, pl.Float32)))   # lists are all that is asked for
-        users = eval_ranking(make_recommender(name).fit(unrated), unrated, "test", (20,), max_users=max_users).users
-        lists.append(users.select(pl.Series("user", split.users["user"].gather(users["user"])), "NDCG@20"))
-    found = aggregate([pl.concat(lists)], ["NDCG@20"], {"all": pl.lit(True)}).drop("users", "metric")
-    if not len(found): raise UserError("nobody in the test part has anything to find")
+        unrated = replace(
+            split, train=split.train.with_columns(rating=pl.lit(None, pl.Float32))
+        )  # lists are all that is asked for
+        users = eval_ranking(
+            make_recommender(name).fit(unrated), unrated, "test", (20,), max_users=max_users
+        ).users
+        lists.append(
+            users.select(pl.Series("user", split.users["user"].gather(users["user"])), "NDCG@20")
+        )
+    found = aggregate([pl.concat(lists)], ["NDCG@20"], {"all": pl.lit(True)}).drop(
+        "users", "metric"
+    )
+    if not len(found):
+        raise UserError("nobody in the test part has anything to find")
     return found.row(0, named=True)
 
 
@@ -862,32 +1341,59 @@ def compare_protocols(
         try:
             splits = prepare(log, protocol, items, users)
             splits = splits if isinstance(splits, list) else [splits]
-        except UserError as e: left_out.append({"protocol": protocol, "model": None, "reason": str(e)})
+        except UserError as e:
+            left_out.append({"protocol": protocol, "model": None, "reason": str(e)})
         else:
             for name in PROTOCOL_MODELS:
-                try: found.append({"protocol": protocol, "model": name} | evaluate_under_protocol(splits, name, max_users))
-                except UserError as e: left_out.append({"protocol": protocol, "model": name, "reason": str(e)})
+                try:
+                    found.append(
+                        {"protocol": protocol, "model": name}
+                        | evaluate_under_protocol(splits, name, max_users)
+                    )
+                except UserError as e:
+                    left_out.append({"protocol": protocol, "model": name, "reason": str(e)})
     run.write("protocols.json", {"figures": found, "excluded": left_out})
 
 # %% ../nbs/07_baselines.ipynb #19bdfbec
 def plot_rank_correlation(
     tau: pl.DataFrame,  # from `rank_correlation`
-) -> plt.Figure:  # a lower triangle of labelled squares: grey where orders agree, red where they are turned round
+) -> (
+    plt.Figure
+):  # a lower triangle of labelled squares: grey where orders agree, red where they are turned round
     "Which protocols agree."
     names = list(dict.fromkeys([*tau["one"], *tau["other"]]))
     place, grid = {n: i for i, n in enumerate(names)}, np.full((len(names), len(names)), np.nan)
-    for one, other, value in tau.rows(): grid[place[other], place[one]] = np.nan if value is None else value
-    fig, ax = plt.subplots(figsize=(5.2, .9 + .42 * len(names)))
+    for one, other, value in tau.rows():
+        grid[place[other], place[one]] = np.nan if value is None else value
+    fig, ax = plt.subplots(figsize=(5.2, 0.9 + 0.42 * len(names)))
     for row, column in zip(*np.nonzero(~np.isnan(grid))):
         value = grid[row, column]
         # strength is opacity, so that the page shows through and the ink stays readable on light and on dark
-        ax.add_patch(plt.Rectangle((column + .02, row - .98), .96, .96, color=to_rgba(COLORS["alarm" if value < 0 else "baseline"], .1 + .45 * abs(value)), lw=0))
-        ax.text(column + .5, row - .5, f"{round(value, 2) + 0:+.2f}", ha="center", va="center")
+        ax.add_patch(
+            plt.Rectangle(
+                (column + 0.02, row - 0.98),
+                0.96,
+                0.96,
+                color=to_rgba(
+                    COLORS["alarm" if value < 0 else "baseline"], 0.1 + 0.45 * abs(value)
+                ),
+                lw=0,
+            )
+        )
+        ax.text(column + 0.5, row - 0.5, f"{round(value, 2) + 0:+.2f}", ha="center", va="center")
     n = len(names) - 1
-    ax.set(xticks=np.arange(n) + .5, xticklabels=names[:-1], yticks=np.arange(n) + .5, yticklabels=names[1:], xlim=(0, n), ylim=(n, 0))
+    ax.set(
+        xticks=np.arange(n) + 0.5,
+        xticklabels=names[:-1],
+        yticks=np.arange(n) + 0.5,
+        yticklabels=names[1:],
+        xlim=(0, n),
+        ylim=(n, 0),
+    )
     ax.tick_params(length=0)
     ax.set_xticklabels([name.replace("-", "-\n", 1) for name in names[:-1]])
-    for side in ax.spines.values(): side.set_visible(False)
+    for side in ax.spines.values():
+        side.set_visible(False)
     return fig
 
 
@@ -895,13 +1401,27 @@ def describe_rank_correlation(
     tau: pl.DataFrame,  # from `rank_correlation`
 ) -> str:  # sentences
     "Which protocols put the models in the same order, and which turn it round."
-    pairs = lambda rows: "; ".join(f"{one} and {other}" for one, other in rows.select("one", "other").rows())
+
+    def pairs(rows):
+        return "; ".join(f"{one} and {other}" for one, other in rows.select("one", "other").rows())
+
     known = tau.drop_nulls("tau")
-    if not len(known): return "There are not two protocols to compare."
-    same, turned = known.filter(pl.col("tau") > .999), known.filter(pl.col("tau") < 0)
+    if not len(known):
+        return "There are not two protocols to compare."
+    same, turned = known.filter(pl.col("tau") > 0.999), known.filter(pl.col("tau") < 0)
     least = known.sort("tau").row(0, named=True)
-    if len(same) == len(known): return "Every protocol puts the models in the same order: on this log it does not matter to the ranking of models how one asks."
-    said = [f"The same order: {pairs(same)}." if len(same) else "No two protocols put the models in the same order.",
-            f"More pairs of models turned round than kept: {pairs(turned)}." if len(turned) else "None turns more pairs of models round than it keeps.",
-            f"The least alike are {least['one']} and {least['other']} (tau {least['tau']:.2f})."]
-    return " ".join(said) + " So who is ahead of whom is a statement about a protocol, and a figure means nothing without its protocol's name."
+    if len(same) == len(known):
+        return "Every protocol puts the models in the same order: on this log it does not matter to the ranking of models how one asks."
+    said = [
+        f"The same order: {pairs(same)}."
+        if len(same)
+        else "No two protocols put the models in the same order.",
+        f"More pairs of models turned round than kept: {pairs(turned)}."
+        if len(turned)
+        else "None turns more pairs of models round than it keeps.",
+        f"The least alike are {least['one']} and {least['other']} (tau {least['tau']:.2f}).",
+    ]
+    return (
+        " ".join(said)
+        + " So who is ahead of whom is a statement about a protocol, and a figure means nothing without its protocol's name."
+    )

@@ -37,17 +37,45 @@ import optuna
 import polars as pl
 import psutil
 import torch
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 from tqdm.auto import tqdm
 
-from .baselines import ABLATIONS, PARAM_GRIDS, plot_quality_vs_cost, compare_baselines, paired_differences, evaluate_on_test, val_score, pooled_records, metric_records, model_color, cheapest_near_best
+from widedeep_nb.baselines import (
+    ABLATIONS,
+    PARAM_GRIDS,
+    cheapest_near_best,
+    compare_baselines,
+    evaluate_on_test,
+    metric_records,
+    model_color,
+    paired_differences,
+    plot_quality_vs_cost,
+    pooled_records,
+    val_score,
+)
 from .content import add_side_features, build_item_vectors, has_side_features
-from .core import COLORS, LOSSES, UserError, Recommender, Run, Split, file_sha256, load_recommender, make_recommender, step, package_versions
-from .evaluation import RATING_METRICS, holm, expected_random_ndcg, format_ci
-from .hybrid import best_epoch, component_group, build_hybrid
+from widedeep_nb.core import (
+    COLORS,
+    LOSSES,
+    Run,
+    Split,
+    UserError,
+    file_sha256,
+    load_recommender,
+    make_recommender,
+    package_versions,
+    step,
+)
+from .evaluation import RATING_METRICS, expected_random_ndcg, format_ci, holm
+from .hybrid import best_epoch, build_hybrid, component_group
 from .preprocessing import FEATURES
 from .ranking import compare_losses
 from .sequence import SEQUENCE_MODELS, run_sequence_models
@@ -56,38 +84,120 @@ from .training import auto_batch_size
 # %% ../nbs/12_comparison.ipynb #e7e37bf8
 RATING_METRIC, RANKING_METRIC = "RMSE", "NDCG@20"  # the questions, by the figure that answers them
 
-KNN_SPACE = {"k": (10, 500, "log int"), "shrink": (0., 100.)}
-KNN_RATING_SPACE = {"similarity": ["pearson", "cosine"], "k_rating": (10, 200, "log int"), "shrink_rating": (0., 100.), "shrink_pred": (.1, 10., "log")}
-SEQUENCE_SPACE = {"lr": (.003, .03, "log"), "dropout": (0., .7), "embedding": (16, 64, "log int"), "layers": (1, 2, "int")}
-NET_SPACE = {"lr": (.001, .016, "log"), "dropout": (0., .5), "hidden": [(32, 16), (16,), (64, 32)], "id_dropout": (.1, .9),
-           "weight_decay": (.001, .1, "log"), "embedding": (2, 16, "log int")}
-RANKING_NET_SPACE = NET_SPACE | {"n_negatives": (4, 16, "log int"), "alpha": (0., 1.)}
-LOSS_UNUSED_PARAMS = {"mse": ("n_negatives", "alpha"), "logistic": ("alpha",), "full-softmax": ("n_negatives", "alpha")}  # what a loss does not ask for
+KNN_SPACE = {"k": (10, 500, "log int"), "shrink": (0.0, 100.0)}
+KNN_RATING_SPACE = {
+    "similarity": ["pearson", "cosine"],
+    "k_rating": (10, 200, "log int"),
+    "shrink_rating": (0.0, 100.0),
+    "shrink_pred": (0.1, 10.0, "log"),
+}
+SEQUENCE_SPACE = {
+    "lr": (0.003, 0.03, "log"),
+    "dropout": (0.0, 0.7),
+    "embedding": (16, 64, "log int"),
+    "layers": (1, 2, "int"),
+}
+NET_SPACE = {
+    "lr": (0.001, 0.016, "log"),
+    "dropout": (0.0, 0.5),
+    "hidden": [(32, 16), (16,), (64, 32)],
+    "id_dropout": (0.1, 0.9),
+    "weight_decay": (0.001, 0.1, "log"),
+    "embedding": (2, 16, "log int"),
+}
+RANKING_NET_SPACE = NET_SPACE | {"n_negatives": (4, 16, "log int"), "alpha": (0.0, 1.0)}
+LOSS_UNUSED_PARAMS = {
+    "mse": ("n_negatives", "alpha"),
+    "logistic": ("alpha",),
+    "full-softmax": ("n_negatives", "alpha"),
+}  # what a loss does not ask for
 
 SEARCH_SPACES = {  # for each question that the contestant is tuned for, the range of each setting
     "mean": {},
-    "damped-bias": {RATING_METRIC: {"damping": (.5, 50., "log")}},
+    "damped-bias": {RATING_METRIC: {"damping": (0.5, 50.0, "log")}},
     "popularity": {},
-    "recent-popularity": {RANKING_METRIC: {"days": (7., 3650., "log")}},
-    "association-rules": {RANKING_METRIC: {"measure": ["confidence", "lift"], "min_support": (1, 20, "log int"), "k": (20, 500, "log int")}},
+    "recent-popularity": {RANKING_METRIC: {"days": (7.0, 3650.0, "log")}},
+    "association-rules": {
+        RANKING_METRIC: {
+            "measure": ["confidence", "lift"],
+            "min_support": (1, 20, "log int"),
+            "k": (20, 500, "log int"),
+        }
+    },
     "user-knn": {RANKING_METRIC: KNN_SPACE, RATING_METRIC: KNN_RATING_SPACE},
     "item-knn": {RANKING_METRIC: KNN_SPACE, RATING_METRIC: KNN_RATING_SPACE},
     "svd": {RANKING_METRIC: {"factors": (2, 128, "log int")}},
-    "funk-svd": {RATING_METRIC: {"factors": (2, 16, "log int"), "reg": (.05, 2., "log"), "n_iter": (5, 25, "int")}},
-    "als": {RANKING_METRIC: {"factors": (4, 64, "log int"), "reg": (1., 500., "log"), "alpha": (1., 40., "log"), "n_iter": (5, 15, "int")}},
-    "bpr": {RANKING_METRIC: {"factors": (4, 64, "log int"), "epochs": (10, 100, "log int"), "lr": (.01, .2, "log"), "reg": (.001, .1, "log")}},
-    "ease": {RANKING_METRIC: {"reg": (5., 5000., "log")}},
-    "neumf": {RANKING_METRIC: {"embedding": (8, 24, "log int"), "epochs": (4, 15, "int"), "n_negatives": (2, 6, "int"), "lr": (.0005, .01, "log")}},
+    "funk-svd": {
+        RATING_METRIC: {
+            "factors": (2, 16, "log int"),
+            "reg": (0.05, 2.0, "log"),
+            "n_iter": (5, 25, "int"),
+        }
+    },
+    "als": {
+        RANKING_METRIC: {
+            "factors": (4, 64, "log int"),
+            "reg": (1.0, 500.0, "log"),
+            "alpha": (1.0, 40.0, "log"),
+            "n_iter": (5, 15, "int"),
+        }
+    },
+    "bpr": {
+        RANKING_METRIC: {
+            "factors": (4, 64, "log int"),
+            "epochs": (10, 100, "log int"),
+            "lr": (0.01, 0.2, "log"),
+            "reg": (0.001, 0.1, "log"),
+        }
+    },
+    "ease": {RANKING_METRIC: {"reg": (5.0, 5000.0, "log")}},
+    "neumf": {
+        RANKING_METRIC: {
+            "embedding": (8, 24, "log int"),
+            "epochs": (4, 15, "int"),
+            "n_negatives": (2, 6, "int"),
+            "lr": (0.0005, 0.01, "log"),
+        }
+    },
     **{name: {RANKING_METRIC: SEQUENCE_SPACE} for name in SEQUENCE_MODELS},
     "content": {},
-    "content-towers": {RANKING_METRIC: {"lr": (.001, .02, "log"), "embedding": (16, 64, "log int"), "id_dropout": (.1, .9), "decay": (.6, 1.)}},
-    "wide-deep": {RATING_METRIC: NET_SPACE, RANKING_METRIC: NET_SPACE},  # stars where there are any, else lists
-    **{f"wide-deep-{loss}": {RATING_METRIC if loss == "mse" else RANKING_METRIC: {k: v for k, v in RANKING_NET_SPACE.items() if k not in LOSS_UNUSED_PARAMS.get(loss, ())}} for loss in LOSSES},
+    "content-towers": {
+        RANKING_METRIC: {
+            "lr": (0.001, 0.02, "log"),
+            "embedding": (16, 64, "log int"),
+            "id_dropout": (0.1, 0.9),
+            "decay": (0.6, 1.0),
+        }
+    },
+    "wide-deep": {
+        RATING_METRIC: NET_SPACE,
+        RANKING_METRIC: NET_SPACE,
+    },  # stars where there are any, else lists
+    **{
+        f"wide-deep-{loss}": {
+            RATING_METRIC if loss == "mse" else RANKING_METRIC: {
+                k: v
+                for k, v in RANKING_NET_SPACE.items()
+                if k not in LOSS_UNUSED_PARAMS.get(loss, ())
+            }
+        }
+        for loss in LOSSES
+    },
 }
 
 # %% ../nbs/12_comparison.ipynb #3182dd1b
-BASE_PARAMS = {f"wide-deep-{loss}": {"loss": loss, "features": [g for g in FEATURES if g != "stars"], "n_negatives": 8} for loss in LOSSES}
-WIDE_DEEP_MAX_EPOCHS, WIDE_DEEP_DEFAULT_EPOCHS = 12, 5  # of these: the most while validation says when to stop, and those of chapter 08 where it cannot
+BASE_PARAMS = {
+    f"wide-deep-{loss}": {
+        "loss": loss,
+        "features": [g for g in FEATURES if g != "stars"],
+        "n_negatives": 8,
+    }
+    for loss in LOSSES
+}
+WIDE_DEEP_MAX_EPOCHS, WIDE_DEEP_DEFAULT_EPOCHS = (
+    12,
+    5,
+)  # of these: the most while validation says when to stop, and those of chapter 08 where it cannot
 
 
 def to_registry_name(
@@ -116,14 +226,18 @@ def default_params(
     metric: str,  # one of its questions
 ) -> dict:  # a value for each setting of the space
     "What chapters 05 to 09 take."
-    return {k: (recommender_params(name) | BASE_PARAMS.get(name, {}))[k] for k in SEARCH_SPACES[name][metric]}
+    return {
+        k: (recommender_params(name) | BASE_PARAMS.get(name, {}))[k]
+        for k in SEARCH_SPACES[name][metric]
+    }
 
 # %% ../nbs/12_comparison.ipynb #409eb8f0
 def to_distribution(
     search_range: tuple | list,  # a range or a choice, as in SPACES
 ) -> BaseDistribution:
     "A range as Optuna knows it."
-    if isinstance(search_range, list): return CategoricalDistribution([str(choice) for choice in search_range])
+    if isinstance(search_range, list):
+        return CategoricalDistribution([str(choice) for choice in search_range])
     low, high, how = (*search_range, "")[:3]
     return (IntDistribution if "int" in how else FloatDistribution)(low, high, log="log" in how)
 
@@ -141,7 +255,12 @@ def from_optuna_params(
     params: dict,  # as Optuna keeps them
 ) -> dict:  # settings, in the order of the space
     "The inverse of `to_optuna_params`."
-    return {k: next(c for c in space[k] if str(c) == params[k]) if isinstance(space[k], list) else params[k] for k in space}
+    return {
+        k: next(c for c in space[k] if str(c) == params[k])
+        if isinstance(space[k], list)
+        else params[k]
+        for k in space
+    }
 
 
 def format_range(
@@ -149,7 +268,10 @@ def format_range(
     search_range: tuple | list,  # its range or choice
 ) -> str:
     "A range as a person reads it."
-    if isinstance(search_range, list): return f"{name} " + " or ".join("-".join(map(str, c)) if isinstance(c, tuple) else str(c) for c in search_range)
+    if isinstance(search_range, list):
+        return f"{name} " + " or ".join(
+            "-".join(map(str, c)) if isinstance(c, tuple) else str(c) for c in search_range
+        )
     low, high, how = (*search_range, "")[:3]
     return f"{name} {low:g}–{high:g}" + (" (log)" if "log" in how else "")
 
@@ -161,11 +283,21 @@ def full_params(
 ) -> dict:  # of `make_recommender`
     "All that makes a contestant: what it is, what was chosen, and what follows from both."
     settings = BASE_PARAMS.get(name, {}) | params
-    if name not in BASE_PARAMS: return settings
+    if name not in BASE_PARAMS:
+        return settings
     # on the budget of chapter 08: as many pairs of person and item in a pass, whatever a row is made of
-    every = max(1, round(split.n_train_items / (1 + settings["n_negatives"]))) if settings["loss"] == "full-softmax" else 1
+    every = (
+        max(1, round(split.n_train_items / (1 + settings["n_negatives"])))
+        if settings["loss"] == "full-softmax"
+        else 1
+    )
     rows = auto_batch_size(len(split.train)) // 2
-    return settings | {"row_stride": every, "batch_size": rows * (1 + settings["n_negatives"]) if settings["loss"] == "logistic" else max(1, rows // every)}
+    return settings | {
+        "row_stride": every,
+        "batch_size": rows * (1 + settings["n_negatives"])
+        if settings["loss"] == "logistic"
+        else max(1, rows // every),
+    }
 
 
 def run_trial(
@@ -179,14 +311,24 @@ def run_trial(
 ) -> dict:  # value; of what learns in passes also passes, the best number of them, and curve
     "One trial."
     known, settings = recommender_params(name), full_params(name, params, split)
-    if "patience" in known: settings["epochs"] = min(epochs, WIDE_DEEP_MAX_EPOCHS) if name in BASE_PARAMS else epochs
-    model = make_recommender(to_registry_name(name), **settings, **({"seed": seed} if "seed" in known else {})).fit(split.without_test())
+    if "patience" in known:
+        settings["epochs"] = min(epochs, WIDE_DEEP_MAX_EPOCHS) if name in BASE_PARAMS else epochs
+    model = make_recommender(
+        to_registry_name(name), **settings, **({"seed": seed} if "seed" in known else {})
+    ).fit(split.without_test())
     value = val_score(model, split, metric, max_users)
-    if value is None or not math.isfinite(value): raise UserError("its scores are no numbers")
-    return {"value": value} | ({"epochs": max(1, best_epoch(name, model.loss_curve)), "curve": model.loss_curve} if "patience" in known else {})
+    if value is None or not math.isfinite(value):
+        raise UserError("its scores are no numbers")
+    return {"value": value} | (
+        {"epochs": max(1, best_epoch(name, model.loss_curve)), "curve": model.loss_curve}
+        if "patience" in known
+        else {}
+    )
 
 # %% ../nbs/12_comparison.ipynb #ec5b0b63
-N_STARTUP_TRIALS = 4  # trials, the default and some drawn at random, before what they say is listened to
+N_STARTUP_TRIALS = (
+    4  # trials, the default and some drawn at random, before what they say is listened to
+)
 
 
 def open_journal(
@@ -194,10 +336,15 @@ def open_journal(
 ) -> JournalStorage:
     "A journal of trials, mended where the last writer was killed with the pen in the hand."
     path.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{path}.lock").unlink(missing_ok=True)  # nobody else writes, so it is of one who was killed
-    if path.exists(): os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # half a line is none
-    try: return JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path))))
-    except ValueError: raise UserError(f"{path} cannot be read; remove it to tune anew") from None
+    Path(f"{path}.lock").unlink(
+        missing_ok=True
+    )  # nobody else writes, so it is of one who was killed
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # half a line is none
+    try:
+        return JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path))))
+    except ValueError:
+        raise UserError(f"{path} cannot be read; remove it to tune anew") from None
 
 
 def open_study(
@@ -206,15 +353,26 @@ def open_study(
     metric: str,  # the figure that says which trial is better
 ) -> optuna.Study:  # with the trials of that name, if there are any
     "The trials of one contestant and question."
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # no line for each trial: the bar says how far it is
-    return optuna.create_study(storage=storage, study_name=name, direction="minimize" if metric == RATING_METRIC else "maximize", load_if_exists=True)
+    optuna.logging.set_verbosity(
+        optuna.logging.WARNING
+    )  # no line for each trial: the bar says how far it is
+    return optuna.create_study(
+        storage=storage,
+        study_name=name,
+        direction="minimize" if metric == RATING_METRIC else "maximize",
+        load_if_exists=True,
+    )
 
 
 def completed_trials(
     study: optuna.Study,  # of one contestant and question
 ) -> list:  # of FrozenTrial, oldest first
     "The trials that count: those that have a value, and those that failed for a reason."
-    return [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE or "reason" in t.user_attrs]
+    return [
+        t
+        for t in study.get_trials(deepcopy=False)
+        if t.state == TrialState.COMPLETE or "reason" in t.user_attrs
+    ]
 
 
 def make_sampler(
@@ -222,7 +380,9 @@ def make_sampler(
 ) -> optuna.samplers.TPESampler:
     "Who proposes the next trial, without a memory of its own."
     seed = int(hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8], 16)
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=N_STARTUP_TRIALS, constant_liar=False)
+    return optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=N_STARTUP_TRIALS, constant_liar=False
+    )
 
 # %% ../nbs/12_comparison.ipynb #1aeadb3f
 def next_trial(
@@ -233,8 +393,10 @@ def next_trial(
 ) -> optuna.Trial:  # running
     "The next trial: the default, then what the sampler says."
     space, so_far = SEARCH_SPACES[name][metric], len(completed_trials(study))
-    for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)): study.tell(left.number, state=TrialState.FAIL)  # by a kill
-    if not so_far and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)): study.enqueue_trial(to_optuna_params(space, default_params(name, metric)))
+    for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(left.number, state=TrialState.FAIL)  # by a kill
+    if not so_far and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        study.enqueue_trial(to_optuna_params(space, default_params(name, metric)))
     study.sampler = make_sampler(seed, name, metric, so_far)
     return study.ask({k: to_distribution(within) for k, within in space.items()})
 
@@ -250,15 +412,26 @@ def run_study(
 ) -> list:  # a dict a trial: settings, value, seconds, and passes and curve, or why; a Problem where the default fails
     "Bring a contestant's trials to their number."
     space = SEARCH_SPACES[name][metric]
-    while len(done := completed_trials(study)) < trials and not (done and "reason" in done[0].user_attrs):
+    while len(done := completed_trials(study)) < trials and not (
+        done and "reason" in done[0].user_attrs
+    ):
         trial, started = next_trial(study, name, metric, seed), time.perf_counter()
-        try: found = run_trial(name, metric, from_optuna_params(space, trial.params), split, seed=seed, **options)
-        except UserError as e: found = {"value": None, "reason": str(e)}
+        try:
+            found = run_trial(
+                name, metric, from_optuna_params(space, trial.params), split, seed=seed, **options
+            )
+        except UserError as e:
+            found = {"value": None, "reason": str(e)}
         value = found.pop("value")
-        for key, note in {**found, "seconds": round(time.perf_counter() - started, 3)}.items(): trial.set_user_attr(key, note)
+        for key, note in {**found, "seconds": round(time.perf_counter() - started, 3)}.items():
+            trial.set_user_attr(key, note)
         study.tell(trial, value, TrialState.FAIL if value is None else None)
-    if "reason" in done[0].user_attrs: raise UserError(done[0].user_attrs["reason"])
-    return [{"settings": from_optuna_params(space, t.params), "value": t.value, **t.user_attrs} for t in done[:trials]]
+    if "reason" in done[0].user_attrs:
+        raise UserError(done[0].user_attrs["reason"])
+    return [
+        {"settings": from_optuna_params(space, t.params), "value": t.value, **t.user_attrs}
+        for t in done[:trials]
+    ]
 
 # %% ../nbs/12_comparison.ipynb #cbfc666f
 def baseline_scores(
@@ -267,7 +440,16 @@ def baseline_scores(
 ) -> dict:  # question: figure, for those that can be asked
     "What those reach who know nobody."
     asked = {RANKING_METRIC: "popularity"} | ({RATING_METRIC: "mean"} if split.has_ratings else {})
-    found = {metric: val_score(make_recommender(name).fit(split.without_test()), split, metric, max_users) for metric, name in asked.items()} if len(split.val) else {}
+    found = (
+        {
+            metric: val_score(
+                make_recommender(name).fit(split.without_test()), split, metric, max_users
+            )
+            for metric, name in asked.items()
+        }
+        if len(split.val)
+        else {}
+    )
     return {metric: value for metric, value in found.items() if value is not None}
 
 
@@ -278,7 +460,8 @@ def objectives_for(
     "What a contestant is tuned for; no setting is tuned twice."
     taken, asked = set(), []
     for metric, space in SEARCH_SPACES[name].items():
-        if metric not in baselines or taken & set(space): continue
+        if metric not in baselines or taken & set(space):
+            continue
         asked.append(metric)
         taken |= set(space)
     return asked
@@ -296,7 +479,10 @@ def best_trial(
     metric: str,  # RMSE is better when small
 ) -> dict:  # one of them, the first of equals
     "The best trial."
-    return min([t for t in trials if t["value"] is not None], key=lambda t: t["value"] * (1 if metric == RATING_METRIC else -1))
+    return min(
+        [t for t in trials if t["value"] is not None],
+        key=lambda t: t["value"] * (1 if metric == RATING_METRIC else -1),
+    )
 
 
 def final_params(
@@ -305,9 +491,17 @@ def final_params(
     split: Split,  # that it was tuned on
 ) -> dict:  # of `make_recommender`
     "The settings of the final fit."
-    settings = full_params(name, {k: v for trial in best_trials for k, v in trial["settings"].items()}, split)
-    passes = next((t["epochs"] for t in best_trials if "epochs" in t), WIDE_DEEP_DEFAULT_EPOCHS if name in BASE_PARAMS else None)
-    if passes is None: return settings  # who learns in passes, but could not be judged, decides as in its own chapter
+    settings = full_params(
+        name, {k: v for trial in best_trials for k, v in trial["settings"].items()}, split
+    )
+    passes = next(
+        (t["epochs"] for t in best_trials if "epochs" in t),
+        WIDE_DEEP_DEFAULT_EPOCHS if name in BASE_PARAMS else None,
+    )
+    if passes is None:
+        return (
+            settings  # who learns in passes, but could not be judged, decides as in its own chapter
+        )
     return settings | {"epochs": passes, "patience": 0 if name in SEQUENCE_MODELS else passes}
 
 
@@ -322,14 +516,46 @@ def tune_model(
 ) -> dict:  # model, registered, settings, seconds, questions, curve; or why it cannot be tuned
     "All questions to one contestant."
     storage = open_journal(journal)
-    try: tried = {metric: run_study(open_study(storage, study, metric), name, metric, trials, split, seed=seed, **options) for metric, study in studies.items()}
-    except UserError as e: return {"model": name, "reason": str(e)}
+    try:
+        tried = {
+            metric: run_study(
+                open_study(storage, study, metric),
+                name,
+                metric,
+                trials,
+                split,
+                seed=seed,
+                **options,
+            )
+            for metric, study in studies.items()
+        }
+    except UserError as e:
+        return {"model": name, "reason": str(e)}
     best = {metric: best_trial(found, metric) for metric, found in tried.items()}
     spent = {metric: round(sum(t["seconds"] for t in found), 3) for metric, found in tried.items()}
-    short = lambda t: {k: t[k] for k in ("settings", "value", "seconds", "reason") if k in t}
-    questions = [{"metric": m, "trials": len(found), "seconds": spent[m], "default": found[0]["value"], "best": best[m]["value"], "results": [short(t) for t in found]} for m, found in tried.items()]
-    return {"model": name, "registry_name": to_registry_name(name), "settings": final_params(name, list(best.values()), split), "seconds": round(sum(spent.values()), 3),
-            "objectives": questions, "curve": next((t["curve"] for t in best.values() if "curve" in t), None)}
+
+    def short(t):
+        return {k: t[k] for k in ("settings", "value", "seconds", "reason") if k in t}
+
+    questions = [
+        {
+            "metric": m,
+            "trials": len(found),
+            "seconds": spent[m],
+            "default": found[0]["value"],
+            "best": best[m]["value"],
+            "results": [short(t) for t in found],
+        }
+        for m, found in tried.items()
+    ]
+    return {
+        "model": name,
+        "registry_name": to_registry_name(name),
+        "settings": final_params(name, list(best.values()), split),
+        "seconds": round(sum(spent.values()), 3),
+        "objectives": questions,
+        "curve": next((t["curve"] for t in best.values() if "curve" in t), None),
+    }
 
 # %% ../nbs/12_comparison.ipynb #4103502a
 def study_name(
@@ -340,9 +566,24 @@ def study_name(
 ) -> str:  # for a person, and a digest of the rows and all that a trial depends on
     "What a search is called."
     place = run.folder / ("cuts/0" if len(run.protocol.folds) > 1 else "")
-    rows = [file_sha256(place / f"{part}.parquet") for part in ("train", "val", "split/aside", "split/users", "split/items")]
-    if uses_side_features(name): rows += [file_sha256(run.folder / f"{file}.parquet") for file in ("content/0", "items", "users")]
-    depends = [rows, run.read(f"{place.relative_to(run.folder)}/split/protocol.json"), run.seed, SEARCH_SPACES[name][metric], default_params(name, metric), BASE_PARAMS.get(name), options, package_versions()["widedeep_nb"]]
+    rows = [
+        file_sha256(place / f"{part}.parquet")
+        for part in ("train", "val", "split/aside", "split/users", "split/items")
+    ]
+    if uses_side_features(name):
+        rows += [
+            file_sha256(run.folder / f"{file}.parquet") for file in ("content/0", "items", "users")
+        ]
+    depends = [
+        rows,
+        run.read(f"{place.relative_to(run.folder)}/split/protocol.json"),
+        run.seed,
+        SEARCH_SPACES[name][metric],
+        default_params(name, metric),
+        BASE_PARAMS.get(name),
+        options,
+        package_versions()["widedeep_nb"],
+    ]
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
     return f"{name}, {metric}, {run.data_name}, {run.protocol.name}, seed {run.seed}, {digest}"
 
@@ -353,8 +594,13 @@ def tuning_split_note(
 ) -> str:
     "Which validation part the settings are chosen on, and why."
     n = len(run.protocol.folds)
-    if not baselines: return "none: nobody in the validation part has anything to be judged by, so all keep their defaults"
-    return f"the validation part of the oldest of {n} windows, the only one that lies before every test part" if n > 1 else "the validation part"
+    if not baselines:
+        return "none: nobody in the validation part has anything to be judged by, so all keep their defaults"
+    return (
+        f"the validation part of the oldest of {n} windows, the only one that lies before every test part"
+        if n > 1
+        else "the validation part"
+    )
 
 # %% ../nbs/12_comparison.ipynb #832a7ecf
 @step(compare_baselines, compare_losses, run_sequence_models, build_item_vectors)
@@ -365,26 +611,93 @@ def tune(
 ):
     "Give every contestant the same number of trials on validation; what is chosen is not fitted for good here."
     for name, value in (("trials", trials), ("epochs", epochs)):
-        if value < 1: raise UserError(f"{name} is at least 1, not {value}")
-    split, told_all, how = run.load_splits()[0].without_test(), add_side_features(run)[0].without_test(), {"max_users": run.read("evaluation.json")["max_users"], "epochs": epochs}
+        if value < 1:
+            raise UserError(f"{name} is at least 1, not {value}")
+    split, told_all, how = (
+        run.load_splits()[0].without_test(),
+        add_side_features(run)[0].without_test(),
+        {"max_users": run.read("evaluation.json")["max_users"], "epochs": epochs},
+    )
     askable = baseline_scores(split, how["max_users"])
-    left_out = {name: "this log has no stars to learn from" for name in SEARCH_SPACES if needs_ratings(name) and not split.has_ratings}
-    left_out |= {name: "nothing is known of this log's products but their ids" for name in SEARCH_SPACES if uses_side_features(name) and not has_side_features(told_all)}
-    called = lambda name: {m: study_name(run, name, m, **how) for m in objectives_for(name, askable)}
-    pieces = {name: (tune_model, name, called(name), told_all if uses_side_features(name) else split, run.folder / f"tuning/{name}.journal", trials, run.seed, how) for name in SEARCH_SPACES if name not in left_out}
+    left_out = {
+        name: "this log has no stars to learn from"
+        for name in SEARCH_SPACES
+        if needs_ratings(name) and not split.has_ratings
+    }
+    left_out |= {
+        name: "nothing is known of this log's products but their ids"
+        for name in SEARCH_SPACES
+        if uses_side_features(name) and not has_side_features(told_all)
+    }
+
+    def called(name):
+        return {m: study_name(run, name, m, **how) for m in objectives_for(name, askable)}
+
+    pieces = {
+        name: (
+            tune_model,
+            name,
+            called(name),
+            told_all if uses_side_features(name) else split,
+            run.folder / f"tuning/{name}.journal",
+            trials,
+            run.seed,
+            how,
+        )
+        for name in SEARCH_SPACES
+        if name not in left_out
+    }
     said = run.map_cached(pieces, len(split.train), "tuning")
     left_out |= {name: of["reason"] for name, of in said.items() if "reason" in of}
     found = [of for name, of in said.items() if name not in left_out]
-    run.write("tuning.json", {"trials": trials, "seconds": round(sum(c["seconds"] for c in found), 3), "split_note": tuning_split_note(run, askable), "baselines": askable, "models": found, "excluded": left_out})
+    run.write(
+        "tuning.json",
+        {
+            "trials": trials,
+            "seconds": round(sum(c["seconds"] for c in found), 3),
+            "split_note": tuning_split_note(run, askable),
+            "baselines": askable,
+            "models": found,
+            "excluded": left_out,
+        },
+    )
 
 # %% ../nbs/12_comparison.ipynb #de28004a
 def tuning_gains(
     tuning: dict,  # of tuning.json
 ) -> pl.DataFrame:  # model, metric, default, best, gain (share of the default by which it got better), trials, seconds; best first
     "What the trials did for each contestant."
-    rows = [(c["model"], q["metric"], q["default"], q["best"], abs(q["best"] - q["default"]) / q["default"] if q["default"] else 0., q["trials"], q["seconds"]) for c in tuning["models"] for q in c["objectives"]]
-    frame = pl.DataFrame(rows, schema={"model": pl.String, "metric": pl.String, "default": pl.Float64, "best": pl.Float64, "gain": pl.Float64, "trials": pl.Int64, "seconds": pl.Float64}, orient="row")
-    return frame.sort("metric", pl.col("best") * pl.when(pl.col("metric") == RATING_METRIC).then(1).otherwise(-1), maintain_order=True)
+    rows = [
+        (
+            c["model"],
+            q["metric"],
+            q["default"],
+            q["best"],
+            abs(q["best"] - q["default"]) / q["default"] if q["default"] else 0.0,
+            q["trials"],
+            q["seconds"],
+        )
+        for c in tuning["models"]
+        for q in c["objectives"]
+    ]
+    frame = pl.DataFrame(
+        rows,
+        schema={
+            "model": pl.String,
+            "metric": pl.String,
+            "default": pl.Float64,
+            "best": pl.Float64,
+            "gain": pl.Float64,
+            "trials": pl.Int64,
+            "seconds": pl.Float64,
+        },
+        orient="row",
+    )
+    return frame.sort(
+        "metric",
+        pl.col("best") * pl.when(pl.col("metric") == RATING_METRIC).then(1).otherwise(-1),
+        maintain_order=True,
+    )
 
 
 def describe_tuning_gains(
@@ -393,59 +706,124 @@ def describe_tuning_gains(
     "How much tuning is worth, to whom, and whether it changes who leads."
     metric, better = rows["metric"][0], "lowers" if rows["metric"][0] == RATING_METRIC else "raises"
     gains = rows.filter(pl.col("gain") > 0).sort("gain", descending=True)
-    if not len(gains): return f"In {metric} no trial beats a default."
+    if not len(gains):
+        return f"In {metric} no trial beats a default."
     order = rows.sort("default", descending=metric != RATING_METRIC, maintain_order=True)
     stays, n = len(rows) - len(gains), len(rows)
-    said = [f"In {metric} tuning {better} the figure of {len(gains)} of {n} contestants, most for {gains['model'][0]} ({gains['gain'][0]:.1%}); the median over all is {rows['gain'].median():.1%}."]
+    said = [
+        f"In {metric} tuning {better} the figure of {len(gains)} of {n} contestants, most for {gains['model'][0]} ({gains['gain'][0]:.1%}); the median over all is {rows['gain'].median():.1%}."
+    ]
     said += [f"For {stays} of them no trial beats the default."] if stays else []
     leads = rows["model"][0]
-    return " ".join(said + [f"{order['model'][0]} leads by default, " + ("and it still does." if leads == order["model"][0] else f"but tuned {leads} does.")])
+    return " ".join(
+        said
+        + [
+            f"{order['model'][0]} leads by default, "
+            + ("and it still does." if leads == order["model"][0] else f"but tuned {leads} does.")
+        ]
+    )
 
 # %% ../nbs/12_comparison.ipynb #1a131834
 def plot_tuning_gains(
     rows: pl.DataFrame,  # from `tuning_gains`
     baselines: dict,  # question: what those reach who know nobody
-) -> plt.Figure:  # a panel a question, a line a contestant: from the default, hollow, to the best, full
+) -> (
+    plt.Figure
+):  # a panel a question, a line a contestant: from the default, hollow, to the best, full
     "What tuning is worth."
     metrics = rows["metric"].unique(maintain_order=True).to_list()
     heights = [1.2 + len(rows.filter(metric=m)) for m in metrics]
-    fig, axes = plt.subplots(len(metrics), 1, figsize=(5.2, .27 * sum(heights) + .3 * len(metrics)), height_ratios=heights, squeeze=False)
+    fig, axes = plt.subplots(
+        len(metrics),
+        1,
+        figsize=(5.2, 0.27 * sum(heights) + 0.3 * len(metrics)),
+        height_ratios=heights,
+        squeeze=False,
+    )
     for ax, metric in zip(axes[:, 0], metrics):
         mine = rows.filter(metric=metric)
         for y, (name, default, best) in enumerate(mine.select("model", "default", "best").rows()):
             colour = model_color(name) if name not in SEQUENCE_MODELS else COLORS["deep"]
-            ax.plot([default, best], [y, y], color=colour, lw=2, alpha=.5, solid_capstyle="round")
+            ax.plot([default, best], [y, y], color=colour, lw=2, alpha=0.5, solid_capstyle="round")
             ax.plot(default, y, "o", color=colour, ms=5, mfc="none", mew=1.2)
             ax.plot(best, y, "o", color=colour, ms=5)
-            ax.annotate(f"{best:.3f}", (max(default, best), y), (6, 0), textcoords="offset points", va="center", color=COLORS["ink"] if colour == COLORS["baseline"] else colour, fontsize=9.5)
-        if metric in baselines: ax.axvline(baselines[metric], color=COLORS["baseline"], lw=.8, ls=":")
-        ax.set(yticks=range(len(mine)), yticklabels=mine["model"], ylim=(len(mine) - .4, -.6), xlabel=f"{metric} on validation" + (", less is better" if metric == RATING_METRIC else ""))
+            ax.annotate(
+                f"{best:.3f}",
+                (max(default, best), y),
+                (6, 0),
+                textcoords="offset points",
+                va="center",
+                color=COLORS["ink"] if colour == COLORS["baseline"] else colour,
+                fontsize=9.5,
+            )
+        if metric in baselines:
+            ax.axvline(baselines[metric], color=COLORS["baseline"], lw=0.8, ls=":")
+        ax.set(
+            yticks=range(len(mine)),
+            yticklabels=mine["model"],
+            ylim=(len(mine) - 0.4, -0.6),
+            xlabel=f"{metric} on validation"
+            + (", less is better" if metric == RATING_METRIC else ""),
+        )
         ax.tick_params(axis="y", length=0)
-        ax.margins(x=.14)
+        ax.margins(x=0.14)
     return fig
 
 # %% ../nbs/12_comparison.ipynb #284d00fb
 def diagnose_curve(
     name: str,  # a contestant that learns in passes
     curve: list,  # a dict a pass: epoch, train, val
-    tolerance: float = .1,  # share of what was gained on validation whose loss is overfitting
+    tolerance: float = 0.1,  # share of what was gained on validation whose loss is overfitting
 ) -> str:  # "overfits", "levels off" or "still learns"
     "What becomes of a model that is trained on and on."
-    best, quality = best_epoch(name, curve), [row["val"] * (1 if name in SEQUENCE_MODELS else -1) for row in curve]
+    best, quality = (
+        best_epoch(name, curve),
+        [row["val"] * (1 if name in SEQUENCE_MODELS else -1) for row in curve],
+    )
     lost, gained = quality[best - 1] - quality[-1], quality[best - 1] - min(quality)
-    if best == len(curve): return "still learns"
-    return "overfits" if lost > tolerance * gained and curve[-1]["train"] < curve[best - 1]["train"] else "levels off"
+    if best == len(curve):
+        return "still learns"
+    return (
+        "overfits"
+        if lost > tolerance * gained and curve[-1]["train"] < curve[best - 1]["train"]
+        else "levels off"
+    )
 
 
 def describe_fit(
     curves: dict,  # contestant: curve
 ) -> str:  # sentences
     "Where each starts to overfit."
-    after = lambda name: f"{name} after pass {best_epoch(name, curves[name])}"
-    of = {kind: [name for name in curves if diagnose_curve(name, curves[name]) == kind] for kind in ("overfits", "levels off", "still learns")}
-    said = ["It starts to overfit: " + ", ".join(map(after, of["overfits"])) + "."] if of["overfits"] else ["None overfits within its passes."]
-    said += ["It levels off: " + ", ".join(map(after, of["levels off"])) + "."] if of["levels off"] else []
-    return " ".join(said + (["It still got better in its last pass: " + ", ".join(f"{n} ({len(curves[n])})" for n in of["still learns"]) + "."] if of["still learns"] else []))
+
+    def after(name):
+        return f"{name} after pass {best_epoch(name, curves[name])}"
+
+    of = {
+        kind: [name for name in curves if diagnose_curve(name, curves[name]) == kind]
+        for kind in ("overfits", "levels off", "still learns")
+    }
+    said = (
+        ["It starts to overfit: " + ", ".join(map(after, of["overfits"])) + "."]
+        if of["overfits"]
+        else ["None overfits within its passes."]
+    )
+    said += (
+        ["It levels off: " + ", ".join(map(after, of["levels off"])) + "."]
+        if of["levels off"]
+        else []
+    )
+    return " ".join(
+        said
+        + (
+            [
+                "It still got better in its last pass: "
+                + ", ".join(f"{n} ({len(curves[n])})" for n in of["still learns"])
+                + "."
+            ]
+            if of["still learns"]
+            else []
+        )
+    )
 
 # %% ../nbs/12_comparison.ipynb #9c9987e3
 def plot_learning_curves(
@@ -454,46 +832,88 @@ def plot_learning_curves(
 ) -> plt.Figure:  # a panel a contestant; each line has a range of its own
     "Training against validation: the cost on what is learnt from, the quality on what is not, and the best pass."
     lines = -(-len(curves) // n_cols)
-    fig, axes = plt.subplots(lines, n_cols, figsize=(5.2, .5 + 1.25 * lines), squeeze=False)
-    for ax in axes.flat[len(curves):]: ax.set_visible(False)
+    fig, axes = plt.subplots(lines, n_cols, figsize=(5.2, 0.5 + 1.25 * lines), squeeze=False)
+    for ax in axes.flat[len(curves) :]:
+        ax.set_visible(False)
     for i, (ax, (name, curve)) in enumerate(zip(axes.flat, curves.items())):
-        sign, best, colour = 1 if name in SEQUENCE_MODELS else -1, best_epoch(name, curve), COLORS["alarm" if diagnose_curve(name, curve) == "overfits" else "hybrid"]
-        scaled = lambda values: (np.array(values) - min(values)) / (max(values) - min(values) or 1)
-        passes, train, quality = [r["epoch"] for r in curve], scaled([r["train"] for r in curve]), scaled([sign * r["val"] for r in curve])
+        sign, best, colour = (
+            1 if name in SEQUENCE_MODELS else -1,
+            best_epoch(name, curve),
+            COLORS["alarm" if diagnose_curve(name, curve) == "overfits" else "hybrid"],
+        )
+
+        def scaled(values):
+            return (np.array(values) - min(values)) / (max(values) - min(values) or 1)
+
+        passes, train, quality = (
+            [r["epoch"] for r in curve],
+            scaled([r["train"] for r in curve]),
+            scaled([sign * r["val"] for r in curve]),
+        )
         ax.plot(passes, train, color=COLORS["baseline"], lw=1.2)
         ax.plot(passes, quality, color=colour, lw=1.6)
         ax.plot(best, quality[best - 1], "o", color=colour, ms=5)
-        ax.annotate(f"{best}", (best, quality[best - 1]), (0, 5), textcoords="offset points", ha="center", color=colour, fontsize=9.5)
+        ax.annotate(
+            f"{best}",
+            (best, quality[best - 1]),
+            (0, 5),
+            textcoords="offset points",
+            ha="center",
+            color=colour,
+            fontsize=9.5,
+        )
         ax.set_title(name.replace("wide-deep-", "… "), fontsize=10, pad=3)
-        ax.set(yticks=[], xticks=sorted({1, len(curve)}), ylim=(-.1, 1.32))
+        ax.set(yticks=[], xticks=sorted({1, len(curve)}), ylim=(-0.1, 1.32))
         ax.tick_params(length=2, pad=2)
         if not i:
-            low = quality[-1] < .5  # then below its end there is no room
-            ax.annotate("cost", (passes[-1], train[-1]), (0, 4), textcoords="offset points", ha="right", color=COLORS["baseline"], fontsize=9.5)
-            ax.annotate("validation", (passes[-1], 1 if low else quality[-1]), (0, -6), textcoords="offset points", ha="right", va="top", color=colour, fontsize=9.5)
+            low = quality[-1] < 0.5  # then below its end there is no room
+            ax.annotate(
+                "cost",
+                (passes[-1], train[-1]),
+                (0, 4),
+                textcoords="offset points",
+                ha="right",
+                color=COLORS["baseline"],
+                fontsize=9.5,
+            )
+            ax.annotate(
+                "validation",
+                (passes[-1], 1 if low else quality[-1]),
+                (0, -6),
+                textcoords="offset points",
+                ha="right",
+                va="top",
+                color=colour,
+                fontsize=9.5,
+            )
     fig.supxlabel("passes over the data", fontsize=10.5)
     return fig
 
 # %% ../nbs/12_comparison.ipynb #91322eda
 def trim_memory():
     "Let go of memory that is held but free, where the system's library can do that; else what it has got already would hide what a fit takes."
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"): ctypes.CDLL(None).malloc_trim(0)
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
 def track_resources(
-    interval: float = .005,  # seconds between two looks
+    interval: float = 0.005,  # seconds between two looks
 ):
     "Yields a dict that holds in the end `seconds`, and `process_memory_gb`: the peak of additional memory, megabytes of resident set."
     trim_memory()
     process, spent, over = psutil.Process(), {}, threading.Event()
     before = peak = process.memory_info().rss
+
     def look():
         nonlocal peak
-        while not over.wait(interval): peak = max(peak, process.memory_info().rss)
+        while not over.wait(interval):
+            peak = max(peak, process.memory_info().rss)
+
     thread, started = threading.Thread(target=look, daemon=True), time.perf_counter()
     thread.start()
-    try: yield spent
+    try:
+        yield spent
     finally:
         spent["seconds"] = round(time.perf_counter() - started, 4)
         over.set()
@@ -505,17 +925,30 @@ def count_params(
     state: dict,  # of a fitted model, tensors by name; dicts within are looked into
 ) -> int:
     "How many numbers a model has learnt: what is not a whole number, as codes and counts of places are."
-    return sum(count_params(v) if isinstance(v, dict) else v.numel() if isinstance(v, torch.Tensor) and v.is_floating_point() else 0 for v in state.values())
+    return sum(
+        count_params(v)
+        if isinstance(v, dict)
+        else v.numel()
+        if isinstance(v, torch.Tensor) and v.is_floating_point()
+        else 0
+        for v in state.values()
+    )
 
 
 def fit_and_measure(
     fit_fn: Callable,  # fits a recommender and returns it
     folder: Path,  # where it is to be kept
-) -> dict:  # seconds, memory (MB, additional, at the peak), numbers (learnt), megabytes (of the saved file)
+) -> (
+    dict
+):  # seconds, memory (MB, additional, at the peak), numbers (learnt), megabytes (of the saved file)
     "Fit and keep a recommender, and say what that took."
-    with track_resources() as spent: model = fit_fn()
+    with track_resources() as spent:
+        model = fit_fn()
     model.save(folder)
-    return spent | {"n_params": count_params(model._state()), "file_mb": round((Path(folder) / "model.safetensors").stat().st_size / 2**20, 4)}
+    return spent | {
+        "n_params": count_params(model._state()),
+        "file_mb": round((Path(folder) / "model.safetensors").stat().st_size / 2**20, 4),
+    }
 
 # %% ../nbs/12_comparison.ipynb #b3c4e80a
 def fit_final_model(
@@ -526,8 +959,12 @@ def fit_final_model(
     folder: Path,  # where it is to be kept
 ) -> dict:  # `fit_key`, and what `fit_and_measure` says, or why it cannot be fitted
     "Fit a model for good."
-    try: return fit_key | fit_and_measure(lambda: make_recommender(registry_name, **settings).fit(split), folder)
-    except UserError as e: return fit_key | {"reason": str(e)}
+    try:
+        return fit_key | fit_and_measure(
+            lambda: make_recommender(registry_name, **settings).fit(split), folder
+        )
+    except UserError as e:
+        return fit_key | {"reason": str(e)}
 
 
 def final_fit_tasks(
@@ -544,7 +981,14 @@ def final_fit_tasks(
         random = hasattr(make_recommender(registry_name, **settings[cut]), "seed")
         for start in range(seeds if random else 1):
             about = {"model": name, "cut": cut, "seed": start}
-            pieces[f"{name}-{cut}-{start}"] = fit_final_model, about, registry_name, settings[cut] | ({"seed": run.seed + start} if random else {}), split, run.model_folder(name, start, cut)
+            pieces[f"{name}-{cut}-{start}"] = (
+                fit_final_model,
+                about,
+                registry_name,
+                settings[cut] | ({"seed": run.seed + start} if random else {}),
+                split,
+                run.model_folder(name, start, cut),
+            )
     return pieces
 
 # %% ../nbs/12_comparison.ipynb #b5d9e1a6
@@ -556,9 +1000,14 @@ def drop_component(
     less = dict(plan)
     for task in ("ranking", "cold_users", "stars"):
         weights = plan.get(task) or {}
-        rest = {name: weight for name, weight in weights.items() if component_group(name) != component}
+        rest = {
+            name: weight for name, weight in weights.items() if component_group(name) != component
+        }
         if len(rest) < len(weights) and sum(rest.values()) > 0:
-            less[task] = {name: weight * sum(weights.values()) / sum(rest.values()) for name, weight in rest.items()}
+            less[task] = {
+                name: weight * sum(weights.values()) / sum(rest.values())
+                for name, weight in rest.items()
+            }
     return less
 
 # %% ../nbs/12_comparison.ipynb #3bbe3501
@@ -573,10 +1022,23 @@ def evaluate_and_save(
 ) -> dict:  # nothing more to say
     "Judge one model on the test part, beside the hybrid if it is another."
     name = fits[0]["model"]
-    models = {(f["cut"], f["seed"]): load_recommender(run.model_folder(name, f["seed"], f["cut"])) for f in fits}
-    judged = evaluate_on_test(models, final_splits, (None, eval_config["relevant"]) if final_splits[-1].has_ratings else (None,), eval_config["max_users"])
-    ours = {} if name == "hybrid" else {t: run.read(f"{TUNED_DIR}/hybrid/{t}.parquet") for t in ("rated", "ranked")}
-    for table in ("rated", "ranked"): run.write(f"{TUNED_DIR}/{name}/{table}.parquet", judged[table])
+    models = {
+        (f["cut"], f["seed"]): load_recommender(run.model_folder(name, f["seed"], f["cut"]))
+        for f in fits
+    }
+    judged = evaluate_on_test(
+        models,
+        final_splits,
+        (None, eval_config["relevant"]) if final_splits[-1].has_ratings else (None,),
+        eval_config["max_users"],
+    )
+    ours = (
+        {}
+        if name == "hybrid"
+        else {t: run.read(f"{TUNED_DIR}/hybrid/{t}.parquet") for t in ("rated", "ranked")}
+    )
+    for table in ("rated", "ranked"):
+        run.write(f"{TUNED_DIR}/{name}/{table}.parquet", judged[table])
     run.write(f"{TUNED_DIR}/{name}/records.parquet", metric_records(name, judged, ours, "hybrid"))
     return {}
 
@@ -589,22 +1051,63 @@ def component_ablation(
 ) -> list:  # without, task, metric, value, lo, hi, n, p: the hybrid minus what it is without
     "What each part adds, on the newest window from one start; and the hybrid minus either half of Wide & Deep, over all."
     cut, found = len(final_splits) - 1, []
+
     def keep(apart, part, tasks):
-        rows = apart.filter(pl.col("metric").is_in(["RMSE", "NDCG@20"]), pl.col("task").is_in(tasks), users="all", items="all", relevant="any")
-        return [{"removed": part} | {c: row[c] for c in ("task", "metric", "value", "lo", "hi", "n", "p")} for row in rows.to_dicts()]
-    tables = lambda place: {"rated": run.read(f"{place}/rated.parquet"), "ranked": run.read(f"{place}/ranked.parquet").filter(relevant="any")}
+        rows = apart.filter(
+            pl.col("metric").is_in(["RMSE", "NDCG@20"]),
+            pl.col("task").is_in(tasks),
+            users="all",
+            items="all",
+            relevant="any",
+        )
+        return [
+            {"removed": part}
+            | {c: row[c] for c in ("task", "metric", "value", "lo", "hi", "n", "p")}
+            for row in rows.to_dicts()
+        ]
+
+    def tables(place):
+        return {
+            "rated": run.read(f"{place}/rated.parquet"),
+            "ranked": run.read(f"{place}/ranked.parquet").filter(relevant="any"),
+        }
+
     whole = {t: frame.filter(cut=cut, seed=0) for t, frame in tables(f"{TUNED_DIR}/hybrid").items()}
-    for n, part in enumerate(dict.fromkeys(map(component_group, [name for of in ("ranking", "cold_users", "stars") for name in plan.get(of, {})]))):
+    for n, part in enumerate(
+        dict.fromkeys(
+            map(
+                component_group,
+                [name for of in ("ranking", "cold_users", "stars") for name in plan.get(of, {})],
+            )
+        )
+    ):
         less = drop_component(plan, part)
-        tasks = [task for task, of in (("ranking", ("ranking", "cold_users")), ("rating", ("stars",))) if any(less.get(o) != plan.get(o) for o in of)]
-        if not tasks: continue
+        tasks = [
+            task
+            for task, of in (("ranking", ("ranking", "cold_users")), ("rating", ("stars",)))
+            if any(less.get(o) != plan.get(o) for o in of)
+        ]
+        if not tasks:
+            continue
+
         def look():
             model = load_recommender(run.model_folder("hybrid", fold=cut))
             model.plan = less
-            return keep(paired_differences(whole, evaluate_on_test({(cut, 0): model}, final_splits, (None,), max_users)), part, tasks)
+            return keep(
+                paired_differences(
+                    whole, evaluate_on_test({(cut, 0): model}, final_splits, (None,), max_users)
+                ),
+                part,
+                tasks,
+            )
+
         found += run.cached(f"without-{n}", look)
     for half in [h for h in ABLATIONS if (run.folder / f"evaluation/{h}/ranked.parquet").exists()]:
-        found += keep(paired_differences(tables(f"{TUNED_DIR}/hybrid"), tables(f"evaluation/{half}")), half, ["ranking", "rating"])
+        found += keep(
+            paired_differences(tables(f"{TUNED_DIR}/hybrid"), tables(f"evaluation/{half}")),
+            half,
+            ["ranking", "rating"],
+        )
     return found
 
 # %% ../nbs/12_comparison.ipynb #b0fca209
@@ -613,7 +1116,15 @@ def random_baseline_ndcg(
 ) -> Optional[float]:  # None where nobody has anything to find
     "The NDCG@20 to expect of lists drawn by lot, for the same people."
     asked = user_results.filter(relevant="any", items="all")
-    return float(expected_random_ndcg(asked["n_relevant"].to_numpy(), asked["n_candidates"].to_numpy(), 20).mean()) if len(asked) else None
+    return (
+        float(
+            expected_random_ndcg(
+                asked["n_relevant"].to_numpy(), asked["n_candidates"].to_numpy(), 20
+            ).mean()
+        )
+        if len(asked)
+        else None
+    )
 
 
 @step(tune, build_hybrid)
@@ -622,23 +1133,66 @@ def build_leaderboard(
     seeds: int = 5,  # random starts of a model that has any
 ):
     "Fit every contestant and the hybrid for good, and judge them on the test part."
-    if seeds < 1: raise UserError(f"seeds is at least 1, not {seeds}")
-    splits, asked, field = run.load_splits(), run.read("evaluation.json"), run.read("tuning.json")["models"]
-    plans, plain, told_all = run.read("hybrid.json")["plans"], *[[s.for_final_fit() for s in of] for of in (splits, add_side_features(run))]
-    field = [("hybrid", "hybrid", [{"plan": p["plan"]} for p in plans])] + [(c["model"], c["registry_name"], [c["settings"]] * len(splits)) for c in field]
-    finals_of = lambda registered: told_all if uses_side_features(registered) else plain
-    pieces = {k: piece for name, registered, settings in field for k, piece in final_fit_tasks(run, name, registered, settings, finals_of(registered), seeds).items()}
+    if seeds < 1:
+        raise UserError(f"seeds is at least 1, not {seeds}")
+    splits, asked, field = (
+        run.load_splits(),
+        run.read("evaluation.json"),
+        run.read("tuning.json")["models"],
+    )
+    plans, plain, told_all = (
+        run.read("hybrid.json")["plans"],
+        *[[s.for_final_fit() for s in of] for of in (splits, add_side_features(run))],
+    )
+    field = [("hybrid", "hybrid", [{"plan": p["plan"]} for p in plans])] + [
+        (c["model"], c["registry_name"], [c["settings"]] * len(splits)) for c in field
+    ]
+
+    def finals_of(registered):
+        return told_all if uses_side_features(registered) else plain
+
+    pieces = {
+        k: piece
+        for name, registered, settings in field
+        for k, piece in final_fit_tasks(
+            run, name, registered, settings, finals_of(registered), seeds
+        ).items()
+    }
     notes = list(run.map_cached(pieces, len(told_all[-1].train), "final fits").values())
     left_out = {note["model"]: note["reason"] for note in notes if "reason" in note}
-    if "hybrid" in left_out: raise UserError(left_out["hybrid"])
+    if "hybrid" in left_out:
+        raise UserError(left_out["hybrid"])
     fits = [note for note in notes if note["model"] not in left_out]
-    for name, registered, _ in tqdm([f for f in field if f[0] not in left_out], desc="judging", leave=False, mininterval=1):
-        run.cached(f"{name}-judged", lambda: evaluate_and_save(run, [n for n in fits if n["model"] == name], finals_of(registered), asked))
+    for name, registered, _ in tqdm(
+        [f for f in field if f[0] not in left_out], desc="judging", leave=False, mininterval=1
+    ):
+        run.cached(
+            f"{name}-judged",
+            lambda: evaluate_and_save(
+                run, [n for n in fits if n["model"] == name], finals_of(registered), asked
+            ),
+        )
     parts = component_ablation(run, plans[-1]["plan"], told_all, asked["max_users"])
-    records = pl.concat([run.read(f"{TUNED_DIR}/{name}/records.parquet") for name in dict.fromkeys(f["model"] for f in fits)] + [pl.DataFrame(schema={"p": pl.Float64})], how="diagonal")
+    records = pl.concat(
+        [
+            run.read(f"{TUNED_DIR}/{name}/records.parquet")
+            for name in dict.fromkeys(f["model"] for f in fits)
+        ]
+        + [pl.DataFrame(schema={"p": pl.Float64})],
+        how="diagonal",
+    )
     run.add_metrics(records)
     run.write("leaderboard.parquet", pooled_records(records))
-    run.write("leaderboard.json", {"fits": fits, "plans": plans, "excluded": left_out, "ablation": parts, "random_ndcg": random_baseline_ndcg(run.read(f"{TUNED_DIR}/hybrid/ranked.parquet"))})
+    run.write(
+        "leaderboard.json",
+        {
+            "fits": fits,
+            "plans": plans,
+            "excluded": left_out,
+            "ablation": parts,
+            "random_ndcg": random_baseline_ndcg(run.read(f"{TUNED_DIR}/hybrid/ranked.parquet")),
+        },
+    )
 
 # %% ../nbs/12_comparison.ipynb #ef41a4ca
 def paired_comparisons(
@@ -647,11 +1201,27 @@ def paired_comparisons(
     users: str = "all",  # "all", "warm" or "cold"
 ) -> pl.DataFrame:  # model, value, lo, hi of the hybrid minus it, best for the hybrid first; apart, sure: 1 hybrid better, -1 worse, 0 not told apart, by the interval and by Holm
     "How far the hybrid is from every other model."
-    rows = records.filter(pl.col("versus").is_not_null(), model="hybrid", metric=metric, users=users, items="all", relevant="any")
+    rows = records.filter(
+        pl.col("versus").is_not_null(),
+        model="hybrid",
+        metric=metric,
+        users=users,
+        items="all",
+        relevant="any",
+    )
     good = (pl.col("value") * (-1 if metric in RATING_METRICS else 1)).sign().cast(pl.Int64)
     beyond = ((pl.col("lo") > 0) | (pl.col("hi") < 0)).fill_null(False)
-    rows = rows.with_columns(pl.Series("p_holm", holm(rows["p"].fill_null(1.).to_numpy()), pl.Float64))
-    rows = rows.select(model="versus", value="value", lo="lo", hi="hi", apart=pl.when(beyond).then(good).otherwise(0), sure=pl.when(pl.col("p_holm") < .05).then(good).otherwise(0))
+    rows = rows.with_columns(
+        pl.Series("p_holm", holm(rows["p"].fill_null(1.0).to_numpy()), pl.Float64)
+    )
+    rows = rows.select(
+        model="versus",
+        value="value",
+        lo="lo",
+        hi="hi",
+        apart=pl.when(beyond).then(good).otherwise(0),
+        sure=pl.when(pl.col("p_holm") < 0.05).then(good).otherwise(0),
+    )
     return rows.sort("value", descending=metric not in RATING_METRICS, maintain_order=True)
 
 
@@ -660,7 +1230,11 @@ def join_names(
     max_names: int = 5,  # how many are named at most
 ) -> str:
     "Names in a sentence."
-    models = [*models] if len(models) <= max_names + 1 else [*models[:max_names], f"{len(models) - max_names} others"]
+    models = (
+        [*models]
+        if len(models) <= max_names + 1
+        else [*models[:max_names], f"{len(models) - max_names} others"]
+    )
     return ", ".join(models[:-1]) + " and " + models[-1] if len(models) > 1 else "".join(models)
 
 # %% ../nbs/12_comparison.ipynb #2511f5ea
@@ -672,13 +1246,27 @@ def describe_hybrid_wins(
 ) -> str:  # a sentence or two
     "Whom the hybrid beats, and whom it does not."
     where = f"In {metric}{' ' if users else ''}{users}"
-    if not len(rows): return f"{where} there is nothing to compare the hybrid with."
-    won, level, lost = [rows.filter(pl.col(column) == side)["model"].to_list() for side in (1, 0, -1)]
-    how = "the 95 % interval of the difference excludes 0" if column == "significant" else f"after Holm's correction for {len(rows)} claims"
-    if len(won) == len(rows): return f"{where} the hybrid beats {'the only other model' if len(rows) == 1 else f'every one of the {len(rows)} other models'} ({how})."
-    said = [f"beats {len(won)} of {len(rows)} other models ({how})" if won else f"beats none of {len(rows)} other model{'s' if len(rows) > 1 else ''} ({how})"]
-    if level: said.append(f"it cannot be told apart from {join_names(level)}")
-    if lost: said.append(f"it loses to {join_names(lost[::-1])}")
+    if not len(rows):
+        return f"{where} there is nothing to compare the hybrid with."
+    won, level, lost = [
+        rows.filter(pl.col(column) == side)["model"].to_list() for side in (1, 0, -1)
+    ]
+    how = (
+        "the 95 % interval of the difference excludes 0"
+        if column == "significant"
+        else f"after Holm's correction for {len(rows)} claims"
+    )
+    if len(won) == len(rows):
+        return f"{where} the hybrid beats {'the only other model' if len(rows) == 1 else f'every one of the {len(rows)} other models'} ({how})."
+    said = [
+        f"beats {len(won)} of {len(rows)} other models ({how})"
+        if won
+        else f"beats none of {len(rows)} other model{'s' if len(rows) > 1 else ''} ({how})"
+    ]
+    if level:
+        said.append(f"it cannot be told apart from {join_names(level)}")
+    if lost:
+        said.append(f"it loses to {join_names(lost[::-1])}")
     return f"{where} the hybrid {'; '.join(said)}."
 
 # %% ../nbs/12_comparison.ipynb #4b7440b5
@@ -687,18 +1275,37 @@ def plot_forest(
     metric: str,  # their metric
 ) -> plt.Figure:  # a dot and an interval a model, a line at nought; red: surely better than the hybrid, grey: not told apart
     "Paired differences, those where the hybrid is furthest ahead at the top."
-    fig, ax = plt.subplots(figsize=(5.2, .8 + .27 * len(rows)))
-    ax.axvline(0, color=COLORS["baseline"], lw=.8, ls=":")
-    for y, (model, value, lo, hi, apart) in enumerate(rows.select("model", "value", "lo", "hi", "significant").rows()):
+    fig, ax = plt.subplots(figsize=(5.2, 0.8 + 0.27 * len(rows)))
+    ax.axvline(0, color=COLORS["baseline"], lw=0.8, ls=":")
+    for y, (model, value, lo, hi, apart) in enumerate(
+        rows.select("model", "value", "lo", "hi", "significant").rows()
+    ):
         colour = COLORS[{1: "hybrid", 0: "baseline", -1: "alarm"}[apart]]
-        if lo is not None: ax.plot([lo, hi], [y, y], color=colour, lw=2, solid_capstyle="round")
+        if lo is not None:
+            ax.plot([lo, hi], [y, y], color=colour, lw=2, solid_capstyle="round")
         ax.plot(value, y, "o", color=colour, ms=5)
-        side, end = ("right", lo) if value < 0 else ("left", hi)            # away from nought, so that no figure lies on its line
-        ax.annotate(format_ci(value, sign="+", digits=3), (value if end is None else end, y), (-5 if value < 0 else 5, 0), textcoords="offset points", ha=side, va="center", color=COLORS["ink"] if apart == 0 else colour, fontsize=9.5)
+        side, end = (
+            ("right", lo) if value < 0 else ("left", hi)
+        )  # away from nought, so that no figure lies on its line
+        ax.annotate(
+            format_ci(value, sign="+", digits=3),
+            (value if end is None else end, y),
+            (-5 if value < 0 else 5, 0),
+            textcoords="offset points",
+            ha=side,
+            va="center",
+            color=COLORS["ink"] if apart == 0 else colour,
+            fontsize=9.5,
+        )
     better = "left" if metric in RATING_METRICS else "right"
-    ax.set(yticks=range(len(rows)), yticklabels=rows["model"], ylim=(len(rows) - .4, -.6), xlabel=f"{metric}: hybrid minus it\n({better} of 0 the hybrid is better)")
+    ax.set(
+        yticks=range(len(rows)),
+        yticklabels=rows["model"],
+        ylim=(len(rows) - 0.4, -0.6),
+        xlabel=f"{metric}: hybrid minus it\n({better} of 0 the hybrid is better)",
+    )
     ax.tick_params(axis="y", length=0)
-    ax.margins(x=.26)
+    ax.margins(x=0.26)
     ax.locator_params(axis="x", nbins=5)
     return fig
 
@@ -709,15 +1316,20 @@ def plot_forest_by_group(
 ) -> plt.Figure:
     "The same for several groups of users side by side, in small; the colours are those of Holm's correction."
     models = next(iter(groups.values()))["model"].to_list()
-    fig, axes = plt.subplots(1, len(groups), figsize=(5.2, .9 + .21 * len(models)), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        1, len(groups), figsize=(5.2, 0.9 + 0.21 * len(models)), sharey=True, squeeze=False
+    )
     for ax, (title, rows) in zip(axes[0], groups.items()):
-        ax.axvline(0, color=COLORS["baseline"], lw=.8, ls=":")
-        for model, value, lo, hi, sure in rows.select("model", "value", "lo", "hi", "significant_holm").rows():
+        ax.axvline(0, color=COLORS["baseline"], lw=0.8, ls=":")
+        for model, value, lo, hi, sure in rows.select(
+            "model", "value", "lo", "hi", "significant_holm"
+        ).rows():
             y, colour = models.index(model), COLORS[{1: "hybrid", 0: "baseline", -1: "alarm"}[sure]]
-            if lo is not None: ax.plot([lo, hi], [y, y], color=colour, lw=1.5, solid_capstyle="round")
+            if lo is not None:
+                ax.plot([lo, hi], [y, y], color=colour, lw=1.5, solid_capstyle="round")
             ax.plot(value, y, "o", color=colour, ms=3.5)
         ax.set_title(title, fontsize=10.5)
-        ax.set(yticks=range(len(models)), yticklabels=models, ylim=(len(models) - .4, -.6))
+        ax.set(yticks=range(len(models)), yticklabels=models, ylim=(len(models) - 0.4, -0.6))
         ax.tick_params(axis="y", length=0, labelsize=9)
         ax.locator_params(axis="x", nbins=3)
     fig.supxlabel(f"{metric}: hybrid minus it", fontsize=10.5, color=COLORS["ink"])
@@ -730,23 +1342,51 @@ def rank_models(
     users: str = "all",  # "all", "warm" or "cold"
 ) -> pl.DataFrame:  # model, value, lo, hi, n
     "The models in the order of one figure."
-    rows = records.filter(pl.col("versus").is_null(), metric=metric, users=users, items="all", relevant="any").drop_nulls("value")
-    return rows.select("model", "value", "lo", "hi", "n").sort("value", descending=metric not in RATING_METRICS, maintain_order=True)
+    rows = records.filter(
+        pl.col("versus").is_null(), metric=metric, users=users, items="all", relevant="any"
+    ).drop_nulls("value")
+    return rows.select("model", "value", "lo", "hi", "n").sort(
+        "value", descending=metric not in RATING_METRICS, maintain_order=True
+    )
 
 
 def leaderboard_table(
     records: pl.DataFrame,  # leaderboard.parquet
     metric: str,  # what the models are sorted by
     digits: int = 3,  # decimals
-) -> pl.DataFrame:  # model; all, warm and cold users; hybrid minus it; and whether that is a difference
+) -> (
+    pl.DataFrame
+):  # model; all, warm and cold users; hybrid minus it; and whether that is a difference
     "The leaderboard, a model a row."
-    text = lambda rows, sign="": pl.Series([format_ci(*row, sign=sign, digits=digits) for row in rows.select("value", "lo", "hi").rows()], dtype=pl.String)
+
+    def text(rows, sign=""):
+        return pl.Series(
+            [
+                format_ci(*row, sign=sign, digits=digits)
+                for row in rows.select("value", "lo", "hi").rows()
+            ],
+            dtype=pl.String,
+        )
+
     table, apart = rank_models(records, metric).select("model"), paired_comparisons(records, metric)
     for users in ("all", "warm", "cold"):
         rows = rank_models(records, metric, users)
-        if len(rows): table = table.join(rows.select("model", text(rows).alias(users)), on="model", how="left", maintain_order="left")
-    says = pl.col("significant").replace_strict({1: "beaten", 0: "not told apart", -1: "beats the hybrid"}, return_dtype=pl.String)
-    return table.join(apart.select("model", text(apart, "+").alias("hybrid minus it"), says.alias("so it is")), on="model", how="left", maintain_order="left")
+        if len(rows):
+            table = table.join(
+                rows.select("model", text(rows).alias(users)),
+                on="model",
+                how="left",
+                maintain_order="left",
+            )
+    says = pl.col("significant").replace_strict(
+        {1: "beaten", 0: "not told apart", -1: "beats the hybrid"}, return_dtype=pl.String
+    )
+    return table.join(
+        apart.select("model", text(apart, "+").alias("hybrid minus it"), says.alias("so it is")),
+        on="model",
+        how="left",
+        maintain_order="left",
+    )
 
 # %% ../nbs/12_comparison.ipynb #c361db43
 def describe_rating_sort(
@@ -756,12 +1396,21 @@ def describe_rating_sort(
     lists, stars = rank_models(records, "NDCG@20"), rank_models(records, "RMSE")["model"].to_list()
     of = {model: row for model, *row in lists.select("model", "value", "lo", "hi").rows()}
     name = next((m for m in ("wide-deep-mse", "wide-deep") if m in of and m in stars), None)
-    if name is None or "hybrid" not in of: return ""
-    apart = dict(paired_comparisons(records, "NDCG@20").select("model", "significant").rows()).get(name, 0)
+    if name is None or "hybrid" not in of:
+        return ""
+    apart = dict(paired_comparisons(records, "NDCG@20").select("model", "significant").rows()).get(
+        name, 0
+    )
     share = f", {of[name][0] / of['hybrid'][0]:.0%} of it" if of["hybrid"][0] > 0 else ""
     said = f"Ranking by predicted stars: the lists of {name} (mse) have an NDCG@20 of {format_ci(*of[name], digits=3)}, the hybrid's of {format_ci(*of['hybrid'], digits=3)}"
-    return said + {1: f"; what is sorted by stars is worth less{share} (the interval of the difference excludes 0).", 0: "; the two cannot be told apart (the interval of the difference holds 0).",
-                   -1: "; here stars are the better guide (the interval of the difference excludes 0)."}[apart]
+    return (
+        said
+        + {
+            1: f"; what is sorted by stars is worth less{share} (the interval of the difference excludes 0).",
+            0: "; the two cannot be told apart (the interval of the difference holds 0).",
+            -1: "; here stars are the better guide (the interval of the difference excludes 0).",
+        }[apart]
+    )
 
 # %% ../nbs/12_comparison.ipynb #65750652
 def describe_ablation(
@@ -770,11 +1419,22 @@ def describe_ablation(
 ) -> str:  # a sentence; empty where there is nothing to say
     "Which parts the hybrid needs, after Holm's correction."
     rows = [p for p in rows if p["metric"] == metric and p["removed"] not in ABLATIONS]
-    if not rows: return ""
-    raised, better = holm([1. if p["p"] is None else p["p"] for p in rows]), -1 if metric in RATING_METRICS else 1
-    side = {p["removed"]: (1 if p["value"] * better > 0 else -1) if r < .05 else 0 for p, r in zip(rows, raised)}
+    if not rows:
+        return ""
+    raised, better = (
+        holm([1.0 if p["p"] is None else p["p"] for p in rows]),
+        -1 if metric in RATING_METRICS else 1,
+    )
+    side = {
+        p["removed"]: (1 if p["value"] * better > 0 else -1) if r < 0.05 else 0
+        for p, r in zip(rows, raised)
+    }
     needs, idle, harm = [[part for part, s in side.items() if s == which] for which in (1, 0, -1)]
-    said = ([f"it needs {join_names(needs)}"] if needs else []) + ([f"{join_names(idle)} could go without a loss that can be shown"] if idle else []) + ([f"without {join_names(harm)} it would be better"] if harm else [])
+    said = (
+        ([f"it needs {join_names(needs)}"] if needs else [])
+        + ([f"{join_names(idle)} could go without a loss that can be shown"] if idle else [])
+        + ([f"without {join_names(harm)} it would be better"] if harm else [])
+    )
     return f"In {metric}, of the hybrid's parts: {'; '.join(said)} (Holm's correction for {len(rows)} claims)."
 
 # %% ../nbs/12_comparison.ipynb #a428bebf
@@ -783,27 +1443,56 @@ def cost_table(
     results: dict,  # leaderboard.json
 ) -> pl.DataFrame:  # model, NDCG@20, RMSE, seconds, memory, numbers, megabytes: means over windows and starts; best lists first
     "Quality and what it is paid with."
-    table = pl.DataFrame(results["fits"]).group_by("model", maintain_order=True).agg(pl.col("seconds", "memory", "n_params", "file_mb").mean())
+    table = (
+        pl.DataFrame(results["fits"])
+        .group_by("model", maintain_order=True)
+        .agg(pl.col("seconds", "memory", "n_params", "file_mb").mean())
+    )
     for metric in ("RMSE", "NDCG@20"):
-        table = table.join(rank_models(records, metric).select("model", pl.col("value").alias(metric)), on="model", how="left", maintain_order="left")
-    table = table.select("model", "NDCG@20", "RMSE", "seconds", "memory", pl.col("n_params").round().cast(pl.Int64), "file_mb")
-    return table.sort("NDCG@20", -pl.col("RMSE"), descending=True, nulls_last=True, maintain_order=True)
+        table = table.join(
+            rank_models(records, metric).select("model", pl.col("value").alias(metric)),
+            on="model",
+            how="left",
+            maintain_order="left",
+        )
+    table = table.select(
+        "model",
+        "NDCG@20",
+        "RMSE",
+        "seconds",
+        "memory",
+        pl.col("n_params").round().cast(pl.Int64),
+        "file_mb",
+    )
+    return table.sort(
+        "NDCG@20", -pl.col("RMSE"), descending=True, nulls_last=True, maintain_order=True
+    )
 
 # %% ../nbs/12_comparison.ipynb #746bef3e
 def statistical_ties(
     records: pl.DataFrame,  # leaderboard.parquet
     metric: str,  # its metric
     users: str = "all",  # "all", "warm" or "cold"
-) -> list:  # the best model first, then those that are not surely worse; empty where nothing was measured
+) -> (
+    list
+):  # the best model first, then those that are not surely worse; empty where nothing was measured
     "Who may be the best: by paired differences where the hybrid leads, else by the interval of the leader."
     rows, apart = rank_models(records, metric, users), paired_comparisons(records, metric, users)
-    if not len(rows): return []
+    if not len(rows):
+        return []
     best, lo, hi = rows.select("model", "lo", "hi").row(0)
-    behind = apart.filter(pl.col("significant" if users == "all" else "significant_holm") == 1)["model"].to_list()
-    if best == "hybrid": return [m for m in rows["model"] if m not in behind]
+    behind = apart.filter(pl.col("significant" if users == "all" else "significant_holm") == 1)[
+        "model"
+    ].to_list()
+    if best == "hybrid":
+        return [m for m in rows["model"] if m not in behind]
     within = pl.lit(False) if lo is None else pl.col("value").is_between(lo, hi)
     loses = best in apart.filter(apart=-1)["model"]
-    return [m for m in rows.filter(within | (pl.col("model") == best))["model"] if m != "hybrid" or not loses]
+    return [
+        m
+        for m in rows.filter(within | (pl.col("model") == best))["model"]
+        if m != "hybrid" or not loses
+    ]
 
 
 def advise_model(
@@ -814,13 +1503,22 @@ def advise_model(
 ) -> str:
     "What to make lists with, for a group of people."
     found = statistical_ties(records, "NDCG@20", users)
-    if not found: return f"{opening}, nothing can be said: nobody like that was there to ask."
+    if not found:
+        return f"{opening}, nothing can be said: nobody like that was there to ask."
     best, *level = found
     simple = next((m for m in found if m in ("popularity", "recent-popularity")), None)
     quick = min(found, key=lambda m: seconds.get(m, float("inf")))
-    if simple: return f"{opening}, show what sells ({simple}): nothing did better beyond doubt."
-    if not level: return f"{opening}, use {best}: it did better than all others, and that was no accident."
-    and_quick = "but not quicker" if quick == best else "and is quicker" if len(level) == 1 else f"and {quick} is the quickest of them"
+    if simple:
+        return f"{opening}, show what sells ({simple}): nothing did better beyond doubt."
+    if not level:
+        return f"{opening}, use {best}: it did better than all others, and that was no accident."
+    and_quick = (
+        "but not quicker"
+        if quick == best
+        else "and is quicker"
+        if len(level) == 1
+        else f"and {quick} is the quickest of them"
+    )
     return f"{opening}, use {best}; {join_names(level, 3)} may be as good, {and_quick}."
 
 # %% ../nbs/12_comparison.ipynb #0b4a86f6
@@ -830,19 +1528,55 @@ def ranking_takeaways(
 ) -> list:  # sentences
     "What to show to whom, what a minute buys, and how far from chance it is."
     rows = rank_models(records, "NDCG@20")
-    if not len(rows): return ["Nobody in the newest part of the log took anything that was known before, so nothing can be said about lists: begin with what sells."]
-    fits = pl.DataFrame([(f["model"], f["seconds"]) for f in results["fits"]], schema={"model": pl.String, "seconds": pl.Float64}, orient="row")
+    if not len(rows):
+        return [
+            "Nobody in the newest part of the log took anything that was known before, so nothing can be said about lists: begin with what sells."
+        ]
+    fits = pl.DataFrame(
+        [(f["model"], f["seconds"]) for f in results["fits"]],
+        schema={"model": pl.String, "seconds": pl.Float64},
+        orient="row",
+    )
     seconds = dict(fits.group_by("model").mean().rows())
-    if "hybrid" in seconds: seconds["hybrid"] += max([p["seconds"] for p in results["plans"]], default=0.)     # it has to choose its parts before
-    said = [advise_model(records, seconds, users, opening) for users, opening in (("all", "If everybody gets lists from one model"), ("warm", "For customers whom you know"), ("cold", "For strangers"))]
+    if "hybrid" in seconds:
+        seconds["hybrid"] += max(
+            [p["seconds"] for p in results["plans"]], default=0.0
+        )  # it has to choose its parts before
+    said = [
+        advise_model(records, seconds, users, opening)
+        for users, opening in (
+            ("all", "If everybody gets lists from one model"),
+            ("warm", "For customers whom you know"),
+            ("cold", "For strangers"),
+        )
+    ]
     best, value, lo = rows.select("model", "value", "lo").row(0)
     fast = rows.filter(pl.col("model").is_in([m for m, s in seconds.items() if s <= 60]))
-    if len(fast) and value > 0: said.append(f"If the computer has a minute, use {fast['model'][0]}: it learns in {seconds[fast['model'][0]]:.2g} seconds" + ("." if fast["model"][0] == best else f", and its lists are worth {fast['value'][0] / value:.0%} of the best."))
-    elif seconds and not len(fast): said.append(f"Nothing here learns within a minute; the quickest is {min(seconds, key=seconds.get)}.")
+    if len(fast) and value > 0:
+        said.append(
+            f"If the computer has a minute, use {fast['model'][0]}: it learns in {seconds[fast['model'][0]]:.2g} seconds"
+            + (
+                "."
+                if fast["model"][0] == best
+                else f", and its lists are worth {fast['value'][0] / value:.0%} of the best."
+            )
+        )
+    elif seconds and not len(fast):
+        said.append(
+            f"Nothing here learns within a minute; the quickest is {min(seconds, key=seconds.get)}."
+        )
     hits = dict(rank_models(records, "HitRate@20").select("model", "value").rows())
-    if best in hits: said.append(f"Of 100 people who are shown 20 things by {best}, about {100 * hits[best]:.0f} find something that they go on to take.")
+    if best in hits:
+        said.append(
+            f"Of 100 people who are shown 20 things by {best}, about {100 * hits[best]:.0f} find something that they go on to take."
+        )
     chance = results.get("random_ndcg")
-    if chance: said.append(f"A list by {best} is worth {value / chance:.2g} times one drawn by lot." if value > chance and (lo is None or lo > chance) else f"Even the best lists, those of {best}, cannot be told from lists drawn by lot.")
+    if chance:
+        said.append(
+            f"A list by {best} is worth {value / chance:.2g} times one drawn by lot."
+            if value > chance and (lo is None or lo > chance)
+            else f"Even the best lists, those of {best}, cannot be told from lists drawn by lot."
+        )
     return said
 
 # %% ../nbs/12_comparison.ipynb #bfacf9ef
@@ -850,19 +1584,37 @@ def rating_takeaways(
     records: pl.DataFrame,  # leaderboard.parquet
 ) -> list:  # sentences
     "Whether stars are worth predicting, and worth sorting by."
-    rows, errors = rank_models(records, "RMSE"), dict(rank_models(records, "MAE").select("model", "value").rows())
-    if not len(rows): return ["There were no stars to predict, so this says nothing about ratings."]
+    rows, errors = (
+        rank_models(records, "RMSE"),
+        dict(rank_models(records, "MAE").select("model", "value").rows()),
+    )
+    if not len(rows):
+        return ["There were no stars to predict, so this says nothing about ratings."]
     best, value = rows.select("model", "value").row(0)
     mean = dict(rows.select("model", "value").rows()).get("mean")
     said = f"Stars as {best} predicts them are {errors.get(best, value):.2f} off on average"
     if mean and best != "mean":
         gain = 1 - value / mean
-        said += f", the plain mean {errors.get('mean', mean):.2f}: " + ("a gain that is worth having" if gain > .1 else "a small gain" if gain > .02 else "hardly worth the trouble")
+        said += f", the plain mean {errors.get('mean', mean):.2f}: " + (
+            "a gain that is worth having"
+            if gain > 0.1
+            else "a small gain"
+            if gain > 0.02
+            else "hardly worth the trouble"
+        )
     lists = dict(rank_models(records, "NDCG@20").select("model", "value").rows())
-    sorted_by = next((m for m in ("wide-deep-mse", "wide-deep") if m in lists and m in rows["model"]), None)
-    if sorted_by is None or not max(lists.values()) > 0: return [said + "."]
+    sorted_by = next(
+        (m for m in ("wide-deep-mse", "wide-deep") if m in lists and m in rows["model"]), None
+    )
+    if sorted_by is None or not max(lists.values()) > 0:
+        return [said + "."]
     share = lists[sorted_by] / max(lists.values())
-    return [said + ".", f"Do not sort lists by predicted stars: that is worth {share:.0%} of the best." if share < .9 else "Lists may be sorted by predicted stars here: little or nothing is lost."]
+    return [
+        said + ".",
+        f"Do not sort lists by predicted stars: that is worth {share:.0%} of the best."
+        if share < 0.9
+        else "Lists may be sorted by predicted stars here: little or nothing is lost.",
+    ]
 
 
 def takeaways(
@@ -870,8 +1622,28 @@ def takeaways(
     results: dict,  # leaderboard.json: fits, plans, chance
 ) -> list:  # at most ten sentences, at least one
     "What a shop should take from a comparison."
-    apart, lists = paired_comparisons(records, "NDCG@20").drop_nulls("lo"), rank_models(records, "NDCG@20")
-    width = None if not len(apart) or not lists["value"][0] > 0 else (apart["hi"] - apart["lo"]).median() / 2 / lists["value"][0]
+    apart, lists = (
+        paired_comparisons(records, "NDCG@20").drop_nulls("lo"),
+        rank_models(records, "NDCG@20"),
+    )
+    width = (
+        None
+        if not len(apart) or not lists["value"][0] > 0
+        else (apart["hi"] - apart["lo"]).median() / 2 / lists["value"][0]
+    )
     asked = f"All this rests on {lists['n'][0]:,} lists" if len(lists) else ""
-    sure = [f"{asked}; differences of less than about {width:.0%} of the best figure cannot be seen with so few." if width else f"{asked}, too few to say how sure it is."] if asked else []
-    return [*ranking_takeaways(records, results), *rating_takeaways(records), *sure, "Past clicks are not tomorrow's sales: before you rely on a winner, show it to half of your customers and count."]
+    sure = (
+        [
+            f"{asked}; differences of less than about {width:.0%} of the best figure cannot be seen with so few."
+            if width
+            else f"{asked}, too few to say how sure it is."
+        ]
+        if asked
+        else []
+    )
+    return [
+        *ranking_takeaways(records, results),
+        *rating_takeaways(records),
+        *sure,
+        "Past clicks are not tomorrow's sales: before you rely on a winner, show it to half of your customers and count.",
+    ]

@@ -35,29 +35,67 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .baselines import item_counts
-from .core import COLORS, History, UserError, Recommender, Run, Split, to_index, encode_ids, select_columns, hash_order, make_recommender, encode_strings, pick_device, register, step, decode_strings
-from .data import ITEM_COLUMN_ALIASES, synthetic_images, match_columns, id_to_str
+from widedeep_nb.core import (
+    COLORS,
+    History,
+    Recommender,
+    Run,
+    Split,
+    UserError,
+    decode_strings,
+    encode_ids,
+    encode_strings,
+    hash_order,
+    make_recommender,
+    pick_device,
+    register,
+    select_columns,
+    step,
+    to_index,
+)
+from .data import ITEM_COLUMN_ALIASES, id_to_str, match_columns, synthetic_images
 from .preprocessing import DAY_MS, preprocess
 
 # %% ../nbs/10_content.ipynb #416626e3
-UNSEGMENTED_SCRIPTS = r"[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*"
+UNSEGMENTED_SCRIPTS = (
+    r"[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*"
+)
 
 
 def tokenize(
     texts: pl.Series,  # one a row, may be null
 ) -> list:  # a list of words for each
     "Words and numbers in small letters."
-    return texts.cast(pl.String).fill_null("").str.normalize("NFKC").str.to_lowercase().str.extract_all(rf"{UNSEGMENTED_SCRIPTS}|[\p{{L}}\p{{M}}]+|\p{{N}}+").to_list()
+    return (
+        texts.cast(pl.String)
+        .fill_null("")
+        .str.normalize("NFKC")
+        .str.to_lowercase()
+        .str.extract_all(rf"{UNSEGMENTED_SCRIPTS}|[\p{{L}}\p{{M}}]+|\p{{N}}+")
+        .to_list()
+    )
 
 # %% ../nbs/10_content.ipynb #d81063a1
 def truncated_svd(
     matrix,  # [n, d], sparse or dense
     n_train: int,  # rows to learn from: the first ones
     n_components: int = 64,  # columns left
-) -> torch.Tensor:  # float32 [n, at most `n_components`]; rows of length one, or noughts where there was nothing
+) -> (
+    torch.Tensor
+):  # float32 [n, at most `n_components`]; rows of length one, or noughts where there was nothing
     "A wide table in a few columns (Deerwester et al., 1990)."
-    if matrix.shape[1] > n_components and n_train > 1: matrix = TruncatedSVD(min(n_components, n_train - 1), random_state=0).fit(matrix[:n_train]).transform(matrix)
-    return F.normalize(torch.as_tensor(matrix.toarray() if hasattr(matrix, "toarray") else np.asarray(matrix)).float(), dim=1)
+    if matrix.shape[1] > n_components and n_train > 1:
+        matrix = (
+            TruncatedSVD(min(n_components, n_train - 1), random_state=0)
+            .fit(matrix[:n_train])
+            .transform(matrix)
+        )
+    return F.normalize(
+        torch.as_tensor(
+            matrix.toarray() if hasattr(matrix, "toarray") else np.asarray(matrix)
+        ).float(),
+        dim=1,
+    )
 
 
 def tfidf_vectors(
@@ -65,11 +103,25 @@ def tfidf_vectors(
     n_train: int,  # rows to learn from: the first ones
 ) -> torch.Tensor:  # float32 [n, d]; noughts where no known word is
     "TF-IDF of words and pairs of words, compressed."
-    itself = lambda words: words
-    counter = TfidfVectorizer(tokenizer=itself, preprocessor=itself, lowercase=False, token_pattern=None, ngram_range=(1, 2), min_df=2, max_features=50_000, sublinear_tf=True)
+
+    def itself(words):
+        return words
+
+    counter = TfidfVectorizer(
+        tokenizer=itself,
+        preprocessor=itself,
+        lowercase=False,
+        token_pattern=None,
+        ngram_range=(1, 2),
+        min_df=2,
+        max_features=50_000,
+        sublinear_tf=True,
+    )
     read = tokenize(texts)
-    try: counter.fit(read[:n_train])
-    except ValueError: return torch.zeros(len(texts), 0)           # no word occurs twice
+    try:
+        counter.fit(read[:n_train])
+    except ValueError:
+        return torch.zeros(len(texts), 0)  # no word occurs twice
     return truncated_svd(counter.transform(read), n_train)
 
 # %% ../nbs/10_content.ipynb #c1b03193
@@ -83,7 +135,9 @@ def quantile_bins(
     values = values.set((~values.is_finite()).fill_null(True), None)
     learnt = values[:n_train].drop_nulls().to_numpy()
     edges = np.unique(np.quantile(learnt, np.arange(1, n_bins) / n_bins)) if len(learnt) else []
-    return pl.Series(values.name, 1 + np.searchsorted(edges, values.fill_null(1).to_numpy(), side="right")).set(values.is_null() | (len(learnt) == 0), None)
+    return pl.Series(
+        values.name, 1 + np.searchsorted(edges, values.fill_null(1).to_numpy(), side="right")
+    ).set(values.is_null() | (len(learnt) == 0), None)
 
 
 def price_bins(
@@ -104,21 +158,52 @@ def item_tags(
     "What each product shares with others."
     found, path = [], pl.col("category").cast(pl.String).str.split(" > ")
     for level in range(1, max_levels + 1) if "category" in items.columns else ():
-        found.append(("category", items.select(pl.when(path.list.len() >= level).then(path.list.head(level).list.join(" > "))).to_series()))
-    if "brand" in items.columns: found.append(("brand", items.select("brand: " + pl.col("brand").cast(pl.String).str.strip_chars()).to_series()))
-    if "price" in items.columns: found.append(("price", price_bins(items["price"], n_train).cast(pl.String).str.replace("^", "price step ")))
-    rows = [pl.DataFrame({"row": np.arange(len(items)), "source": source, "tag": tag}, schema={"row": pl.Int64, "source": pl.String, "tag": pl.String}) for source, tag in found]
-    return pl.concat(rows or [pl.DataFrame(schema={"row": pl.Int64, "source": pl.String, "tag": pl.String})]).drop_nulls()
+        found.append(
+            (
+                "category",
+                items.select(
+                    pl.when(path.list.len() >= level).then(path.list.head(level).list.join(" > "))
+                ).to_series(),
+            )
+        )
+    if "brand" in items.columns:
+        found.append(
+            (
+                "brand",
+                items.select(
+                    "brand: " + pl.col("brand").cast(pl.String).str.strip_chars()
+                ).to_series(),
+            )
+        )
+    if "price" in items.columns:
+        found.append(
+            (
+                "price",
+                price_bins(items["price"], n_train).cast(pl.String).str.replace("^", "price step "),
+            )
+        )
+    rows = [
+        pl.DataFrame(
+            {"row": np.arange(len(items)), "source": source, "tag": tag},
+            schema={"row": pl.Int64, "source": pl.String, "tag": pl.String},
+        )
+        for source, tag in found
+    ]
+    return pl.concat(
+        rows or [pl.DataFrame(schema={"row": pl.Int64, "source": pl.String, "tag": pl.String})]
+    ).drop_nulls()
 
 # %% ../nbs/10_content.ipynb #607b0558
 @dataclass
 class ItemFeatures:
     "What is known of each product; the last row is one in no table."
+
     tag: torch.Tensor  # int64 [items + 1, most tags], filled up with the number of tags
     names: pl.Series  # of the tags
     vectors: dict  # source -> float32 [items + 1, d]; a row of noughts where nothing is known
-    available_since: torch.Tensor  # int64 [items + 1], since when it is sold: milliseconds since 1970, 0 where nothing is known
-
+    available_since: (
+        torch.Tensor
+    )  # int64 [items + 1], since when it is sold: milliseconds since 1970, 0 where nothing is known
 
 
 def pad_tags(
@@ -128,8 +213,16 @@ def pad_tags(
     max_tags: int = 2000,  # tags that get a code: those that most products have, two at least
 ) -> tuple:  # int64 [n + 1, m], and the names
     "Tags as a table of codes."
-    names = tags.filter(pl.col("row") < n_train).group_by("tag").len().filter(pl.col("len") > 1).sort("len", "tag", descending=[True, False])["tag"][:max_tags]
-    coded = tags.with_columns(code=encode_ids(tags["tag"], names).cast(pl.Int64)).filter(pl.col("code") < len(names))
+    names = (
+        tags.filter(pl.col("row") < n_train)
+        .group_by("tag")
+        .len()
+        .filter(pl.col("len") > 1)
+        .sort("len", "tag", descending=[True, False])["tag"][:max_tags]
+    )
+    coded = tags.with_columns(code=encode_ids(tags["tag"], names).cast(pl.Int64)).filter(
+        pl.col("code") < len(names)
+    )
     coded = coded.with_columns(place=pl.int_range(pl.len()).over("row"))
     table = torch.full((n + 1, int(coded["place"].max() or 0) + 1), len(names))
     table[coded["row"].to_torch(), coded["place"].to_torch()] = coded["code"].to_torch()
@@ -140,15 +233,24 @@ def first_available(
     split: Split,  # its training rows and its table of items, whose first column of dates is taken for the release
 ) -> torch.Tensor:  # int64 [items + 1], milliseconds since 1970, 0 where nothing is known
     "When each product was new: its release; else its first event; else the end of training."
-    n, time, born = len(split.items), split.train["timestamp"].to_physical(), torch.zeros(len(split.items) + 1, dtype=torch.int64)
+    n, time, born = (
+        len(split.items),
+        split.train["timestamp"].to_physical(),
+        torch.zeros(len(split.items) + 1, dtype=torch.int64),
+    )
     if time.null_count() < len(time):
         first = split.train.drop_nulls("timestamp").group_by("item").agg(pl.col("timestamp").min())
         born[:n] = int(time.max())
         born[to_index(first["item"])] = to_index(first["timestamp"].to_physical())
     dates = [c for c, t in split.items.schema.items() if t.is_temporal() and t != pl.Time]
-    if not dates: return born
+    if not dates:
+        return born
     release = split.items[dates[0]].cast(pl.Datetime("ms")).to_physical()
-    return torch.where(F.pad(release.is_not_null().to_torch(), (0, 1)), F.pad(to_index(release.fill_null(0)), (0, 1)), born)
+    return torch.where(
+        F.pad(release.is_not_null().to_torch(), (0, 1)),
+        F.pad(to_index(release.fill_null(0)), (0, 1)),
+        born,
+    )
 
 
 def is_vector_column(dtype: pl.DataType) -> bool:
@@ -161,16 +263,36 @@ def build_item_features(
     sources: tuple = (),  # "category", "brand", "price", "text" and columns of vectors; empty: all there are
 ) -> ItemFeatures:
     "Bring what a shop says of its products into arrays."
-    items, known, wanted = split.items, split.n_train_items, lambda source: not sources or source in sources
+    items, known, wanted = (
+        split.items,
+        split.n_train_items,
+        lambda source: not sources or source in sources,
+    )
     tags = item_tags(items, known)
-    table, names = pad_tags(tags.filter(pl.col("source").is_in(sources)) if sources else tags, len(items), known)
+    table, names = pad_tags(
+        tags.filter(pl.col("source").is_in(sources)) if sources else tags, len(items), known
+    )
     found, texts = {}, [c for c in ("title", "description") if c in items.columns]
-    if texts and wanted("text"): found["text"] = tfidf_vectors(items.select(pl.concat_str(texts, separator=" ", ignore_nulls=True)).to_series(), known)
+    if texts and wanted("text"):
+        found["text"] = tfidf_vectors(
+            items.select(pl.concat_str(texts, separator=" ", ignore_nulls=True)).to_series(), known
+        )
     for column in [c for c, kind in items.schema.items() if is_vector_column(kind) and wanted(c)]:
-        width = int(items[column].list.len().max() or 0) if isinstance(items.schema[column], pl.List) else items.schema[column].size
-        rows = items[column].cast(pl.List(pl.Float32)).fill_null([0.] * width).to_list()
-        found[column] = truncated_svd(np.asarray(rows, np.float32).reshape(len(items), width), known)
-    return ItemFeatures(table, names, {k: F.pad(v, (0, 0, 0, 1)) for k, v in found.items() if v[:known].any()}, first_available(split))
+        width = (
+            int(items[column].list.len().max() or 0)
+            if isinstance(items.schema[column], pl.List)
+            else items.schema[column].size
+        )
+        rows = items[column].cast(pl.List(pl.Float32)).fill_null([0.0] * width).to_list()
+        found[column] = truncated_svd(
+            np.asarray(rows, np.float32).reshape(len(items), width), known
+        )
+    return ItemFeatures(
+        table,
+        names,
+        {k: F.pad(v, (0, 0, 0, 1)) for k, v in found.items() if v[:known].any()},
+        first_available(split),
+    )
 
 
 def has_side_features(
@@ -187,8 +309,25 @@ def add_catalog(
     users: Optional[pl.DataFrame] = None,  # all people, a row a `user`
 ) -> Split:
     "Add products and people without events to the tables of a split."
-    more = lambda table, key, all: table if all is None else pl.concat([table, all.unique(key, keep="first", maintain_order=True).join(table, on=key, how="anti", maintain_order="left")], how="diagonal")
-    return replace(split, items=more(split.items, "item", items), users=more(split.users, "user", users))
+
+    def more(table, key, all):
+        return (
+            table
+            if all is None
+            else pl.concat(
+                [
+                    table,
+                    all.unique(key, keep="first", maintain_order=True).join(
+                        table, on=key, how="anti", maintain_order="left"
+                    ),
+                ],
+                how="diagonal",
+            )
+        )
+
+    return replace(
+        split, items=more(split.items, "item", items), users=more(split.users, "user", users)
+    )
 
 # %% ../nbs/10_content.ipynb #bff66f47
 def item_scores(
@@ -197,7 +336,11 @@ def item_scores(
     rows: torch.Tensor,  # int64 [k], of the table
 ) -> torch.Tensor:  # float [n, k]
     "Products with some rows of a table; where most are wanted, all are multiplied and picked afterwards, which moves less memory."
-    return select_columns(users @ table.T, rows) if 2 * len(rows) > len(table) else users @ table[rows].T
+    return (
+        select_columns(users @ table.T, rows)
+        if 2 * len(rows) > len(table)
+        else users @ table[rows].T
+    )
 
 
 def content_space(
@@ -206,9 +349,15 @@ def content_space(
 ) -> torch.Tensor:  # float32 [items + 1, d], rows of length one, or noughts where nothing is known
     "All sources side by side, each of equal weight; common tags count little."
     n, t = len(features.tag), len(features.names)
-    has = torch.zeros(n, t + 1).scatter_(1, features.tag, 1.)[:, :t] if n * t < 2 ** 28 else torch.zeros(n, 0)
-    rare = (n_train / has[:n_train].sum(0).clamp(min=1)).log() + .1
-    blocks = ([truncated_svd((has * rare).numpy(), n_train)] if has.shape[1] else []) + list(features.vectors.values())
+    has = (
+        torch.zeros(n, t + 1).scatter_(1, features.tag, 1.0)[:, :t]
+        if n * t < 2**28
+        else torch.zeros(n, 0)
+    )
+    rare = (n_train / has[:n_train].sum(0).clamp(min=1)).log() + 0.1
+    blocks = ([truncated_svd((has * rare).numpy(), n_train)] if has.shape[1] else []) + list(
+        features.vectors.values()
+    )
     return F.normalize(torch.cat([torch.zeros(n, 0), *blocks], 1), dim=1)
 
 
@@ -216,26 +365,41 @@ def content_space(
 @dataclass
 class ContentRecommender(Recommender):
     "The nearest products in the space of what is known of them (Pazzani and Billsus, 2007)."
+
     sources: tuple = ()  # "category", "brand", "price", "text" and columns of vectors; empty: all there are
     uses_side_features = True
 
     def _fit(self, split):
         self.space = content_space(build_item_features(split, tuple(self.sources)), self.n_items)
-        if not self.space.shape[1]: raise UserError("content compares what is known of products, and this log says nothing of any; give it a table of items")
+        if not self.space.shape[1]:
+            raise UserError(
+                "content compares what is known of products, and this log says nothing of any; give it a table of items"
+            )
         self.popularity = item_counts(self.train_history.to_sparse(self.n_items))
 
-    def _restore(self, state): super()._restore({k: v.clone() for k, v in state.items()})  # laid out in memory as after fit, so that sums round alike
+    def _restore(self, state):
+        super()._restore(
+            {k: v.clone() for k, v in state.items()}
+        )  # laid out in memory as after fit, so that sums round alike
 
     def event_weight(self, ratings: torch.Tensor) -> torch.Tensor:
         "How much an event counts; one without stars as much as one with the most."
         low, high = self.rating_range
-        return ((ratings.nan_to_num(high) - low) / max(high - low, 1e-6) + .25).clamp(min=0)
+        return ((ratings.nan_to_num(high) - low) / max(high - low, 1e-6) + 0.25).clamp(min=0)
 
     def _scores(self, users, history, items):
         last = len(self.space) - 1
-        point = torch.zeros(len(users), self.space.shape[1]).index_add(0, history.user_index, self.event_weight(history.rating)[:, None] * self.space[history.item.clamp(max=last)])
+        point = torch.zeros(len(users), self.space.shape[1]).index_add(
+            0,
+            history.user_index,
+            self.event_weight(history.rating)[:, None] * self.space[history.item.clamp(max=last)],
+        )
         stranger = (point == 0).all(1, keepdim=True)
-        return torch.where(stranger, self.popularity[items.clamp(max=self.n_items)], item_scores(F.normalize(point, dim=1), self.space, items.clamp(max=last)))
+        return torch.where(
+            stranger,
+            self.popularity[items.clamp(max=self.n_items)],
+            item_scores(F.normalize(point, dim=1), self.space, items.clamp(max=last)),
+        )
 
 # %% ../nbs/10_content.ipynb #d47be1ed
 def time_decay(
@@ -243,7 +407,8 @@ def time_decay(
     days: float,  # time constant: after so many days an event counts 1/e; 0: all count alike
 ) -> torch.Tensor:  # float [events], at most 1
     "How much each event still counts."
-    if not days or not len(time) or (time <= 0).any(): return torch.ones(len(time))
+    if not days or not len(time) or (time <= 0).any():
+        return torch.ones(len(time))
     return torch.exp(-(time.max() - time) / DAY_MS / days)
 
 
@@ -251,19 +416,27 @@ def time_decay(
 @dataclass
 class CategoryPopularity(Recommender):
     "How well products of the same category and brand sell, the past fading exponentially."
-    days: float = 365.  # time constant: after so many days an event counts 1/e
-    damping: float = 1.  # events and products that each kind is given for free
+
+    days: float = 365.0  # time constant: after so many days an event counts 1/e
+    damping: float = 1.0  # events and products that each kind is given for free
     uses_side_features = True
 
     def _fit(self, split):
-        sheet, item, weight = build_item_features(split, ("category", "brand")), self.train_history.item, time_decay(self.train_history.time, self.days)
-        n, kinds = len(sheet.names) + 1, sheet.tag[:self.n_items]
-        sold = torch.zeros(n).index_add(0, sheet.tag[item].flatten(), weight.repeat_interleave(sheet.tag.shape[1]))
+        sheet, item, weight = (
+            build_item_features(split, ("category", "brand")),
+            self.train_history.item,
+            time_decay(self.train_history.time, self.days),
+        )
+        n, kinds = len(sheet.names) + 1, sheet.tag[: self.n_items]
+        sold = torch.zeros(n).index_add(
+            0, sheet.tag[item].flatten(), weight.repeat_interleave(sheet.tag.shape[1])
+        )
         rate = (sold + self.damping) / (torch.bincount(kinds.flatten(), minlength=n) + self.damping)
-        rate[-1] = rate[:-1].mean() if n > 1 else 1.                               # nothing is said
+        rate[-1] = rate[:-1].mean() if n > 1 else 1.0  # nothing is said
         self.weight = rate.log()[sheet.tag].mean(1)
 
-    def _scores(self, users, history, items): return self.weight[items.clamp(max=len(self.weight) - 1)].expand(len(users), -1)
+    def _scores(self, users, history, items):
+        return self.weight[items.clamp(max=len(self.weight) - 1)].expand(len(users), -1)
 
 # %% ../nbs/10_content.ipynb #b080b295
 def history_before(
@@ -285,15 +458,26 @@ def encode_user_features(
     found = [torch.zeros(len(users), 0)]
     for column in users.columns[1:]:
         values = users[column]
-        if values.dtype.is_numeric(): values = quantile_bins(values, n_train, 5)
-        if values.dtype.is_temporal() or values.dtype.is_nested(): continue
+        if values.dtype.is_numeric():
+            values = quantile_bins(values, n_train, 5)
+        if values.dtype.is_temporal() or values.dtype.is_nested():
+            continue
         values = values.cast(pl.String)
-        names = values[:n_train].drop_nulls().value_counts().filter(pl.col("count") > 1)[column].sort()
-        if 1 < len(names) <= max_values: found.append(F.one_hot(encode_ids(values, names).cast(pl.Int64).to_torch(), len(names) + 1)[:, :-1].float())
+        names = (
+            values[:n_train].drop_nulls().value_counts().filter(pl.col("count") > 1)[column].sort()
+        )
+        if 1 < len(names) <= max_values:
+            found.append(
+                F.one_hot(encode_ids(values, names).cast(pl.Int64).to_torch(), len(names) + 1)[
+                    :, :-1
+                ].float()
+            )
     return F.pad(torch.cat(found, 1), (0, 0, 0, 1))
 
 # %% ../nbs/10_content.ipynb #cd0544dd
-INTERACTION_SOURCES = ("reviews",)  # sources that a product without buyers cannot have: hidden together with its id
+INTERACTION_SOURCES = (
+    "reviews",
+)  # sources that a product without buyers cannot have: hidden together with its id
 
 
 class ItemTower(nn.Module):
@@ -302,17 +486,25 @@ class ItemTower(nn.Module):
     def __init__(self, n_tags: int, n_items: int, widths: dict, d: int):
         super().__init__()
         self.n_items = n_items
-        self.tag, self.id = nn.EmbeddingBag(n_tags + 1, d, mode="sum", padding_idx=n_tags), nn.Embedding(n_items + 1, d)
-        for table in (self.tag, self.id): nn.init.normal_(table.weight, std=.1)
+        self.tag, self.id = (
+            nn.EmbeddingBag(n_tags + 1, d, mode="sum", padding_idx=n_tags),
+            nn.Embedding(n_items + 1, d),
+        )
+        for table in (self.tag, self.id):
+            nn.init.normal_(table.weight, std=0.1)
         self.source = nn.ModuleDict({k: nn.Linear(width, d) for k, width in widths.items()})
         self.missing = nn.ParameterDict({k: nn.Parameter(torch.zeros(d)) for k in widths})
         self.out_proj = nn.Sequential(nn.ReLU(), nn.Linear(d, d))
 
-    def forward(self, features: ItemFeatures, items: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, features: ItemFeatures, items: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
         x = self.tag(features.tag[items]) + self.id(ids)
         for name, layer in self.source.items():
             v = features.vectors[name][items]
-            there = (v != 0).any(1, keepdim=True) & ((ids < self.n_items)[:, None] | (name not in INTERACTION_SOURCES))
+            there = (v != 0).any(1, keepdim=True) & (
+                (ids < self.n_items)[:, None] | (name not in INTERACTION_SOURCES)
+            )
             x = x + torch.where(there, layer(v), self.missing[name])
         return self.out_proj(x)
 
@@ -326,7 +518,9 @@ def age_bin(
 ) -> torch.Tensor:  # int64, 0: at most a fortnight old, to AGES - 1; AGES: not known
     "How long a product has been sold."
     days = (as_of - available_since).clamp(min=0).double() / DAY_MS
-    return torch.where(available_since == 0, N_AGE_BINS, torch.log2(days / 15 + 1).long().clamp(max=N_AGE_BINS - 1))
+    return torch.where(
+        available_since == 0, N_AGE_BINS, torch.log2(days / 15 + 1).long().clamp(max=N_AGE_BINS - 1)
+    )
 
 
 class SmallTableLookup(torch.autograd.Function):
@@ -340,52 +534,126 @@ class SmallTableLookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple:
-        place, = ctx.saved_tensors
+        (place,) = ctx.saved_tensors
         return torch.bincount(place.flatten(), grad.flatten(), ctx.n).to(grad.dtype), None
 
 # %% ../nbs/10_content.ipynb #7e08832b
 class TwoTowerNet(nn.Module):
     "Crosses of tags beside two towers (after Cheng et al., 2016, and Volkovs et al., 2017)."
 
-    def __init__(self, n_tags: int, n_items: int, widths: dict, n_user_features: int, branches: str, d: int, id_dropout: float, dropout: float = .2):
+    def __init__(
+        self,
+        n_tags: int,
+        n_items: int,
+        widths: dict,
+        n_user_features: int,
+        branches: str,
+        d: int,
+        id_dropout: float,
+        dropout: float = 0.2,
+    ):
         super().__init__()
-        self.n_tags, self.n_items, self.parts, self.id_dropout = n_tags, n_items, branches, id_dropout
+        self.n_tags, self.n_items, self.parts, self.id_dropout = (
+            n_tags,
+            n_items,
+            branches,
+            id_dropout,
+        )
         self.cross = nn.Parameter(torch.zeros(n_tags + n_user_features, n_tags))
-        self.item, self.user = ItemTower(n_tags, n_items, widths, d), nn.Sequential(nn.Linear(d + n_user_features + 1, 2 * d), nn.ReLU(), nn.Dropout(dropout), nn.Linear(2 * d, d))
-        self.tag_bias, self.id_bias, self.age_bias = [nn.Embedding(n, 1) for n in (n_tags + 1, n_items + 1, N_AGE_BINS + 1)]
-        for table in (self.tag_bias, self.id_bias, self.age_bias): nn.init.zeros_(table.weight)
+        self.item, self.user = (
+            ItemTower(n_tags, n_items, widths, d),
+            nn.Sequential(
+                nn.Linear(d + n_user_features + 1, 2 * d),
+                nn.ReLU(),
+                nn.Dropout(dropout),
+                nn.Linear(2 * d, d),
+            ),
+        )
+        self.tag_bias, self.id_bias, self.age_bias = [
+            nn.Embedding(n, 1) for n in (n_tags + 1, n_items + 1, N_AGE_BINS + 1)
+        ]
+        for table in (self.tag_bias, self.id_bias, self.age_bias):
+            nn.init.zeros_(table.weight)
 
     def mask_ids(self, items: torch.Tensor) -> torch.Tensor:
         "Codes as the model knows them; in training some are hidden."
         known = items.clamp(max=self.n_items)
-        return torch.where(torch.rand(known.shape, device=known.device) < self.id_dropout, self.n_items, known) if self.training else known
+        return (
+            torch.where(
+                torch.rand(known.shape, device=known.device) < self.id_dropout, self.n_items, known
+            )
+            if self.training
+            else known
+        )
 
     def tag_profile(self, tag: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         "The share of each tag in each history: tag [n, l, m] and weight [n, l] to [n, n_tags]."
         share = torch.zeros(len(tag), self.n_tags + 1, device=tag.device)
-        return share.scatter_add(1, tag.flatten(1), weight.repeat_interleave(tag.shape[2], 1))[:, :-1]
+        return share.scatter_add(1, tag.flatten(1), weight.repeat_interleave(tag.shape[2], 1))[
+            :, :-1
+        ]
 
     def encode_items(self, features: ItemFeatures, items: torch.Tensor) -> tuple:
         "The vector and the bias of products."
         ids = self.mask_ids(items)
-        bias = self.id_bias(ids)[:, 0] + (self.tag_bias(features.tag[items])[..., 0] * (features.tag[items] < self.n_tags)).sum(1)
+        bias = self.id_bias(ids)[:, 0] + (
+            self.tag_bias(features.tag[items])[..., 0] * (features.tag[items] < self.n_tags)
+        ).sum(1)
         return self.item(features, items, ids) if self.parts != "wide" else bias[:, None], bias
 
-    def forward(self, features: ItemFeatures, history: torch.Tensor, weight: torch.Tensor, user_features: torch.Tensor, items: torch.Tensor, as_of: torch.Tensor, precomputed: Optional[tuple] = None) -> torch.Tensor:
+    def forward(
+        self,
+        features: ItemFeatures,
+        history: torch.Tensor,
+        weight: torch.Tensor,
+        user_features: torch.Tensor,
+        items: torch.Tensor,
+        as_of: torch.Tensor,
+        precomputed: Optional[tuple] = None,
+    ) -> torch.Tensor:
         "Scores [n, m]; `precomputed` are vectors, biases with that of the age, and tags of all products, where they were made before."
-        size, (vectors, bias) = weight.sum(1, keepdim=True), precomputed[:2] if precomputed else self.encode_items(features, items)
-        if precomputed: bias = bias[items]
+        size, (vectors, bias) = (
+            weight.sum(1, keepdim=True),
+            precomputed[:2] if precomputed else self.encode_items(features, items),
+        )
+        if precomputed:
+            bias = bias[items]
         weight = weight / size.clamp(min=1e-9)
-        scores = bias if precomputed else bias + SmallTableLookup.apply(self.age_bias.weight[:, 0], age_bin(as_of[:, None], features.available_since[items]))
+        scores = (
+            bias
+            if precomputed
+            else bias
+            + SmallTableLookup.apply(
+                self.age_bias.weight[:, 0], age_bin(as_of[:, None], features.available_since[items])
+            )
+        )
         if self.parts != "deep":
-            by_tag = torch.cat([self.tag_profile(features.tag[history], weight), user_features], 1) @ self.cross
-            scores = scores + (select_columns(torch.from_numpy(precomputed[2] @ by_tag.T.numpy()).T, items) if precomputed else F.embedding_bag(features.tag[items], F.pad(by_tag, (0, 1)).T, mode="sum", padding_idx=self.n_tags).T)
+            by_tag = (
+                torch.cat([self.tag_profile(features.tag[history], weight), user_features], 1)
+                @ self.cross
+            )
+            scores = scores + (
+                select_columns(torch.from_numpy(precomputed[2] @ by_tag.T.numpy()).T, items)
+                if precomputed
+                else F.embedding_bag(
+                    features.tag[items],
+                    F.pad(by_tag, (0, 1)).T,
+                    mode="sum",
+                    padding_idx=self.n_tags,
+                ).T
+            )
         if self.parts != "wide":
-            things, where = (None, history) if precomputed else torch.unique(history, return_inverse=True)
+            things, where = (
+                (None, history) if precomputed else torch.unique(history, return_inverse=True)
+            )
             of = precomputed[0] if precomputed else self.encode_items(features, things)[0]
-            user = self.user(torch.cat([(of[where] * weight[..., None]).sum(1), user_features, size.log1p()], 1))
-            user = user / user.shape[1] ** .5
-            scores = scores + (item_scores(user, vectors, items) if precomputed else user @ vectors.T)
+            user = self.user(
+                torch.cat([(of[where] * weight[..., None]).sum(1), user_features, size.log1p()], 1)
+            )
+            user = user / user.shape[1] ** 0.5
+            scores = scores + (
+                item_scores(user, vectors, items) if precomputed else user @ vectors.T
+            )
         return scores
 
 # %% ../nbs/10_content.ipynb #159807b4
@@ -393,40 +661,57 @@ class TwoTowerNet(nn.Module):
 @dataclass
 class TwoTower(Recommender):
     "Wide & Deep on what is known of products and people; needs no id, and has one where it helps."
+
     sources: tuple = ()  # "category", "brand", "price", "text" and columns of vectors; empty: all there are
     branches: str = "both"  # "both", "wide" or "deep"
-    id_dropout: float = .5  # share of ids that are hidden in training
+    id_dropout: float = 0.5  # share of ids that are hidden in training
     use_user_features: bool = True  # use what the table of users says
     embedding: int = 32
     length: int = 20  # events of a history that are read, the last ones
-    decay: float = .9  # each earlier event counts so much less
-    days: float = 365.  # time constant of what is learnt from: after so many days an event counts 1/e; 0: all count alike
+    decay: float = 0.9  # each earlier event counts so much less
+    days: float = 365.0  # time constant of what is learnt from: after so many days an event counts 1/e; 0: all count alike
     epochs: int = 12  # most passes
     patience: int = 3  # passes without progress on validation before it stops
     batch_size: int = 512  # events a step
-    lr: float = .005
+    lr: float = 0.005
     max_softmax_items: int = 4096  # products that a softmax goes over
     seed: int = 0
     uses_side_features = True
 
     def _build(self):
         widths = {k: v.shape[1] for k, v in self.item_features.vectors.items()}
-        return TwoTowerNet(len(self.item_features.names), self.n_items, widths, self.user_features.shape[1], self.parts, self.embedding, self.id_dropout)
+        return TwoTowerNet(
+            len(self.item_features.names),
+            self.n_items,
+            widths,
+            self.user_features.shape[1],
+            self.parts,
+            self.embedding,
+            self.id_dropout,
+        )
 
     def _fit(self, split):
         self.item_features = build_item_features(split, tuple(self.sources))
-        self.user_features = encode_user_features(split.users if self.use_user_features else split.users.select("user"), split.n_train_users)
+        self.user_features = encode_user_features(
+            split.users if self.use_user_features else split.users.select("user"),
+            split.n_train_users,
+        )
         rows = split.val.filter(pl.col("item") < self.n_items)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.net = self._build()
-            self.loss_curve = train_two_tower(self, self._val_loss(split, rows) if len(rows) else None)
+            self.loss_curve = train_two_tower(
+                self, self._val_loss(split, rows) if len(rows) else None
+            )
 
     def _history_batch(self, history, positions, starts):
         "What a batch says of histories up to some events."
         place, there = history_before(positions, starts, self.length)
-        if not len(history.item): return torch.zeros_like(place), torch.zeros(place.shape)
-        return history.item[place].clamp(max=len(self.item_features.tag) - 1), there * self.decay ** torch.arange(self.length)
+        if not len(history.item):
+            return torch.zeros_like(place), torch.zeros(place.shape)
+        return history.item[place].clamp(
+            max=len(self.item_features.tag) - 1
+        ), there * self.decay ** torch.arange(self.length)
 
 # %% ../nbs/10_content.ipynb #347c323b
 def content_val_loss(
@@ -436,14 +721,35 @@ def content_val_loss(
     max_rows: int = 4096,  # rows, and products, at most
 ):  # a function of nothing: mean cost, lower is better
     "The softmax's cost on validation rows, asked with what was known before them."
-    seen, draw = History.from_rows(split.rows_before("val"), len(split.users)), torch.Generator().manual_seed(self.seed)
+    seen, draw = (
+        History.from_rows(split.rows_before("val"), len(split.users)),
+        torch.Generator().manual_seed(self.seed),
+    )
     rows = rows[torch.randperm(len(rows), generator=draw)[:max_rows].numpy()]
-    user, item, end = to_index(rows["user"]), to_index(rows["item"]), torch.zeros(len(rows), dtype=torch.int64)
-    items, target = torch.unique(torch.cat([item, torch.randperm(self.n_items, generator=draw)[:max_rows]]), return_inverse=True)
+    user, item, end = (
+        to_index(rows["user"]),
+        to_index(rows["item"]),
+        torch.zeros(len(rows), dtype=torch.int64),
+    )
+    items, target = torch.unique(
+        torch.cat([item, torch.randperm(self.n_items, generator=draw)[:max_rows]]),
+        return_inverse=True,
+    )
     had, weight = self._history_batch(seen, seen.indptr[user + 1], seen.indptr[user])
     now = to_index(rows["timestamp"].to_physical().fill_null(0))
-    cost = lambda b: F.cross_entropy(self.net(self.item_features, had[b], weight[b], self.user_features[user[b]], items, now[b]), target[:len(item)][b], reduction="sum")
-    return torch.no_grad()(lambda: float(sum(cost(b) for b in torch.arange(len(rows)).split(512)) / len(rows)))
+
+    def cost(b):
+        return F.cross_entropy(
+            self.net(
+                self.item_features, had[b], weight[b], self.user_features[user[b]], items, now[b]
+            ),
+            target[: len(item)][b],
+            reduction="sum",
+        )
+
+    return torch.no_grad()(
+        lambda: float(sum(cost(b) for b in torch.arange(len(rows)).split(512)) / len(rows))
+    )
 
 # %% ../nbs/10_content.ipynb #0cda6199
 def softmax_batch_loss(
@@ -459,10 +765,18 @@ def softmax_batch_loss(
     if n > self.most:
         items = torch.unique(torch.cat([taken, torch.randint(n, (self.most,))]))
         q = (self.most / n + len(events) * self._item_freq[items]).clamp(max=1).log()
-    traits = self.user_features[user_index[events]] * (torch.rand(len(events), 1) > .2)              # strangers in all but name
+    traits = self.user_features[user_index[events]] * (
+        torch.rand(len(events), 1) > 0.2
+    )  # strangers in all but name
     scores = self.net(self.item_features, had, weight, traits, items, now) - q
-    scores = scores.masked_fill((self.item_features.available_since[items] > now[:, None]) & (items != taken[:, None]), -torch.inf)
-    return (F.cross_entropy(scores, torch.searchsorted(items, taken), reduction="none") * self.counts[events]).mean()
+    scores = scores.masked_fill(
+        (self.item_features.available_since[items] > now[:, None]) & (items != taken[:, None]),
+        -torch.inf,
+    )
+    return (
+        F.cross_entropy(scores, torch.searchsorted(items, taken), reduction="none")
+        * self.counts[events]
+    ).mean()
 
 # %% ../nbs/10_content.ipynb #6bf2f8d7
 def train_two_tower(
@@ -471,22 +785,39 @@ def train_two_tower(
 ) -> list:  # a dict a pass: epoch, train, val
     "Train until validation stops getting better."
     log, net, curve, kept = self.train_history, self.net, [], self.net.state_dict()
-    owner, self._item_freq, counts = log.user_index, torch.bincount(log.item, minlength=self.n_items) / max(len(log.item), 1), time_decay(log.time, self.days)
+    owner, self._item_freq, counts = (
+        log.user_index,
+        torch.bincount(log.item, minlength=self.n_items) / max(len(log.item), 1),
+        time_decay(log.time, self.days),
+    )
     self.counts = counts / counts.mean()
-    optimiser = torch.optim.AdamW(net.parameters(), lr=self.lr, weight_decay=.01, fused=True)
-    for epoch in tqdm(range(1, self.epochs + 1), desc=f"{self.name} (seed {self.seed})", leave=False, mininterval=1):
+    optimiser = torch.optim.AdamW(net.parameters(), lr=self.lr, weight_decay=0.01, fused=True)
+    for epoch in tqdm(
+        range(1, self.epochs + 1),
+        desc=f"{self.name} (seed {self.seed})",
+        leave=False,
+        mininterval=1,
+    ):
         net.train()
-        total = 0.
+        total = 0.0
         for events in torch.randperm(len(owner)).split(self.batch_size):
             cost = softmax_batch_loss(self, log, owner, events)
             optimiser.zero_grad(set_to_none=True)
             cost.backward()
             optimiser.step()
             total += float(cost.detach()) * len(events)
-        curve.append({"epoch": epoch, "train": total / max(len(owner), 1), "val": validate() if validate and net.eval() else None})
+        curve.append(
+            {
+                "epoch": epoch,
+                "train": total / max(len(owner), 1),
+                "val": validate() if validate and net.eval() else None,
+            }
+        )
         best = min(curve, key=lambda row: row["val"] if validate else -row["epoch"])["epoch"]
-        if best == epoch: kept = {k: v.clone() for k, v in net.state_dict().items()}
-        if epoch - best >= self.patience: break
+        if best == epoch:
+            kept = {k: v.clone() for k, v in net.state_dict().items()}
+        if epoch - best >= self.patience:
+            break
     net.load_state_dict(kept)
     net.eval()
     return curve
@@ -507,33 +838,66 @@ def precompute_items(
 ) -> tuple:  # vectors float [items + 1, d], biases at the end of training float [items + 1], tags csr 0/1 [items + 1, tags]
     "What scoring needs of all products, made once."
     n, tags = len(self.item_features.tag), len(self.item_features.names)
-    parts = [self.net.encode_items(self.item_features, b) for b in torch.arange(n).split(2 ** 15)]
+    parts = [self.net.encode_items(self.item_features, b) for b in torch.arange(n).split(2**15)]
     row, place = (self.item_features.tag < tags).nonzero(as_tuple=True)
-    has = sp.csr_array((np.ones(len(row), np.float32), (row.numpy(), self.item_features.tag[row, place].numpy())), shape=(n, tags))
+    has = sp.csr_array(
+        (np.ones(len(row), np.float32), (row.numpy(), self.item_features.tag[row, place].numpy())),
+        shape=(n, tags),
+    )
     vectors, bias = (torch.cat(p) for p in zip(*parts))
-    return vectors, bias + self.net.age_bias(age_bin(last_event_time(self.train_history), self.item_features.available_since))[:, 0], has
+    return (
+        vectors,
+        bias
+        + self.net.age_bias(
+            age_bin(last_event_time(self.train_history), self.item_features.available_since)
+        )[:, 0],
+        has,
+    )
 
 
-def _scores(self, users, history, items, budget=2 ** 23):
+def _scores(self, users, history, items, budget=2**23):
     last, now = len(self.item_features.tag) - 1, last_event_time(self.train_history)
     had, weight = self._history_batch(history, history.indptr[1:], history.indptr[:-1])
-    people, items, found = self.user_features[users.clamp(max=len(self.user_features) - 1)], items.clamp(max=last), []
+    people, items, found = (
+        self.user_features[users.clamp(max=len(self.user_features) - 1)],
+        items.clamp(max=last),
+        [],
+    )
     looks = self._cached("looks", lambda: precompute_items(self))
     for b in torch.arange(len(users)).split(max(1, budget // max(len(items), 1))):
-        found.append(self.net(self.item_features, had[b], weight[b], people[b], items, now.expand(len(b)), looks))
+        found.append(
+            self.net(
+                self.item_features, had[b], weight[b], people[b], items, now.expand(len(b)), looks
+            )
+        )
     return torch.cat(found)
 
 
 def _state(self):
     "The network, the sheet and the people."
-    sheet = {"tag": self.item_features.tag, "born": self.item_features.available_since} | {f"names.{k}": v for k, v in encode_strings(self.item_features.names).items()} | {f"vectors.{k}": v for k, v in self.item_features.vectors.items()}
-    return {f"net.{k}": v for k, v in self.net.state_dict().items()} | {f"sheet.{k}": v for k, v in sheet.items()} | {"people": self.user_features}
+    sheet = (
+        {"tag": self.item_features.tag, "born": self.item_features.available_since}
+        | {f"names.{k}": v for k, v in encode_strings(self.item_features.names).items()}
+        | {f"vectors.{k}": v for k, v in self.item_features.vectors.items()}
+    )
+    return (
+        {f"net.{k}": v for k, v in self.net.state_dict().items()}
+        | {f"sheet.{k}": v for k, v in sheet.items()}
+        | {"people": self.user_features}
+    )
 
 
 def _restore(self, state):
-    part = lambda name: {k[len(name):]: v for k, v in state.items() if k.startswith(name)}
+    def part(name):
+        return {k[len(name) :]: v for k, v in state.items() if k.startswith(name)}
+
     sheet = part("sheet.")
-    self.item_features = ItemFeatures(sheet["tag"], decode_strings(part("sheet.names."), "tag"), part("sheet.vectors."), sheet["born"])
+    self.item_features = ItemFeatures(
+        sheet["tag"],
+        decode_strings(part("sheet.names."), "tag"),
+        part("sheet.vectors."),
+        sheet["born"],
+    )
     self.user_features = state["people"]
     self.net = self._build()
     self.net.load_state_dict(part("net."))
@@ -552,23 +916,46 @@ def read_vector_file(
 ) -> tuple:  # ids, and float32 [n, d]
     "What a file of vectors holds."
     if path.suffix == ".b":
-        if path.stat().st_size % AMAZON_IMAGE_DTYPE.itemsize: raise UserError(f"{path} is no file of Amazon's image features: its size is not a multiple of {AMAZON_IMAGE_DTYPE.itemsize} bytes")
+        if path.stat().st_size % AMAZON_IMAGE_DTYPE.itemsize:
+            raise UserError(
+                f"{path} is no file of Amazon's image features: its size is not a multiple of {AMAZON_IMAGE_DTYPE.itemsize} bytes"
+            )
         rows = np.memmap(path, AMAZON_IMAGE_DTYPE, "r")
         return pl.Series(rows["item"].astype(str)), rows["vector"]
     if path.suffix == ".npy":
         rows, named = np.load(path, mmap_mode="r", allow_pickle=False), path.with_suffix(".txt")
         ids = pl.Series(named.read_text().split("\n")).str.strip_chars() if named.exists() else ids
         ids = ids[:-1] if len(ids) and ids[-1] == "" else ids
-        if rows.ndim != 2 or len(rows) != len(ids): raise UserError(f"{path} has the shape {rows.shape}, and there are {len(ids):,} ids; give it a row an item of the table, or the ids, one a line, in {named.name}")
+        if rows.ndim != 2 or len(rows) != len(ids):
+            raise UserError(
+                f"{path} has the shape {rows.shape}, and there are {len(ids):,} ids; give it a row an item of the table, or the ids, one a line, in {named.name}"
+            )
         return ids, rows
-    if path.suffix != ".parquet": raise UserError(f"{path}: vectors are read from .parquet, .npy or .b")
+    if path.suffix != ".parquet":
+        raise UserError(f"{path}: vectors are read from .parquet, .npy or .b")
     table = pl.read_parquet(path)
     key = match_columns(table.columns, ITEM_COLUMN_ALIASES).get("item")
-    if not key: raise UserError(f"{path} has no column for the item; there are: {', '.join(table.columns[:9])}")
-    lists, numbers = [c for c, t in table.schema.items() if is_vector_column(t)], [c for c, t in table.schema.items() if t.is_numeric() and c != key]
-    if not lists and not numbers: raise UserError(f"{path} has neither a column of lists of numbers nor columns of numbers beside '{key}'")
-    if lists and table[lists[0]].list.len().n_unique() > 1 and isinstance(table.schema[lists[0]], pl.List): raise UserError(f"{path}: the vectors in '{lists[0]}' are not all of one length")
-    return table.select(id_to_str(key, table.schema[key]).alias(key))[key], np.array(table[lists[0]].to_list(), np.float32) if lists else table.select(numbers).to_numpy()
+    if not key:
+        raise UserError(
+            f"{path} has no column for the item; there are: {', '.join(table.columns[:9])}"
+        )
+    lists, numbers = (
+        [c for c, t in table.schema.items() if is_vector_column(t)],
+        [c for c, t in table.schema.items() if t.is_numeric() and c != key],
+    )
+    if not lists and not numbers:
+        raise UserError(
+            f"{path} has neither a column of lists of numbers nor columns of numbers beside '{key}'"
+        )
+    if (
+        lists
+        and table[lists[0]].list.len().n_unique() > 1
+        and isinstance(table.schema[lists[0]], pl.List)
+    ):
+        raise UserError(f"{path}: the vectors in '{lists[0]}' are not all of one length")
+    return table.select(id_to_str(key, table.schema[key]).alias(key))[key], np.array(
+        table[lists[0]].to_list(), np.float32
+    ) if lists else table.select(numbers).to_numpy()
 
 # %% ../nbs/10_content.ipynb #5457df42
 def align_vectors(
@@ -576,39 +963,68 @@ def align_vectors(
     ids: pl.Series,  # of the table of items
 ) -> tuple:  # float32 [items, d], noughts where there is none; and a sentence on what was found
     "Vectors of products from a file, in the order of a table of items."
-    if not Path(path).is_file(): raise UserError(f"no such file: {path}")
-    try: named, rows = read_vector_file(Path(path), ids)
+    if not Path(path).is_file():
+        raise UserError(f"no such file: {path}")
+    try:
+        named, rows = read_vector_file(Path(path), ids)
     except (OSError, ValueError, pl.exceptions.PolarsError) as e:
-        if isinstance(e, UserError): raise
+        if isinstance(e, UserError):
+            raise
         raise UserError(f"{path} cannot be read as vectors ({type(e).__name__})") from None
-    first = pl.DataFrame({"item": named, "row": np.arange(len(named))}).drop_nulls("item").unique("item", keep="first")
-    place = pl.DataFrame({"item": ids}).join(first, on="item", how="left", maintain_order="left")["row"]
+    first = (
+        pl.DataFrame({"item": named, "row": np.arange(len(named))})
+        .drop_nulls("item")
+        .unique("item", keep="first")
+    )
+    place = pl.DataFrame({"item": ids}).join(first, on="item", how="left", maintain_order="left")[
+        "row"
+    ]
     at = place.drop_nulls().to_numpy()
-    if not len(at): raise UserError(f"{path} has vectors of {len(named):,} items, none of which is in the log")
+    if not len(at):
+        raise UserError(f"{path} has vectors of {len(named):,} items, none of which is in the log")
     found = np.zeros((len(ids), rows.shape[1]), np.float32)
     found[place.is_not_null().to_numpy()] = rows[at]
     wrong = ~np.isfinite(found).all(1)
     found[wrong] = 0
-    return torch.from_numpy(found), f"vectors of {len(at) - wrong.sum():,} of {len(ids):,} products" + (f"; {wrong.sum():,} were left out, for they hold what is no number" if wrong.any() else "")
+    return torch.from_numpy(
+        found
+    ), f"vectors of {len(at) - wrong.sum():,} of {len(ids):,} products" + (
+        f"; {wrong.sum():,} were left out, for they hold what is no number" if wrong.any() else ""
+    )
 
 # %% ../nbs/10_content.ipynb #0a411862
 def read_images(
     folder: str,  # of files named by item id, with any ending
     ids: pl.Series,  # of the table of items
     size: int = 32,  # pixels a side
-) -> tuple:  # uint8 [items, size, size, 3]; bool [items], is there one; and a sentence on what was found
+) -> (
+    tuple
+):  # uint8 [items, size, size, 3]; bool [items], is there one; and a sentence on what was found
     "Pictures of products, in the order of a table of items."
-    if not Path(folder).is_dir(): raise UserError(f"no such folder: {folder}")
+    if not Path(folder).is_dir():
+        raise UserError(f"no such folder: {folder}")
     files, bad = {f.stem: f for f in sorted(Path(folder).iterdir()) if f.is_file()}, []
     pictures, there = np.zeros((len(ids), size, size, 3), np.uint8), np.zeros(len(ids), bool)
     for row, item in enumerate(tqdm(ids, desc="images", leave=False, mininterval=1)):
-        if item not in files: continue
+        if item not in files:
+            continue
         try:
-            with Image.open(files[item]) as picture: pictures[row] = np.asarray(picture.convert("RGB").resize((size, size)))
+            with Image.open(files[item]) as picture:
+                pictures[row] = np.asarray(picture.convert("RGB").resize((size, size)))
             there[row] = True
-        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError): bad.append(files[item].name)
-    if not there.any(): raise UserError(f"{folder} has no picture of any product of the log" + (f"; {bad[0]} is no image" if bad else "; the files are to be named by item id"))
-    return pictures, there, f"pictures of {there.sum():,} of {len(ids):,} products" + (f"; {len(bad)} files are no images, such as {bad[0]}" if bad else "")
+        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+            bad.append(files[item].name)
+    if not there.any():
+        raise UserError(
+            f"{folder} has no picture of any product of the log"
+            + (f"; {bad[0]} is no image" if bad else "; the files are to be named by item id")
+        )
+    return (
+        pictures,
+        there,
+        f"pictures of {there.sum():,} of {len(ids):,} products"
+        + (f"; {len(bad)} files are no images, such as {bad[0]}" if bad else ""),
+    )
 
 # %% ../nbs/10_content.ipynb #bc913ca6
 class ImageNet(nn.Module):
@@ -616,10 +1032,15 @@ class ImageNet(nn.Module):
 
     def __init__(self, n_tags: int, d: int = 64):
         super().__init__()
-        layers = [layer for a, b in ((3, 16), (16, 32), (32, d)) for layer in (nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU())]
+        layers = [
+            layer
+            for a, b in ((3, 16), (16, 32), (32, d))
+            for layer in (nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU())
+        ]
         self.backbone, self.classifier = nn.Sequential(*layers), nn.Linear(d, n_tags)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor: return self.backbone(x).mean((2, 3))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.backbone(x).mean((2, 3))
 
 
 def train_image_vectors(
@@ -631,18 +1052,29 @@ def train_image_vectors(
     seed: int = 0,  # of the random start
 ) -> torch.Tensor:  # float32 [n, d], noughts where there is no picture
     "What a small network that tells tags from pictures sees in each."
-    x, n_tags = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 128 - 1, max(int(tag.max()), 1)
-    wanted = torch.zeros(len(x), n_tags + 1).scatter_(1, tag, 1.)[:, :n_tags]
+    x, n_tags = (
+        torch.from_numpy(images).permute(0, 3, 1, 2).float() / 128 - 1,
+        max(int(tag.max()), 1),
+    )
+    wanted = torch.zeros(len(x), n_tags + 1).scatter_(1, tag, 1.0)[:, :n_tags]
     learn = torch.from_numpy(np.flatnonzero(mask[:n_train]))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = ImageNet(n_tags)
-        optimiser = torch.optim.AdamW(net.parameters(), lr=.01)
-        for rows in (b for _ in range(epochs) for b in learn[torch.randperm(len(learn))].split(128) if len(b) > 1):
+        optimiser = torch.optim.AdamW(net.parameters(), lr=0.01)
+        for rows in (
+            b
+            for _ in range(epochs)
+            for b in learn[torch.randperm(len(learn))].split(128)
+            if len(b) > 1
+        ):
             optimiser.zero_grad()
-            F.binary_cross_entropy_with_logits(net.classifier(net(x[rows])), wanted[rows]).backward()
+            F.binary_cross_entropy_with_logits(
+                net.classifier(net(x[rows])), wanted[rows]
+            ).backward()
             optimiser.step()
-    with torch.no_grad(): seen = torch.cat([net.eval()(b) for b in x.split(1024)])
+    with torch.no_grad():
+        seen = torch.cat([net.eval()(b) for b in x.split(1024)])
     seen = (seen - seen[learn].mean(0)) / (seen[learn].std(0) + 1e-6)
     return seen * torch.from_numpy(mask)[:, None]
 
@@ -652,7 +1084,9 @@ def missing_extra(
     package: str,  # that it brings
 ) -> UserError:
     "What to say where an extra is not installed."
-    return UserError(f"{package} is not installed; pip install 'widedeep_nb[{extra}]', or leave the parameter as it is")
+    return UserError(
+        f"{package} is not installed; pip install 'widedeep_nb[{extra}]', or leave the parameter as it is"
+    )
 
 
 def load_pretrained(
@@ -660,8 +1094,12 @@ def load_pretrained(
     loader: Callable,  # gets it, perhaps from the network
 ):  # what `loader` returned
     "A pretrained network, or one line on why there is none."
-    try: return loader()
-    except (OSError, RuntimeError, ValueError) as e: raise UserError(f"{name} cannot be loaded ({str(e).strip().splitlines()[0].rstrip('.')}); check the name and the connection, or name a folder that holds it") from None
+    try:
+        return loader()
+    except (OSError, RuntimeError, ValueError) as e:
+        raise UserError(
+            f"{name} cannot be loaded ({str(e).strip().splitlines()[0].rstrip('.')}); check the name and the connection, or name a folder that holds it"
+        ) from None
 
 
 def pretrained_image_vectors(
@@ -669,12 +1107,26 @@ def pretrained_image_vectors(
     images: np.ndarray,  # uint8 [n, height, width, 3]
 ) -> torch.Tensor:  # float32 [n, d]
     "What a pretrained network sees in pictures."
-    try: import timm
-    except ImportError: raise missing_extra("content", "timm") from None
-    net = load_pretrained(name, lambda: timm.create_model(name, pretrained=True, num_classes=0)).eval().to(pick_device())
+    try:
+        import timm
+    except ImportError:
+        raise missing_extra("content", "timm") from None
+    net = (
+        load_pretrained(name, lambda: timm.create_model(name, pretrained=True, num_classes=0))
+        .eval()
+        .to(pick_device())
+    )
     look = timm.data.create_transform(**timm.data.resolve_data_config({}, model=net))
     blocks = np.array_split(np.arange(len(images)), max(1, len(images) // 64))
-    with torch.no_grad(): return torch.cat([net(torch.stack([look(Image.fromarray(p)) for p in images[b]]).to(pick_device())).cpu() for b in tqdm(blocks, desc=name, leave=False)])
+    with torch.no_grad():
+        return torch.cat(
+            [
+                net(
+                    torch.stack([look(Image.fromarray(p)) for p in images[b]]).to(pick_device())
+                ).cpu()
+                for b in tqdm(blocks, desc=name, leave=False)
+            ]
+        )
 
 
 def sentence_vectors(
@@ -682,15 +1134,23 @@ def sentence_vectors(
     texts: pl.Series,  # one a row, may be null
 ) -> torch.Tensor:  # float32 [n, d]; noughts where there is no text
     "What a pretrained network reads in texts (Reimers and Gurevych, 2019)."
-    try: from sentence_transformers import SentenceTransformer
-    except ImportError: raise missing_extra("content", "sentence-transformers") from None
-    read = load_pretrained(name, lambda: SentenceTransformer(name, device=pick_device().type)).encode(texts.fill_null("").to_list(), show_progress_bar=True, convert_to_numpy=True)
-    return torch.from_numpy(np.asarray(read, np.float32)) * (texts.fill_null("") != "").to_torch()[:, None]
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise missing_extra("content", "sentence-transformers") from None
+    read = load_pretrained(
+        name, lambda: SentenceTransformer(name, device=pick_device().type)
+    ).encode(texts.fill_null("").to_list(), show_progress_bar=True, convert_to_numpy=True)
+    return (
+        torch.from_numpy(np.asarray(read, np.float32))
+        * (texts.fill_null("") != "").to_torch()[:, None]
+    )
 
 # %% ../nbs/10_content.ipynb #05b35b83
 @dataclass
 class ReviewTopics:
     "What was learnt from reviews."
+
     items: pl.DataFrame  # item, reviews: shares of topics and the mean worth in stars
     topics: list  # the first words of each
     word_effects: pl.DataFrame  # word, stars: how much a word adds
@@ -699,22 +1159,45 @@ class ReviewTopics:
 def review_topics(
     reviews: pl.DataFrame,  # item, review, rating
     n_topics: int = 8,  # how many
-    alpha: float = 2.,  # of a word's worth, in reviews
+    alpha: float = 2.0,  # of a word's worth, in reviews
 ) -> Optional[ReviewTopics]:  # None where there is too little to read
     "Topics, and words against stars."
-    itself = lambda words: words
-    counter = TfidfVectorizer(tokenizer=itself, preprocessor=itself, lowercase=False, token_pattern=None, min_df=3, max_features=5000, max_df=.5)
-    try: table = counter.fit_transform(tokenize(reviews["review"]))
-    except ValueError: return None
+
+    def itself(words):
+        return words
+
+    counter = TfidfVectorizer(
+        tokenizer=itself,
+        preprocessor=itself,
+        lowercase=False,
+        token_pattern=None,
+        min_df=3,
+        max_features=5000,
+        max_df=0.5,
+    )
+    try:
+        table = counter.fit_transform(tokenize(reviews["review"]))
+    except ValueError:
+        return None
     words, k = counter.get_feature_names_out(), min(n_topics, *table.shape)
     model = NMF(k, init="nndsvda", random_state=0, max_iter=300, tol=1e-3)
     share = model.fit_transform(table)
-    stars = reviews["rating"].fill_null(reviews["rating"].mean() or 0.).to_numpy().astype(float)
+    stars = reviews["rating"].fill_null(reviews["rating"].mean() or 0.0).to_numpy().astype(float)
     line = Ridge(alpha).fit(table, stars)
-    said = np.column_stack([share / np.maximum(share.sum(1, keepdims=True), 1e-9), line.predict(table) - stars.mean()])
-    mean = pl.DataFrame({"item": reviews["item"]} | {str(c): said[:, c] for c in range(said.shape[1])}).group_by("item", maintain_order=True).mean()
+    said = np.column_stack(
+        [share / np.maximum(share.sum(1, keepdims=True), 1e-9), line.predict(table) - stars.mean()]
+    )
+    mean = (
+        pl.DataFrame({"item": reviews["item"]} | {str(c): said[:, c] for c in range(said.shape[1])})
+        .group_by("item", maintain_order=True)
+        .mean()
+    )
     items = mean.select("item", reviews=pl.concat_list(pl.exclude("item").cast(pl.Float32)))
-    return ReviewTopics(items, [", ".join(words[np.argsort(-c)[:4]]) for c in model.components_], pl.DataFrame({"word": words, "stars": line.coef_}).sort("stars"))
+    return ReviewTopics(
+        items,
+        [", ".join(words[np.argsort(-c)[:4]]) for c in model.components_],
+        pl.DataFrame({"word": words, "stars": line.coef_}).sort("stars"),
+    )
 
 # %% ../nbs/10_content.ipynb #be28fc45
 def train_review_topics(
@@ -722,9 +1205,22 @@ def train_review_topics(
     split: Split,  # whose training rows may be read
 ) -> Optional[ReviewTopics]:  # None where there are none, or too few
     "What the reviews of the training rows say."
-    if not (run.folder / "reviews.parquet").exists(): return None
-    train = pl.DataFrame({"user": split.users["user"].gather(split.train["user"]), "item": split.items["item"].gather(split.train["item"]), "rating": split.train["rating"]})
-    return review_topics(run.read("reviews.parquet").drop("rating", strict=False).join(train.unique(["user", "item"], keep="last"), on=["user", "item"], maintain_order="left"))
+    if not (run.folder / "reviews.parquet").exists():
+        return None
+    train = pl.DataFrame(
+        {
+            "user": split.users["user"].gather(split.train["user"]),
+            "item": split.items["item"].gather(split.train["item"]),
+            "rating": split.train["rating"],
+        }
+    )
+    return review_topics(
+        run.read("reviews.parquet")
+        .drop("rating", strict=False)
+        .join(
+            train.unique(["user", "item"], keep="last"), on=["user", "item"], maintain_order="left"
+        )
+    )
 
 
 def load_images(
@@ -734,10 +1230,18 @@ def load_images(
     image_dir: str,  # a folder of pictures, or nothing
 ) -> tuple:  # vectors, or None; pictures and which are there, or None; and a sentence
     "What there is to see of the products."
-    if item_vectors: found, said = align_vectors(item_vectors, ids); return found, None, said
-    if image_dir: *drawn, said = read_images(image_dir, ids); return None, drawn, said
+    if item_vectors:
+        found, said = align_vectors(item_vectors, ids)
+        return found, None, said
+    if image_dir:
+        *drawn, said = read_images(image_dir, ids)
+        return None, drawn, said
     drawn = synthetic_images(run.manifest["dataset"], ids)
-    return None, None if drawn is None else (drawn, np.ones(len(ids), bool)), "no pictures" if drawn is None else f"pictures of all {len(ids):,} products"
+    return (
+        None,
+        None if drawn is None else (drawn, np.ones(len(ids), bool)),
+        "no pictures" if drawn is None else f"pictures of all {len(ids):,} products",
+    )
 
 # %% ../nbs/10_content.ipynb #0d731a61
 @step(preprocess)
@@ -751,18 +1255,55 @@ def build_item_vectors(
     "Vectors of the products: of pictures, of what reviews say, of sentences."
     items, notes = run.read("items.parquet"), {}
     found, drawn, notes["images"] = load_images(run, items["item"], item_vectors, image_dir)
-    if drawn and image_model: found, drawn = pretrained_image_vectors(image_model, drawn[0]) * torch.from_numpy(drawn[1])[:, None], None
+    if drawn and image_model:
+        found, drawn = (
+            pretrained_image_vectors(image_model, drawn[0]) * torch.from_numpy(drawn[1])[:, None],
+            None,
+        )
     columns = {} if found is None else {"image": truncated_svd(found.numpy(), len(items)).numpy()}
-    texts = items.select(pl.concat_str([c for c in ("title", "description") if c in items.columns] or [pl.lit(None, pl.String)], separator=" ", ignore_nulls=True)).to_series()
-    if text_model != "tf-idf": columns["sentences"] = truncated_svd(sentence_vectors(text_model, texts).numpy(), len(items)).numpy()
+    texts = items.select(
+        pl.concat_str(
+            [c for c in ("title", "description") if c in items.columns]
+            or [pl.lit(None, pl.String)],
+            separator=" ",
+            ignore_nulls=True,
+        )
+    ).to_series()
+    if text_model != "tf-idf":
+        columns["sentences"] = truncated_svd(
+            sentence_vectors(text_model, texts).numpy(), len(items)
+        ).numpy()
     for cut, split in enumerate(run.load_splits()):
-        known = items["item"].is_in(split.items["item"][:split.n_train_items].implode())
+        known = items["item"].is_in(split.items["item"][: split.n_train_items].implode())
         order = pl.concat([known.arg_true(), (~known).arg_true()]).to_numpy()
         mine, read = dict(columns), train_review_topics(run, split)
-        if drawn: mine["image"] = train_image_vectors(drawn[0][order], drawn[1][order], pad_tags(item_tags(items[order], int(known.sum())), len(items), int(known.sum()))[0][:-1], int(known.sum()), seed=run.seed).numpy()[order.argsort()]
-        frame = items.select("item").with_columns([pl.Series(k, v, dtype=pl.Array(pl.Float32, v.shape[1])) for k, v in mine.items()])
-        run.write(f"content/{cut}.parquet", frame if read is None else frame.join(read.items, on="item", how="left", maintain_order="left"))
-    run.write("content.json", notes | {"topics": read.topics if read else [], "word_effects": read.word_effects.to_dicts() if read else []})
+        if drawn:
+            mine["image"] = train_image_vectors(
+                drawn[0][order],
+                drawn[1][order],
+                pad_tags(item_tags(items[order], int(known.sum())), len(items), int(known.sum()))[
+                    0
+                ][:-1],
+                int(known.sum()),
+                seed=run.seed,
+            ).numpy()[order.argsort()]
+        frame = items.select("item").with_columns(
+            [pl.Series(k, v, dtype=pl.Array(pl.Float32, v.shape[1])) for k, v in mine.items()]
+        )
+        run.write(
+            f"content/{cut}.parquet",
+            frame
+            if read is None
+            else frame.join(read.items, on="item", how="left", maintain_order="left"),
+        )
+    run.write(
+        "content.json",
+        notes
+        | {
+            "topics": read.topics if read else [],
+            "word_effects": read.word_effects.to_dicts() if read else [],
+        },
+    )
 
 
 def add_side_features(
@@ -771,8 +1312,16 @@ def add_side_features(
     "The splits with what is known of products and people."
     build_item_vectors(run)
     items, users = [run.read(f"{name}.parquet") for name in ("items", "users")]
-    about = lambda cut, split: split.items.join(run.read(f"content/{cut}.parquet"), on="item", how="left", maintain_order="left")
-    return [replace(s, items=about(cut, s)) for cut, s in enumerate(add_catalog(s, items, users) for s in run.load_splits())]
+
+    def about(cut, split):
+        return split.items.join(
+            run.read(f"content/{cut}.parquet"), on="item", how="left", maintain_order="left"
+        )
+
+    return [
+        replace(s, items=about(cut, s))
+        for cut, s in enumerate(add_catalog(s, items, users) for s in run.load_splits())
+    ]
 
 # %% ../nbs/10_content.ipynb #31745ca9
 def plot_word_effects(
@@ -781,9 +1330,14 @@ def plot_word_effects(
 ) -> plt.Figure:
     "The words that cost and that bring most stars."
     shown = effects if len(effects) <= 2 * n else pl.concat([effects[:n], effects[-n:]])
-    fig, ax = plt.subplots(figsize=(5.2, .8 + .22 * len(shown)))
-    ax.barh(range(len(shown)), shown["stars"], color=[COLORS["hybrid" if s > 0 else "alarm"] for s in shown["stars"]], height=.65)
-    ax.axvline(0, color=COLORS["baseline"], lw=.8)
+    fig, ax = plt.subplots(figsize=(5.2, 0.8 + 0.22 * len(shown)))
+    ax.barh(
+        range(len(shown)),
+        shown["stars"],
+        color=[COLORS["hybrid" if s > 0 else "alarm"] for s in shown["stars"]],
+        height=0.65,
+    )
+    ax.axvline(0, color=COLORS["baseline"], lw=0.8)
     ax.set(yticks=range(len(shown)), yticklabels=shown["word"], xlabel="stars that the word adds")
     ax.tick_params(axis="y", length=0), ax.spines["left"].set_visible(False)
     return fig
@@ -796,14 +1350,27 @@ def plot_item_map(
 ) -> plt.Figure:
     "Products as dots, a colour a kind, its name at its middle."
     fig, ax = plt.subplots(figsize=(5.2, 4.4))
-    kinds = pl.Series(labels).value_counts().sort("count", "", descending=[True, False])[""].to_list()
-    ax.plot(*points.T, "o", ms=3, color=COLORS["baseline"], alpha=.35)
+    kinds = (
+        pl.Series(labels).value_counts().sort("count", "", descending=[True, False])[""].to_list()
+    )
+    ax.plot(*points.T, "o", ms=3, color=COLORS["baseline"], alpha=0.35)
     colours = sns.color_palette("colorblind", max_colors)
     for colour, name in zip(colours, kinds):
         mine = points[[k == name for k in labels]]
-        ax.plot(*mine.T, "o", ms=3.5, color=colour, alpha=.8)
+        ax.plot(*mine.T, "o", ms=3.5, color=colour, alpha=0.8)
         at = mine[np.square(mine - np.median(mine, 0)).sum(1).argmin()]
-        ax.annotate(name.split(" > ")[-1], at, (0, 11), textcoords="offset points", ha="center", va="center", fontsize=9, weight="bold", bbox={"boxstyle": "round,pad=.15", "facecolor": "white", "alpha": .75, "lw": 0}, color="#1f2932")
+        ax.annotate(
+            name.split(" > ")[-1],
+            at,
+            (0, 11),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=9,
+            weight="bold",
+            bbox={"boxstyle": "round,pad=.15", "facecolor": "white", "alpha": 0.75, "lw": 0},
+            color="#1f2932",
+        )
     ax.set_axis_off()
     return fig
 
@@ -816,7 +1383,9 @@ def neighbor_category_match(
     "Do neighbours belong together?"
     near = (space @ space.T).fill_diagonal_(-2).topk(min(k, len(space) - 1))[1]
     count = torch.bincount(labels).double()
-    return float((labels[near] == labels[:, None]).double().mean()), float((count * (count - 1)).sum() / (len(labels) * (len(labels) - 1)))
+    return float((labels[near] == labels[:, None]).double().mean()), float(
+        (count * (count - 1)).sum() / (len(labels) * (len(labels) - 1))
+    )
 
 # %% ../nbs/10_content.ipynb #56e0c006
 def top_tag_pairs(
@@ -824,7 +1393,19 @@ def top_tag_pairs(
     n: int = 8,  # how many
 ) -> pl.DataFrame:  # had, takes, weight
     "The largest weights between tags."
-    names, weight = model.item_features.names, model.net.cross.detach()[:len(model.item_features.names)]
+    names, weight = (
+        model.item_features.names,
+        model.net.cross.detach()[: len(model.item_features.names)],
+    )
     value, place = weight.flatten().topk(min(n, weight.numel()))
-    short = lambda codes: names.gather(codes.numpy()).str.split(" > ").list.last()
-    return pl.DataFrame({"history tag": short(place // weight.shape[1]), "target tag": short(place % weight.shape[1]), "weight": value.numpy()})
+
+    def short(codes):
+        return names.gather(codes.numpy()).str.split(" > ").list.last()
+
+    return pl.DataFrame(
+        {
+            "history tag": short(place // weight.shape[1]),
+            "target tag": short(place % weight.shape[1]),
+            "weight": value.numpy(),
+        }
+    )

@@ -61,24 +61,56 @@ def check_choice(
 ) -> str:  # `value`, where it is known
     "Pass `value` on if it is one of `choices`, else raise a `UserError` that lists them."
     choices = list(choices)
-    if value not in choices: raise UserError(f"unknown {kind} '{value}'; known: {', '.join(choices)}")
+    if value not in choices:
+        raise UserError(f"unknown {kind} '{value}'; known: {', '.join(choices)}")
     return value
 
 # %% ../nbs/00_core.ipynb #2ebf0b88
-COLORS = dict(reference_tables="#0b7285", wide="#d9780a", n_ann_candidates="#5f3dc4", baseline="#868e96", alarm="#c92a2a", ink="#1f2933")
+COLORS = dict(
+    reference_tables="#0b7285",
+    wide="#d9780a",
+    n_ann_candidates="#5f3dc4",
+    baseline="#868e96",
+    alarm="#c92a2a",
+    ink="#1f2933",
+)
 
 
 def set_theme():
     "The one quiet look of all figures."
     ink, quiet = COLORS["ink"], COLORS["baseline"]
-    sns.set_theme(style="ticks", rc={
-        "figure.figsize": (5.2, 3.), "font.size": 10.5, "axes.titlesize": 11.5, "axes.labelsize": 10.5, "xtick.labelsize": 10,
-        "ytick.labelsize": 10, "legend.fontsize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
-        "patch.linewidth": 0, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": quiet, "axes.linewidth": .8,
-        "xtick.color": quiet, "ytick.color": quiet, "xtick.labelcolor": ink, "ytick.labelcolor": ink,
-        "text.color": ink, "axes.labelcolor": ink, "axes.titlecolor": ink, "svg.fonttype": "none", "legend.frameon": False,
-        "figure.constrained_layout.use": True, "axes.prop_cycle": plt.cycler(color=[COLORS[c] for c in ("hybrid", "wide", "deep", "baseline")]),
-    })
+    sns.set_theme(
+        style="ticks",
+        rc={
+            "figure.figsize": (5.2, 3.0),
+            "font.size": 10.5,
+            "axes.titlesize": 11.5,
+            "axes.labelsize": 10.5,
+            "xtick.labelsize": 10,
+            "ytick.labelsize": 10,
+            "legend.fontsize": 10,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "patch.linewidth": 0,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.edgecolor": quiet,
+            "axes.linewidth": 0.8,
+            "xtick.color": quiet,
+            "ytick.color": quiet,
+            "xtick.labelcolor": ink,
+            "ytick.labelcolor": ink,
+            "text.color": ink,
+            "axes.labelcolor": ink,
+            "axes.titlecolor": ink,
+            "svg.fonttype": "none",
+            "legend.frameon": False,
+            "figure.constrained_layout.use": True,
+            "axes.prop_cycle": plt.cycler(
+                color=[COLORS[c] for c in ("hybrid", "wide", "deep", "baseline")]
+            ),
+        },
+    )
 
 # %% ../nbs/00_core.ipynb #07176ba3
 def nbsp_percent(
@@ -96,12 +128,23 @@ def fig_to_svg(
     "A figure as one SVG element that suits light and dark pages."
     file = io.StringIO()
     with plt.rc_context({"svg.hashsalt": label}):
-        fig.savefig(file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+        fig.savefig(
+            file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None}
+        )
     svg = file.getvalue()
-    svg = nbsp_percent(svg[svg.index("<svg"):])
+    svg = nbsp_percent(svg[svg.index("<svg") :])
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace(COLORS["ink"], "currentColor").replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")
-    svg = re.sub(r' width="([\d.]+)pt" height="[\d.]+pt"', lambda m: f' style="width:{float(m[1]) * 1.4:.0f}px;max-width:100%;height:auto"', svg, count=1)
+    svg = (
+        re.sub(r'<g id="[^"]*"', "<g", svg)
+        .replace(COLORS["ink"], "currentColor")
+        .replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")
+    )
+    svg = re.sub(
+        r' width="([\d.]+)pt" height="[\d.]+pt"',
+        lambda m: f' style="width:{float(m[1]) * 1.4:.0f}px;max-width:100%;height:auto"',
+        svg,
+        count=1,
+    )
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(alt)}"', 1)
 
 
@@ -117,7 +160,11 @@ def show_figure(
     plt.close(fig)
     body = f'<figure id="{label}">{svg}<figcaption>{html.escape(caption)}</figcaption></figure>'
     about = {"label": label, "caption": caption, "alt": alt}
-    display({"text/html": body, "text/plain": f"[{label}] {caption}"}, metadata={"widedeep": about}, raw=True)
+    display(
+        {"text/html": body, "text/plain": f"[{label}] {caption}"},
+        metadata={"widedeep": about},
+        raw=True,
+    )
 
 # %% ../nbs/00_core.ipynb #544aff91
 def _style_table_html(
@@ -126,8 +173,16 @@ def _style_table_html(
 ) -> str:
     "Numbers to the right; no line ends within a short name, a date or an interval; long texts keep a width."
     column = itertools.cycle(is_numeric)
-    table_html = re.sub(r"<t[hd]>", lambda cell: cell[0][:-1] + (' style="text-align:right">' if next(column) else ">"), table_html)
-    table_html = re.sub(r"<td>(?=[^\s<]*-[^\s<]*</td>)|(?<=<tr>)(\s*)<td>(?=[^<]{,24}</td>)", r'\1<td style="white-space:nowrap">', table_html)
+    table_html = re.sub(
+        r"<t[hd]>",
+        lambda cell: cell[0][:-1] + (' style="text-align:right">' if next(column) else ">"),
+        table_html,
+    )
+    table_html = re.sub(
+        r"<td>(?=[^\s<]*-[^\s<]*</td>)|(?<=<tr>)(\s*)<td>(?=[^<]{,24}</td>)",
+        r'\1<td style="white-space:nowrap">',
+        table_html,
+    )
     table_html = re.sub(r"<td>(?=[^<]{30,}</td>)", '<td style="min-width:11rem">', table_html)
     return re.sub(r"\[([-+\d.]+), ([-+\d.]+)\]", r"[\1,&nbsp;\2]", table_html)
 
@@ -140,12 +195,38 @@ def show_table(
 ):
     "Show a table with its caption."
     frame = frame.to_pandas() if isinstance(frame, pl.DataFrame) else frame
-    caption, kinds = nbsp_percent(caption), [frame.iloc[:, c].astype(str).str.fullmatch(r"[-+–]?[\d,.]*(e-?\d+)?(\s?%)?|nan|None|<NA>", na=True).all() for c in range(frame.shape[1])]
+    caption, kinds = (
+        nbsp_percent(caption),
+        [
+            frame.iloc[:, c]
+            .astype(str)
+            .str.fullmatch(r"[-+–]?[\d,.]*(e-?\d+)?(\s?%)?|nan|None|<NA>", na=True)
+            .all()
+            for c in range(frame.shape[1])
+        ],
+    )
     whole = {c: "{:,}".format for c, t in frame.dtypes.items() if pd.api.types.is_integer_dtype(t)}
-    body = frame.to_html(index=False, border=0, na_rep="–", float_format=lambda x: f"{x:.{digits}f}", formatters=whole, classes="wd", justify="left")
-    body = _style_table_html(nbsp_percent(body), kinds).replace('class="dataframe wd">', f'class="wd" id="{label}"><caption>{html.escape(caption)}</caption>')
-    display({"text/html": f'<div class="wd-table">{body}</div>', "text/plain": f"[{label}] {caption}\n{frame.to_string(index=False)}"},
-            metadata={"widedeep": {"label": label, "caption": caption}}, raw=True)
+    body = frame.to_html(
+        index=False,
+        border=0,
+        na_rep="–",
+        float_format=lambda x: f"{x:.{digits}f}",
+        formatters=whole,
+        classes="wd",
+        justify="left",
+    )
+    body = _style_table_html(nbsp_percent(body), kinds).replace(
+        'class="dataframe wd">',
+        f'class="wd" id="{label}"><caption>{html.escape(caption)}</caption>',
+    )
+    display(
+        {
+            "text/html": f'<div class="wd-table">{body}</div>',
+            "text/plain": f"[{label}] {caption}\n{frame.to_string(index=False)}",
+        },
+        metadata={"widedeep": {"label": label, "caption": caption}},
+        raw=True,
+    )
 
 
 def display_md(
@@ -155,8 +236,16 @@ def display_md(
     display(Markdown(nbsp_percent(text)))
 
 # %% ../nbs/00_core.ipynb #26e11791
-INTERACTION_SCHEMA = {"user": pl.String, "item": pl.String, "rating": pl.Float32, "timestamp": pl.Datetime("ms")}
-OPTIONAL_COLUMNS = {"event": pl.Enum(["rating", "click", "view", "cart", "purchase"]), "part": pl.Enum(["train", "val", "test"])}
+INTERACTION_SCHEMA = {
+    "user": pl.String,
+    "item": pl.String,
+    "rating": pl.Float32,
+    "timestamp": pl.Datetime("ms"),
+}
+OPTIONAL_COLUMNS = {
+    "event": pl.Enum(["rating", "click", "view", "cart", "purchase"]),
+    "part": pl.Enum(["train", "val", "test"]),
+}
 
 
 def to_interactions(
@@ -164,33 +253,57 @@ def to_interactions(
 ) -> pl.DataFrame:  # the log's columns, in order and with their types; missing ones null
     "Bring a frame into the form of a log."
     for name in ("user", "item"):
-        if name not in frame.columns: raise UserError(f"a log needs a column '{name}'; there are: {', '.join(frame.columns)}")
-    log = [(pl.col(c) if c in frame.columns else pl.lit(None)).cast(t).alias(c) for c, t in INTERACTION_SCHEMA.items()]
-    return frame.select(log + [pl.col(c).cast(t) for c, t in OPTIONAL_COLUMNS.items() if c in frame.columns])
+        if name not in frame.columns:
+            raise UserError(f"a log needs a column '{name}'; there are: {', '.join(frame.columns)}")
+    log = [
+        (pl.col(c) if c in frame.columns else pl.lit(None)).cast(t).alias(c)
+        for c, t in INTERACTION_SCHEMA.items()
+    ]
+    return frame.select(
+        log + [pl.col(c).cast(t) for c, t in OPTIONAL_COLUMNS.items() if c in frame.columns]
+    )
 
 # %% ../nbs/00_core.ipynb #76402eef
 @dataclass(frozen=True)
 class Protocol:
     "How a log becomes training, validation and test parts, and how lists are judged on them."
+
     name: str  # stands beside every figure
     min_user: int = 5  # least ratings of a user who is kept
     min_item: int = 5  # least ratings of an item that is kept
-    filter_scope: str = "train"  # "train" rows only, "all" rows once, "core": all rows until nothing changes
+    filter_scope: str = (
+        "train"  # "train" rows only, "all" rows once, "core": all rows until nothing changes
+    )
     split_by: str = "time"  # "time", "leave-one-out" or "given"
-    folds: tuple = ((.8, .9, 1.),)  # for each cut by time: where train, validation and test end, as shares of the rows
+    folds: tuple = (
+        (0.8, 0.9, 1.0),
+    )  # for each cut by time: where train, validation and test end, as shares of the rows
     mask_seen: bool = True  # leave out of a list what the user is known to have
-    final_fit: str = "train+val"  # what the model that meets the test part is fitted on: "train+val" or "train"
-    history_source: str = "seen"  # what a model may use of a user: all rows "seen" before, or those it was "fit" on
+    final_fit: str = (
+        "train+val"  # what the model that meets the test part is fitted on: "train+val" or "train"
+    )
+    history_source: str = (
+        "seen"  # what a model may use of a user: all rows "seen" before, or those it was "fit" on
+    )
 
 
-PROTOCOLS = {p.name: p for p in [
-    Protocol("strict"),
-    Protocol("filtered-first", 20, 20, "all"),
-    Protocol("rolling", 20, 20, "all", folds=tuple((e - .2, e - .1, e) for e in (.7, .8, .9, 1.))),
-    Protocol("as-reported", 20, 20, "all", folds=((.9, .9, 1.),), mask_seen=False),
-    Protocol("leave-one-out", 5, 5, "core", split_by="leave-one-out", final_fit="train"),
-    Protocol("given", 0, 0, "all", split_by="given", final_fit="train", history_source="fit"),
-]}
+PROTOCOLS = {
+    p.name: p
+    for p in [
+        Protocol("strict"),
+        Protocol("filtered-first", 20, 20, "all"),
+        Protocol(
+            "rolling",
+            20,
+            20,
+            "all",
+            folds=tuple((e - 0.2, e - 0.1, e) for e in (0.7, 0.8, 0.9, 1.0)),
+        ),
+        Protocol("as-reported", 20, 20, "all", folds=((0.9, 0.9, 1.0),), mask_seen=False),
+        Protocol("leave-one-out", 5, 5, "core", split_by="leave-one-out", final_fit="train"),
+        Protocol("given", 0, 0, "all", split_by="given", final_fit="train", history_source="fit"),
+    ]
+}
 
 # %% ../nbs/00_core.ipynb #6297a9a2
 SPLIT_NAMES = ("train", "val", "test")
@@ -208,17 +321,31 @@ def build_vocab(
     parts: list,  # frames with ids as text, in the order in which codes are given out
     column: str,  # "user" or "item"
     features: Optional[pl.DataFrame] = None,  # what is known of each id, a row an id
-) -> pl.DataFrame:  # row number = code; ids by the part in which they first appear, then by rows in it, then by id
+) -> (
+    pl.DataFrame
+):  # row number = code; ids by the part in which they first appear, then by rows in it, then by id
     "Give each id its code; within a part the frequent come first, so that a filter by count keeps the first of them."
     ids = pl.concat([p.select(pl.col(column), part=pl.lit(i)) for i, p in enumerate(parts)])
-    table = ids.group_by(column, "part").len().sort("part").unique(column, keep="first", maintain_order=True)
+    table = (
+        ids.group_by(column, "part")
+        .len()
+        .sort("part")
+        .unique(column, keep="first", maintain_order=True)
+    )
     table = table.sort("part", "len", column, descending=[False, True, False]).select(column)
-    return table if features is None else table.join(features.unique(column, keep="first"), on=column, how="left", maintain_order="left")
+    return (
+        table
+        if features is None
+        else table.join(
+            features.unique(column, keep="first"), on=column, how="left", maintain_order="left"
+        )
+    )
 
 # %% ../nbs/00_core.ipynb #22373f16
 @dataclass(frozen=True)
 class Split:
     "Three parts of one log with integer codes, and what is known of each user and item."
+
     train: pl.DataFrame  # user, item (codes), rating, timestamp, in order of time
     val: pl.DataFrame  # the same columns; may be empty
     test: pl.DataFrame  # the same columns; may be empty
@@ -228,26 +355,57 @@ class Split:
     protocol: Protocol = PROTOCOLS["strict"]  # how it was made and is judged
 
     @classmethod
-    def from_frames(cls, train, val, test, users=None, items=None, protocol=PROTOCOLS["strict"], filtered_out=None):
+    def from_frames(
+        cls,
+        train,
+        val,
+        test,
+        users=None,
+        items=None,
+        protocol=PROTOCOLS["strict"],
+        filtered_out=None,
+    ):
         "Encode frames with text ids; `users` and `items` say what is known of each id."
         filtered_out = train.clear() if filtered_out is None else filtered_out
         groups = [train, pl.concat([filtered_out, val]), test]
         users, items = build_vocab(groups, "user", users), build_vocab(groups, "item", items)
-        return cls(*[encode(p, users, items) for p in (train, val, test, filtered_out)], users, items, protocol)
+        return cls(
+            *[encode(p, users, items) for p in (train, val, test, filtered_out)],
+            users,
+            items,
+            protocol,
+        )
 
-    n_train_users = property(lambda self: int(self.train["user"].max() if len(self.train) else -1) + 1)
-    n_train_items = property(lambda self: int(self.train["item"].max() if len(self.train) else -1) + 1)
-    has_ratings = property(lambda self: len(self.train) > 0 and self.train["rating"].null_count() < len(self.train))
+    n_train_users = property(
+        lambda self: int(self.train["user"].max() if len(self.train) else -1) + 1
+    )
+    n_train_items = property(
+        lambda self: int(self.train["item"].max() if len(self.train) else -1) + 1
+    )
+    has_ratings = property(
+        lambda self: len(self.train) > 0 and self.train["rating"].null_count() < len(self.train)
+    )
 
     def rows_before(self, part: str) -> pl.DataFrame:
         "All rows before `part`, learnt from or not."
-        return concat_by_time([self.train, self.filtered_out] + [getattr(self, p) for p in SPLIT_NAMES[1:SPLIT_NAMES.index(part)]])
+        return concat_by_time(
+            [self.train, self.filtered_out]
+            + [getattr(self, p) for p in SPLIT_NAMES[1 : SPLIT_NAMES.index(part)]]
+        )
 
     def merge_train_val(self) -> "Split":
         "Train on training and validation rows, for the final fit; a filter that counts training rows counts anew."
         rows = self.seen("test")
-        kept = rows.select(min_count_filter(self.protocol.min_user, self.protocol.min_item) if self.protocol.filter_scope == "train" else pl.repeat(True, pl.len())).to_series()
-        return reindex(replace(self, train=rows.filter(kept), filtered_out=rows.filter(~kept), val=self.val.clear()))
+        kept = rows.select(
+            min_count_filter(self.protocol.min_user, self.protocol.min_item)
+            if self.protocol.filter_scope == "train"
+            else pl.repeat(True, pl.len())
+        ).to_series()
+        return reindex(
+            replace(
+                self, train=rows.filter(kept), filtered_out=rows.filter(~kept), val=self.val.clear()
+            )
+        )
 
     def for_final_fit(self) -> "Split":
         "What the model that meets the test part is fitted on, as the protocol says."
@@ -263,7 +421,11 @@ def concat_by_time(
 ) -> pl.DataFrame:
     "One frame in order of time; where there is no time, one part after the other."
     rows = pl.concat(frames)
-    return rows if sum(len(p) > 0 for p in frames) < 2 or rows["timestamp"].null_count() else rows.sort("timestamp", maintain_order=True)
+    return (
+        rows
+        if sum(len(p) > 0 for p in frames) < 2 or rows["timestamp"].null_count()
+        else rows.sort("timestamp", maintain_order=True)
+    )
 
 
 def reindex(
@@ -273,10 +435,14 @@ def reindex(
     frames = {p: getattr(split, p) for p in (*SPLIT_NAMES, "filtered_out")}
     tables = {}
     for column, table in (("user", split.users), ("item", split.items)):
-        known = pl.int_range(len(table), eager=True).is_in(split.train[column].unique().cast(pl.Int64).implode())
+        known = pl.int_range(len(table), eager=True).is_in(
+            split.train[column].unique().cast(pl.Int64).implode()
+        )
         order = pl.concat([known.arg_true(), (~known).arg_true()])
         code = order.arg_sort().cast(pl.Int32)
-        frames = {p: f.with_columns(code.gather(f[column]).alias(column)) for p, f in frames.items()}
+        frames = {
+            p: f.with_columns(code.gather(f[column]).alias(column)) for p, f in frames.items()
+        }
         tables[column + "s"] = table[order]
     return replace(split, **frames, **tables)
 
@@ -287,7 +453,10 @@ def encode(
     items: pl.DataFrame,  # row number = code
 ) -> pl.DataFrame:  # the same rows in the same order, ids replaced by codes
     "Replace ids by codes; an id that no table knows gets the code behind the last."
-    return rows.with_columns(encode_ids(rows["user"], users["user"]).alias("user"), encode_ids(rows["item"], items["item"]).alias("item"))
+    return rows.with_columns(
+        encode_ids(rows["user"], users["user"]).alias("user"),
+        encode_ids(rows["item"], items["item"]).alias("item"),
+    )
 
 
 def encode_ids(
@@ -296,51 +465,94 @@ def encode_ids(
 ) -> pl.Series:  # Int32 codes; `len(vocab)` for an id that is not known
     "The codes of `ids`."
     ids = pl.Series("id", ids, dtype=pl.String)
-    known = pl.DataFrame({"id": vocab, "code": pl.int_range(len(vocab), dtype=pl.Int32, eager=True)})
-    return ids.to_frame().join(known, on="id", how="left", maintain_order="left")["code"].fill_null(len(vocab))
+    known = pl.DataFrame(
+        {"id": vocab, "code": pl.int_range(len(vocab), dtype=pl.Int32, eager=True)}
+    )
+    return (
+        ids.to_frame()
+        .join(known, on="id", how="left", maintain_order="left")["code"]
+        .fill_null(len(vocab))
+    )
 
 # %% ../nbs/00_core.ipynb #e74e800b
 @dataclass(frozen=True)
 class History:
     "The events of several users, laid end to end: those of user i at `indptr[i]:indptr[i+1]`, oldest first."
+
     indptr: torch.Tensor  # int64 [n + 1]
     item: torch.Tensor  # int64 [events], codes
     rating: torch.Tensor  # float32 [events], NaN where there are no stars
     time: torch.Tensor  # int64 [events], milliseconds since 1970, 0 where there is no time
 
     @classmethod
-    def from_rows(cls, rows: pl.DataFrame, n_users: int, order: Optional[np.ndarray] = None) -> "History":
+    def from_rows(
+        cls, rows: pl.DataFrame, n_users: int, order: Optional[np.ndarray] = None
+    ) -> "History":
         "The histories of the users 0..n_users-1 from rows in order of time; `order`, the rows by user, where it is known already."
         user = rows["user"].to_numpy()
-        if order is None: order = np.argsort(user, kind="stable")
+        if order is None:
+            order = np.argsort(user, kind="stable")
         ptr = np.append(0, np.bincount(user, minlength=n_users)[:n_users].cumsum())
-        col = lambda c, t: torch.from_numpy(rows[c].to_physical().fill_null(0 if t == torch.int64 else float("nan")).to_numpy()[order[:ptr[-1]]]).to(t)
-        return cls(torch.from_numpy(ptr), col("item", torch.int64), col("rating", torch.float32), col("timestamp", torch.int64))
 
-    def __len__(self): return len(self.indptr) - 1
+        def col(c, t):
+            return torch.from_numpy(
+                rows[c]
+                .to_physical()
+                .fill_null(0 if t == torch.int64 else float("nan"))
+                .to_numpy()[order[: ptr[-1]]]
+            ).to(t)
 
-    def indices(self, device): return History(*[getattr(self, f.name).to(device) for f in fields(self)])
+        return cls(
+            torch.from_numpy(ptr),
+            col("item", torch.int64),
+            col("rating", torch.float32),
+            col("timestamp", torch.int64),
+        )
+
+    def __len__(self):
+        return len(self.indptr) - 1
+
+    def indices(self, device):
+        return History(*[getattr(self, f.name).to(device) for f in fields(self)])
 
     @functools.cached_property
     def user_index(self) -> torch.Tensor:
         "Which user each event belongs to, int64 [events]."
-        return torch.repeat_interleave(torch.arange(len(self), device=self.indptr.device), self.indptr.diff())
+        return torch.repeat_interleave(
+            torch.arange(len(self), device=self.indptr.device), self.indptr.diff()
+        )
 
     def select(self, users: torch.Tensor) -> "History":
         "The histories of `users`, in that order; a user it does not know has none."
         stranger = users >= len(self)
-        start, end = self.indptr[users.clamp(max=max(len(self) - 1, 0))], self.indptr[(users + 1).clamp(max=len(self))]
+        start, end = (
+            self.indptr[users.clamp(max=max(len(self) - 1, 0))],
+            self.indptr[(users + 1).clamp(max=len(self))],
+        )
         count = torch.where(stranger, 0, end - start)
         ptr = torch.cat([count.new_zeros(1), count.cumsum(0)])
-        index = torch.arange(int(ptr[-1]), device=ptr.device) + torch.repeat_interleave(start - ptr[:-1], count)
+        index = torch.arange(int(ptr[-1]), device=ptr.device) + torch.repeat_interleave(
+            start - ptr[:-1], count
+        )
         return History(ptr, self.item[index], self.rating[index], self.time[index])
 
     def to_sparse(self, n_items: int) -> torch.Tensor:
         "Who has what: a sparse 0/1 matrix [n, n_items]; items beyond `n_items` are left out."
         keep = self.item < n_items
         pairs = torch.stack([self.user_index[keep], self.item[keep]])
-        counts = torch.sparse_coo_tensor(pairs, torch.ones(pairs.shape[1], device=pairs.device), (len(self), n_items), check_invariants=False).coalesce()
-        return torch.sparse_coo_tensor(counts.indices(), torch.ones_like(counts.values()), counts.shape, is_coalesced=True, check_invariants=False)
+        counts = torch.sparse_coo_tensor(
+            pairs,
+            torch.ones(pairs.shape[1], device=pairs.device),
+            (len(self), n_items),
+            check_invariants=False,
+        ).coalesce()
+        return torch.sparse_coo_tensor(
+            counts.indices(),
+            torch.ones_like(counts.values()),
+            counts.shape,
+            is_coalesced=True,
+            check_invariants=False,
+        )
 
 # %% ../nbs/00_core.ipynb #c16aeb8e
 def hash_order(
@@ -349,7 +561,12 @@ def hash_order(
 ) -> torch.Tensor:  # int64 [len(ids)], positions of the ids in the order of their hash
     "An order of ids that nothing in the data can have a say in, the same on every machine."
     key = f"{seed:016d}"
-    return torch.from_numpy(np.argsort(pd.util.hash_array(ids.to_numpy().astype(object), hash_key=key, categorize=False), kind="stable"))
+    return torch.from_numpy(
+        np.argsort(
+            pd.util.hash_array(ids.to_numpy().astype(object), hash_key=key, categorize=False),
+            kind="stable",
+        )
+    )
 
 
 def top_k(
@@ -360,7 +577,9 @@ def top_k(
     k = min(k, scores.shape[1])
     value, column = scores.topk(min(k + 1, scores.shape[1]), dim=1)
     if value.shape[1] > k:
-        torn = (value[:, k - 1] == value[:, k]).nonzero()[:, 0]  # a tie across the border: take its left-most columns
+        torn = (value[:, k - 1] == value[:, k]).nonzero()[
+            :, 0
+        ]  # a tie across the border: take its left-most columns
         value, column = value[:, :k].contiguous(), column[:, :k].contiguous()
         if len(torn):
             rows, border = scores[torn], value[torn, -1:]
@@ -379,7 +598,11 @@ def to_index(
     codes,  # tensor, array, series or list of whole numbers
 ) -> torch.Tensor:  # int64, a copy
     "Codes as a tensor of their own."
-    return codes.long().clone() if isinstance(codes, torch.Tensor) else torch.from_numpy(np.array(codes, dtype=np.int64))
+    return (
+        codes.long().clone()
+        if isinstance(codes, torch.Tensor)
+        else torch.from_numpy(np.array(codes, dtype=np.int64))
+    )
 
 
 def select_columns(
@@ -388,30 +611,44 @@ def select_columns(
 ) -> torch.Tensor:  # [n, k], to be read only: it may share its memory with the table
     "Some columns of a table: the first ones as they lie there, others by the quickest way there is."
     first = torch.equal(items, torch.arange(len(items)))
-    return table[:, :len(items)] if first else table.index_select(1, items)
+    return table[:, : len(items)] if first else table.index_select(1, items)
 
 # %% ../nbs/00_core.ipynb #be7600c2
 class Recommender:
     "The face that evaluation, comparison, serving and monitoring rely on."
+
     name = ""  # set by `register`
     predicts_ratings = False  # does `predict` give stars?
-    uses_side_features = False  # does it know the users and items of the split's tables beyond those of training?
+    uses_side_features = (
+        False  # does it know the users and items of the split's tables beyond those of training?
+    )
 
     def fit(self, split: Split) -> "Recommender":
         "Learn from `split.train`, choosing on `split.val` where there is one; test rows are never looked at."
         split, self._cache = split.without_test(), {}
-        self.user_ids, self.item_ids = split.users["user"][:split.n_train_users], split.items["item"][:split.n_train_items]
-        self.cold_users, self.cold_items = [ids if self.uses_side_features else ids.clear() for ids in (split.users["user"][split.n_train_users:], split.items["item"][split.n_train_items:])]
+        self.user_ids, self.item_ids = (
+            split.users["user"][: split.n_train_users],
+            split.items["item"][: split.n_train_items],
+        )
+        self.cold_users, self.cold_items = [
+            ids if self.uses_side_features else ids.clear()
+            for ids in (
+                split.users["user"][split.n_train_users :],
+                split.items["item"][split.n_train_items :],
+            )
+        ]
         self.train_history = History.from_rows(split.train, split.n_train_users)
         stars = split.train["rating"].drop_nulls()
-        self.rating_range = (float(stars.min()), float(stars.max())) if len(stars) else (1., 5.)
+        self.rating_range = (float(stars.min()), float(stars.max())) if len(stars) else (1.0, 5.0)
         self._fit(split)
         return self
 
     n_users = property(lambda self: len(self.user_ids))
     n_items = property(lambda self: len(self.item_ids))
     all_users = property(lambda self: pl.concat([self.user_ids, self.cold_users]))
-    all_items = property(lambda self: pl.concat([self.item_ids, self.cold_items]))  # codes follow this order
+    all_items = property(
+        lambda self: pl.concat([self.item_ids, self.cold_items])
+    )  # codes follow this order
 
     def _query(self, users, history):
         users = to_index(users)
@@ -427,7 +664,11 @@ class Recommender:
         "How well each item suits each user."
         users, history = self._query(users, history)
         items = torch.arange(self.n_items) if items is None else to_index(items)
-        return self._scores(users, history, items) if len(users) and len(items) else torch.zeros(len(users), len(items))
+        return (
+            self._scores(users, history, items)
+            if len(users) and len(items)
+            else torch.zeros(len(users), len(items))
+        )
 
     def _scores(self, users, history, items):
         n, m = len(users), len(items)
@@ -438,7 +679,8 @@ class Recommender:
 def _cached(self: Recommender, key: str, fn: Callable):
     "What follows from what was learnt and is asked for again and again: made once, never saved."
     kept = self.__dict__.setdefault("_cache", {})
-    if key not in kept: kept[key] = fn()
+    if key not in kept:
+        kept[key] = fn()
     return kept[key]
 
 
@@ -450,7 +692,8 @@ def predict(
     history: Optional[History] = None,  # what is known of each user; default: what fit saw
 ) -> torch.Tensor:  # float32 [n], stars within the range that fit saw
     "The stars that each user would give to the item beside."
-    if not self.predicts_ratings: raise UserError(f"{self.name} ranks but does not predict stars")
+    if not self.predicts_ratings:
+        raise UserError(f"{self.name} ranks but does not predict stars")
     users, history = self._query(users, history)
     return self._predict(users, to_index(items), history).clamp(*self.rating_range)
 
@@ -464,11 +707,20 @@ def baskets_to_history(
     time: int = 0,  # time of the events, milliseconds since 1970
 ) -> History:  # one history a basket, in the order of the basket
     "Baskets as histories; items that the model does not know are left out."
-    flat = [(i, item_codes.get(str(item), -1), np.nan if stars is None else stars) for i, b in enumerate(baskets) for item, stars in (b.items() if isinstance(b, dict) else zip(b, [None] * len(b)))]
+    flat = [
+        (i, item_codes.get(str(item), -1), np.nan if stars is None else stars)
+        for i, b in enumerate(baskets)
+        for item, stars in (b.items() if isinstance(b, dict) else zip(b, [None] * len(b)))
+    ]
     owner, item, stars = np.array(flat, dtype=np.float64).reshape(-1, 3).T
     kept = item >= 0
     ptr = torch.from_numpy(np.searchsorted(owner[kept], np.arange(len(baskets) + 1)))
-    return History(ptr, torch.from_numpy(item[kept]).long(), torch.from_numpy(stars[kept]).float(), torch.full((int(kept.sum()),), time))
+    return History(
+        ptr,
+        torch.from_numpy(item[kept]).long(),
+        torch.from_numpy(stars[kept]).float(),
+        torch.full((int(kept.sum()),), time),
+    )
 
 
 def resolve_query(
@@ -479,10 +731,23 @@ def resolve_query(
     users = [users] if isinstance(users, (str, dict)) else list(users)
     if users and all(isinstance(u, str) for u in users):
         codes = to_index(encode_ids(users, self.all_users))
-        if len(users) > 1 and (codes >= self.n_users).all() and set(users) <= set(self.item_ids): raise UserError("these are items, not users; a basket of them is a list within the list: [[...]]")
+        if len(users) > 1 and (codes >= self.n_users).all() and set(users) <= set(self.item_ids):
+            raise UserError(
+                "these are items, not users; a basket of them is a list within the list: [[...]]"
+            )
         return users, codes, self.train_history.select(codes)
-    if not users or not all(isinstance(u, (dict, list, tuple)) for u in users): raise UserError("recommend takes user ids as text, or baskets: {item: stars} or lists of item ids")
-    return [f"basket {i + 1}" for i in range(len(users))], torch.full((len(users),), len(self.all_users)), baskets_to_history(users, self._cached("codes", lambda: dict(zip(self.all_items, range(len(self.all_items))))))
+    if not users or not all(isinstance(u, (dict, list, tuple)) for u in users):
+        raise UserError(
+            "recommend takes user ids as text, or baskets: {item: stars} or lists of item ids"
+        )
+    return (
+        [f"basket {i + 1}" for i in range(len(users))],
+        torch.full((len(users),), len(self.all_users)),
+        baskets_to_history(
+            users,
+            self._cached("codes", lambda: dict(zip(self.all_items, range(len(self.all_items))))),
+        ),
+    )
 
 
 def mask_seen(
@@ -491,11 +756,14 @@ def mask_seen(
     items: torch.Tensor,  # codes of the m columns
 ) -> torch.Tensor:  # the same scores, -inf where the user has the item
     "Take what a user has out of the running."
-    if not len(history.item): return scores
+    if not len(history.item):
+        return scores
     column = torch.full((int(torch.cat([items, history.item]).max()) + 1,), -1)
     column[items] = torch.arange(len(items))
     place = column[history.item]
-    return scores.index_put((history.user_index[place >= 0], place[place >= 0]), torch.tensor(-torch.inf))
+    return scores.index_put(
+        (history.user_index[place >= 0], place[place >= 0]), torch.tensor(-torch.inf)
+    )
 
 # %% ../nbs/00_core.ipynb #7ebc071f
 def recommend(
@@ -503,24 +771,41 @@ def recommend(
     users,  # a user id or a list of them; a basket {item id: stars}, or a list of baskets (each such a dict, or a list of item ids)
     k: int = 10,  # length of each list
     filter_seen: bool = True,  # leave out what the user has
-    items: Union[str, list] = "known",  # what to choose from: all that fit saw events of ("known"), those without ("new"), "all", or a list of ids
-    history: Optional[History] = None,  # what is known of each user by now; default: what fit saw, or the basket
+    items: Union[
+        str, list
+    ] = "known",  # what to choose from: all that fit saw events of ("known"), those without ("new"), "all", or a list of ids
+    history: Optional[
+        History
+    ] = None,  # what is known of each user by now; default: what fit saw, or the basket
 ) -> pl.DataFrame:  # user, item, score, rank: ids as the shop has them, best first
     "The k best items for each user or basket."
     names, codes, known = resolve_query(self, users)
     history = known if history is None else history
-    if k < 1: raise UserError(f"a list has at least one place, not {k}")
-    if ((history.rating < self.rating_range[0]) | (history.rating > self.rating_range[1])).any(): raise UserError(f"stars go from {self.rating_range[0]:g} to {self.rating_range[1]:g} here")
+    if k < 1:
+        raise UserError(f"a list has at least one place, not {k}")
+    if ((history.rating < self.rating_range[0]) | (history.rating > self.rating_range[1])).any():
+        raise UserError(f"stars go from {self.rating_range[0]:g} to {self.rating_range[1]:g} here")
     candidates = self.candidate_items(items)
     lists = []
-    blocks = torch.arange(len(codes)).split(max(1, min(1024, 2 ** 27 // max(len(candidates), 1))))  # half a GB of scores at most
-    for b in tqdm(blocks, desc="lists", leave=False, mininterval=1, delay=5, disable=len(blocks) < 2):
+    blocks = torch.arange(len(codes)).split(
+        max(1, min(1024, 2**27 // max(len(candidates), 1)))
+    )  # half a GB of scores at most
+    for b in tqdm(
+        blocks, desc="lists", leave=False, mininterval=1, delay=5, disable=len(blocks) < 2
+    ):
         had = history.select(b)
         scores = self.scores(codes[b], had, candidates)
         lists.append(top_k(mask_seen(scores, had, candidates) if filter_seen else scores, k))
     value, column = (torch.cat(parts) for parts in zip(*lists))
-    rows = pl.DataFrame({"user": np.repeat(names, value.shape[1]), "item": self.all_items[candidates[column].flatten().numpy()],
-                         "score": value.flatten().numpy(), "rank": np.tile(np.arange(1, value.shape[1] + 1), len(names)), "listed": (column >= 0).flatten().numpy()})
+    rows = pl.DataFrame(
+        {
+            "user": np.repeat(names, value.shape[1]),
+            "item": self.all_items[candidates[column].flatten().numpy()],
+            "score": value.flatten().numpy(),
+            "rank": np.tile(np.arange(1, value.shape[1] + 1), len(names)),
+            "listed": (column >= 0).flatten().numpy(),
+        }
+    )
     return rows.filter("listed").drop("listed")
 
 
@@ -533,13 +818,26 @@ def candidate_items(
 ) -> torch.Tensor:  # int64 [m], codes in an order that nothing in the data has a say in
     "What a list is chosen from."
     if isinstance(items, str):
-        first, last = {"known": (0, self.n_items), "new": (self.n_items, None), "all": (0, None)}[check_choice(items, ("known", "new", "all"), "choice of items")]
-        found = first + self._cached(f"lot of {items}", lambda: hash_order(self.all_items[first:last]))
-        if not len(found): raise UserError(f"{self.name} knows of no new items; " + ("all it has been told of have events" if self.uses_side_features else "take a model that reads what is known of them, such as content-towers or hybrid"))
+        first, last = {"known": (0, self.n_items), "new": (self.n_items, None), "all": (0, None)}[
+            check_choice(items, ("known", "new", "all"), "choice of items")
+        ]
+        found = first + self._cached(
+            f"lot of {items}", lambda: hash_order(self.all_items[first:last])
+        )
+        if not len(found):
+            raise UserError(
+                f"{self.name} knows of no new items; "
+                + (
+                    "all it has been told of have events"
+                    if self.uses_side_features
+                    else "take a model that reads what is known of them, such as content-towers or hybrid"
+                )
+            )
     else:
         found = to_index(encode_ids(items, self.all_items).unique())
         found = found[found < len(self.all_items)]
-        if not len(found): raise UserError("none of the items to choose from is known")
+        if not len(found):
+            raise UserError("none of the items to choose from is known")
     return found
 
 
@@ -552,32 +850,44 @@ def similar_items(
     "The k items that go best with each item: what is recommended to a basket that holds nothing else."
     items = [items] if isinstance(items, str) else list(items)
     unknown = [i for i in items if i not in self.all_items]
-    if unknown: raise UserError(f"{self.name} knows no item '{unknown[0]}'")
+    if unknown:
+        raise UserError(f"{self.name} knows no item '{unknown[0]}'")
     found = self.recommend([[i] for i in items], k, items=candidates)
-    return found.with_columns(to=pl.Series(items).gather(found["user"].str.strip_prefix("basket ").cast(pl.Int64) - 1)).select("to", "item", "score", "rank")
+    return found.with_columns(
+        to=pl.Series(items).gather(found["user"].str.strip_prefix("basket ").cast(pl.Int64) - 1)
+    ).select("to", "item", "score", "rank")
 
 
 Recommender.candidate_items, Recommender.similar_items = candidate_items, similar_items
 
 # %% ../nbs/00_core.ipynb #3fa96dd5
 RECOMMENDERS = {
-    "mean": "widedeep_nb.baselines:Mean", "damped-bias": "widedeep_nb.baselines:DampedBias",
-    "popularity": "widedeep_nb.baselines:Popularity", "recent-popularity": "widedeep_nb.baselines:RecentPopularity",
+    "mean": "widedeep_nb.baselines:Mean",
+    "damped-bias": "widedeep_nb.baselines:DampedBias",
+    "popularity": "widedeep_nb.baselines:Popularity",
+    "recent-popularity": "widedeep_nb.baselines:RecentPopularity",
     "association-rules": "widedeep_nb.baselines:AssociationRules",
-    "user-knn": "widedeep_nb.baselines:UserKNN", "item-knn": "widedeep_nb.baselines:ItemKNN",
+    "user-knn": "widedeep_nb.baselines:UserKNN",
+    "item-knn": "widedeep_nb.baselines:ItemKNN",
     "svd": "widedeep_nb.baselines:SVD",
     "funk-svd": "widedeep_nb.baselines:FunkSVD",
     "als": "widedeep_nb.baselines:ALS",
     "bpr": "widedeep_nb.baselines:BPR",
     "ease": "widedeep_nb.baselines:EASE",
     "neumf": "widedeep_nb.baselines:NeuMF",
-    "content": "widedeep_nb.content:Content", "kind-popularity": "widedeep_nb.content:KindPopularity", "content-towers": "widedeep_nb.content:ContentTowers",
+    "content": "widedeep_nb.content:Content",
+    "kind-popularity": "widedeep_nb.content:KindPopularity",
+    "content-towers": "widedeep_nb.content:ContentTowers",
     "gru": "widedeep_nb.sequence:GRU",
     "self-attention": "widedeep_nb.sequence:SelfAttention",
     "wide-deep": "widedeep_nb.training:WideDeep",
-    "wide-matrix": "widedeep_nb.hybrid:WideMatrix", "wide-neighbours": "widedeep_nb.hybrid:WideNeighbours",
-    "wide-rules": "widedeep_nb.hybrid:WideRules", "wide-next": "widedeep_nb.hybrid:WideNext",
-    "low-pass": "widedeep_nb.hybrid:LowPass", "ridge": "widedeep_nb.hybrid:Ridge", "trees": "widedeep_nb.hybrid:Trees",
+    "wide-matrix": "widedeep_nb.hybrid:WideMatrix",
+    "wide-neighbours": "widedeep_nb.hybrid:WideNeighbours",
+    "wide-rules": "widedeep_nb.hybrid:WideRules",
+    "wide-next": "widedeep_nb.hybrid:WideNext",
+    "low-pass": "widedeep_nb.hybrid:LowPass",
+    "ridge": "widedeep_nb.hybrid:Ridge",
+    "trees": "widedeep_nb.hybrid:Trees",
     "hybrid": "widedeep_nb.hybrid:Hybrid",
     "wide-deep-as-reported": "widedeep_nb.original:AsReported",
 }
@@ -587,9 +897,11 @@ def register(
     name: str,  # how the recommender is called in metrics, files and commands
 ):
     "Class decorator: make a recommender known by `name`."
+
     def add(cls):
         cls.name, RECOMMENDERS[name] = name, cls
         return cls
+
     return add
 
 
@@ -602,7 +914,8 @@ def make_recommender(
     if isinstance(found, str):
         module, cls = found.split(":")
         found = getattr(importlib.import_module(module), cls)
-    for p in params: check_choice(p, [f.name for f in fields(found)], f"parameter of {name}")
+    for p in params:
+        check_choice(p, [f.name for f in fields(found)], f"parameter of {name}")
     return found(**params)
 
 # %% ../nbs/00_core.ipynb #753441c8
@@ -620,7 +933,9 @@ POINTWISE = ("mse", "logistic")  # of a pair and its target; all others are of a
 
 def make_loss(
     name: str,  # one of LOSSES
-) -> Callable:  # of predictions and targets, or of the scores of lists and log-probabilities: a mean over rows
+) -> (
+    Callable
+):  # of predictions and targets, or of the scores of lists and log-probabilities: a mean over rows
     "A loss by name."
     module, function = LOSSES[check_choice(name, LOSSES, "loss")].split(":")
     return getattr(importlib.import_module(module), function)
@@ -631,7 +946,10 @@ def encode_strings(
 ) -> dict:  # `bytes`, uint8, and `ends`, int64 [len(ids)]
     "Text as two tensors: all bytes laid end to end, and where each id ends."
     raw = [i.encode() for i in ids]
-    return {"bytes": torch.frombuffer(bytearray(b"".join(raw) or b"\0"), dtype=torch.uint8), "ends": torch.tensor(np.cumsum([len(r) for r in raw]), dtype=torch.int64)}
+    return {
+        "bytes": torch.frombuffer(bytearray(b"".join(raw) or b"\0"), dtype=torch.uint8),
+        "ends": torch.tensor(np.cumsum([len(r) for r in raw]), dtype=torch.int64),
+    }
 
 
 def decode_strings(
@@ -645,10 +963,14 @@ def decode_strings(
 
 def file_sha256(path: Path) -> str:
     "The SHA-256 of a file, in hexadecimal."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-_WRITE_ERRORS = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)}
+_WRITE_ERRORS = {
+    code: os.strerror(code)
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+}
 
 
 @contextmanager
@@ -659,15 +981,28 @@ def atomic_write(
     path, temporary = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        handle, temporary = tempfile.mkstemp(
+            prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent
+        )
         os.close(handle)
         yield Path(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as e:
-        if temporary: Path(temporary).unlink(missing_ok=True)
-        why = next((why for code, why in _WRITE_ERRORS.items() if getattr(e, "errno", None) == code or f"os error {code})" in str(e)), None)
-        if why: raise UserError(f"{path} cannot be written ({why}); make room or name another place, then go on with --resume") from None
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        why = next(
+            (
+                why
+                for code, why in _WRITE_ERRORS.items()
+                if getattr(e, "errno", None) == code or f"os error {code})" in str(e)
+            ),
+            None,
+        )
+        if why:
+            raise UserError(
+                f"{path} cannot be written ({why}); make room or name another place, then go on with --resume"
+            ) from None
         raise
 
 # %% ../nbs/00_core.ipynb #9e20ce3a
@@ -678,7 +1013,8 @@ def _state(self) -> dict:
 
 def _restore(self, state: dict):
     "Put learnt tensors back."
-    for k, v in state.items(): setattr(self, k, v)
+    for k, v in state.items():
+        setattr(self, k, v)
 
 
 def save(
@@ -686,12 +1022,31 @@ def save(
     folder: Path,  # gets model.safetensors and model.json
 ):
     "Write the model: arrays and JSON, no pickle."
-    parts = {"state": self._state(), "log": {f.name: getattr(self.train_history, f.name) for f in fields(History)},
-             **{name: encode_strings(getattr(self, name)) for name in ("user_ids", "item_ids", "cold_users", "cold_items")}}
+    parts = {
+        "state": self._state(),
+        "log": {f.name: getattr(self.train_history, f.name) for f in fields(History)},
+        **{
+            name: encode_strings(getattr(self, name))
+            for name in ("user_ids", "item_ids", "cold_users", "cold_items")
+        },
+    }
     with atomic_write(Path(folder) / "model.safetensors") as p:
-        save_file({f"{part}/{k}": v.detach().cpu().contiguous() for part, d in parts.items() for k, v in d.items()}, p)
-        about = {"name": self.name, "params": asdict(self), "rating_range": self.rating_range, "sha256": file_sha256(p)}
-    with atomic_write(Path(folder) / "model.json") as p: p.write_text(json.dumps(about, indent=1))
+        save_file(
+            {
+                f"{part}/{k}": v.detach().cpu().contiguous()
+                for part, d in parts.items()
+                for k, v in d.items()
+            },
+            p,
+        )
+        about = {
+            "name": self.name,
+            "params": asdict(self),
+            "rating_range": self.rating_range,
+            "sha256": file_sha256(p),
+        }
+    with atomic_write(Path(folder) / "model.json") as p:
+        p.write_text(json.dumps(about, indent=1))
 
 
 def load_recommender(
@@ -701,13 +1056,29 @@ def load_recommender(
     folder = Path(folder)
     try:
         about = json.loads((folder / "model.json").read_text())
-        raw = (folder / "model.safetensors").read_bytes()                  # in memory: what happens to the file later is no matter
-        if hashlib.sha256(raw).hexdigest() != about["sha256"]: raise UserError(f"{folder}: the weights are not those that were saved; fit the model again")
+        raw = (
+            folder / "model.safetensors"
+        ).read_bytes()  # in memory: what happens to the file later is no matter
+        if hashlib.sha256(raw).hexdigest() != about["sha256"]:
+            raise UserError(
+                f"{folder}: the weights are not those that were saved; fit the model again"
+            )
         tensors = load(raw)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as e: raise UserError(f"{folder}: no saved recommender here ({type(e).__name__}); fit the model again") from None
-    part = lambda name: {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(name + "/")}
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as e:
+        raise UserError(
+            f"{folder}: no saved recommender here ({type(e).__name__}); fit the model again"
+        ) from None
+
+    def part(name):
+        return {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(name + "/")}
+
     self = make_recommender(about["name"], **about["params"])
-    for name in ("user_ids", "item_ids", "cold_users", "cold_items"): setattr(self, name, decode_strings(part(name) or encode_strings([]), "user" if "user" in name else "item"))
+    for name in ("user_ids", "item_ids", "cold_users", "cold_items"):
+        setattr(
+            self,
+            name,
+            decode_strings(part(name) or encode_strings([]), "user" if "user" in name else "item"),
+        )
     self.train_history, self.rating_range = History(**part("log")), tuple(about["rating_range"])
     self._restore(part("state"))
     return self
@@ -729,8 +1100,10 @@ def package_versions() -> dict:
     "What the figures of a run were computed with."
     found = {"python": sys.version.split()[0]}
     for name in ("widedeep_nb", "torch", "polars", "numpy"):
-        try: found[name] = version(name)
-        except PackageNotFoundError: pass
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass
     return found
 
 # %% ../nbs/00_core.ipynb #4b35e77d
@@ -750,17 +1123,45 @@ class Run:
         **settings,  # dataset, protocol, seed, parameters: set anew in run.json
     ):
         self.folder = Path(folder).resolve()
-        try: self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise UserError(f"{folder} cannot be a run folder ({e.strerror}); name another") from None
-        if not (self.folder / "run.json").exists() and any(not f.name.startswith(".") for f in self.folder.iterdir()):
-            raise UserError(f"{folder} holds something else than a run; name an empty or a new folder")
-        self.lock, self.work_dir, self.file_hashes = FileLock(self.folder / ".lock", timeout=60), self.folder / ".work", {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(
+                f"{folder} cannot be a run folder ({e.strerror}); name another"
+            ) from None
+        if not (self.folder / "run.json").exists() and any(
+            not f.name.startswith(".") for f in self.folder.iterdir()
+        ):
+            raise UserError(
+                f"{folder} holds something else than a run; name an empty or a new folder"
+            )
+        self.lock, self.work_dir, self.file_hashes = (
+            FileLock(self.folder / ".lock", timeout=60),
+            self.folder / ".work",
+            {},
+        )
         if not (self.folder / "run.json").exists():
-            self.write("run.json", {"format": RUN_FORMAT, "dataset": "demo", "protocol": "strict", "seed": 0, "parameters": {}, "steps": {}, "chapters": {},
-                                    "versions": package_versions(), "device": pick_device().type})
+            self.write(
+                "run.json",
+                {
+                    "format": RUN_FORMAT,
+                    "dataset": "demo",
+                    "protocol": "strict",
+                    "seed": 0,
+                    "parameters": {},
+                    "steps": {},
+                    "chapters": {},
+                    "versions": package_versions(),
+                    "device": pick_device().type,
+                },
+            )
         made = self.manifest.get("format") if isinstance(self.manifest, dict) else None
-        if made != RUN_FORMAT: raise UserError(f"{folder} was made by another version (format {made}, here {RUN_FORMAT}); name a new folder")
-        if settings: self.update_manifest(**settings)
+        if made != RUN_FORMAT:
+            raise UserError(
+                f"{folder} was made by another version (format {made}, here {RUN_FORMAT}); name a new folder"
+            )
+        if settings:
+            self.update_manifest(**settings)
         check_choice(self.manifest["protocol"], PROTOCOLS, "protocol")
 
     manifest = property(lambda self: self.read("run.json"))
@@ -770,14 +1171,19 @@ class Run:
 
     def update_manifest(self, **changes):
         "Change entries of run.json."
-        with self.locked(): self.write("run.json", self.manifest | changes)
+        with self.locked():
+            self.write("run.json", self.manifest | changes)
 
     @contextmanager
     def locked(self):
         "Hold the folder while writing; another process waits for a minute, then is refused."
         try:
-            with self.lock: yield
-        except Timeout: raise UserError(f"{self.folder} is being written by another process; wait for it or name another folder") from None
+            with self.lock:
+                yield
+        except Timeout:
+            raise UserError(
+                f"{self.folder} is being written by another process; wait for it or name another folder"
+            ) from None
 
 # %% ../nbs/00_core.ipynb #fba74264
 def write(
@@ -790,7 +1196,8 @@ def write(
         if name.endswith(".parquet"):
             content.write_parquet(p)
             self.file_hashes[name] = file_sha256(p)
-        else: p.write_text(json.dumps(content, indent=1, default=str))
+        else:
+            p.write_text(json.dumps(content, indent=1, default=str))
 
 
 def read(
@@ -799,9 +1206,12 @@ def read(
 ) -> Union[dict, list, pl.DataFrame]:  # what was written
     "Read a file of the run."
     path = self.folder / name
-    try: return pl.read_parquet(path) if name.endswith(".parquet") else json.loads(path.read_text())
-    except FileNotFoundError: raise UserError(f"{path} is missing; run the chapter that makes it") from None
-    except (pl.exceptions.PolarsError, ValueError, OSError): raise UserError(f"{path} cannot be read; run again without --resume") from None
+    try:
+        return pl.read_parquet(path) if name.endswith(".parquet") else json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; run the chapter that makes it") from None
+    except (pl.exceptions.PolarsError, ValueError, OSError):
+        raise UserError(f"{path} cannot be read; run again without --resume") from None
 
 
 def cached(
@@ -811,7 +1221,8 @@ def cached(
 ) -> Union[dict, list]:  # what `fn` returned, now or before the step was killed
     "Do a piece of a long step, unless that was done before it was killed."
     kept = f"{self.work_dir.relative_to(self.folder)}/{key}.json"
-    if not (self.folder / kept).exists(): self.write(kept, fn())
+    if not (self.folder / kept).exists():
+        self.write(kept, fn())
     return self.read(kept)
 
 
@@ -831,7 +1242,8 @@ def _run_task(
     *args,  # what `fn` is given
 ):
     "Do a piece of work, and write down what it returned."
-    with atomic_write(path) as p: p.write_text(json.dumps(fn(*args), default=str))
+    with atomic_write(path) as p:
+        p.write_text(json.dumps(fn(*args), default=str))
 
 
 def map_cached(
@@ -841,20 +1253,51 @@ def map_cached(
     desc: str,  # is being done, for the progress bar
 ) -> dict:  # name: what was returned, now or before the step was killed
     "Do independent pieces of a long step side by side, those that were not done before it was killed."
-    at = lambda name: self.work_dir / f"{name}.json"
+
+    def at(name):
+        return self.work_dir / f"{name}.json"
+
     todo = [(at(name), *piece) for name, piece in tasks.items() if not at(name).exists()]
-    quiet = patch.dict(os.environ, TQDM_DISABLE="1")                     # one bar, not one of each process
-    with quiet, parallel_config("loky", inner_max_num_threads=1, idle_worker_timeout=10):  # seconds, then they go, whatever becomes of this process
-        done = Parallel(min(n_workers(n_rows), max(len(todo), 1)), return_as="generator_unordered")(delayed(_run_task)(*t) for t in todo)
-        for _ in tqdm(done, desc=desc, total=len(tasks), initial=len(tasks) - len(todo), leave=False): pass
+    quiet = patch.dict(os.environ, TQDM_DISABLE="1")  # one bar, not one of each process
+    with (
+        quiet,
+        parallel_config("loky", inner_max_num_threads=1, idle_worker_timeout=10),
+    ):  # seconds, then they go, whatever becomes of this process
+        done = Parallel(min(n_workers(n_rows), max(len(todo), 1)), return_as="generator_unordered")(
+            delayed(_run_task)(*t) for t in todo
+        )
+        for _ in tqdm(
+            done, desc=desc, total=len(tasks), initial=len(tasks) - len(todo), leave=False
+        ):
+            pass
     return {name: json.loads(at(name).read_text()) for name in tasks}
 
 
 Run.map_cached = map_cached
 
 # %% ../nbs/00_core.ipynb #e0f98a3f
-METRIC_KEYS = ["dataset", "protocol", "cut", "seed", "model", "versus", "task", "split", "users", "items", "relevant", "metric"]
-METRIC_SCHEMA = {c: pl.String for c in METRIC_KEYS} | {"cut": pl.Int64, "seed": pl.Int64, "value": pl.Float64, "lo": pl.Float64, "hi": pl.Float64, "n": pl.Int64}
+METRIC_KEYS = [
+    "dataset",
+    "protocol",
+    "cut",
+    "seed",
+    "model",
+    "versus",
+    "task",
+    "split",
+    "users",
+    "items",
+    "relevant",
+    "metric",
+]
+METRIC_SCHEMA = {c: pl.String for c in METRIC_KEYS} | {
+    "cut": pl.Int64,
+    "seed": pl.Int64,
+    "value": pl.Float64,
+    "lo": pl.Float64,
+    "hi": pl.Float64,
+    "n": pl.Int64,
+}
 
 
 def save_splits(
@@ -864,8 +1307,10 @@ def save_splits(
     "Keep the splits: the last one at the top of the run, earlier ones under cuts/."
     for i, split in enumerate(splits):
         place = "" if i == len(splits) - 1 else f"cuts/{i}/"
-        for part in SPLIT_NAMES: self.write(f"{place}{part}.parquet", getattr(split, part))
-        for name in ("filtered_out", "users", "items"): self.write(f"{place}split/{name}.parquet", getattr(split, name))
+        for part in SPLIT_NAMES:
+            self.write(f"{place}{part}.parquet", getattr(split, part))
+        for name in ("filtered_out", "users", "items"):
+            self.write(f"{place}split/{name}.parquet", getattr(split, name))
         self.write(f"{place}split/protocol.json", asdict(split.protocol))
 
 
@@ -873,8 +1318,18 @@ def load_splits(self: Run) -> list:
     "The splits, oldest first."
     places = [f"cuts/{i}/" for i in range(len(self.protocol.folds) - 1)] + [""]
     tables = SPLIT_NAMES + ("split/aside", "split/users", "split/items")
-    protocol = lambda at: Protocol(**{k: tuple(map(tuple, v)) if k == "folds" else v for k, v in self.read(f"{at}split/protocol.json").items()})
-    return [Split(*[self.read(f"{at}{name}.parquet") for name in tables], protocol(at)) for at in places]
+
+    def protocol(at):
+        return Protocol(
+            **{
+                k: tuple(map(tuple, v)) if k == "folds" else v
+                for k, v in self.read(f"{at}split/protocol.json").items()
+            }
+        )
+
+    return [
+        Split(*[self.read(f"{at}{name}.parquet") for name in tables], protocol(at)) for at in places
+    ]
 
 
 def metrics(self: Run) -> pl.DataFrame:
@@ -889,10 +1344,23 @@ def add_metrics(
 ):
     "Add figures to metrics.json; all that was said before of the same model, or the same two, makes way."
     about = self.manifest
-    have = {"dataset": about["dataset"], "protocol": about["protocol"], "seed": about["seed"], "cut": 0, "versus": None}
-    new = frame.with_columns([pl.lit(v).alias(c) for c, v in have.items() if c not in frame.columns]).select([pl.col(c).cast(t) for c, t in METRIC_SCHEMA.items()])
+    have = {
+        "dataset": about["dataset"],
+        "protocol": about["protocol"],
+        "seed": about["seed"],
+        "cut": 0,
+        "versus": None,
+    }
+    new = frame.with_columns(
+        [pl.lit(v).alias(c) for c, v in have.items() if c not in frame.columns]
+    ).select([pl.col(c).cast(t) for c, t in METRIC_SCHEMA.items()])
     with self.locked():
-        kept = self.metrics().join(new, on=["dataset", "protocol", "model", "versus", "split"], how="anti", nulls_equal=True)
+        kept = self.metrics().join(
+            new,
+            on=["dataset", "protocol", "model", "versus", "split"],
+            how="anti",
+            nulls_equal=True,
+        )
         self.write("metrics.json", pl.concat([kept, new]).to_dicts())
 
 # %% ../nbs/00_core.ipynb #e27fc868
@@ -904,43 +1372,93 @@ def model_folder(
 ) -> Path:
     "Where a fitted recommender lies: models/NAME for the first seed and the last cut."
     last = fold in (-1, len(self.protocol.folds) - 1)
-    return self.folder / "models" / name / ("" if last else f"cut-{fold}") / ("" if seed == 0 else f"seed-{seed}")
+    return (
+        self.folder
+        / "models"
+        / name
+        / ("" if last else f"cut-{fold}")
+        / ("" if seed == 0 else f"seed-{seed}")
+    )
 
 
-Run.save_splits, Run.load_splits, Run.metrics, Run.add_metrics, Run.model_folder = save_splits, load_splits, metrics, add_metrics, model_folder
+Run.save_splits, Run.load_splits, Run.metrics, Run.add_metrics, Run.model_folder = (
+    save_splits,
+    load_splits,
+    metrics,
+    add_metrics,
+    model_folder,
+)
 
 # %% ../nbs/00_core.ipynb #fcef7ea1
 def step(
     *requires,  # the steps whose results this one reads
 ):
     "Decorator: make `f(run, **parameters)` a step of a run."
+
     def wrap(f):
-        defaults = {k: p.default for k, p in inspect.signature(f).parameters.items() if p.default is not p.empty}
+        defaults = {
+            k: p.default
+            for k, p in inspect.signature(f).parameters.items()
+            if p.default is not p.empty
+        }
 
         def plan(about, given):
             before = about["steps"].get(f.__name__, {})
-            for name in given: check_choice(name, defaults, f"parameter of {f.__name__}")
+            for name in given:
+                check_choice(name, defaults, f"parameter of {f.__name__}")
             asked = {k: v for k, v in given.items() if v != defaults[k]}
             kept = {k: v for k, v in about["parameters"].items() if k in defaults}
             params = defaults | kept | (asked if given else before.get("params", {}))
-            earlier = [about.get("data"), *[about["steps"].get(n.__name__, {}).get("fingerprint") for n in requires]] if requires else []
-            basis = [about["dataset"], about["protocol"], about["seed"], params, earlier, package_versions().get("widedeep_nb")]
-            mark = hashlib.sha256(json.dumps(basis, sort_keys=True, default=str).encode()).hexdigest()[:16]
+            earlier = (
+                [
+                    about.get("data"),
+                    *[about["steps"].get(n.__name__, {}).get("fingerprint") for n in requires],
+                ]
+                if requires
+                else []
+            )
+            basis = [
+                about["dataset"],
+                about["protocol"],
+                about["seed"],
+                params,
+                earlier,
+                package_versions().get("widedeep_nb"),
+            ]
+            mark = hashlib.sha256(
+                json.dumps(basis, sort_keys=True, default=str).encode()
+            ).hexdigest()[:16]
             return params, mark, before.get("fingerprint") == mark
 
         @functools.wraps(f)
         def do(run, **given):
-            for need in requires: need(run)
+            for need in requires:
+                need(run)
             params, mark, done = plan(run.manifest, given)
-            if done: return
+            if done:
+                return
             with run.locked():
-                started, run.work_dir = time.perf_counter(), run.folder / ".work" / f"{f.__name__}-{mark}"
+                started, run.work_dir = (
+                    time.perf_counter(),
+                    run.folder / ".work" / f"{f.__name__}-{mark}",
+                )
                 f(run, **params)
-                done = {"fingerprint": mark, "params": params, "seconds": round(time.perf_counter() - started, 3)}
-                run.update_manifest(steps=run.manifest["steps"] | {f.__name__: done}, hashes=run.manifest.get("hashes", {}) | run.file_hashes)
+                done = {
+                    "fingerprint": mark,
+                    "params": params,
+                    "seconds": round(time.perf_counter() - started, 3),
+                }
+                run.update_manifest(
+                    steps=run.manifest["steps"] | {f.__name__: done},
+                    hashes=run.manifest.get("hashes", {}) | run.file_hashes,
+                )
                 shutil.rmtree(run.folder / ".work", ignore_errors=True)
-        do.is_done = lambda about: all(n.is_done(about) for n in requires) and plan(about, {})[2]  # by what run.json says, or would say
+
+        do.is_done = lambda about: (
+            all(n.is_done(about) for n in requires) and plan(about, {})[2]
+        )  # by what run.json says, or would say
         return do
+
     return wrap
 
 # %% ../nbs/00_core.ipynb #4171908d
@@ -949,13 +1467,25 @@ def open_run(
     **demo_params,  # parameters of the tiny run
 ) -> Run:
     "The run that a chapter works on, and a line that says which."
-    if folder: run = Run(folder)
+    if folder:
+        run = Run(folder)
     else:
-        parameters, shelf = {"seeds": 2, "epochs": 8} | demo_params, os.environ.get("WIDEDEEP_TINY")   # a folder in which chapters of one process leave their tiny runs for the next
+        parameters, shelf = (
+            {"seeds": 2, "epochs": 8} | demo_params,
+            os.environ.get("WIDEDEEP_TINY"),
+        )  # a folder in which chapters of one process leave their tiny runs for the next
         place = tempfile.TemporaryDirectory(prefix="widedeep-") if not shelf else None
-        name = hashlib.sha256(json.dumps([os.getpid(), parameters], sort_keys=True).encode()).hexdigest()[:16]
-        run = Run(Path(shelf or place.name) / name / "demo", dataset="demo?ratings=4000", parameters=parameters)
+        name = hashlib.sha256(
+            json.dumps([os.getpid(), parameters], sort_keys=True).encode()
+        ).hexdigest()[:16]
+        run = Run(
+            Path(shelf or place.name) / name / "demo",
+            dataset="demo?ratings=4000",
+            parameters=parameters,
+        )
         run._tempdir = place  # removed with the run
     shop = " (synthetic)" if run.data_name == "demo" else ""
-    display_md(f"*From here on: the log **{run.data_name}**{shop}, protocol `{run.protocol.name}`, seed {run.seed}, on {DEVICES.get(run.manifest['device'], run.manifest['device'])}.*")
+    display_md(
+        f"*From here on: the log **{run.data_name}**{shop}, protocol `{run.protocol.name}`, seed {run.seed}, on {DEVICES.get(run.manifest['device'], run.manifest['device'])}.*"
+    )
     return run

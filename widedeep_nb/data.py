@@ -41,7 +41,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from importlib.util import find_spec
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Callable, Iterator, Optional
 from urllib.parse import parse_qsl
@@ -55,7 +55,23 @@ import pyarrow as pa
 import pyarrow.csv as pc
 import pyarrow.parquet as pq
 
-from .core import COLORS, OPTIONAL_COLUMNS, INTERACTION_SCHEMA, SPLIT_NAMES, UserError, Run, file_sha256, check_choice, open_run, display_md, show_figure, show_table, step, set_theme, atomic_write
+from widedeep_nb.core import (
+    COLORS,
+    INTERACTION_SCHEMA,
+    OPTIONAL_COLUMNS,
+    SPLIT_NAMES,
+    Run,
+    UserError,
+    atomic_write,
+    check_choice,
+    display_md,
+    file_sha256,
+    open_run,
+    set_theme,
+    show_figure,
+    show_table,
+    step,
+)
 
 # %% ../nbs/01_data.ipynb #a8846048
 LOG_COLUMN_ALIASES = {
@@ -67,9 +83,13 @@ LOG_COLUMN_ALIASES = {
     "review": "review reviewtext reviewbody",
 }
 ITEM_COLUMN_ALIASES = {
-    "item": LOG_COLUMN_ALIASES["item"] + " id", "title": "title name productname",
-    "category": "categories category maincategory categorycode genres", "brand": "brand store manufacturer",
-    "price": "price", "description": "description", "image": "image imageurl imurl images",
+    "item": LOG_COLUMN_ALIASES["item"] + " id",
+    "title": "title name productname",
+    "category": "categories category maincategory categorycode genres",
+    "brand": "brand store manufacturer",
+    "price": "price",
+    "description": "description",
+    "image": "image imageurl imurl images",
 }
 USER_COLUMN_ALIASES = {"user": LOG_COLUMN_ALIASES["user"] + " id"}
 
@@ -96,7 +116,8 @@ def parse_column_mapping(
 ) -> dict:  # our name -> the file's
     "Which column is what, as it is written on the command line."
     pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
-    if not all(equals for _, equals, _ in pairs): raise UserError(f"columns are written as user=kunde,item=artikel, not '{sanitize(text)}'")
+    if not all(equals for _, equals, _ in pairs):
+        raise UserError(f"columns are written as user=kunde,item=artikel, not '{sanitize(text)}'")
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
 
@@ -110,11 +131,21 @@ def resolve_columns(
         check_choice(ours, LOG_COLUMN_ALIASES, "column of a log")
         at = int(theirs) - 1 if str(theirs).isdecimal() and theirs not in columns else -1
         told[ours] = columns[at] if 0 <= at < len(columns) else theirs
-        if theirs and told[ours] not in columns: raise UserError(f"no column '{sanitize(theirs)}' for the {ours}; there are: {sanitize(', '.join(columns))}")
-    found = {ours: theirs for ours, theirs in match_columns(columns, LOG_COLUMN_ALIASES).items() if theirs not in told.values()}
+        if theirs and told[ours] not in columns:
+            raise UserError(
+                f"no column '{sanitize(theirs)}' for the {ours}; there are: {sanitize(', '.join(columns))}"
+            )
+    found = {
+        ours: theirs
+        for ours, theirs in match_columns(columns, LOG_COLUMN_ALIASES).items()
+        if theirs not in told.values()
+    }
     names = {ours: theirs for ours, theirs in (found | told).items() if theirs}
     for need in ("user", "item"):
-        if need not in names: raise UserError(f"no column for the {need} (called {', '.join(LOG_COLUMN_ALIASES[need].split()[:5])} or the like); there are: {sanitize(', '.join(columns))}")
+        if need not in names:
+            raise UserError(
+                f"no column for the {need} (called {', '.join(LOG_COLUMN_ALIASES[need].split()[:5])} or the like); there are: {sanitize(', '.join(columns))}"
+            )
     return names
 
 
@@ -123,8 +154,17 @@ def sanitize(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:300]) + "..." * (len(text) > 300)
 
 # %% ../nbs/01_data.ipynb #b8d701b6
-FORMATS = {".csv": "csv", ".tsv": "csv", ".txt": "csv", ".dat": "csv", ".data": "csv",
-         ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
+FORMATS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "csv",
+    ".dat": "csv",
+    ".data": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+}
 COMPRESSIONS = (".gz", ".zst")
 
 
@@ -136,7 +176,10 @@ def detect_format(
     return FORMATS.get(Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix)
 
 
-AMAZON_ID_PATTERNS = {"user": re.compile(r"A[A-Z0-9]{11,20}"), "item": re.compile(r"B[A-Z0-9]{9}|\d{9}[\dX]")}  # its ratings of 2018 name the item first
+AMAZON_ID_PATTERNS = {
+    "user": re.compile(r"A[A-Z0-9]{11,20}"),
+    "item": re.compile(r"B[A-Z0-9]{9}|\d{9}[\dX]"),
+}  # its ratings of 2018 name the item first
 
 
 def is_number(text: str) -> bool:
@@ -148,10 +191,19 @@ def infer_header(
     fields: list,  # fields of the first line
 ) -> Optional[list]:  # names for its columns; None where the line is a header
     "The names of the columns of a log without a header."
-    data = any(map(is_number, fields[2:])) if len(fields) > 2 else all(re.search(r"\d", f) for f in fields)
+    data = (
+        any(map(is_number, fields[2:]))
+        if len(fields) > 2
+        else all(re.search(r"\d", f) for f in fields)
+    )
     timed = len(fields) == 3 and is_number(fields[2]) and float(fields[2]) > 1e8
-    names = ["user", "item", "timestamp"] if timed else list(INTERACTION_SCHEMA)[:len(fields)]
-    if len(fields) > 1 and AMAZON_ID_PATTERNS["item"].fullmatch(fields[0]) and AMAZON_ID_PATTERNS["user"].fullmatch(fields[1]): names[:2] = "item", "user"
+    names = ["user", "item", "timestamp"] if timed else list(INTERACTION_SCHEMA)[: len(fields)]
+    if (
+        len(fields) > 1
+        and AMAZON_ID_PATTERNS["item"].fullmatch(fields[0])
+        and AMAZON_ID_PATTERNS["user"].fullmatch(fields[1])
+    ):
+        names[:2] = "item", "user"
     return names + [f"column {i + 1}" for i in range(len(names), len(fields))] if data else None
 
 # %% ../nbs/01_data.ipynb #cf76a7d1
@@ -162,9 +214,12 @@ READ_BLOCK_BYTES = 1 << 20  # bytes that are taken apart at once, and the longes
 @dataclass
 class ChunkedReader:
     "A table that is read bit by bit."
+
     columns: list  # their names
     iter_frames: Callable  # a list of columns -> an iterator of frames that hold them
-    rejected: Counter = field(default_factory=Counter)  # rows that were no rows, by reason; complete when all is read
+    rejected: Counter = field(
+        default_factory=Counter
+    )  # rows that were no rows, by reason; complete when all is read
     notes: list = field(default_factory=list)  # how it is read, in sentences
 
 
@@ -172,8 +227,11 @@ def open_compressed(
     path: Path,  # a file, perhaps packed with gzip or zstd
 ) -> io.BufferedReader:  # its bytes
     "Open a file; how it is packed shows in its first bytes."
-    with open(path, "rb") as f: start = f.read(4)
-    packing = "gzip" if start[:2] == b"\x1f\x8b" else "zstd" if start == b"\x28\xb5\x2f\xfd" else None
+    with open(path, "rb") as f:
+        start = f.read(4)
+    packing = (
+        "gzip" if start[:2] == b"\x1f\x8b" else "zstd" if start == b"\x28\xb5\x2f\xfd" else None
+    )
     return io.BufferedReader(pa.input_stream(str(path), compression=packing), 1 << 20)
 
 # %% ../nbs/01_data.ipynb #b0fa8cf8
@@ -186,19 +244,29 @@ def read_csv_chunks(
     rejected: Counter,  # counts rows of another width
 ) -> Iterator[pl.DataFrame]:
     "The rows of a CSV file."
+
     def odd(row):
         rejected[PARSE_ERRORS[1]] += 1 + row.text.count("\n")
         return "skip"
+
     numbers = [str(i) for i in range(n_fields)]
     read = pc.ReadOptions(column_names=numbers, skip_rows=skip_rows, block_size=READ_BLOCK_BYTES)
     parse = pc.ParseOptions(delimiter=separator, newlines_in_values=True, invalid_row_handler=odd)
-    convert = pc.ConvertOptions(include_columns=list(dict.fromkeys(columns.values())), column_types=dict.fromkeys(numbers, pa.large_string()))
+    convert = pc.ConvertOptions(
+        include_columns=list(dict.fromkeys(columns.values())),
+        column_types=dict.fromkeys(numbers, pa.large_string()),
+    )
     with open_compressed(path) as f:
-        try: batches = pc.open_csv(utf8_stream(f), read, parse, convert)
+        try:
+            batches = pc.open_csv(utf8_stream(f), read, parse, convert)
         except pa.ArrowInvalid as e:
-            if re.search("Empty CSV|either file is too short", str(e)): return
+            if re.search("Empty CSV|either file is too short", str(e)):
+                return
             raise
-        for batch in batches: yield pl.DataFrame({name: pl.from_arrow(batch[number]) for name, number in columns.items()})
+        for batch in batches:
+            yield pl.DataFrame(
+                {name: pl.from_arrow(batch[number]) for name, number in columns.items()}
+            )
 
 
 def utf8_stream(
@@ -206,7 +274,9 @@ def utf8_stream(
 ) -> pa.NativeFile:  # the same as UTF-8; where it was none with a mark in its place
     "Bytes that are text throughout."
     decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
-    return pa.TransformInputStream(pa.PythonFile(source), lambda raw: decoder.decode(memoryview(raw)).encode())
+    return pa.TransformInputStream(
+        pa.PythonFile(source), lambda raw: decoder.decode(memoryview(raw)).encode()
+    )
 
 # %% ../nbs/01_data.ipynb #fb60b074
 def csv_reader(
@@ -214,19 +284,37 @@ def csv_reader(
     no_header: Optional[bool] = None,  # does it lack a header? None: see whether it looks so
 ) -> ChunkedReader:  # all as text
     "A CSV file, with or without header."
-    with open_compressed(path) as f: start = f.read(1 << 16)
-    if b"\0" in start: raise UserError(f"{path} is no text in UTF-8; save it as CSV in UTF-8")
+    with open_compressed(path) as f:
+        start = f.read(1 << 16)
+    if b"\0" in start:
+        raise UserError(f"{path} is no text in UTF-8; save it as CSV in UTF-8")
     lines = re.split("\r\n|\r|\n", start.decode("utf-8-sig", "replace"))
     skip, line = next(((i, l) for i, l in enumerate(lines) if l.strip()), (0, None))
-    if line is None: raise UserError(f"{path} is empty; it should be a table with a row for each event")
+    if line is None:
+        raise UserError(f"{path} is empty; it should be a table with a row for each event")
     separator = max((",", "\t", ";", "|", "::"), key=line.count)
     fields = next(csv.reader([line], delimiter=separator[0]), [])
-    first = fields[::len(separator)]
-    guess = None if no_header is False or match_columns(first, LOG_COLUMN_ALIASES).keys() >= {"user", "item"} else infer_header(first)
+    first = fields[:: len(separator)]
+    guess = (
+        None
+        if no_header is False or match_columns(first, LOG_COLUMN_ALIASES).keys() >= {"user", "item"}
+        else infer_header(first)
+    )
     names = guess or ([f"column {i + 1}" for i in range(len(first))] if no_header else None)
     at = {name: str(i * len(separator)) for i, name in reversed(list(enumerate(names or first)))}
-    table = ChunkedReader(list(at)[::-1], lambda columns: read_csv_chunks(path, separator[0], len(fields), skip + (names is None), {c: at[c] for c in columns}, table.rejected))
-    if names: table.notes.append(f"there is no header; the columns were read as {', '.join(names)}")
+    table = ChunkedReader(
+        list(at)[::-1],
+        lambda columns: read_csv_chunks(
+            path,
+            separator[0],
+            len(fields),
+            skip + (names is None),
+            {c: at[c] for c in columns},
+            table.rejected,
+        ),
+    )
+    if names:
+        table.notes.append(f"there is no header; the columns were read as {', '.join(names)}")
     return table
 
 # %% ../nbs/01_data.ipynb #86685673
@@ -237,12 +325,20 @@ def iter_json_records(
     "The objects of a JSON file, one after the other."
     with open_compressed(path) as f:
         start = f.peek(1 << 16)
-        if start.startswith(b"\xef\xbb\xbf"): f.read(3)
+        if start.startswith(b"\xef\xbb\xbf"):
+            f.read(3)
         if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
-            yield from (row if isinstance(row, dict) else None for row in ijson.items(f, "item", use_float=True))
+            yield from (
+                row if isinstance(row, dict) else None
+                for row in ijson.items(f, "item", use_float=True)
+            )
         else:
             parse = ast.literal_eval if re.match(rb"\s*\{\s*'", start) else orjson.loads
-            yield from (parse_json_line(line, parse) for line in iter(partial(f.readline, max_line_bytes), b"") if line.strip())
+            yield from (
+                parse_json_line(line, parse)
+                for line in iter(partial(f.readline, max_line_bytes), b"")
+                if line.strip()
+            )
 
 
 def parse_json_line(
@@ -250,8 +346,10 @@ def parse_json_line(
     parse: Callable,  # what makes an object of a text
 ) -> Optional[dict]:
     "The object on a line; None where there is none."
-    try: row = parse(line.decode("utf-8", "replace"))
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError): return None
+    try:
+        row = parse(line.decode("utf-8", "replace"))
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return None
     return row if isinstance(row, dict) else None
 
 
@@ -259,10 +357,17 @@ def to_str(
     value: object,  # of a field
 ) -> Optional[str]:  # None where there is nothing
     "A value as text: 12.0 is 12, true is 1, a list is JSON."
-    if value is None or isinstance(value, str): return value
-    if isinstance(value, (bool, float)) and value == value // 1: value = int(value)
-    if isinstance(value, bytes): return value.decode("utf-8", "replace")
-    return json.dumps(value, ensure_ascii=False, default=str, skipkeys=True) if isinstance(value, (list, dict)) else str(value)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (bool, float)) and value == value // 1:
+        value = int(value)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return (
+        json.dumps(value, ensure_ascii=False, default=str, skipkeys=True)
+        if isinstance(value, (list, dict))
+        else str(value)
+    )
 
 # %% ../nbs/01_data.ipynb #b6f624f6
 def json_reader(
@@ -271,14 +376,19 @@ def json_reader(
     "A JSON file."
     near = [row for row in islice(iter_json_records(path), 1000) if row]
     names = list(dict.fromkeys(name for row in near for name in row if isinstance(name, str)))
-    if not names: raise UserError(f"{path} holds no JSON objects")
+    if not names:
+        raise UserError(f"{path} holds no JSON objects")
 
     def frames(columns):
         rows = iter_json_records(path)
         while lot := list(islice(rows, 4096)):
             good = [row for row in lot if row is not None]
             table.rejected[PARSE_ERRORS[0]] += len(lot) - len(good)
-            yield pl.DataFrame({c: [to_str(row.get(c)) for row in good] for c in columns}, schema=dict.fromkeys(columns, pl.String))
+            yield pl.DataFrame(
+                {c: [to_str(row.get(c)) for row in good] for c in columns},
+                schema=dict.fromkeys(columns, pl.String),
+            )
+
     table = ChunkedReader(names, frames)
     return table
 
@@ -288,7 +398,8 @@ def compressed_parquet_reader(
 ) -> ChunkedReader:  # with types
     "A Parquet file."
     unpacked = tempfile.TemporaryFile()
-    with open_compressed(path) as f: shutil.copyfileobj(f, unpacked, READ_BLOCK_BYTES)
+    with open_compressed(path) as f:
+        shutil.copyfileobj(f, unpacked, READ_BLOCK_BYTES)
     unpacked.seek(0)
     return parquet_reader(unpacked)
 
@@ -298,7 +409,10 @@ def parquet_reader(
 ) -> ChunkedReader:
     "What lies in Parquet."
     file = pq.ParquetFile(source)
-    return ChunkedReader(file.schema_arrow.names, lambda columns: map(pl.from_arrow, file.iter_batches(1 << 16, columns=columns)))
+    return ChunkedReader(
+        file.schema_arrow.names,
+        lambda columns: map(pl.from_arrow, file.iter_batches(1 << 16, columns=columns)),
+    )
 
 
 def frame_reader(frame: pl.DataFrame) -> ChunkedReader:
@@ -308,31 +422,84 @@ def frame_reader(frame: pl.DataFrame) -> ChunkedReader:
 
 class translate_read_errors:
     "What goes wrong while reading, as a `UserError` of one line."
-    wrong = (OSError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError, SyntaxError, csv.Error, zlib.error,
-             ijson.JSONError, pa.ArrowException, pl.exceptions.PolarsError, pl.exceptions.PanicException)
-    def __init__(self, path): self.path = path
-    def __enter__(self): pass
+
+    wrong = (
+        OSError,
+        EOFError,
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        RuntimeError,
+        MemoryError,
+        SyntaxError,
+        csv.Error,
+        zlib.error,
+        ijson.JSONError,
+        pa.ArrowException,
+        pl.exceptions.PolarsError,
+        pl.exceptions.PanicException,
+    )
+
+    def __init__(self, path):
+        self.path = path
+
+    def __enter__(self):
+        pass
+
     def __exit__(self, kind, error, trace):
-        if isinstance(error, UserError) or not isinstance(error, self.wrong): return
-        what = "a row is longer than 1 MB, or a quote is never closed" if "straddling" in str(error) else (str(error) or kind.__name__).splitlines()[0]
-        raise UserError(f"{sanitize(str(self.path))} cannot be read ({sanitize(what)}); it should be a whole table in UTF-8") from None
+        if isinstance(error, UserError) or not isinstance(error, self.wrong):
+            return
+        what = (
+            "a row is longer than 1 MB, or a quote is never closed"
+            if "straddling" in str(error)
+            else (str(error) or kind.__name__).splitlines()[0]
+        )
+        raise UserError(
+            f"{sanitize(str(self.path))} cannot be read ({sanitize(what)}); it should be a whole table in UTF-8"
+        ) from None
 
 
 def open_table(
     path: Path,  # a table: CSV, JSON or Parquet, as it is or packed with gzip or zstd
-    no_header: Optional[bool] = None,  # does a CSV file lack a header? None: see whether it looks so
+    no_header: Optional[
+        bool
+    ] = None,  # does a CSV file lack a header? None: see whether it looks so
 ) -> ChunkedReader:
     "A file as a table."
     path, kind = Path(path), detect_format(path)
-    if kind is None: raise UserError(f"{sanitize(str(path))}: not a kind of file that can be read; known: {', '.join(FORMATS)}, each also with {' or '.join(COMPRESSIONS)}")
+    if kind is None:
+        raise UserError(
+            f"{sanitize(str(path))}: not a kind of file that can be read; known: {', '.join(FORMATS)}, each also with {' or '.join(COMPRESSIONS)}"
+        )
     with translate_read_errors(path):
-        if kind == "csv": return csv_reader(path, no_header)
-        if kind == "json": return json_reader(path)
-        return compressed_parquet_reader(path) if path.suffix.lower() in COMPRESSIONS else parquet_reader(path)
+        if kind == "csv":
+            return csv_reader(path, no_header)
+        if kind == "json":
+            return json_reader(path)
+        return (
+            compressed_parquet_reader(path)
+            if path.suffix.lower() in COMPRESSIONS
+            else parquet_reader(path)
+        )
 
 # %% ../nbs/01_data.ipynb #d0a2176e
-TIME_UNITS = {"seconds": 1e3, "milliseconds": 1., "microseconds": 1e-3, "nanoseconds": 1e-6}  # in milliseconds
-DATE_FORMATS = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M", "%+", "%m %d, %Y", "%Y/%m/%d", "%d.%m.%Y")
+TIME_UNITS = {
+    "seconds": 1e3,
+    "milliseconds": 1.0,
+    "microseconds": 1e-3,
+    "nanoseconds": 1e-6,
+}  # in milliseconds
+DATE_FORMATS = (
+    "%Y-%m-%d",
+    "%Y-%m-%d %H:%M:%S%.f",
+    "%Y-%m-%dT%H:%M:%S%.f",
+    "%Y-%m-%d %H:%M",
+    "%+",
+    "%m %d, %Y",
+    "%Y/%m/%d",
+    "%d.%m.%Y",
+)
 
 
 def infer_time_unit(
@@ -340,16 +507,28 @@ def infer_time_unit(
 ) -> str:  # a name of `TIME_UNITS`
     "The unit of a column of times, by their size."
     time = pl.col("timestamp")
-    below = [(time.abs() < end).sum().alias(unit) for unit, end in zip(TIME_UNITS, (1e11, 1e14, 1e17))]
-    smaller = log.select(time.count().alias("all"), *below).collect(engine="streaming").row(0, named=True)
-    return next((unit for unit in TIME_UNITS if 2 * smaller.get(unit, 0) > smaller["all"] or not smaller["all"]), "nanoseconds")
+    below = [
+        (time.abs() < end).sum().alias(unit) for unit, end in zip(TIME_UNITS, (1e11, 1e14, 1e17))
+    ]
+    smaller = (
+        log.select(time.count().alias("all"), *below).collect(engine="streaming").row(0, named=True)
+    )
+    return next(
+        (
+            unit
+            for unit in TIME_UNITS
+            if 2 * smaller.get(unit, 0) > smaller["all"] or not smaller["all"]
+        ),
+        "nanoseconds",
+    )
 
 
 def is_date_column(
     times: pl.Series,  # some of a column
 ) -> Optional[bool]:  # None: nothing to see
     "Are times written as dates, rather than as numbers since 1970?"
-    if times.dtype.is_temporal() or times.dtype.is_numeric(): return times.dtype.is_temporal()
+    if times.dtype.is_temporal() or times.dtype.is_numeric():
+        return times.dtype.is_temporal()
     sample = times.drop_nulls().head(1000)
     return sample.cast(pl.Float64, strict=False).count() * 2 < len(sample) if len(sample) else None
 
@@ -360,13 +539,17 @@ def parse_time(
 ) -> pl.Expr:  # Float64; of dates the milliseconds
     "A time as a number, whatever it was."
     time = pl.col("timestamp")
-    if not is_date: return time.cast(pl.Float64, strict=False)
-    if dtype.is_temporal(): return time.cast(pl.Datetime("ms")).dt.epoch("ms").cast(pl.Float64)
-    read = [time.str.to_datetime(f, strict=False, time_unit="ms").dt.epoch("ms") for f in DATE_FORMATS]
+    if not is_date:
+        return time.cast(pl.Float64, strict=False)
+    if dtype.is_temporal():
+        return time.cast(pl.Datetime("ms")).dt.epoch("ms").cast(pl.Float64)
+    read = [
+        time.str.to_datetime(f, strict=False, time_unit="ms").dt.epoch("ms") for f in DATE_FORMATS
+    ]
     return pl.coalesce(read).cast(pl.Float64)
 
 # %% ../nbs/01_data.ipynb #38b7488e
-RATING_SCALES = ((1, 5), (.5, 5), (0, 5), (1, 10), (0, 10), (0, 100))
+RATING_SCALES = ((1, 5), (0.5, 5), (0, 5), (1, 10), (0, 10), (0, 100))
 
 
 def infer_rating_scale(
@@ -374,20 +557,39 @@ def infer_rating_scale(
 ) -> Optional[tuple]:  # lowest and highest; (0, 1): liked or not; (0, inf): a count; None: no stars
     "The scale that ratings are on."
     stars = pl.col("rating").fill_nan(None)
-    facts = dict(n=stars.count(), low=stars.min(), high=stars.max(), rating_weights=((stars == 0) | (stars == 1)).sum(), part=(stars % 1 != 0).sum())
-    outside = {f"{low:g} to {high:g}": (~stars.is_between(low, high)).sum() for low, high in RATING_SCALES}
+    facts = dict(
+        n=stars.count(),
+        low=stars.min(),
+        high=stars.max(),
+        rating_weights=((stars == 0) | (stars == 1)).sum(),
+        part=(stars % 1 != 0).sum(),
+    )
+    outside = {
+        f"{low:g} to {high:g}": (~stars.is_between(low, high)).sum() for low, high in RATING_SCALES
+    }
     seen = log.select(**facts, **outside).collect(engine="streaming").row(0, named=True)
-    if not seen["n"]: return None
-    if seen["liked"] == seen["n"]: return (0, 1)
+    if not seen["n"]:
+        return None
+    if seen["liked"] == seen["n"]:
+        return (0, 1)
     half_steps = seen["part"] > seen["n"] / 100
     for (low, high), name in zip(RATING_SCALES, outside):
-        if seen[name] <= max(1, seen["n"] / 20) and not (half_steps and (low, high) == (1, 5)): return (low, high)
-    if seen["low"] >= 0: return (0, float("inf"))
-    raise UserError(f"ratings run from {seen['low']:g} to {seen['high']:g}, which is none of the known scales: {', '.join(outside)}")
+        if seen[name] <= max(1, seen["n"] / 20) and not (half_steps and (low, high) == (1, 5)):
+            return (low, high)
+    if seen["low"] >= 0:
+        return (0, float("inf"))
+    raise UserError(
+        f"ratings run from {seen['low']:g} to {seen['high']:g}, which is none of the known scales: {', '.join(outside)}"
+    )
 
 # %% ../nbs/01_data.ipynb #85e6df21
-EVENT_ALIASES = {"rating": "rating rate review", "click": "click clickout", "view": "view pageview pv",
-          "cart": "cart addtocart addcart basket", "purchase": "purchase transaction buy order sale"}
+EVENT_ALIASES = {
+    "rating": "rating rate review",
+    "click": "click clickout",
+    "view": "view pageview pv",
+    "cart": "cart addtocart addcart basket",
+    "purchase": "purchase transaction buy order sale",
+}
 
 
 def id_to_str(
@@ -396,12 +598,28 @@ def id_to_str(
 ) -> pl.Expr:  # text, null where there is nothing
     "An id as text; a whole number that a table holds as 12.0 is 12."
     text = pl.col(name).cast(pl.String).str.strip_chars()
-    if dtype.is_float(): text = pl.when(pl.col(name).is_finite()).then(text.str.strip_suffix(".0"))
+    if dtype.is_float():
+        text = pl.when(pl.col(name).is_finite()).then(text.str.strip_suffix(".0"))
     return pl.when(text != "").then(text)
 
 # %% ../nbs/01_data.ipynb #a2c5cfa9
-RAW_SCHEMA = {"user": pl.String, "item": pl.String, "rating": pl.Float32, "timestamp": pl.Float64, "kind": pl.String, "review": pl.String}
-NULL_STRINGS = ("nan", "null", "none", "na", "n/a", r"\n", "-")  # how a table says that a rating is not there
+RAW_SCHEMA = {
+    "user": pl.String,
+    "item": pl.String,
+    "rating": pl.Float32,
+    "timestamp": pl.Float64,
+    "kind": pl.String,
+    "review": pl.String,
+}
+NULL_STRINGS = (
+    "nan",
+    "null",
+    "none",
+    "na",
+    "n/a",
+    r"\n",
+    "-",
+)  # how a table says that a rating is not there
 
 
 def cast_columns(
@@ -411,9 +629,15 @@ def cast_columns(
     "Give the columns of a log their types; null is what cannot be read, and NaN a rating that was given but is no number."
     read = [id_to_str(c, frame.schema[c]).alias(c) for c in ("user", "item")]
     stars = pl.col("rating").cast(pl.Float32, strict=False)
-    words = frame.schema.get("rating") == pl.String and ~pl.col("rating").str.to_lowercase().is_in(NULL_STRINGS)
-    if "rating" in frame.columns: read.append(pl.when(stars.is_finite()).then(stars).when(words).then(float("nan")).alias("rating"))
-    if "timestamp" in frame.columns: read.append(parse_time(frame.schema["timestamp"], is_date).alias("timestamp"))
+    words = frame.schema.get("rating") == pl.String and ~pl.col("rating").str.to_lowercase().is_in(
+        NULL_STRINGS
+    )
+    if "rating" in frame.columns:
+        read.append(
+            pl.when(stars.is_finite()).then(stars).when(words).then(float("nan")).alias("rating")
+        )
+    if "timestamp" in frame.columns:
+        read.append(parse_time(frame.schema["timestamp"], is_date).alias("timestamp"))
     read += [pl.col(c).cast(pl.String) for c in ("kind", "review") if c in frame.columns]
     return frame.select(read)
 
@@ -426,8 +650,11 @@ def rechunk(
     held = []
     for frame in frames:
         held.append(frame)
-        if sum(map(len, held)) >= min_rows: yield pl.concat(held); held = []
-    if held: yield pl.concat(held)
+        if sum(map(len, held)) >= min_rows:
+            yield pl.concat(held)
+            held = []
+    if held:
+        yield pl.concat(held)
 
 # %% ../nbs/01_data.ipynb #243a7bb8
 def normalize_log(
@@ -444,17 +671,40 @@ def normalize_log(
         for frame in rechunk(table.iter_frames(list(dict.fromkeys(ours.values())))):
             frame = frame.select([pl.col(theirs).alias(c) for c, theirs in ours.items()])
             frame = frame.with_columns(pl.col(pl.String).str.strip_chars().replace({"": None}))
-            if dates is None and "timestamp" in ours: dates = is_date_column(frame["timestamp"])
-            file.write_table(cast_columns(frame, bool(dates)).select(form.columns).to_arrow(compat_level=pl.CompatLevel.oldest()))
+            if dates is None and "timestamp" in ours:
+                dates = is_date_column(frame["timestamp"])
+            file.write_table(
+                cast_columns(frame, bool(dates))
+                .select(form.columns)
+                .to_arrow(compat_level=pl.CompatLevel.oldest())
+            )
     log = pl.scan_parquet(path, glob=False)
     if "timestamp" in ours:
         unit = "dates" if dates else infer_time_unit(log)
-        log = log.with_columns((pl.col("timestamp") * TIME_UNITS.get(unit, 1.)).cast(pl.Int64, strict=False))
-    return log, table.notes + [f"'{sanitize(theirs)}' was read as the {c}" for c, theirs in names.items() if normalize_name(theirs) != c], unit
+        log = log.with_columns(
+            (pl.col("timestamp") * TIME_UNITS.get(unit, 1.0)).cast(pl.Int64, strict=False)
+        )
+    return (
+        log,
+        table.notes
+        + [
+            f"'{sanitize(theirs)}' was read as the {c}"
+            for c, theirs in names.items()
+            if normalize_name(theirs) != c
+        ],
+        unit,
+    )
 
 # %% ../nbs/01_data.ipynb #2f9410de
-ERRORS = PARSE_ERRORS + ("no user or item", "an id that is no UTF-8", "an unknown kind of event", "stars missing or not a number", "stars outside the scale",
-                   "time missing or not readable", "time before 1990 or in the future")
+ERRORS = PARSE_ERRORS + (
+    "no user or item",
+    "an id that is no UTF-8",
+    "an unknown kind of event",
+    "stars missing or not a number",
+    "stars outside the scale",
+    "time missing or not readable",
+    "time before 1990 or in the future",
+)
 EXCLUSIONS = ("not liked", "rated again later")
 RejectReason = pl.Enum(ERRORS + EXCLUSIONS)
 
@@ -463,7 +713,10 @@ def is_implausible_time(
     time: pl.Expr,  # milliseconds since 1970
 ) -> pl.Expr:  # true or false
     "Before shops were online, or more than a day ahead."
-    first, last = datetime(1990, 1, 1, tzinfo=timezone.utc), datetime.now(timezone.utc) + timedelta(days=1)
+    first, last = (
+        datetime(1990, 1, 1, tzinfo=timezone.utc),
+        datetime.now(timezone.utc) + timedelta(days=1),
+    )
     return ~time.is_between(int(first.timestamp() * 1000), int(last.timestamp() * 1000))
 
 # %% ../nbs/01_data.ipynb #a25fce9b
@@ -474,7 +727,9 @@ def superseded_ratings(
     pair = pl.struct([c for c in ("user", "item", "part") if c in log.collect_schema()])
     keys = log.select(pair.hash(0)).collect(engine="streaming").to_series().sort()
     twice = keys.filter(keys == keys.shift()).unique()
-    found = log.filter(pair.hash(0).is_in(twice.implode())).select("row", "timestamp", a=pair.hash(1), b=pair.hash(2))
+    found = log.filter(pair.hash(0).is_in(twice.implode())).select(
+        "row", "timestamp", a=pair.hash(1), b=pair.hash(2)
+    )
     several = found.collect(engine="streaming").sort("timestamp", "row")
     return several.filter(~pl.struct("a", "b").is_last_distinct())["row"]
 
@@ -484,38 +739,67 @@ def row_checks(
     has_time: bool,  # has any row a time?
 ) -> dict:  # reason -> expression that is true where it fits, in order
     "What is asked of each row of a log."
-    has = {c: pl.col(c).is_not_null() for c in ("user", "item", "rating", "timestamp", "kind", "event")}
+    has = {
+        c: pl.col(c).is_not_null() for c in ("user", "item", "rating", "timestamp", "kind", "event")
+    }
     words = pl.col("rating").is_nan().fill_null(False)
     has["rating"] &= ~words
-    rated = (pl.lit(scale is not None) | words) & (has["rating"] | ~has["kind"] | (pl.col("event") == "rating"))  # a view needs no stars
-    return dict(zip(RejectReason.categories[len(PARSE_ERRORS):], [
-        ~(has["user"] & has["item"]),
-        pl.any_horizontal(pl.col("user", "item").str.contains("\ufffd", literal=True)),
-        has["kind"] & ~has["event"],
-        rated & ~has["rating"],
-        rated & ~pl.col("rating").is_between(*(scale or (0, 0))),
-        pl.lit(has_time) & ~has["timestamp"],
-        is_implausible_time(pl.col("timestamp")),
-        pl.lit(scale == (0, 1)) & (pl.col("rating") == 0),
-    ]))
+    rated = (pl.lit(scale is not None) | words) & (
+        has["rating"] | ~has["kind"] | (pl.col("event") == "rating")
+    )  # a view needs no stars
+    return dict(
+        zip(
+            RejectReason.categories[len(PARSE_ERRORS) :],
+            [
+                ~(has["user"] & has["item"]),
+                pl.any_horizontal(pl.col("user", "item").str.contains("\ufffd", literal=True)),
+                has["kind"] & ~has["event"],
+                rated & ~has["rating"],
+                rated & ~pl.col("rating").is_between(*(scale or (0, 0))),
+                pl.lit(has_time) & ~has["timestamp"],
+                is_implausible_time(pl.col("timestamp")),
+                pl.lit(scale == (0, 1)) & (pl.col("rating") == 0),
+            ],
+        )
+    )
 
 # %% ../nbs/01_data.ipynb #74181720
 def validate_rows(
     log: pl.LazyFrame,  # from `normalize_log`, perhaps with a column `part`
-) -> tuple:  # the same rows with `row`, `event` and `reason` (null: it stays); the scale of the ratings
+) -> (
+    tuple
+):  # the same rows with `row`, `event` and `reason` (null: it stays); the scale of the ratings
     "Say of each row whether it stays, and else why not."
     known = {word: event for event, words in EVENT_ALIASES.items() for word in words.split()}
     word = pl.col("kind").str.to_lowercase().str.replace_all("[^a-z]", "")
     event = word.replace_strict(known, default=None, return_dtype=OPTIONAL_COLUMNS["event"])
-    absent = {c: t for c, t in (("rating", pl.Float32), ("timestamp", pl.Int64), ("kind", pl.String)) if c not in log.collect_schema()}
-    log = log.with_row_index("row").with_columns([pl.lit(None, t).alias(c) for c, t in absent.items()]).with_columns(event=event)
-    scale, timed = infer_rating_scale(log), log.select(pl.col("timestamp").count()).collect(engine="streaming").item() > 0
-    fits = [pl.when(test).then(pl.lit(why, RejectReason)) for why, test in row_checks(scale, timed).items()]
+    absent = {
+        c: t
+        for c, t in (("rating", pl.Float32), ("timestamp", pl.Int64), ("kind", pl.String))
+        if c not in log.collect_schema()
+    }
+    log = (
+        log.with_row_index("row")
+        .with_columns([pl.lit(None, t).alias(c) for c, t in absent.items()])
+        .with_columns(event=event)
+    )
+    scale, timed = (
+        infer_rating_scale(log),
+        log.select(pl.col("timestamp").count()).collect(engine="streaming").item() > 0,
+    )
+    fits = [
+        pl.when(test).then(pl.lit(why, RejectReason))
+        for why, test in row_checks(scale, timed).items()
+    ]
     log = log.with_columns(reason=pl.coalesce(fits), rating=pl.col("rating").fill_nan(None))
     if is_rating_scale(scale):
-        again = superseded_ratings(log.filter(pl.col("reason").is_null() & pl.col("rating").is_not_null()))
+        again = superseded_ratings(
+            log.filter(pl.col("reason").is_null() & pl.col("rating").is_not_null())
+        )
         late = pl.lit(EXCLUSIONS[1], RejectReason)
-        log = log.with_columns(reason=pl.when(pl.col("row").is_in(again.implode())).then(late).otherwise("reason"))
+        log = log.with_columns(
+            reason=pl.when(pl.col("row").is_in(again.implode())).then(late).otherwise("reason")
+        )
     return log, scale
 
 
@@ -527,18 +811,23 @@ def is_rating_scale(scale: Optional[tuple]) -> bool:
 @dataclass(frozen=True)
 class LoadedDataset:
     "A validated log: unpacks as interactions, items, users."
-    interactions: pl.DataFrame  # user, item (text), rating, timestamp; event and part where there are any
+
+    interactions: (
+        pl.DataFrame
+    )  # user, item (text), rating, timestamp; event and part where there are any
     items: pl.DataFrame  # a row an item: `item` and what is known of it
     users: pl.DataFrame  # a row a user: `user` and what is known of them
     report: dict  # what was read, what was left out and why
     reviews: Optional[pl.DataFrame] = None  # user, item, review; None: it has none
 
-    def __iter__(self): return iter((self.interactions, self.items, self.users))
+    def __iter__(self):
+        return iter((self.interactions, self.items, self.users))
 
 
 @dataclass
 class RawSource:
     "What was found behind a name or a path, before it is judged."
+
     log: pl.LazyFrame  # from `normalize_log`
     notes: list  # how it was read, in sentences
     unit: Optional[str]  # of time, as the source has it
@@ -558,20 +847,48 @@ def validate(
     counts = dict(judged.group_by("reason").len().collect(engine="streaming").iter_rows())
     counts |= source.rejected
     rows, faults = sum(counts.values()), sum(counts.get(why, 0) for why in ERRORS)
-    if not rows: raise UserError(f"{name} holds no rows")
+    if not rows:
+        raise UserError(f"{name} holds no rows")
     if faults * 2 > rows:
         worst = max(ERRORS, key=lambda why: counts.get(why, 0))
-        raise UserError(f"{name}: {faults:,} of {rows:,} rows are faulty, most of them for '{worst}'; is it a log, with the columns {', '.join(INTERACTION_SCHEMA)}?")
-    if not counts.get(None): raise UserError(f"{name}: no row is left; all are set aside")
+        raise UserError(
+            f"{name}: {faults:,} of {rows:,} rows are faulty, most of them for '{worst}'; is it a log, with the columns {', '.join(INTERACTION_SCHEMA)}?"
+        )
+    if not counts.get(None):
+        raise UserError(f"{name}: no row is left; all are set aside")
     kept = judged.filter(pl.col("reason").is_null())
-    kept = kept.with_columns(event=pl.coalesce("event", pl.when(pl.col("rating").is_not_null()).then(pl.lit("rating", OPTIONAL_COLUMNS["event"]))))
-    if not is_rating_scale(scale): kept = kept.with_columns(rating=pl.lit(None))
-    form = [c for c in INTERACTION_SCHEMA | OPTIONAL_COLUMNS if c in INTERACTION_SCHEMA or {"event": "kind"}.get(c, c) in source.log.collect_schema()]
-    kept.select([pl.col(c).cast((INTERACTION_SCHEMA | OPTIONAL_COLUMNS)[c]) for c in form]).sink_parquet(path, engine="streaming")
-    if "review" in source.log.collect_schema(): kept.drop_nulls("review").select("user", "item", "review").sink_parquet(reviews_path(path), engine="streaming")
+    kept = kept.with_columns(
+        event=pl.coalesce(
+            "event",
+            pl.when(pl.col("rating").is_not_null()).then(
+                pl.lit("rating", OPTIONAL_COLUMNS["event"])
+            ),
+        )
+    )
+    if not is_rating_scale(scale):
+        kept = kept.with_columns(rating=pl.lit(None))
+    form = [
+        c
+        for c in INTERACTION_SCHEMA | OPTIONAL_COLUMNS
+        if c in INTERACTION_SCHEMA or {"event": "kind"}.get(c, c) in source.log.collect_schema()
+    ]
+    kept.select(
+        [pl.col(c).cast((INTERACTION_SCHEMA | OPTIONAL_COLUMNS)[c]) for c in form]
+    ).sink_parquet(path, engine="streaming")
+    if "review" in source.log.collect_schema():
+        kept.drop_nulls("review").select("user", "item", "review").sink_parquet(
+            reviews_path(path), engine="streaming"
+        )
     log = pl.scan_parquet(path, glob=False)
-    ids = {key: log.select(pl.col(key).unique()).collect(engine="streaming").sort(key) for key in ("item", "user")}
-    return ingest_report(source, log, counts, scale, ids), add_missing_ids(ids["item"], source.items), add_missing_ids(ids["user"], source.users)
+    ids = {
+        key: log.select(pl.col(key).unique()).collect(engine="streaming").sort(key)
+        for key in ("item", "user")
+    }
+    return (
+        ingest_report(source, log, counts, scale, ids),
+        add_missing_ids(ids["item"], source.items),
+        add_missing_ids(ids["user"], source.users),
+    )
 
 
 def reviews_path(
@@ -586,8 +903,11 @@ def add_missing_ids(
     table: Optional[pl.DataFrame],  # what is known of some of them, and perhaps of others
 ) -> pl.DataFrame:  # the table, and below it the ids that it lacks
     "A table that knows every id of the log."
-    if table is None: return ids
-    return pl.concat([table, ids.join(table, on=ids.columns, how="anti", maintain_order="left")], how="diagonal")
+    if table is None:
+        return ids
+    return pl.concat(
+        [table, ids.join(table, on=ids.columns, how="anti", maintain_order="left")], how="diagonal"
+    )
 
 # %% ../nbs/01_data.ipynb #94fce55f
 def ingest_report(
@@ -599,17 +919,45 @@ def ingest_report(
 ) -> dict:  # what goes into ingest.json
     "How a log came about."
     time, columns = pl.col("timestamp"), log.collect_schema().names()
-    seen = log.select(init_count=time.min(), last=time.max()).collect(engine="streaming").row(0, named=True)
+    seen = (
+        log.select(init_count=time.min(), last=time.max())
+        .collect(engine="streaming")
+        .row(0, named=True)
+    )
     notes = list(source.notes)
-    if is_rating_scale(scale): notes.append(f"stars run from {scale[0]:g} to {scale[1]:g}")
-    elif scale: notes.append("ratings are 0 or 1: each 1 is an event without stars" if scale == (0, 1) else "ratings are counts: each row is an event without stars")
-    if source.unit: notes.append(f"times were read as {source.unit}" if seen["first"] else "no time could be read, so the log has none")
+    if is_rating_scale(scale):
+        notes.append(f"stars run from {scale[0]:g} to {scale[1]:g}")
+    elif scale:
+        notes.append(
+            "ratings are 0 or 1: each 1 is an event without stars"
+            if scale == (0, 1)
+            else "ratings are counts: each row is an event without stars"
+        )
+    if source.unit:
+        notes.append(
+            f"times were read as {source.unit}"
+            if seen["first"]
+            else "no time could be read, so the log has none"
+        )
     return {
-        "rows_read": sum(counts.values()), "kept": counts[None], "users": len(ids["user"]), "items": len(ids["item"]),
-        "dropped": [{"reason": why, "rows": counts.get(why, 0), "fault": why in ERRORS} for why in RejectReason.categories],
-        "first": seen["first"] and seen["first"].isoformat(), "last": seen["last"] and seen["last"].isoformat(),
-        "has_ratings": is_rating_scale(scale), "has_time": seen["first"] is not None, "has_events": "event" in columns, "has_parts": "part" in columns,
-        "scale": scale if is_rating_scale(scale) else None, "time_unit": source.unit, "notes": notes, "sha256": source.sha256,
+        "rows_read": sum(counts.values()),
+        "kept": counts[None],
+        "users": len(ids["user"]),
+        "items": len(ids["item"]),
+        "dropped": [
+            {"reason": why, "rows": counts.get(why, 0), "fault": why in ERRORS}
+            for why in RejectReason.categories
+        ],
+        "first": seen["first"] and seen["first"].isoformat(),
+        "last": seen["last"] and seen["last"].isoformat(),
+        "has_ratings": is_rating_scale(scale),
+        "has_time": seen["first"] is not None,
+        "has_events": "event" in columns,
+        "has_parts": "part" in columns,
+        "scale": scale if is_rating_scale(scale) else None,
+        "time_unit": source.unit,
+        "notes": notes,
+        "sha256": source.sha256,
     }
 
 # %% ../nbs/01_data.ipynb #72b22420
@@ -620,11 +968,17 @@ def flatten_to_str(
 ) -> pl.Expr:  # text, null where there is nothing
     "A line of text; of a list its parts, of several lists the first."
     column = pl.col(name)
-    while isinstance(dtype, pl.List) and isinstance(dtype.inner, pl.List): column, dtype = column.list.first(), dtype.inner
-    if isinstance(dtype, pl.List): text = column.cast(pl.List(pl.String)).list.join(separator)
+    while isinstance(dtype, pl.List) and isinstance(dtype.inner, pl.List):
+        column, dtype = column.list.first(), dtype.inner
+    if isinstance(dtype, pl.List):
+        text = column.cast(pl.List(pl.String)).list.join(separator)
     else:
         text = column.cast(pl.String).str.strip_chars()
-        parts = text.str.extract(r"\[([^\[\]]*)\]").str.strip_chars('" ').str.replace_all(r'"\s*,\s*"', separator)
+        parts = (
+            text.str.extract(r"\[([^\[\]]*)\]")
+            .str.strip_chars('" ')
+            .str.replace_all(r'"\s*,\s*"', separator)
+        )
         text = pl.when(text.str.starts_with("[")).then(parts).otherwise(text)
     return pl.when(text != "").then(text)
 
@@ -633,7 +987,11 @@ def is_json_column(
     column: pl.Series,  # of a table of items or users
 ) -> bool:
     "Does it hold lists or objects, rather than plain values?"
-    return column.dtype.is_nested() or column.dtype == pl.String and bool(column.str.contains(r"^[\[{]").any())
+    return (
+        column.dtype.is_nested()
+        or column.dtype == pl.String
+        and bool(column.str.contains(r"^[\[{]").any())
+    )
 
 
 def normalize_side_table(
@@ -643,10 +1001,20 @@ def normalize_side_table(
 ) -> pl.DataFrame:
     "Bring what is known of items or users into one form."
     key = next(iter(columns))
-    ours = {o: flatten_to_str(theirs, frame.schema[theirs], " " if o == "description" else " > ") for o, theirs in columns.items()}
+    ours = {
+        o: flatten_to_str(theirs, frame.schema[theirs], " " if o == "description" else " > ")
+        for o, theirs in columns.items()
+    }
     ours[key] = id_to_str(columns[key], frame.schema[columns[key]])
-    if "price" in ours: ours["price"] = ours["price"].str.replace_all(",", "").str.extract(r"(\d+\.?\d*)").cast(pl.Float64, strict=False)
-    if "image" in ours: ours["image"] = ours["image"].str.replace(r'^.*?(https?://[^"\s]+).*$', "$1")
+    if "price" in ours:
+        ours["price"] = (
+            ours["price"]
+            .str.replace_all(",", "")
+            .str.extract(r"(\d+\.?\d*)")
+            .cast(pl.Float64, strict=False)
+        )
+    if "image" in ours:
+        ours["image"] = ours["image"].str.replace(r'^.*?(https?://[^"\s]+).*$', "$1")
     return frame.select([e.alias(o) for o, e in ours.items()] + extra_columns)
 
 # %% ../nbs/01_data.ipynb #ba82e034
@@ -656,13 +1024,17 @@ def side_table(
 ) -> pl.DataFrame:  # a row an id, the id first
     "What is known of items or users."
     key, found = next(iter(aliases)), match_columns(table.columns, aliases)
-    if key not in found: raise UserError(f"the table of {key}s has no column for the {key}; there are: {sanitize(', '.join(table.columns))}")
+    if key not in found:
+        raise UserError(
+            f"the table of {key}s has no column for the {key}; there are: {sanitize(', '.join(table.columns))}"
+        )
     others, parts = [c for c in table.columns if c not in found.values() and c not in aliases], []
     for frame in table.iter_frames(list(dict.fromkeys([*found.values(), *others]))):
         others = [c for c in others if not is_json_column(frame[c])]
         parts.append(normalize_side_table(frame, found, others))
     ours = list(found) + others
-    if not parts: return pl.DataFrame(schema=dict.fromkeys(ours, pl.String))
+    if not parts:
+        return pl.DataFrame(schema=dict.fromkeys(ours, pl.String))
     whole = pl.concat([p.select(ours) for p in parts]).drop_nulls(key)
     return cast_numeric(whole.unique(key, keep="first", maintain_order=True), others)
 
@@ -675,7 +1047,8 @@ def cast_numeric(
     for c in [c for c in columns if table.schema[c] == pl.String]:
         text = table[c].replace("", None).drop_nulls()
         number, code = text.cast(pl.Float64, strict=False), text.str.contains(r"^0\d").any()
-        if len(text) and number.is_finite().sum() == len(text) and not code: table = table.with_columns(pl.col(c).cast(pl.Float64, strict=False))
+        if len(text) and number.is_finite().sum() == len(text) and not code:
+            table = table.with_columns(pl.col(c).cast(pl.Float64, strict=False))
     return table
 
 # %% ../nbs/01_data.ipynb #12bd7d7e
@@ -696,19 +1069,29 @@ def open_files(
     column_map: Optional[dict] = None,  # our name -> the column that it is
 ) -> RawSource:
     "A log from its files."
-    bare = True if column_map and {column_map.get(c, "").isdecimal() for c in ("user", "item")} == {True} else None
+    bare = (
+        True
+        if column_map and {column_map.get(c, "").isdecimal() for c in ("user", "item")} == {True}
+        else None
+    )
     frames, notes, unit, broken = [], [], None, Counter()
     for part, path in logs.items():
         table = open_table(path, bare)
-        with translate_read_errors(path): log, said, unit = normalize_log(table, workdir / f"log{part}.parquet", column_map)
-        frames.append(log.with_columns(part=pl.lit(part, OPTIONAL_COLUMNS["part"])) if part else log)
+        with translate_read_errors(path):
+            log, said, unit = normalize_log(table, workdir / f"log{part}.parquet", column_map)
+        frames.append(
+            log.with_columns(part=pl.lit(part, OPTIONAL_COLUMNS["part"])) if part else log
+        )
         notes += [n for n in said if n not in notes]
         broken += table.rejected
     tables = []
     for path, names in ((items, ITEM_COLUMN_ALIASES), (users, USER_COLUMN_ALIASES)):
-        with translate_read_errors(path): tables.append(path and side_table(open_table(path, no_header=False), names))
+        with translate_read_errors(path):
+            tables.append(path and side_table(open_table(path, no_header=False), names))
     files = [*logs.values(), *filter(None, (items, users))]
-    return RawSource(pl.concat(frames, how="diagonal"), notes, unit, checksum(files), *tables, broken)
+    return RawSource(
+        pl.concat(frames, how="diagonal"), notes, unit, checksum(files), *tables, broken
+    )
 
 # %% ../nbs/01_data.ipynb #d031051c
 def find_log_files(
@@ -717,13 +1100,26 @@ def find_log_files(
     "What lies in a folder."
     files = {}
     for f in sorted(folder.iterdir()):
-        if f.is_file() and detect_format(f): files.setdefault(f.name.split(".")[0].lower(), []).append(f)
+        if f.is_file() and detect_format(f):
+            files.setdefault(f.name.split(".")[0].lower(), []).append(f)
     logs = [n for n in ("ratings", "feedback", "interactions") if n in files]
-    parts = [p for p in SPLIT_NAMES if p in files] if not logs and {"train", "test"} <= files.keys() else []
-    if not logs + parts: raise UserError(f"{folder} holds no log: there should be ratings.csv (or feedback, interactions; .jsonl, .parquet, .gz, ...), or a fixed split in train.*, val.* and test.*")
-    same = [[f for n in logs for f in files[n]]] + [files.get(n, []) for n in parts + ["items", "users"]]
+    parts = (
+        [p for p in SPLIT_NAMES if p in files]
+        if not logs and {"train", "test"} <= files.keys()
+        else []
+    )
+    if not logs + parts:
+        raise UserError(
+            f"{folder} holds no log: there should be ratings.csv (or feedback, interactions; .jsonl, .parquet, .gz, ...), or a fixed split in train.*, val.* and test.*"
+        )
+    same = [[f for n in logs for f in files[n]]] + [
+        files.get(n, []) for n in parts + ["items", "users"]
+    ]
     for found in same:
-        if len(found) > 1: raise UserError(f"{folder} holds {' and '.join(f.name for f in found)}; keep the one that is meant")
+        if len(found) > 1:
+            raise UserError(
+                f"{folder} holds {' and '.join(f.name for f in found)}; keep the one that is meant"
+            )
     about = [files[n][0] if n in files else None for n in ("items", "users")]
     return {"": files[logs[0]][0]} if logs else {p: files[p][0] for p in parts}, *about
 
@@ -735,13 +1131,21 @@ def open_database(
 ) -> RawSource:
     "A log from a database."
     split = re.split(r"[?&]query=", os.path.expandvars(address), maxsplit=1)
-    if len(split) < 2: raise UserError("a database address ends with the query, as in sqlite:///shop.db?query=SELECT user, item, rating FROM log")
+    if len(split) < 2:
+        raise UserError(
+            "a database address ends with the query, as in sqlite:///shop.db?query=SELECT user, item, rating FROM log"
+        )
     where, query = split
     engine = re.sub(r"\W.*", "", where, flags=re.S)
     try:
-        table = query_sqlite(Path(where.split(":///", 1)[-1]), query) if engine == "sqlite" else frame_reader(query_db(engine, where, query))
+        table = (
+            query_sqlite(Path(where.split(":///", 1)[-1]), query)
+            if engine == "sqlite"
+            else frame_reader(query_db(engine, where, query))
+        )
         log = normalize_log(table, workdir / "log.parquet", column_map)
-    except (sqlite3.Error, sqlite3.Warning) as e: raise db_error(engine, e) from None
+    except (sqlite3.Error, sqlite3.Warning) as e:
+        raise db_error(engine, e) from None
     return RawSource(*log, file_sha256(workdir / "log.parquet"))
 
 
@@ -752,10 +1156,14 @@ def query_db(
 ) -> pl.DataFrame:  # the answer
     "Ask a database through its ADBC driver where that is installed, else through ConnectorX."
     through = "adbc" if find_spec(f"adbc_driver_{engine}") else "connectorx"
-    if through == "connectorx" and not find_spec("connectorx"): raise UserError(f"reading from {engine} needs connectorx: pip install connectorx")
-    try: return pl.read_database_uri(query, address, engine=through)
-    except (KeyboardInterrupt, SystemExit): raise
-    except BaseException as e: raise db_error(engine, e) from None  # each driver has errors of its own, panics among them
+    if through == "connectorx" and not find_spec("connectorx"):
+        raise UserError(f"reading from {engine} needs connectorx: pip install connectorx")
+    try:
+        return pl.read_database_uri(query, address, engine=through)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:
+        raise db_error(engine, e) from None  # each driver has errors of its own, panics among them
 
 
 def db_error(
@@ -764,7 +1172,9 @@ def db_error(
 ) -> UserError:
     "What a database says instead of an answer, in one line and without a password."
     said = str(error).strip() or type(error).__name__
-    return UserError(f"the {engine} database does not answer: {sanitize(redact_credentials(said.splitlines()[0]))}")
+    return UserError(
+        f"the {engine} database does not answer: {sanitize(redact_credentials(said.splitlines()[0]))}"
+    )
 
 
 def redact_credentials(text: str) -> str:
@@ -777,24 +1187,31 @@ def query_sqlite(
     query: str,  # SQL
 ) -> ChunkedReader:  # the answer, all as text
     "Ask an SQLite database without ever changing it."
-    if not path.is_file(): raise UserError(f"no such database: {path}")
+    if not path.is_file():
+        raise UserError(f"no such database: {path}")
     base = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
     base.text_factory = lambda raw: raw.decode("utf-8", "replace")
     answer = base.execute(query)
-    if answer.description is None: raise UserError(f"the query asks for nothing; it should be a SELECT: {sanitize(query)}")
+    if answer.description is None:
+        raise UserError(f"the query asks for nothing; it should be a SELECT: {sanitize(query)}")
     names = [d[0] for d in answer.description]
 
     def frames(columns):
         while lot := answer.fetchmany(1 << 16):
             values = dict(zip(reversed(names), reversed(list(zip(*lot)))))
-            yield pl.DataFrame({c: list(map(to_str, values[c])) for c in columns}, schema=dict.fromkeys(columns, pl.String))
+            yield pl.DataFrame(
+                {c: list(map(to_str, values[c])) for c in columns},
+                schema=dict.fromkeys(columns, pl.String),
+            )
         base.close()
+
     return ChunkedReader(names, frames)
 
 # %% ../nbs/01_data.ipynb #54dcd4b6
 @dataclass(frozen=True)
 class Dataset:
     "A log that has a name."
+
     description: str  # in a few words
     rows: int  # about how many
     license: str  # what may be done with it
@@ -805,24 +1222,50 @@ class Dataset:
     generator: str = ""  # "module:function" that draws it, called with n_ratings and seed
     images: str = ""  # "module:function" that draws pictures of its items, called with their ids, n_ratings and seed
     ground_truth: str = ""  # "module:function" that says who likes what, called with ids of users and of items, n_ratings and seed
-    simulator: str = ""  # "module:function" of people who answer lists, called with n_ratings and seed
-    options: dict = field(default_factory=dict)  # what may stand behind the name, with defaults: name?option=value
+    simulator: str = (
+        ""  # "module:function" of people who answer lists, called with n_ratings and seed
+    )
+    options: dict = field(
+        default_factory=dict
+    )  # what may stand behind the name, with defaults: name?option=value
 
 
 SNAP_URL = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
-UCSD_URLS = ("https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/", "https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_2023/")
+UCSD_URLS = (
+    "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/",
+    "https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_2023/",
+)
 DATASETS = {
     "demo": Dataset(
-        "a synthetic shop for electronics", 20_000, "Apache-2.0",
-        generator="widedeep_nb.shop:demo_shop", images="widedeep_nb.shop:demo_pictures", ground_truth="widedeep_nb.shop:demo_taste", simulator="widedeep_nb.shop:demo_shoppers", options={"ratings": 20_000, "seed": 0}),
+        "a synthetic shop for electronics",
+        20_000,
+        "Apache-2.0",
+        generator="widedeep_nb.shop:demo_shop",
+        images="widedeep_nb.shop:demo_pictures",
+        ground_truth="widedeep_nb.shop:demo_taste",
+        simulator="widedeep_nb.shop:demo_shoppers",
+        options={"ratings": 20_000, "seed": 0},
+    ),
     "electronics-2014": Dataset(
-        "Amazon Electronics until 2014", 7_824_482, "not stated; cite McAuley et al., 2015", 318_766_497,
-        (SNAP_URL + "ratings_Electronics.csv",), "a8e5b66b7f5371d1659ff88ae4acec91604125d6850f4f7e1c418120f2f9c16c",
-        (SNAP_URL + "meta_Electronics.json.gz",), options={"metadata": 0}),
+        "Amazon Electronics until 2014",
+        7_824_482,
+        "not stated; cite McAuley et al., 2015",
+        318_766_497,
+        (SNAP_URL + "ratings_Electronics.csv",),
+        "a8e5b66b7f5371d1659ff88ae4acec91604125d6850f4f7e1c418120f2f9c16c",
+        (SNAP_URL + "meta_Electronics.json.gz",),
+        options={"metadata": 0},
+    ),
     "electronics-2023": Dataset(
-        "Amazon Electronics until 2023", 43_900_000, "not stated; cite Hou et al., 2024", None,
-        tuple(u + "benchmark/0core/rating_only/Electronics.csv.gz" for u in UCSD_URLS), "2ac3508c5d0ee55ed9fdc833629f751e0f0120b9a8cb30867c8c14b87911c170",
-        tuple(u + "raw/meta_categories/meta_Electronics.jsonl.gz" for u in UCSD_URLS), options={"metadata": 0}),
+        "Amazon Electronics until 2023",
+        43_900_000,
+        "not stated; cite Hou et al., 2024",
+        None,
+        tuple(u + "benchmark/0core/rating_only/Electronics.csv.gz" for u in UCSD_URLS),
+        "2ac3508c5d0ee55ed9fdc833629f751e0f0120b9a8cb30867c8c14b87911c170",
+        tuple(u + "raw/meta_categories/meta_Electronics.jsonl.gz" for u in UCSD_URLS),
+        options={"metadata": 0},
+    ),
 }
 
 # %% ../nbs/01_data.ipynb #1c558260
@@ -834,6 +1277,7 @@ def cache_dir(
 ) -> Path:
     "Where downloads of a dataset are kept."
     from platformdirs import user_cache_path
+
     return Path(os.environ.get("WIDEDEEP_CACHE") or user_cache_path("widedeep_nb")) / name
 
 
@@ -851,8 +1295,10 @@ def verify_archive(
 ):
     "Read a packed file through; raise where it is none or ends early."
     with gzip.open(path) as f:
-        if f.read(1) not in (b"{", b"["): raise ValueError("not the published file")
-        while f.read(READ_BLOCK_BYTES): pass
+        if f.read(1) not in (b"{", b"["):
+            raise ValueError("not the published file")
+        while f.read(READ_BLOCK_BYTES):
+            pass
 
 
 def download_error(
@@ -860,10 +1306,14 @@ def download_error(
 ) -> str:
     "Why a download failed, in a few words."
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if status: return f"it answers {status}"
-    if "Timeout" in type(error).__name__ or "timed out" in str(error): return "no answer in time"
-    if "IncompleteRead" in str(error) or isinstance(error, EOFError): return "the file ends early"
-    if isinstance(error, (ValueError, zlib.error, gzip.BadGzipFile)): return "not the published file"
+    if status:
+        return f"it answers {status}"
+    if "Timeout" in type(error).__name__ or "timed out" in str(error):
+        return "no answer in time"
+    if "IncompleteRead" in str(error) or isinstance(error, EOFError):
+        return "the file ends early"
+    if isinstance(error, (ValueError, zlib.error, gzip.BadGzipFile)):
+        return "not the published file"
     return type(error).__name__
 
 # %% ../nbs/01_data.ipynb #8a904850
@@ -873,7 +1323,8 @@ def download_notice(
 ) -> str:
     "What one should know before a download starts."
     d, what = DATASETS[name], "its table of items, "
-    if url in d.urls: what = f"about {d.rows:,} rows, {f'{d.size / 1e6:,.0f} MB' if d.size else 'size not published'}, "
+    if url in d.urls:
+        what = f"about {d.rows:,} rows, {f'{d.size / 1e6:,.0f} MB' if d.size else 'size not published'}, "
     return f"{name}: {d.description}; {what}licence: {d.license}; will be kept in {cache_dir(name)}"
 
 
@@ -884,20 +1335,39 @@ def fetch(
 ) -> Path:  # the file in the cache
     "Download a file unless it is here, check it, and show how far it is."
     import pooch  # here, because it warns of missing notebook widgets
+
     pooch.get_logger().setLevel("ERROR")
     here = cached_path(name, urls)
-    if here and sha256 and file_sha256(here) != sha256: here.unlink()
-    elif here: return here
+    if here and sha256 and file_sha256(here) != sha256:
+        here.unlink()
+    elif here:
+        return here
     print(download_notice(name, urls[0]), file=sys.stderr)
 
     def download(url, to, _):
-        pooch.HTTPDownloader(progressbar=True, chunk_size=1 << 20, timeout=DOWNLOAD_TIMEOUT)(url, to, _)
-        if not sha256: verify_archive(to)
+        pooch.HTTPDownloader(progressbar=True, chunk_size=1 << 20, timeout=DOWNLOAD_TIMEOUT)(
+            url, to, _
+        )
+        if not sha256:
+            verify_archive(to)
+
     failed = []
     for url in urls:
-        try: return Path(pooch.retrieve(url, f"sha256:{sha256}" if sha256 else None, url.rsplit("/", 1)[1], cache_dir(name), downloader=download))
-        except (OSError, ValueError, EOFError, zlib.error) as e: failed.append(f"{url.split('/')[2]}: {download_error(e)}")
-    raise UserError(f"{name} could not be downloaded ({'; '.join(failed)}); try again, or put the file into {cache_dir(name)}")
+        try:
+            return Path(
+                pooch.retrieve(
+                    url,
+                    f"sha256:{sha256}" if sha256 else None,
+                    url.rsplit("/", 1)[1],
+                    cache_dir(name),
+                    downloader=download,
+                )
+            )
+        except (OSError, ValueError, EOFError, zlib.error) as e:
+            failed.append(f"{url.split('/')[2]}: {download_error(e)}")
+    raise UserError(
+        f"{name} could not be downloaded ({'; '.join(failed)}); try again, or put the file into {cache_dir(name)}"
+    )
 
 # %% ../nbs/01_data.ipynb #1182e044
 def parse_options(
@@ -909,7 +1379,8 @@ def parse_options(
     given = dict(known)
     for key, value in parse_qsl(options, keep_blank_values=True):
         check_choice(key, known, f"option of {name}")
-        if not (value.isascii() and value.isdecimal() and len(value) < 10): raise UserError(f"{name}: {key} is a whole number, not '{sanitize(value)}'")
+        if not (value.isascii() and value.isdecimal() and len(value) < 10):
+            raise UserError(f"{name}: {key} is a whole number, not '{sanitize(value)}'")
         given[key] = int(value)
     return given
 
@@ -919,7 +1390,9 @@ def synthetic_checksum(
     options: dict,  # from `parse_options`
 ) -> str:
     "What makes a drawn log what it is."
-    return hashlib.sha256(json.dumps([DATASETS[name].generator, options], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([DATASETS[name].generator, options], sort_keys=True).encode()
+    ).hexdigest()
 
 
 def open_named(
@@ -930,12 +1403,28 @@ def open_named(
 ) -> RawSource:
     "A log that has a name."
     known, given = DATASETS[name], parse_options(name, options)
-    if not known.generator: return open_files({"": fetch(name, known.urls, known.sha256)}, fetch(name, known.metadata) if given["metadata"] else None, None, workdir, columns)
+    if not known.generator:
+        return open_files(
+            {"": fetch(name, known.urls, known.sha256)},
+            fetch(name, known.metadata) if given["metadata"] else None,
+            None,
+            workdir,
+            columns,
+        )
     module, function = known.generator.split(":")
-    try: drawn = getattr(importlib.import_module(module), function)(n_ratings=given["ratings"], seed=given["seed"])
-    except ValueError as e: raise UserError(f"{name}: {e}") from None
+    try:
+        drawn = getattr(importlib.import_module(module), function)(
+            n_ratings=given["ratings"], seed=given["seed"]
+        )
+    except ValueError as e:
+        raise UserError(f"{name}: {e}") from None
     log = normalize_log(frame_reader(drawn.interactions), workdir / "log.parquet", columns)
-    return RawSource(*log, synthetic_checksum(name, given), side_table(frame_reader(drawn.items), ITEM_COLUMN_ALIASES), side_table(frame_reader(drawn.users), USER_COLUMN_ALIASES))
+    return RawSource(
+        *log,
+        synthetic_checksum(name, given),
+        side_table(frame_reader(drawn.items), ITEM_COLUMN_ALIASES),
+        side_table(frame_reader(drawn.users), USER_COLUMN_ALIASES),
+    )
 
 # %% ../nbs/01_data.ipynb #ff09df1b
 def synthetic_extra(
@@ -945,10 +1434,13 @@ def synthetic_extra(
 ):  # None where nothing is drawn
     "What can be had of a dataset that is drawn, beside its log."
     name, _, options = dataset.partition("?")
-    if name not in DATASETS or not getattr(DATASETS[name], kind): return None
+    if name not in DATASETS or not getattr(DATASETS[name], kind):
+        return None
     module, function = getattr(DATASETS[name], kind).split(":")
     given = parse_options(name, options)
-    return getattr(importlib.import_module(module), function)(*ids, n_ratings=given["ratings"], seed=given["seed"])
+    return getattr(importlib.import_module(module), function)(
+        *ids, n_ratings=given["ratings"], seed=given["seed"]
+    )
 
 
 def synthetic_images(
@@ -963,7 +1455,9 @@ def synthetic_ground_truth(
     dataset: str,  # a known name, or any other
     users: pl.Series,  # ids of its users
     items: pl.Series,  # ids of its items
-) -> Optional[np.ndarray]:  # float [users, items], the more the better liked; None where nobody knows
+) -> Optional[
+    np.ndarray
+]:  # float [users, items], the more the better liked; None where nobody knows
     "Who likes what in a dataset that is drawn."
     return synthetic_extra(dataset, "ground_truth", users, items)
 
@@ -983,12 +1477,19 @@ def resolve_source(
     "A log from wherever it lies."
     name, _, options = name_or_path.partition("?")
     path = Path(name_or_path).expanduser()
-    if name in DATASETS: return open_named(name, options, workdir, columns)
-    if "://" in name_or_path: return open_database(name_or_path, workdir, columns)
-    if path.is_dir(): return open_files(*find_log_files(path), workdir, columns)
-    if path.exists(): return open_files({"": path}, None, None, workdir, columns)
-    if "/" in name_or_path or detect_format(path): raise UserError(f"no such file or folder: {sanitize(name_or_path)}")
-    raise UserError(f"unknown dataset '{sanitize(name_or_path)}'; known: {', '.join(DATASETS)}, or the path of a file or folder")
+    if name in DATASETS:
+        return open_named(name, options, workdir, columns)
+    if "://" in name_or_path:
+        return open_database(name_or_path, workdir, columns)
+    if path.is_dir():
+        return open_files(*find_log_files(path), workdir, columns)
+    if path.exists():
+        return open_files({"": path}, None, None, workdir, columns)
+    if "/" in name_or_path or detect_format(path):
+        raise UserError(f"no such file or folder: {sanitize(name_or_path)}")
+    raise UserError(
+        f"unknown dataset '{sanitize(name_or_path)}'; known: {', '.join(DATASETS)}, or the path of a file or folder"
+    )
 
 
 def ingest_log(
@@ -998,43 +1499,77 @@ def ingest_log(
 ) -> tuple:  # the report, the table of items, the table of users
     "A validated log on the disk; in memory there are only the tables."
     name = redact_credentials(name_or_path.split("?")[0]) if "://" in name_or_path else name_or_path
-    with translate_read_errors(name), tempfile.TemporaryDirectory(prefix=".reading-", dir=path.parent) as place:
+    with (
+        translate_read_errors(name),
+        tempfile.TemporaryDirectory(prefix=".reading-", dir=path.parent) as place,
+    ):
         return validate(resolve_source(name_or_path, Path(place), columns), sanitize(name), path)
 
 
 def load(
     name_or_path: str,  # a known name, a file, a folder, or a database with a query
     columns: Optional[dict] = None,  # our name -> the column that it is, where that is not plain
-) -> LoadedDataset:  # unpacks as interactions, items, users; `render_experiment` says what was left out
+) -> (
+    LoadedDataset
+):  # unpacks as interactions, items, users; `render_experiment` says what was left out
     "A validated log from wherever it lies."
     with tempfile.TemporaryDirectory(prefix="widedeep-") as place:
         path = Path(place) / "interactions.parquet"
         report, items, users = ingest_log(str(name_or_path), path, columns)
-        return LoadedDataset(pl.read_parquet(path), items, users, report, pl.read_parquet(reviews_path(path)) if reviews_path(path).exists() else None)
+        return LoadedDataset(
+            pl.read_parquet(path),
+            items,
+            users,
+            report,
+            pl.read_parquet(reviews_path(path)) if reviews_path(path).exists() else None,
+        )
 
 # %% ../nbs/01_data.ipynb #161a5ed7
 def fingerprint(
     dataset: str,  # a known name, a file, a folder, or a database with a query
-) -> Optional[str]:  # what `load` would report as sha256; None for a database and for what is not here
+) -> Optional[
+    str
+]:  # what `load` would report as sha256; None for a database and for what is not here
     "The sum of a log as it lies here."
     name, _, options = str(dataset).partition("?")
     path = Path(str(dataset)).expanduser()
     if name in DATASETS:
         known, given = DATASETS[name], parse_options(name, options)
-        if known.generator: return synthetic_checksum(name, given)
-        files = [cached_path(name, known.urls)] + ([cached_path(name, known.metadata)] if given["metadata"] else [])
+        if known.generator:
+            return synthetic_checksum(name, given)
+        files = [cached_path(name, known.urls)] + (
+            [cached_path(name, known.metadata)] if given["metadata"] else []
+        )
         return checksum(files) if all(files) else None
-    if path.is_file(): return checksum([path])
-    if not path.is_dir(): return None
-    try: logs, *about = find_log_files(path)
-    except UserError: return None
+    if path.is_file():
+        return checksum([path])
+    if not path.is_dir():
+        return None
+    try:
+        logs, *about = find_log_files(path)
+    except UserError:
+        return None
     return checksum([*logs.values(), *filter(None, about)])
 
 
 def datasets() -> pl.DataFrame:  # name, what, rows, megabytes, licence, here
     "The logs that have a name, and whether they are here."
-    rows = [(name, d.description, d.rows, d.size and round(d.size / 1e6), d.license, bool(d.generator or cached_path(name, d.urls))) for name, d in DATASETS.items()]
-    return pl.DataFrame(rows, schema=["name", "description", "rows", "megabytes", "license", "available"], orient="row")
+    rows = [
+        (
+            name,
+            d.description,
+            d.rows,
+            d.size and round(d.size / 1e6),
+            d.license,
+            bool(d.generator or cached_path(name, d.urls)),
+        )
+        for name, d in DATASETS.items()
+    ]
+    return pl.DataFrame(
+        rows,
+        schema=["name", "description", "rows", "megabytes", "license", "available"],
+        orient="row",
+    )
 
 # %% ../nbs/01_data.ipynb #c8d74e9d
 @step()
@@ -1044,9 +1579,16 @@ def ingest(
 ):
     "Read and validate the run's log: interactions, items and users, and ingest.json."
     with atomic_write(run.folder / "interactions.parquet") as path:
-        report, items, users = ingest_log(run.manifest["dataset"], path, parse_column_mapping(columns))
-        if reviews_path(path).exists(): os.replace(reviews_path(path), run.folder / "reviews.parquet")
-    run.file_hashes |= {name: file_sha256(run.folder / name) for name in ("interactions.parquet", "reviews.parquet") if (run.folder / name).exists()}
+        report, items, users = ingest_log(
+            run.manifest["dataset"], path, parse_column_mapping(columns)
+        )
+        if reviews_path(path).exists():
+            os.replace(reviews_path(path), run.folder / "reviews.parquet")
+    run.file_hashes |= {
+        name: file_sha256(run.folder / name)
+        for name in ("interactions.parquet", "reviews.parquet")
+        if (run.folder / name).exists()
+    }
     run.write("items.parquet", items)
     run.write("users.parquet", users)
     run.write("ingest.json", report)
@@ -1057,23 +1599,40 @@ def plot_ingest(
     report: dict,  # ingest.json
 ) -> plt.Figure:
     "The rows that came in, those that stay, and why the others do not."
-    lost = [d | {"color": COLORS["alarm" if d["fault"] else "baseline"]} for d in report["dropped"] if d["rows"]]
+    lost = [
+        d | {"color": COLORS["alarm" if d["fault"] else "baseline"]}
+        for d in report["dropped"]
+        if d["rows"]
+    ]
     read, kept, n = report["rows_read"], report["kept"], len(lost)
-    fig, axes = plt.subplots(1 + bool(n), 1, figsize=(5.2, .75 + .28 * n + .55 * bool(n)), height_ratios=[1.1] + [.6 + n] * bool(n), squeeze=False)
+    fig, axes = plt.subplots(
+        1 + bool(n),
+        1,
+        figsize=(5.2, 0.75 + 0.28 * n + 0.55 * bool(n)),
+        height_ratios=[1.1] + [0.6 + n] * bool(n),
+        squeeze=False,
+    )
     whole, why = axes[0, 0], axes[-1, 0]
-    whole.barh(0, kept, color=COLORS["ink"], alpha=.75)
+    whole.barh(0, kept, color=COLORS["ink"], alpha=0.75)
     for fault, color in ((False, "baseline"), (True, "alarm")):
         rows = sum(d["rows"] for d in lost if d["fault"] == fault)
         whole.barh(0, rows, left=kept, color=COLORS[color])
         kept += rows
-    whole.set(title=f"{format_percent(report['kept'], read)} of {read:,} rows stay".capitalize(), xlim=(0, read), ylim=(-.5, .5))
+    whole.set(
+        title=f"{format_percent(report['kept'], read)} of {read:,} rows stay".capitalize(),
+        xlim=(0, read),
+        ylim=(-0.5, 0.5),
+    )
     whole.axis("off")
-    if not n: return fig
-    why.barh(range(n), [d["rows"] for d in lost], height=.7, color=[d["color"] for d in lost])
+    if not n:
+        return fig
+    why.barh(range(n), [d["rows"] for d in lost], height=0.7, color=[d["color"] for d in lost])
     for y, d in enumerate(lost):
         text = f"{d['rows']:,}  {d['reason']}" + ("" if d["fault"] else " (sound, set aside)")
-        why.annotate(text, (d["rows"], y), (4, 0), textcoords="offset points", va="center", fontsize=10)
-    why.set(xlim=(0, 3 * max(d["rows"] for d in lost)), ylim=(n - .4, -.6), yticks=[], xticks=[])
+        why.annotate(
+            text, (d["rows"], y), (4, 0), textcoords="offset points", va="center", fontsize=10
+        )
+    why.set(xlim=(0, 3 * max(d["rows"] for d in lost)), ylim=(n - 0.4, -0.6), yticks=[], xticks=[])
     why.set_xlabel(f"rows left out: {read - report['kept']:,}", loc="left")
     why.spines["bottom"].set_visible(False)
     return fig
@@ -1084,6 +1643,7 @@ def format_percent(
     total: int,  # more than none
 ) -> str:  # never 100 % where something is missing, never 0 % where something is there
     "A share in per cent, honest at both ends."
-    if count in (0, total): return f"{100 * count // total} %"
+    if count in (0, total):
+        return f"{100 * count // total} %"
     text = f"{100 * count / total:.1f}"
     return {"100.0": "over 99.9", "0.0": "under 0.1"}.get(text, text) + " %"

@@ -23,7 +23,17 @@ from matplotlib.colors import to_rgba
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from scipy.integrate import trapezoid
 
-from .core import COLORS, Run, to_interactions, open_run, display_md, show_figure, show_table, step, set_theme
+from widedeep_nb.core import (
+    COLORS,
+    Run,
+    display_md,
+    open_run,
+    set_theme,
+    show_figure,
+    show_table,
+    step,
+    to_interactions,
+)
 from .data import ingest
 
 # %% ../nbs/02_eda.ipynb #fb247d44
@@ -39,14 +49,16 @@ def pluralize(
     noun: str,  # plural of a word that ends in s
 ) -> str:
     "A number and its noun."
-    return f"{n:,.0f} {noun}"[:-1 if n == 1 else None] if n == round(n) else f"{n:,.1f} {noun}"
+    return f"{n:,.0f} {noun}"[: -1 if n == 1 else None] if n == round(n) else f"{n:,.1f} {noun}"
 
 
 def percent(
     fraction: float,  # 0 to 1
 ) -> str:
     "A share in per cent, three significant digits."
-    return np.format_float_positional(100 * fraction, precision=3, fractional=False, trim="-") + " %"
+    return (
+        np.format_float_positional(100 * fraction, precision=3, fractional=False, trim="-") + " %"
+    )
 
 
 def trend_word(
@@ -54,7 +66,7 @@ def trend_word(
     positive: str,  # what is said where it is positive
     negative: str,  # what is said where it is negative
     neutral: str,  # what is said where it is too small to speak of
-    min_abs: float = .1,  # the smallest size to speak of
+    min_abs: float = 0.1,  # the smallest size to speak of
 ) -> str:
     "A sign in words."
     return neutral if not abs(value) >= min_abs else positive if value > 0 else negative
@@ -67,8 +79,13 @@ def rating_counts(
     rating = log["rating"].drop_nulls()
     if rating.n_unique() > 12:
         width = (rating.max() - rating.min()) / 10
-        rating = rating.min() + width * (((rating - rating.min()) / width).floor().clip(0, 9) + .5)
-    return rating.alias("rating").value_counts(name="rows").sort("rating").with_columns(share=pl.col("rows") / len(rating))
+        rating = rating.min() + width * (((rating - rating.min()) / width).floor().clip(0, 9) + 0.5)
+    return (
+        rating.alias("rating")
+        .value_counts(name="rows")
+        .sort("rating")
+        .with_columns(share=pl.col("rows") / len(rating))
+    )
 
 # %% ../nbs/02_eda.ipynb #9dc06618
 def show_rating_counts(
@@ -77,21 +94,49 @@ def show_rating_counts(
     "A bar for each star; where there are none, a sentence that says what the rows are instead."
     table = rating_counts(log)
     if not len(table):
-        kinds = log["event"].drop_nulls().value_counts(sort=True) if "event" in log.columns else log.clear().select(event="user", count="user")
-        what = ", ".join(f"{event} ({percent(n / len(log))})" for event, n in kinds.iter_rows()) or "each says only that a user met an item"
-        return display_md(f"No stars in this log, so there is no picture of them. Its {len(log):,} rows are events: {what}.")
+        kinds = (
+            log["event"].drop_nulls().value_counts(sort=True)
+            if "event" in log.columns
+            else log.clear().select(event="user", count="user")
+        )
+        what = (
+            ", ".join(f"{event} ({percent(n / len(log))})" for event, n in kinds.iter_rows())
+            or "each says only that a user met an item"
+        )
+        return display_md(
+            f"No stars in this log, so there is no picture of them. Its {len(log):,} rows are events: {what}."
+        )
     best = table.sort("rows", descending=True).row(0, named=True)
     most = f"{best['rating']:g} star" + "s" * (best["rating"] != 1)
     fig, ax = plt.subplots(figsize=(5.2, 2.6))
-    bars = ax.bar([f"{s:g}" for s in table["rating"]], table["share"], color=COLORS["baseline"], width=.7, lw=0)
-    ax.bar_label(bars, [f"{s:.0%}" if s >= .01 else "<1%" for s in table["share"]], padding=2, fontsize=10)
-    ax.margins(y=.12)
+    bars = ax.bar(
+        [f"{s:g}" for s in table["rating"]],
+        table["share"],
+        color=COLORS["baseline"],
+        width=0.7,
+        lw=0,
+    )
+    ax.bar_label(
+        bars, [f"{s:.0%}" if s >= 0.01 else "<1%" for s in table["share"]], padding=2, fontsize=10
+    )
+    ax.margins(y=0.12)
     ax.set(title=f"{most} is the commonest rating", xlabel="rating", ylabel="share of ratings")
-    ax.yaxis.set_major_formatter(PercentFormatter(1, 0)); ax.yaxis.set_major_locator(MaxNLocator(4))
+    ax.yaxis.set_major_formatter(PercentFormatter(1, 0))
+    ax.yaxis.set_major_locator(MaxNLocator(4))
     mean, sd = log["rating"].mean(), log["rating"].std()
-    show_figure(fig, "fig-stars", f"{percent(best['share'])} of the ratings are {most}. The mean is {mean:.2f}"
-                + ("." if sd is None else f" and the standard deviation {sd:.2f}, which is how far off (RMSE) a guess of the mean for everybody would be."),
-                "Bars, one for each number of stars: " + ", ".join(f"{s:g} stars {p:.0%}" for s, _, p in table.iter_rows()) + ".")
+    show_figure(
+        fig,
+        "fig-stars",
+        f"{percent(best['share'])} of the ratings are {most}. The mean is {mean:.2f}"
+        + (
+            "."
+            if sd is None
+            else f" and the standard deviation {sd:.2f}, which is how far off (RMSE) a guess of the mean for everybody would be."
+        ),
+        "Bars, one for each number of stars: "
+        + ", ".join(f"{s:g} stars {p:.0%}" for s, _, p in table.iter_rows())
+        + ".",
+    )
 
 # %% ../nbs/02_eda.ipynb #51c10f68
 def interaction_counts(
@@ -123,17 +168,43 @@ def show_survival_curves(
         ax.plot(curve["n"], curve["share"], color=COLORS["ink"], lw=1.2, marker="o", ms=2.5, mew=0)
         ax.axvline(middle[side], color=COLORS["baseline"], ls=":", lw=1.2)
         left = middle[side] ** 2 > curve["n"].max()  # beyond the middle of the logarithmic axis
-        ax.annotate(f"median {middle[side]:g}", (middle[side], .02), (-4 if left else 4, 2), xycoords=("data", "axes fraction"), textcoords="offset points", ha="right" if left else "left", fontsize=10)
-        ax.set(xscale="log", yscale="log", xlabel=f"{word} of a {side} (n, log)" if side == "user" else f"{word} of an item (n, log)", xlim=(.8, max(10, curve["n"].max()) * 1.3))
+        ax.annotate(
+            f"median {middle[side]:g}",
+            (middle[side], 0.02),
+            (-4 if left else 4, 2),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            fontsize=10,
+        )
+        ax.set(
+            xscale="log",
+            yscale="log",
+            xlabel=f"{word} of a {side} (n, log)"
+            if side == "user"
+            else f"{word} of an item (n, log)",
+            xlim=(0.8, max(10, curve["n"].max()) * 1.3),
+        )
         ax.set_title(pluralize(len(each[side]), f"{side}s"), fontweight="normal", fontsize=10.5)
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}")); ax.minorticks_off()
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
+        ax.minorticks_off()
     axes[0].set(ylabel="share with at least n (log)")
     axes[0].yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
-    fig.suptitle(f"Half of the items have at most {pluralize(middle['item'], word)}", x=.01, ha="left", fontsize=11.5, fontweight="bold")
+    fig.suptitle(
+        f"Half of the items have at most {pluralize(middle['item'], word)}",
+        x=0.01,
+        ha="left",
+        fontsize=11.5,
+        fontweight="bold",
+    )
     most = {side: pluralize(each[side].max(), word) for side in sides}
-    show_figure(fig, "fig-tails", f"The median user has {pluralize(middle['user'], word)}, the busiest {most['user']}; "
-                f"the median item has {pluralize(middle['item'], word)}, the most popular {most['item']}.",
-                f"Two falling lines on logarithmic axes, the share of users and of items with at least n {word}; the median is marked.")
+    show_figure(
+        fig,
+        "fig-tails",
+        f"The median user has {pluralize(middle['user'], word)}, the busiest {most['user']}; "
+        f"the median item has {pluralize(middle['item'], word)}, the most popular {most['item']}.",
+        f"Two falling lines on logarithmic axes, the share of users and of items with at least n {word}; the median is marked.",
+    )
 
 # %% ../nbs/02_eda.ipynb #5dbf9bb4
 def lorenz_curve(
@@ -141,8 +212,11 @@ def lorenz_curve(
 ) -> pl.DataFrame:  # ids, ratings: shares from (0, 0) to (1, 1)
     "The corners of the Lorenz curve: the share of ratings that the least rated share of ids holds."
     table = counts.cast(pl.Int64).alias("n").value_counts(name="ids").sort("n")
-    corners = table.select(ids=pl.col("ids").cum_sum() / len(counts), ratings=(pl.col("n") * pl.col("ids")).cum_sum() / counts.sum())
-    return pl.concat([pl.DataFrame({"ids": [0.], "ratings": [0.]}), corners])
+    corners = table.select(
+        ids=pl.col("ids").cum_sum() / len(counts),
+        ratings=(pl.col("n") * pl.col("ids")).cum_sum() / counts.sum(),
+    )
+    return pl.concat([pl.DataFrame({"ids": [0.0], "ratings": [0.0]}), corners])
 
 
 def gini_coefficient(
@@ -155,7 +229,7 @@ def gini_coefficient(
 # %% ../nbs/02_eda.ipynb #d795b568
 def top_share(
     counts: pl.Series,  # ratings of each item
-    fraction: float = .01,  # which share of the items; at least one item
+    fraction: float = 0.01,  # which share of the items; at least one item
 ) -> float:  # their share of all ratings
     "How much of the log the most popular items hold."
     return counts.top_k(math.ceil(fraction * len(counts))).sum() / counts.sum()
@@ -176,19 +250,53 @@ def show_lorenz_curves(
     value = {side: gini_coefficient(each[side]) for side in each}
     fig, ax = plt.subplots(figsize=(5.2, 3.3))
     ax.plot([0, 1], [0, 1], color=COLORS["baseline"], ls=":", lw=1)
-    ax.annotate("all alike", (.9, .9), (-6, 4), textcoords="offset points", ha="right", fontsize=10)
+    ax.annotate(
+        "all alike", (0.9, 0.9), (-6, 4), textcoords="offset points", ha="right", fontsize=10
+    )
     for side, style, width in (("item", "-", 1.8), ("user", "--", 1.3)):
         curve = lorenz_curve(each[side])
-        ax.plot(curve["ids"], curve["ratings"], color=COLORS["ink"], ls=style, lw=width, label=f"{side}s, Gini {value[side]:.2f}")
-    ax.legend(loc="upper left", handlelength=2.4, borderaxespad=.2)  # the curves may all but coincide; above the diagonal there is always room
-    for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter(PercentFormatter(1, 0)); axis.set_major_locator(MaxNLocator(5))
+        ax.plot(
+            curve["ids"],
+            curve["ratings"],
+            color=COLORS["ink"],
+            ls=style,
+            lw=width,
+            label=f"{side}s, Gini {value[side]:.2f}",
+        )
+    ax.legend(
+        loc="upper left", handlelength=2.4, borderaxespad=0.2
+    )  # the curves may all but coincide; above the diagonal there is always room
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, 0))
+        axis.set_major_locator(MaxNLocator(5))
     top = top_share(each["item"])
-    fig.suptitle(f"The {head_label(len(each['item']))} holds {percent(top)} of the {word}", x=.01, ha="left", fontsize=11.5, fontweight="bold")
-    ax.set(xlabel="share of items or users, least active first", ylabel=f"share of {word}", xlim=(0, 1), ylim=(0, 1))
-    show_figure(fig, "fig-lorenz", f"Gini is {value['item']:.2f} over items and {value['user']:.2f} over users: "
-                + trend_word(value["item"] - value["user"], "the items are the more unequal. ", "the users are the more unequal. ", "both are unequal alike. ", .005) +
-                f"The {head_label(len(each['item']))} holds {percent(top)} of the {word}.",
-                "Two curves that sag below the diagonal, a solid one for items and a dashed one for users.")
+    fig.suptitle(
+        f"The {head_label(len(each['item']))} holds {percent(top)} of the {word}",
+        x=0.01,
+        ha="left",
+        fontsize=11.5,
+        fontweight="bold",
+    )
+    ax.set(
+        xlabel="share of items or users, least active first",
+        ylabel=f"share of {word}",
+        xlim=(0, 1),
+        ylim=(0, 1),
+    )
+    show_figure(
+        fig,
+        "fig-lorenz",
+        f"Gini is {value['item']:.2f} over items and {value['user']:.2f} over users: "
+        + trend_word(
+            value["item"] - value["user"],
+            "the items are the more unequal. ",
+            "the users are the more unequal. ",
+            "both are unequal alike. ",
+            0.005,
+        )
+        + f"The {head_label(len(each['item']))} holds {percent(top)} of the {word}.",
+        "Two curves that sag below the diagonal, a solid one for items and a dashed one for users.",
+    )
 
 # %% ../nbs/02_eda.ipynb #8f740719
 def has_timestamps(
@@ -208,7 +316,9 @@ def time_bin(
 def growth_by_period(
     log: pl.DataFrame,  # interactions; rows without time are left out
     every: str = "1mo",  # the step, as Polars writes it
-) -> pl.DataFrame:  # month, ratings, new users, new items; a row for each step from the first to the last
+) -> (
+    pl.DataFrame
+):  # month, ratings, new users, new items; a row for each step from the first to the last
     "How the log grows."
     log = log.drop_nulls("timestamp").with_columns(month=pl.col("timestamp").dt.truncate(every))
     table = log.group_by("month").len("ratings").sort("month").upsample("month", every=every)
@@ -220,15 +330,19 @@ def growth_by_period(
 # %% ../nbs/02_eda.ipynb #6681a089
 def cold_share(
     log: pl.DataFrame,  # interactions; rows without time are left out
-    last_fraction: float = .1,  # which share of the rows, by time, is looked at; at least one row
+    last_fraction: float = 0.1,  # which share of the rows, by time, is looked at; at least one row
 ) -> dict:  # user, item, either: shares of these rows; empty where there are none
     "How many of the last rows have a user or an item never seen before."
     rows = log.drop_nulls("timestamp").sort("timestamp", "user", "item", maintain_order=True)
     cut = min(round((1 - last_fraction) * len(rows)), len(rows) - 1)
     before, after = rows[:cut], rows[cut:]
-    if not len(after): return {}
+    if not len(after):
+        return {}
     new = {side: ~after[side].is_in(before[side].unique().implode()) for side in ("user", "item")}
-    return {side: float(rows.mean()) for side, rows in (new | {"either": new["user"] | new["item"]}).items()}
+    return {
+        side: float(rows.mean())
+        for side, rows in (new | {"either": new["user"] | new["item"]}).items()
+    }
 
 # %% ../nbs/02_eda.ipynb #05029179
 def format_time_axis(
@@ -244,36 +358,81 @@ def show_growth(
     log: pl.DataFrame,  # interactions
 ):
     "Ratings, new users and new items by month, one above the other; a sentence where there is no time."
-    if not has_timestamps(log): return display_md("No times in this log, so how it grows cannot be shown, and a split by time is out of the question.")
+    if not has_timestamps(log):
+        return display_md(
+            "No times in this log, so how it grows cannot be shown, and a split by time is out of the question."
+        )
     every = time_bin(log)
-    table, word, month = growth_by_period(log, every), row_label(log), "day" if every == "1d" else "month"
-    if len(table) < 3: return display_md(f"All rows fall within {pluralize(len(table), month + 's')}: too short a time to show growth.")
-    name = lambda time: f"{time.day} {time:%B %Y}" if every == "1d" else f"{time:%B %Y}"
+    table, word, month = (
+        growth_by_period(log, every),
+        row_label(log),
+        "day" if every == "1d" else "month",
+    )
+    if len(table) < 3:
+        return display_md(
+            f"All rows fall within {pluralize(len(table), month + 's')}: too short a time to show growth."
+        )
+
+    def name(time):
+        return f"{time.day} {time:%B %Y}" if every == "1d" else f"{time:%B %Y}"
+
     fig, axes = plt.subplots(3, 1, sharex=True, figsize=(5.2, 3.9))
     for ax, column in zip(axes, ("ratings", "new users", "new items")):
         at = table[column].arg_max()
         x, y = table["month"].to_numpy(), table[column].to_numpy()
-        ax.fill_between(x, y, step="mid", color=COLORS["baseline"], alpha=.55, lw=0)
+        ax.fill_between(x, y, step="mid", color=COLORS["baseline"], alpha=0.55, lw=0)
         ax.plot(x[at], y[at], "o", ms=3.5, color=COLORS["ink"])
-        early = at < .8 * len(table)
-        ax.annotate(f"{y[at]:,}", (x[at], y[at]), (5 if early else -5, 1), textcoords="offset points", ha="left" if early else "right", va="bottom", fontsize=10)
+        early = at < 0.8 * len(table)
+        ax.annotate(
+            f"{y[at]:,}",
+            (x[at], y[at]),
+            (5 if early else -5, 1),
+            textcoords="offset points",
+            ha="left" if early else "right",
+            va="bottom",
+            fontsize=10,
+        )
         ax.set(ylim=(0, 1.35 * y[at]))
-        ax.set_title(f"{column if column != 'ratings' else word} a {month}", fontweight="normal", fontsize=10.5)
-        ax.yaxis.set_major_locator(MaxNLocator(2)); ax.yaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
+        ax.set_title(
+            f"{column if column != 'ratings' else word} a {month}",
+            fontweight="normal",
+            fontsize=10.5,
+        )
+        ax.yaxis.set_major_locator(MaxNLocator(2))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
     format_time_axis(axes[-1])
-    peak, half = [name(table["month"][i]) for i in (table["ratings"].arg_max(), (table["new users"].cum_sum() >= table["new users"].sum() / 2).arg_max())]
-    fig.suptitle(f"The log was busiest {'on' if every == '1d' else 'in'} {peak}", x=.01, ha="left", fontsize=11.5, fontweight="bold")
+    peak, half = [
+        name(table["month"][i])
+        for i in (
+            table["ratings"].arg_max(),
+            (table["new users"].cum_sum() >= table["new users"].sum() / 2).arg_max(),
+        )
+    ]
+    fig.suptitle(
+        f"The log was busiest {'on' if every == '1d' else 'in'} {peak}",
+        x=0.01,
+        ha="left",
+        fontsize=11.5,
+        fontweight="bold",
+    )
     late = cold_share(log)
-    show_figure(fig, "fig-growth", f"Half of the users had come by {half}. Of the last tenth of the {word}, {percent(late['either'])} have a user or an item never seen before "
-                f"({percent(late['user'])} a new user, {percent(late['item'])} a new item).",
-                f"Three areas over time, one above the other: {word}, new users and new items by {month}, each with its peak marked.")
+    show_figure(
+        fig,
+        "fig-growth",
+        f"Half of the users had come by {half}. Of the last tenth of the {word}, {percent(late['either'])} have a user or an item never seen before "
+        f"({percent(late['user'])} a new user, {percent(late['item'])} a new item).",
+        f"Three areas over time, one above the other: {word}, new users and new items by {month}, each with its peak marked.",
+    )
 
 # %% ../nbs/02_eda.ipynb #c74bfd8d
 def item_categories(
     items: pl.DataFrame,  # the item table; `category` may be a path with ">" between its levels
-) -> Optional[pl.DataFrame]:  # item, category: one level of the path; None where there are fewer than two values
+) -> Optional[
+    pl.DataFrame
+]:  # item, category: one level of the path; None where there are fewer than two values
     "The category of each item on the first level that tells items apart."
-    if "category" not in items.columns: return None
+    if "category" not in items.columns:
+        return None
     path = items["category"].cast(pl.String).str.split(">")
     levels = [path.list.get(i, null_on_oob=True).str.strip_chars() for i in (0, 1)]
     found = next((level for level in levels if level.drop_nulls().n_unique() >= 3), levels[0])
@@ -288,10 +447,21 @@ def category_shares(
     min_rows: int = 30,  # periods with fewer rows say nothing and are left out
 ) -> pl.DataFrame:  # period, category, share; all categories in all periods
     "The share of each category in the rows of each period."
-    rows = log.drop_nulls("timestamp").join(category_of_item, on="item").group_by("category", period=period).len("rows")
-    total = rows.group_by("period").agg(total=pl.col("rows").sum()).filter(pl.col("total") >= min_rows)
-    grid = total.join(rows.select("category").unique(), how="cross").join(rows, on=["period", "category"], how="left")
-    return grid.select("period", "category", share=pl.col("rows").fill_null(0) / pl.col("total")).sort("category", "period")
+    rows = (
+        log.drop_nulls("timestamp")
+        .join(category_of_item, on="item")
+        .group_by("category", period=period)
+        .len("rows")
+    )
+    total = (
+        rows.group_by("period").agg(total=pl.col("rows").sum()).filter(pl.col("total") >= min_rows)
+    )
+    grid = total.join(rows.select("category").unique(), how="cross").join(
+        rows, on=["period", "category"], how="left"
+    )
+    return grid.select(
+        "period", "category", share=pl.col("rows").fill_null(0) / pl.col("total")
+    ).sort("category", "period")
 
 # %% ../nbs/02_eda.ipynb #c7fa78ba
 def show_categories(
@@ -301,30 +471,84 @@ def show_categories(
     "The shares of the largest categories over time, one small picture each."
     table = item_categories(items)
     if table is None or not has_timestamps(log):
-        return display_md("Categories over time are left out: " + ("the item table has no categories to tell apart." if table is None else "the log has no times."))
+        return display_md(
+            "Categories over time are left out: "
+            + (
+                "the item table has no categories to tell apart."
+                if table is None
+                else "the log has no times."
+            )
+        )
     every = "1q" if (log["timestamp"].max() - log["timestamp"].min()).days > 730 else time_bin(log)
     time, middle = pl.col("timestamp"), log["timestamp"].median()
     shares = category_shares(log, table, time.dt.truncate(every))
-    if shares["period"].n_unique() < 3: return display_md("Categories over time are left out: fewer than three periods have enough rows.")
-    halves = category_shares(log, table, time > middle, 1).pivot("period", index="category", values="share").rename({"false": "early", "true": "late"})
-    top = halves.sort(pl.col("early") + pl.col("late"), "category", descending=[True, False]).head(6)
+    if shares["period"].n_unique() < 3:
+        return display_md(
+            "Categories over time are left out: fewer than three periods have enough rows."
+        )
+    halves = (
+        category_shares(log, table, time > middle, 1)
+        .pivot("period", index="category", values="share")
+        .rename({"false": "early", "true": "late"})
+    )
+    top = halves.sort(pl.col("early") + pl.col("late"), "category", descending=[True, False]).head(
+        6
+    )
     wide = 2 if len(top) in (2, 4) else 3
-    fig, axes = plt.subplots(math.ceil(len(top) / wide), wide, sharex=True, sharey=True, squeeze=False, figsize=(5.2, .7 + 1.35 * math.ceil(len(top) / wide)))
-    for ax in axes.flat[len(top):]: ax.set_visible(False)
-    for ax in axes.flat[len(top) - wide:len(top)]: ax.tick_params(labelbottom=True)
-    mover = top.with_columns(moved=(pl.col("late") - pl.col("early"))).sort(pl.col("moved").abs()).row(-1, named=True)
+    fig, axes = plt.subplots(
+        math.ceil(len(top) / wide),
+        wide,
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        figsize=(5.2, 0.7 + 1.35 * math.ceil(len(top) / wide)),
+    )
+    for ax in axes.flat[len(top) :]:
+        ax.set_visible(False)
+    for ax in axes.flat[len(top) - wide : len(top)]:
+        ax.tick_params(labelbottom=True)
+    mover = (
+        top.with_columns(moved=(pl.col("late") - pl.col("early")))
+        .sort(pl.col("moved").abs())
+        .row(-1, named=True)
+    )
     for ax, name in zip(axes.flat, top["category"]):
         rows = shares.filter(pl.col("category") == name)
-        ax.fill_between(rows["period"].to_numpy(), rows["share"], color=COLORS["baseline"], alpha=.55, lw=0)
-        ax.set_title(shorten(name, 18, placeholder="…"), fontweight="bold" if name == mover["category"] else "normal", fontsize=10)
-        ax.yaxis.set_major_formatter(PercentFormatter(1, 0)); ax.yaxis.set_major_locator(MaxNLocator(3)); format_time_axis(ax)
+        ax.fill_between(
+            rows["period"].to_numpy(), rows["share"], color=COLORS["baseline"], alpha=0.55, lw=0
+        )
+        ax.set_title(
+            shorten(name, 18, placeholder="…"),
+            fontweight="bold" if name == mover["category"] else "normal",
+            fontsize=10,
+        )
+        ax.yaxis.set_major_formatter(PercentFormatter(1, 0))
+        ax.yaxis.set_major_locator(MaxNLocator(3))
+        format_time_axis(ax)
     axes[0, 0].set(ylim=(0, None))
     name = shorten(mover["category"], 30, placeholder="…")
-    fig.suptitle(trend_word(mover["moved"], f"{name} grew", f"{name} shrank", "The largest categories hardly moved", .02), x=.01, ha="left", fontsize=11.5, fontweight="bold")
+    fig.suptitle(
+        trend_word(
+            mover["moved"],
+            f"{name} grew",
+            f"{name} shrank",
+            "The largest categories hardly moved",
+            0.02,
+        ),
+        x=0.01,
+        ha="left",
+        fontsize=11.5,
+        fontweight="bold",
+    )
     fig.supylabel(f"share of {row_label(log)}", fontsize=10.5)
-    show_figure(fig, "fig-categories", ("All" if len(top) == len(halves) else f"The largest {len(top)} of") + f" {len(halves)} categories. Of these {mover['category']} moved the most: it went from {percent(mover['early'])} "
-                f"of the {row_label(log)} in the earlier half of the log to {percent(mover['late'])} in the later half.",
-                "Small areas, one for each of the largest categories: its share over time.")
+    show_figure(
+        fig,
+        "fig-categories",
+        ("All" if len(top) == len(halves) else f"The largest {len(top)} of")
+        + f" {len(halves)} categories. Of these {mover['category']} moved the most: it went from {percent(mover['early'])} "
+        f"of the {row_label(log)} in the earlier half of the log to {percent(mover['late'])} in the later half.",
+        "Small areas, one for each of the largest categories: its share over time.",
+    )
 
 # %% ../nbs/02_eda.ipynb #92d0ce57
 def interaction_statistics(
@@ -334,9 +558,16 @@ def interaction_statistics(
     "What can be said of each user or item in numbers."
     day = (pl.col("timestamp") - pl.col("timestamp").min()).dt.total_milliseconds() / 86_400_000
     rows = log.with_columns(neighbours=pl.len().over("item" if by == "user" else "user"), day=day)
-    table = rows.group_by(by).agg(**{
-        "count": pl.len(), "neighbors' count": pl.col("neighbours").mean(), "mean rating": pl.col("rating").mean(), "rating SD": pl.col("rating").std(),
-        "first day": pl.col("day").min(), "days active": pl.col("day").max() - pl.col("day").min()})
+    table = rows.group_by(by).agg(
+        **{
+            "count": pl.len(),
+            "neighbors' count": pl.col("neighbours").mean(),
+            "mean rating": pl.col("rating").mean(),
+            "rating SD": pl.col("rating").std(),
+            "first day": pl.col("day").min(),
+            "days active": pl.col("day").max() - pl.col("day").min(),
+        }
+    )
     return table.select(c for c in table if c.null_count() < len(c)).sort(by)
 
 
@@ -351,42 +582,124 @@ def show_correlations(
     log: pl.DataFrame,  # interactions
 ):
     "One square of correlations: users below the diagonal, items above it."
-    users, items = (spearman_correlations(interaction_statistics(log, side)) for side in ("user", "item"))
+    users, items = (
+        spearman_correlations(interaction_statistics(log, side)) for side in ("user", "item")
+    )
     names = [c for c in users if c in items]
     value = np.tril(users.loc[names, names], -1) + np.triu(items.loc[names, names], 1)
-    fig, ax = plt.subplots(figsize=(5.2, .9 + .5 * len(names)))
+    fig, ax = plt.subplots(figsize=(5.2, 0.9 + 0.5 * len(names)))
     for (i, j), v in np.ndenumerate(value):
-        if i == j: ax.text(j, i, names[i].replace(" ", "\n"), ha="center", va="center", fontsize=8.5, fontweight="bold", linespacing=1)
+        if i == j:
+            ax.text(
+                j,
+                i,
+                names[i].replace(" ", "\n"),
+                ha="center",
+                va="center",
+                fontsize=8.5,
+                fontweight="bold",
+                linespacing=1,
+            )
         else:
             # strength is opacity, so that the page shows through and the ink stays readable on light and on dark
-            ax.add_patch(plt.Rectangle((j - .47, i - .46), .94, .92, color=to_rgba("#d98c3f" if v < 0 else "#3b82b5", .6 * abs(np.nan_to_num(v))), lw=0))
-            ax.text(j, i, "–" if np.isnan(v) else f"{round(v, 2) + 0:+.2f}", ha="center", va="center", fontsize=10)
-    ax.set(xlim=(-.5, len(names) - .5), ylim=(len(names) - .5, -.5), xticks=[], yticks=[])
+            ax.add_patch(
+                plt.Rectangle(
+                    (j - 0.47, i - 0.46),
+                    0.94,
+                    0.92,
+                    color=to_rgba("#d98c3f" if v < 0 else "#3b82b5", 0.6 * abs(np.nan_to_num(v))),
+                    lw=0,
+                )
+            )
+            ax.text(
+                j,
+                i,
+                "–" if np.isnan(v) else f"{round(v, 2) + 0:+.2f}",
+                ha="center",
+                va="center",
+                fontsize=10,
+            )
+    ax.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), xticks=[], yticks=[])
     ax.set_xlabel("users: below the diagonal", loc="left")
     ax.set_title("items: above the diagonal", loc="right", fontweight="normal", fontsize=10.5)
     ax.spines[:].set_visible(False)
     crowd = value[1, 0]
-    title = trend_word(crowd, "Busy users take more popular items", "Busy users take less popular items", "Busy users take about as popular items as others" if crowd == crowd else "Too little varies to compare users")
-    fig.suptitle(title, x=.01, ha="left", fontsize=11.5, fontweight="bold")
-    caption = "A user's count and the popularity of what they take " + trend_word(crowd, "rise together", "run against each other", "have little to do with each other" if crowd == crowd else "cannot be compared, because one of them is the same for all") + (f" ({crowd:+.2f})" if crowd == crowd else "")
+    title = trend_word(
+        crowd,
+        "Busy users take more popular items",
+        "Busy users take less popular items",
+        "Busy users take about as popular items as others"
+        if crowd == crowd
+        else "Too little varies to compare users",
+    )
+    fig.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+    caption = (
+        "A user's count and the popularity of what they take "
+        + trend_word(
+            crowd,
+            "rise together",
+            "run against each other",
+            "have little to do with each other"
+            if crowd == crowd
+            else "cannot be compared, because one of them is the same for all",
+        )
+        + (f" ({crowd:+.2f})" if crowd == crowd else "")
+    )
     j = names.index("mean rating") if "mean rating" in names else 0
     if j and value[0, j] == value[0, j]:
-        caption += "; popular items have " + trend_word(value[0, j], "more stars than", "fewer stars than", "about as many stars as") + f" rare ones ({value[0, j]:+.2f})"
-    show_figure(fig, "fig-correlations", caption + ".", "A square of rank correlations with a number in each cell: users below the diagonal, items above it.")
+        caption += (
+            "; popular items have "
+            + trend_word(
+                value[0, j], "more stars than", "fewer stars than", "about as many stars as"
+            )
+            + f" rare ones ({value[0, j]:+.2f})"
+        )
+    show_figure(
+        fig,
+        "fig-correlations",
+        caption + ".",
+        "A square of rank correlations with a number in each cell: users below the diagonal, items above it.",
+    )
 
 # %% ../nbs/02_eda.ipynb #925e714c
 def log_summary(
     log: pl.DataFrame,  # interactions, at least one row
 ) -> dict:  # plain numbers and text; None where the log does not have it
     "The log in numbers."
-    users, items, star = interaction_counts(log, "user"), interaction_counts(log, "item"), log["rating"]
+    users, items, star = (
+        interaction_counts(log, "user"),
+        interaction_counts(log, "item"),
+        log["rating"],
+    )
     first, last = log["timestamp"].min(), log["timestamp"].max()
-    numbers = {"rows": len(log), "users": len(users), "items": len(items), "density": log.select("user", "item").n_unique() / (len(users) * len(items)), "unit": row_label(log)}
+    numbers = {
+        "rows": len(log),
+        "users": len(users),
+        "items": len(items),
+        "density": log.select("user", "item").n_unique() / (len(users) * len(items)),
+        "unit": row_label(log),
+    }
     for side, each in (("user", users), ("item", items)):
-        numbers |= {f"per_{side}_median": each.median(), f"per_{side}_mean": each.mean(), f"gini_{side}s": gini_coefficient(each), f"{side}s_with_one": (each == 1).mean()}
-    numbers |= {"users_below_5": (users < 5).mean(), "users_below_20": (users < 20).mean(), "top_items_share": top_share(items)}
-    numbers |= {"first": first and str(first.date()), "last": last and str(last.date()), "stars_mean": star.mean(), "stars_sd": star.std()}
-    return numbers | {f"new_{side}": cold_share(log).get(side) for side in ("user", "item", "either")}
+        numbers |= {
+            f"per_{side}_median": each.median(),
+            f"per_{side}_mean": each.mean(),
+            f"gini_{side}s": gini_coefficient(each),
+            f"{side}s_with_one": (each == 1).mean(),
+        }
+    numbers |= {
+        "users_below_5": (users < 5).mean(),
+        "users_below_20": (users < 20).mean(),
+        "top_items_share": top_share(items),
+    }
+    numbers |= {
+        "first": first and str(first.date()),
+        "last": last and str(last.date()),
+        "stars_mean": star.mean(),
+        "stars_sd": star.std(),
+    }
+    return numbers | {
+        f"new_{side}": cold_share(log).get(side) for side in ("user", "item", "either")
+    }
 
 # %% ../nbs/02_eda.ipynb #415f8278
 def show_log_summary(
@@ -394,14 +707,37 @@ def show_log_summary(
 ):
     "The summary as a table; what the log does not have is left out."
     n, word = stats, stats["unit"]
-    rows = [(word, f"{n['rows']:,}"), ("users", f"{n['users']:,}"), ("items", f"{n['items']:,}"), ("share of all user-item pairs that occur", percent(n["density"]))]
+    rows = [
+        (word, f"{n['rows']:,}"),
+        ("users", f"{n['users']:,}"),
+        ("items", f"{n['items']:,}"),
+        ("share of all user-item pairs that occur", percent(n["density"])),
+    ]
     for side in ("user", "item"):
-        rows += [(f"{word} per {side}: median, mean", f"{n[f'per_{side}_median']:g}, {n[f'per_{side}_mean']:.1f}"),
-                 (f"{side}s with one row", percent(n[f"{side}s_with_one"])), (f"Gini over {side}s", f"{n[f'gini_{side}s']:.2f}")]
+        rows += [
+            (
+                f"{word} per {side}: median, mean",
+                f"{n[f'per_{side}_median']:g}, {n[f'per_{side}_mean']:.1f}",
+            ),
+            (f"{side}s with one row", percent(n[f"{side}s_with_one"])),
+            (f"Gini over {side}s", f"{n[f'gini_{side}s']:.2f}"),
+        ]
     rows += [(f"{word} on the {head_label(n['items'])}", percent(n["top_items_share"]))]
-    if n["first"]: rows += [("first and last day", f"{n['first']}, {n['last']}")]
-    if n["stars_mean"] is not None: rows += [("stars: mean, standard deviation", f"{n['stars_mean']:.2f}, " + ("–" if n["stars_sd"] is None else f"{n['stars_sd']:.2f}"))]
-    show_table(pl.DataFrame(rows, schema=["statistic", "value"], orient="row"), "tbl-summary", f"{pluralize(n['users'], 'users')} met {pluralize(n['items'], 'items')} {pluralize(n['rows'], 'times')}.")
+    if n["first"]:
+        rows += [("first and last day", f"{n['first']}, {n['last']}")]
+    if n["stars_mean"] is not None:
+        rows += [
+            (
+                "stars: mean, standard deviation",
+                f"{n['stars_mean']:.2f}, "
+                + ("–" if n["stars_sd"] is None else f"{n['stars_sd']:.2f}"),
+            )
+        ]
+    show_table(
+        pl.DataFrame(rows, schema=["statistic", "value"], orient="row"),
+        "tbl-summary",
+        f"{pluralize(n['users'], 'users')} met {pluralize(n['items'], 'items')} {pluralize(n['rows'], 'times')}.",
+    )
 
 # %% ../nbs/02_eda.ipynb #6e7f9cb3
 def log_findings(
@@ -410,14 +746,41 @@ def log_findings(
     "What the numbers mean for a recommender: sparsity, the long tail, growth."
     n, word = stats, stats["unit"]
     few, top, new = n["users_below_5"], n["top_items_share"], n["new_either"]
-    said = [f"Of all pairs of a user and an item {percent(n['density'])} occur; {percent(few)} of the users have fewer than 5 {word} and {percent(n['users_below_20'])} fewer than 20, "
-            + ("so for most users there is little to learn a taste from." if few > .5 else "so a taste of one's own can be learnt for some users only." if n["users_below_20"] > .5 else "so most users say enough to learn their taste.")]
-    said += [f"The {head_label(n['items'])} holds {percent(top)} of the {word} and {percent(n['items_with_one'])} of the items have a single one: "
-             + ("a list of what is popular will be a strong rival, and" if top > .1 else "a list of what is popular will suit few, and")
-             + (" much of the catalogue is almost unknown." if n["items_with_one"] > .3 else " most items have more than that.")]
-    if new is None: return said + ["Without times nobody can say how much of tomorrow is new."]
-    return said + [f"Of the last tenth of the {word} {percent(new)} have a user or an item never seen before: "
-                   + ("a model that knows only ids is blind more often than not." if new > .5 else "a model that knows only ids is often blind." if new > .1 else "ids alone cover most of it.")]
+    said = [
+        f"Of all pairs of a user and an item {percent(n['density'])} occur; {percent(few)} of the users have fewer than 5 {word} and {percent(n['users_below_20'])} fewer than 20, "
+        + (
+            "so for most users there is little to learn a taste from."
+            if few > 0.5
+            else "so a taste of one's own can be learnt for some users only."
+            if n["users_below_20"] > 0.5
+            else "so most users say enough to learn their taste."
+        )
+    ]
+    said += [
+        f"The {head_label(n['items'])} holds {percent(top)} of the {word} and {percent(n['items_with_one'])} of the items have a single one: "
+        + (
+            "a list of what is popular will be a strong rival, and"
+            if top > 0.1
+            else "a list of what is popular will suit few, and"
+        )
+        + (
+            " much of the catalogue is almost unknown."
+            if n["items_with_one"] > 0.3
+            else " most items have more than that."
+        )
+    ]
+    if new is None:
+        return said + ["Without times nobody can say how much of tomorrow is new."]
+    return said + [
+        f"Of the last tenth of the {word} {percent(new)} have a user or an item never seen before: "
+        + (
+            "a model that knows only ids is blind more often than not."
+            if new > 0.5
+            else "a model that knows only ids is often blind."
+            if new > 0.1
+            else "ids alone cover most of it."
+        )
+    ]
 
 # %% ../nbs/02_eda.ipynb #67ef9fcc
 @step(ingest)

@@ -21,7 +21,29 @@ import polars as pl
 import torch
 from scipy.sparse import csr_matrix
 
-from .core import COLORS, METRIC_SCHEMA, PROTOCOLS, History, UserError, Recommender, Run, Split, to_index, to_interactions, load_recommender, hash_order, mask_seen, check_choice, open_run, display_md, show_figure, show_table, step, top_k, set_theme
+from widedeep_nb.core import (
+    COLORS,
+    METRIC_SCHEMA,
+    PROTOCOLS,
+    History,
+    Recommender,
+    Run,
+    Split,
+    UserError,
+    check_choice,
+    display_md,
+    hash_order,
+    load_recommender,
+    mask_seen,
+    open_run,
+    set_theme,
+    show_figure,
+    show_table,
+    step,
+    to_index,
+    to_interactions,
+    top_k,
+)
 from .preprocessing import category_codes
 from .training import train
 
@@ -71,7 +93,7 @@ def ndcg(
 ) -> torch.Tensor:  # float64 [n]
     "Discounted gain over that of the best list (Järvelin and Kekäläinen, 2002). Hits 01, 1 relevant: 1/log2(3) = .631."
     gain = 1 / torch.arange(2, k + 2, dtype=torch.float64).log2()
-    return hits[:, :k].double() @ gain[:hits.shape[1]] / gain.cumsum(0)[n_relevant.clamp(1, k) - 1]
+    return hits[:, :k].double() @ gain[: hits.shape[1]] / gain.cumsum(0)[n_relevant.clamp(1, k) - 1]
 
 
 def reciprocal_rank(
@@ -83,7 +105,14 @@ def reciprocal_rank(
     return (hits[:, :k].double() / torch.arange(1, hits[:, :k].shape[1] + 1)).amax(1)
 
 # %% ../nbs/06_evaluation.ipynb #49915f21
-RANKING_METRICS = {"Precision": precision, "Recall": recall, "MAP": average_precision, "NDCG": ndcg, "HitRate": hit_rate, "MRR": reciprocal_rank}
+RANKING_METRICS = {
+    "Precision": precision,
+    "Recall": recall,
+    "MAP": average_precision,
+    "NDCG": ndcg,
+    "HitRate": hit_rate,
+    "MRR": reciprocal_rank,
+}
 
 
 def ranking_metrics(
@@ -92,12 +121,15 @@ def ranking_metrics(
     ks: tuple = (5, 10, 20),  # lengths of list
 ) -> dict:  # name, such as "NDCG@20": float64 [n]
     "Every ranking metric at every length."
-    return {f"{name}@{k}": f(hits, n_relevant, k) for k in ks for name, f in RANKING_METRICS.items()}
+    return {
+        f"{name}@{k}": f(hits, n_relevant, k) for k in ks for name, f in RANKING_METRICS.items()
+    }
 
 # %% ../nbs/06_evaluation.ipynb #9f4e9035
 @dataclass(frozen=True)
 class EvalTask:
     "Who is asked about, what may be listed, and what would be right."
+
     users: torch.Tensor  # int64 [n], codes of the users with something to find
     candidates: torch.Tensor  # int64 [m], codes in the order of the lot
     ground_truth: pl.DataFrame  # user, item: what would be a hit, each pair once
@@ -112,9 +144,16 @@ def eval_candidates(
     seed: int = 0,  # of the lot
 ) -> torch.Tensor:  # int64 [m], codes in an order that nothing in the data has a say in
     "All items that may be listed."
-    of = lambda rows: rows["item"].unique().sort()
+
+    def of(rows):
+        return rows["item"].unique().sort()
+
     known, before = of(split.train), of(split.rows_before(part))
-    codes = known if check_choice(items, ("known", "new"), "choice of items") == "known" else (there := of(getattr(split, part))).filter(~there.is_in(before.implode()))
+    codes = (
+        known
+        if check_choice(items, ("known", "new"), "choice of items") == "known"
+        else (there := of(getattr(split, part))).filter(~there.is_in(before.implode()))
+    )
     return to_index(codes)[hash_order(split.items["item"].gather(codes), seed)]
 
 # %% ../nbs/06_evaluation.ipynb #9c0530c4
@@ -129,17 +168,41 @@ def make_eval_task(
     "The question that a part of a split puts to every model alike."
     rows, seen = getattr(split, part), split.rows_before(part)
     candidates = eval_candidates(split, part, items, seed)
-    wanted = (rows if relevant is None else rows.filter(pl.col("rating") >= relevant)).select("user", "item").unique()
-    possible = wanted.filter(pl.col("item").cast(pl.Int64).is_in(pl.Series(candidates.numpy()).implode()))
-    right = possible.join(seen, on=["user", "item"], how="anti") if split.protocol.mask_seen else possible
+    wanted = (
+        (rows if relevant is None else rows.filter(pl.col("rating") >= relevant))
+        .select("user", "item")
+        .unique()
+    )
+    possible = wanted.filter(
+        pl.col("item").cast(pl.Int64).is_in(pl.Series(candidates.numpy()).implode())
+    )
+    right = (
+        possible.join(seen, on=["user", "item"], how="anti")
+        if split.protocol.mask_seen
+        else possible
+    )
     users = right["user"].unique().sort()
     asked, able = rows["user"].n_unique(), len(users)
     if 0 < max_users < able:
-        users = users.gather(hash_order(split.users["user"].gather(users))[:max_users].numpy()).sort()
+        users = users.gather(
+            hash_order(split.users["user"].gather(users))[:max_users].numpy()
+        ).sort()
         right = right.filter(pl.col("user").is_in(users.implode()))
-    left_out = {"users": asked, "users without relevant items": asked - able, "users not sampled": able - len(users), "pairs": len(wanted),
-                "pairs on non-candidate items": len(wanted) - len(possible), "pairs already in the history": len(possible) - len(right)}
-    return EvalTask(to_index(users), candidates, right.sort("user", "item"), History.from_rows(seen, len(split.users)), left_out)
+    left_out = {
+        "users": asked,
+        "users without relevant items": asked - able,
+        "users not sampled": able - len(users),
+        "pairs": len(wanted),
+        "pairs on non-candidate items": len(wanted) - len(possible),
+        "pairs already in the history": len(possible) - len(right),
+    }
+    return EvalTask(
+        to_index(users),
+        candidates,
+        right.sort("user", "item"),
+        History.from_rows(seen, len(split.users)),
+        left_out,
+    )
 
 # %% ../nbs/06_evaluation.ipynb #c17492f0
 def check_fitted_on(
@@ -147,10 +210,16 @@ def check_fitted_on(
     split: Split,  # that it is to be judged on
 ):
     "Refuse a model that was fitted on something else than the training rows of the split."
-    same = (recommender.user_ids.equals(split.users["user"][:split.n_train_users]) and recommender.item_ids.equals(split.items["item"][:split.n_train_items])
-            and len(recommender.train_history.item) == len(split.train))
-    if not same: raise UserError(f"{recommender.name or type(recommender).__name__} was fitted on other rows than the training part it would be judged with; "
-                               "fit it on this split, or judge it on the one it was fitted on (for test: split.final())")
+    same = (
+        recommender.user_ids.equals(split.users["user"][: split.n_train_users])
+        and recommender.item_ids.equals(split.items["item"][: split.n_train_items])
+        and len(recommender.train_history.item) == len(split.train)
+    )
+    if not same:
+        raise UserError(
+            f"{recommender.name or type(recommender).__name__} was fitted on other rows than the training part it would be judged with; "
+            "fit it on this split, or judge it on the one it was fitted on (for test: split.final())"
+        )
 
 # %% ../nbs/06_evaluation.ipynb #97eeedfa
 def top_k_lists(
@@ -165,9 +234,18 @@ def top_k_lists(
     m, found = len(task.candidates), [torch.empty(0, k, dtype=torch.int64)]
     for users in task.users.split(max(1, budget // max(m, 1))) if len(task.users) else ():
         had = task.history.select(users)
-        scores = recommender.scores(users, had if split.protocol.history_source == "seen" else None, task.candidates).float().cpu()
-        if scores.isnan().any(): raise UserError(f"{recommender.name} gives scores that are not numbers")
-        column = top_k(mask_seen(scores, had, task.candidates) if split.protocol.mask_seen else scores, k)[1]
+        scores = (
+            recommender.scores(
+                users, had if split.protocol.history_source == "seen" else None, task.candidates
+            )
+            .float()
+            .cpu()
+        )
+        if scores.isnan().any():
+            raise UserError(f"{recommender.name} gives scores that are not numbers")
+        column = top_k(
+            mask_seen(scores, had, task.candidates) if split.protocol.mask_seen else scores, k
+        )[1]
         listed = torch.where(column < 0, -1, task.candidates[column])
         found.append(torch.nn.functional.pad(listed, (0, k - listed.shape[1]), value=-1))
     return torch.cat(found)
@@ -191,7 +269,7 @@ def diversity(
     "1 - share of the pairs of a list that share the category (Smyth and McClave, 2001). Categories A, A, B: 1 - 1/3."
     of = torch.where(lists < 0, -1, category[lists.clamp(min=0)]).sort(dim=1)[0]
     known = (of >= 0).sum(1).double()
-    first = torch.searchsorted(of, of)                           # sorted: equal ones to the left of each place
+    first = torch.searchsorted(of, of)  # sorted: equal ones to the left of each place
     same = ((torch.arange(of.shape[1]) - first) * (of >= 0)).sum(1)
     return 1 - same / (known * (known - 1) / 2)
 
@@ -206,24 +284,41 @@ def beyond_accuracy(
     k, listed, at = lists.shape[1], lists >= 0, lists.clamp(min=0)
     pairs = split.train.select("user", "item").unique()
     count = torch.bincount(to_index(pairs["item"]), minlength=len(split.items)).double()
-    mean = lambda of: (of * listed).sum(1) / listed.sum(1)
+
+    def mean(of):
+        return (of * listed).sum(1) / listed.sum(1)
+
     had = task.history.select(task.users)
     owner = had.user_index
-    usual = torch.zeros(len(lists), dtype=torch.float64).index_add(0, owner, count[had.item]) / had.indptr.diff()
-    found = {f"Novelty@{k}": mean(-(count.clamp(min=1) / max(split.n_train_users, 1)).log2()[at]),   # an item of nobody counts as one of a single person
-             f"PopularityLift@{k}": (mean(count[at]) - usual) / usual.nanmean()}
-    category = category_codes(split.items)[0] - 1          # chapter 03 counts from one; here -1 is an item without
-    if (category >= 0).any(): found[f"Diversity@{k}"] = diversity(lists, category)
+    usual = (
+        torch.zeros(len(lists), dtype=torch.float64).index_add(0, owner, count[had.item])
+        / had.indptr.diff()
+    )
+    found = {
+        f"Novelty@{k}": mean(
+            -(count.clamp(min=1) / max(split.n_train_users, 1)).log2()[at]
+        ),  # an item of nobody counts as one of a single person
+        f"PopularityLift@{k}": (mean(count[at]) - usual) / usual.nanmean(),
+    }
+    category = (
+        category_codes(split.items)[0] - 1
+    )  # chapter 03 counts from one; here -1 is an item without
+    if (category >= 0).any():
+        found[f"Diversity@{k}"] = diversity(lists, category)
     if "price" in split.items.columns and split.items["price"].dtype.is_numeric():
         price = torch.tensor(split.items["price"].cast(pl.Float64).fill_null(0).to_numpy())
-        if price.any(): found[f"Revenue@{k}"] = (price[at] * hits).sum(1)
+        if price.any():
+            found[f"Revenue@{k}"] = (price[at] * hits).sum(1)
     return found
 
 # %% ../nbs/06_evaluation.ipynb #7e2d46a6
 @dataclass(frozen=True)
 class UserResults:
     "The lists of one model, and what they are worth to each user."
-    users: pl.DataFrame  # user (code), warm, n_seen, n_relevant, n_candidates, then a column a metric
+
+    users: (
+        pl.DataFrame
+    )  # user (code), warm, n_seen, n_relevant, n_candidates, then a column a metric
     lists: torch.Tensor  # int64 [n, longest k], codes of items, -1 for none
     task: EvalTask  # with the counts of what was left out
 
@@ -232,7 +327,11 @@ def eval_ranking(
     recommender: Recommender,  # fitted on the split
     split: Split,  # three parts
     part: str = "val",  # "val" or "test"
-    ks: tuple = (5, 10, 20),  # lengths of list; what lies beyond accuracy is measured at the longest
+    ks: tuple = (
+        5,
+        10,
+        20,
+    ),  # lengths of list; what lies beyond accuracy is measured at the longest
     relevant: Optional[float] = None,  # least stars of a relevant row; None: any row
     items: str = "known",  # candidates: items "known" to training, or "new" ones only
     seed: int = 0,  # of the lot that settles ties
@@ -244,11 +343,27 @@ def eval_ranking(
     hits, to_find = hit_matrix(lists, question)
     had = question.history.select(question.users)
     offered = torch.zeros(len(split.items)).index_fill(0, question.candidates, 1)
-    owned = torch.zeros(len(question.users)) if not split.protocol.mask_seen else had.to_sparse(len(split.items)).float() @ offered
+    owned = (
+        torch.zeros(len(question.users))
+        if not split.protocol.mask_seen
+        else had.to_sparse(len(split.items)).float() @ offered
+    )
     n_seen, n_candidates = had.indptr.diff(), (len(question.candidates) - owned).long()
-    about = {"user": question.users, "warm": n_seen > 0, "n_seen": n_seen, "n_relevant": to_find, "n_candidates": n_candidates}
-    columns = about | ranking_metrics(hits, to_find, ks) | beyond_accuracy(lists, hits, question, split)
-    return UserResults(pl.DataFrame({name: c.numpy() for name, c in columns.items()}).fill_nan(None), lists, question)
+    about = {
+        "user": question.users,
+        "warm": n_seen > 0,
+        "n_seen": n_seen,
+        "n_relevant": to_find,
+        "n_candidates": n_candidates,
+    }
+    columns = (
+        about | ranking_metrics(hits, to_find, ks) | beyond_accuracy(lists, hits, question, split)
+    )
+    return UserResults(
+        pl.DataFrame({name: c.numpy() for name, c in columns.items()}).fill_nan(None),
+        lists,
+        question,
+    )
 
 # %% ../nbs/06_evaluation.ipynb #1b4a5aa3
 def expected_random_ndcg(
@@ -257,8 +372,13 @@ def expected_random_ndcg(
     k: int,  # length of the list
 ) -> np.ndarray:  # float64 [n]
     "The NDCG@k to expect of a list drawn by lot. 1 relevant among 2, k = 1: 1/2."
-    gain = np.concatenate([[0.], (1 / np.log2(np.arange(2, k + 2))).cumsum()])
-    return n_relevant / n_candidates * gain[np.minimum(k, n_candidates)] / gain[np.minimum(k, n_relevant)]
+    gain = np.concatenate([[0.0], (1 / np.log2(np.arange(2, k + 2))).cumsum()])
+    return (
+        n_relevant
+        / n_candidates
+        * gain[np.minimum(k, n_candidates)]
+        / gain[np.minimum(k, n_relevant)]
+    )
 
 # %% ../nbs/06_evaluation.ipynb #7036263b
 RATING_METRICS = ("RMSE", "MSE", "MAE")
@@ -274,14 +394,31 @@ def eval_ratings(
     check_fitted_on(recommender, split)
     seen = History.from_rows(split.rows_before(part), len(split.users))
     rows = getattr(split, part).select("user", "item", "rating").drop_nulls("rating")
-    if not recommender.predicts_ratings: rows = rows.clear()
+    if not recommender.predicts_ratings:
+        rows = rows.clear()
     user, item = (to_index(rows[c]) for c in ("user", "item"))
-    history = lambda u: seen.select(u) if split.protocol.history_source == "seen" else None
-    predicted = [recommender.predict(u, i, history(u)).double().cpu() for u, i in zip(user.split(batch_size), item.split(batch_size)) if len(u)]
+
+    def history(u):
+        return seen.select(u) if split.protocol.history_source == "seen" else None
+
+    predicted = [
+        recommender.predict(u, i, history(u)).double().cpu()
+        for u, i in zip(user.split(batch_size), item.split(batch_size))
+        if len(u)
+    ]
     error = pl.col("predicted") - pl.col("rating")
-    predicted = pl.Series("predicted", torch.cat([torch.empty(0, dtype=torch.float64)] + predicted).numpy())
-    return rows.with_columns(predicted, pl.col("rating").cast(pl.Float64), n_seen=seen.indptr.diff()[user].numpy()).with_columns(
-        warm=pl.col("n_seen") > 0, warm_item=pl.col("item").is_in(split.rows_before(part)["item"].unique().implode()), RMSE=error**2, MSE=error**2, MAE=error.abs())
+    predicted = pl.Series(
+        "predicted", torch.cat([torch.empty(0, dtype=torch.float64)] + predicted).numpy()
+    )
+    return rows.with_columns(
+        predicted, pl.col("rating").cast(pl.Float64), n_seen=seen.indptr.diff()[user].numpy()
+    ).with_columns(
+        warm=pl.col("n_seen") > 0,
+        warm_item=pl.col("item").is_in(split.rows_before(part)["item"].unique().implode()),
+        RMSE=error**2,
+        MSE=error**2,
+        MAE=error.abs(),
+    )
 
 # %% ../nbs/06_evaluation.ipynb #e27b580f
 def bootstrap_weights(
@@ -305,21 +442,35 @@ def resample(
     seed: int = 0,  # of the samples
 ) -> tuple:  # the figure [metrics], and what each sample makes of it [draws, metrics]
     "Sum over users / count over users, mean over seeds: as measured and in each bootstrap sample."
-    shape = lambda x: (x := np.asarray(x, np.float64)).reshape((1, -1, 1) if x.ndim == 1 else x.shape + (1,) * (3 - x.ndim))
+
+    def shape(x):
+        return (x := np.asarray(x, np.float64)).reshape(
+            (1, -1, 1) if x.ndim == 1 else x.shape + (1,) * (3 - x.ndim)
+        )
+
     totals = shape(totals)
-    counts = np.ones_like(totals) if counts is None else np.broadcast_to(shape(counts), totals.shape)
+    counts = (
+        np.ones_like(totals) if counts is None else np.broadcast_to(shape(counts), totals.shape)
+    )
     s, n, m = totals.shape
     flat = np.concatenate([totals, counts]).transpose(1, 0, 2).reshape(n, -1)
+
     def measured(weights):
         sums = (weights @ flat).reshape(len(weights), 2, s, m)
-        with np.errstate(invalid="ignore", divide="ignore"): value = sums[:, 0] / sums[:, 1]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            value = sums[:, 0] / sums[:, 1]
         return np.where(take_sqrt, np.sqrt(np.maximum(value, 0)), value)
-    samples = np.concatenate([measured(w) for w in bootstrap_weights(n, n_resamples, seed, 2 * s * m)])
+
+    samples = np.concatenate(
+        [measured(w) for w in bootstrap_weights(n, n_resamples, seed, 2 * s * m)]
+    )
     seeds = np.random.default_rng([seed, s]).multinomial(s, np.full(s, 1 / s), n_resamples) / s
     return measured(np.ones((1, n)))[0].mean(0), (samples * seeds[:, :, None]).sum(1)
 
 # %% ../nbs/06_evaluation.ipynb #2aae095b
-MIN_USERS_FOR_CI = 5  # with fewer, resampling has too little to go on, and a table gives no interval
+MIN_USERS_FOR_CI = (
+    5  # with fewer, resampling has too little to go on, and a table gives no interval
+)
 
 
 def percentile_ci(
@@ -328,7 +479,7 @@ def percentile_ci(
     "The middle 95 % of the samples; those in which nobody counts are left out."
     usable = ~np.isnan(samples).all(0)
     ends = np.full((2, samples.shape[1]), np.nan)
-    ends[:, usable] = np.nanquantile(samples[:, usable], [.025, .975], axis=0)
+    ends[:, usable] = np.nanquantile(samples[:, usable], [0.025, 0.975], axis=0)
     return ends[0], ends[1]
 
 
@@ -350,7 +501,10 @@ def paired_bootstrap(
     **resample_kwargs,  # root, draws, seed: as for `resample`
 ) -> tuple:  # difference, lo, hi, p: [metrics]
     "Model minus other on the same resampled users, its 95 % interval and its two-sided p-value."
-    (value, a), (other, b) = resample(totals, counts, **resample_kwargs), resample(versus, versus_counts, **resample_kwargs)
+    (value, a), (other, b) = (
+        resample(totals, counts, **resample_kwargs),
+        resample(versus, versus_counts, **resample_kwargs),
+    )
     side = np.minimum((a - b <= 0).sum(0), (a - b >= 0).sum(0))
     return value - other, *percentile_ci(a - b), np.minimum(1, 2 * (side + 1) / (len(a) + 1))
 
@@ -361,7 +515,9 @@ def holm(
     "P-values of several claims made at once. (.01, .04, .03): (.03, .06, .06)."
     p_values = np.asarray(p_values, np.float64)
     order = p_values.argsort()
-    raised = np.maximum.accumulate(p_values[order] * (len(p_values) - np.arange(len(p_values)))).clip(max=1)
+    raised = np.maximum.accumulate(
+        p_values[order] * (len(p_values) - np.arange(len(p_values)))
+    ).clip(max=1)
     return raised[order.argsort()]
 
 # %% ../nbs/06_evaluation.ipynb #f856dc65
@@ -381,17 +537,36 @@ def catalog_metrics(
 ) -> pl.DataFrame:  # metric, value, lo, hi, n
     "Coverage and Gini of all the lists together."
     n, k = lists.shape
-    column = torch.full((int(candidates.max()) + 1,), -1).index_put((candidates,), torch.arange(len(candidates)))
+    column = torch.full((int(candidates.max()) + 1,), -1).index_put(
+        (candidates,), torch.arange(len(candidates))
+    )
     user, place = (lists >= 0).nonzero(as_tuple=True)
-    shown = csr_matrix((np.ones(len(user)), (user.numpy(), column[lists[user, place]].numpy())), (n, len(candidates)))
-    both = lambda weights: np.stack([((e := weights @ shown) > 0).mean(1), exposure_gini(e)], axis=1)
+    shown = csr_matrix(
+        (np.ones(len(user)), (user.numpy(), column[lists[user, place]].numpy())),
+        (n, len(candidates)),
+    )
+
+    def both(weights):
+        return np.stack([((e := weights @ shown) > 0).mean(1), exposure_gini(e)], axis=1)
+
     value = both(np.ones((1, n)))[0]
-    spread = 1.96 * np.concatenate([both(w) for w in bootstrap_weights(n, n_resamples, seed, len(candidates))]).std(0) if n >= MIN_USERS_FOR_CI else np.nan
+    spread = (
+        1.96
+        * np.concatenate(
+            [both(w) for w in bootstrap_weights(n, n_resamples, seed, len(candidates))]
+        ).std(0)
+        if n >= MIN_USERS_FOR_CI
+        else np.nan
+    )
     lo, hi = (value - spread).clip(0, 1), (value + spread).clip(0, 1)
-    return pl.DataFrame({"metric": [f"Coverage@{k}", f"Gini@{k}"], "value": value, "lo": lo, "hi": hi, "n": [n, n]}).fill_nan(None)
+    return pl.DataFrame(
+        {"metric": [f"Coverage@{k}", f"Gini@{k}"], "value": value, "lo": lo, "hi": hi, "n": [n, n]}
+    ).fill_nan(None)
 
 # %% ../nbs/06_evaluation.ipynb #22582cd8
-EMPTY_RESULTS = pl.DataFrame(schema={c: METRIC_SCHEMA[c] for c in ("users", "metric", "value", "lo", "hi", "n")})
+EMPTY_RESULTS = pl.DataFrame(
+    schema={c: METRIC_SCHEMA[c] for c in ("users", "metric", "value", "lo", "hi", "n")}
+)
 USER_GROUPS = {"all": pl.lit(True), "warm": pl.col("warm"), "cold": ~pl.col("warm")}
 
 
@@ -400,32 +575,66 @@ def per_user_sums(
     metrics: list,  # names of columns
 ) -> tuple:  # users, and totals and counts [seeds, users, metrics]
     "What each user adds to each metric."
-    tables = [f.group_by("user").agg(pl.col(metrics).sum(), pl.col(metrics).count().name.suffix(" n")).sort("user") for f in frames]
-    of = lambda names: np.stack([t.select(names).to_numpy().astype(np.float64) for t in tables])
-    if not all(t["user"].equals(tables[0]["user"]) for t in tables): raise UserError("only what was measured on the same users can be put together")
+    tables = [
+        f.group_by("user")
+        .agg(pl.col(metrics).sum(), pl.col(metrics).count().name.suffix(" n"))
+        .sort("user")
+        for f in frames
+    ]
+
+    def of(names):
+        return np.stack([t.select(names).to_numpy().astype(np.float64) for t in tables])
+
+    if not all(t["user"].equals(tables[0]["user"]) for t in tables):
+        raise UserError("only what was measured on the same users can be put together")
     return tables[0]["user"], of(metrics), of([f"{m} n" for m in metrics])
 
 # %% ../nbs/06_evaluation.ipynb #69d3c875
 def aggregate(
     frames: list,  # one a seed: `user`, `warm`, and a column a metric
     metrics: list,  # names of columns
-    groups: Optional[dict] = None,  # name: which rows, as an expression; default: all, warm and cold users
-    versus: Optional[list] = None,  # the same of another model: figures are then differences, with a p-value
+    groups: Optional[
+        dict
+    ] = None,  # name: which rows, as an expression; default: all, warm and cold users
+    versus: Optional[
+        list
+    ] = None,  # the same of another model: figures are then differences, with a p-value
     **resample_kwargs,  # draws, seed: as for `resample`
 ) -> pl.DataFrame:  # users, metric, value, lo, hi, n (p)
     "Figures with intervals for each group of users."
     found, root = [], np.array([m == "RMSE" for m in metrics])
     for name, pick in (USER_GROUPS if groups is None else groups).items():
         users, total, count = per_user_sums([f.filter(pick) for f in frames], metrics)
-        if not len(users): continue
-        if versus is None: columns = dict(zip(("value", "lo", "hi"), bootstrap(total, count, take_sqrt=root, **resample_kwargs)))
+        if not len(users):
+            continue
+        if versus is None:
+            columns = dict(
+                zip(
+                    ("value", "lo", "hi"),
+                    bootstrap(total, count, take_sqrt=root, **resample_kwargs),
+                )
+            )
         else:
             others, other, other_count = per_user_sums([f.filter(pick) for f in versus], metrics)
-            if not users.equals(others): raise UserError("two models can only be compared on the same users")
-            columns = dict(zip(("value", "lo", "hi", "p"), paired_bootstrap(total, other, count, other_count, take_sqrt=root, **resample_kwargs)))
+            if not users.equals(others):
+                raise UserError("two models can only be compared on the same users")
+            columns = dict(
+                zip(
+                    ("value", "lo", "hi", "p"),
+                    paired_bootstrap(
+                        total, other, count, other_count, take_sqrt=root, **resample_kwargs
+                    ),
+                )
+            )
         few = (count[0] > 0).sum(0) < MIN_USERS_FOR_CI
         columns = {c: np.where(few & (c != "value"), np.nan, v) for c, v in columns.items()}
-        found.append(pl.DataFrame({"users": [name] * len(metrics), "metric": metrics} | columns | {"n": count[0].sum(0).astype(np.int64)}).fill_nan(None))
+        found.append(
+            pl.DataFrame(
+                {"users": [name] * len(metrics), "metric": metrics}
+                | columns
+                | {"n": count[0].sum(0).astype(np.int64)}
+            ).fill_nan(None)
+        )
     return pl.concat(found).filter(pl.col("n") > 0) if found else EMPTY_RESULTS
 
 # %% ../nbs/06_evaluation.ipynb #4b8cc699
@@ -437,7 +646,10 @@ def format_ci(
     digits: int = 4,  # decimals
 ) -> str:
     "A figure with its interval."
-    say = lambda x: f"{round(x, digits) + 0.:{sign}.{digits}f}"  # no -0.000
+
+    def say(x):
+        return f"{round(x, digits) + 0.0:{sign}.{digits}f}"  # no -0.000
+
     return say(value) + ("" if lo is None else f" [{say(lo)}, {say(hi)}]")
 
 # %% ../nbs/06_evaluation.ipynb #0615fd5c
@@ -450,21 +662,45 @@ def evaluate_once(
     items: tuple = ("known",),  # candidates: "known" to training, "new"
     seed: int = 0,  # of the lot that settles ties
     max_users: int = 0,  # how many people are asked about at most, drawn by lot; 0: all
-) -> dict:  # rated: a row a rating; ranked: a row a user; shown: coverage and Gini; left_out: counts
+) -> (
+    dict
+):  # rated: a row a rating; ranked: a row a user; shown: coverage and Gini; left_out: counts
     "One model measured once: the tables that all its figures are made from."
-    asked = [({"relevant": "any" if r is None else f">={r:g}", "items": "all" if i == "known" else i}, eval_ranking(recommender, split, part, ks, r, i, seed, max_users))
-             for r in relevance_thresholds for i in items]
-    tag = lambda frame, label: frame.with_columns(pl.lit(v).alias(c) for c, v in label.items())
-    return {"rated": eval_ratings(recommender, split, part), "ranked": pl.concat([tag(a.users, label) for label, a in asked]),
-            "shown": pl.concat([tag(catalog_by_group(a), label) for label, a in asked]), "excluded": [label | a.task.excluded for label, a in asked]}
+    asked = [
+        (
+            {"relevant": "any" if r is None else f">={r:g}", "items": "all" if i == "known" else i},
+            eval_ranking(recommender, split, part, ks, r, i, seed, max_users),
+        )
+        for r in relevance_thresholds
+        for i in items
+    ]
+
+    def tag(frame, label):
+        return frame.with_columns(pl.lit(v).alias(c) for c, v in label.items())
+
+    return {
+        "rated": eval_ratings(recommender, split, part),
+        "ranked": pl.concat([tag(a.users, label) for label, a in asked]),
+        "shown": pl.concat([tag(catalog_by_group(a), label) for label, a in asked]),
+        "excluded": [label | a.task.excluded for label, a in asked],
+    }
 
 
 def catalog_by_group(
     results: UserResults,  # the lists of one model
 ) -> pl.DataFrame:  # users, metric, value, lo, hi, n
     "Coverage and Gini of the lists of all, warm and cold users."
-    kept = {name: torch.from_numpy(results.users.with_columns(kept=pick)["kept"].to_numpy()) for name, pick in USER_GROUPS.items()}
-    found = [catalog_metrics(results.lists[k], results.task.candidates).select(pl.lit(name).alias("users"), pl.all()) for name, k in kept.items() if k.any()]
+    kept = {
+        name: torch.from_numpy(results.users.with_columns(kept=pick)["kept"].to_numpy())
+        for name, pick in USER_GROUPS.items()
+    }
+    found = [
+        catalog_metrics(results.lists[k], results.task.candidates).select(
+            pl.lit(name).alias("users"), pl.all()
+        )
+        for name, k in kept.items()
+        if k.any()
+    ]
     return pl.concat([EMPTY_RESULTS] + found)
 
 # %% ../nbs/06_evaluation.ipynb #c4812975
@@ -476,14 +712,34 @@ def metric_table(
 ) -> pl.DataFrame:  # task, users, items, relevant, metric, value, lo, hi, n
     "All figures of one model, or all its differences to another."
     found = []
-    for items, pick in {"all": pl.lit(True), "warm": pl.col("warm_item"), "new": ~pl.col("warm_item")}.items():
-        table = aggregate([f.filter(pick) for f in rating_errors], list(RATING_METRICS), reference=versus and [f.filter(pick) for f in versus[0]])
-        found.append(table.with_columns(task=pl.lit("rating"), items=pl.lit(items), relevant=pl.lit("any")))
+    for items, pick in {
+        "all": pl.lit(True),
+        "warm": pl.col("warm_item"),
+        "new": ~pl.col("warm_item"),
+    }.items():
+        table = aggregate(
+            [f.filter(pick) for f in rating_errors],
+            list(RATING_METRICS),
+            reference=versus and [f.filter(pick) for f in versus[0]],
+        )
+        found.append(
+            table.with_columns(task=pl.lit("rating"), items=pl.lit(items), relevant=pl.lit("any"))
+        )
     metrics = [c for c in user_metrics[0].columns if c.split("@")[-1] in map(str, ks)]
-    for relevant, items in user_metrics[0].select("relevant", "items").unique(maintain_order=True).rows():
+    for relevant, items in (
+        user_metrics[0].select("relevant", "items").unique(maintain_order=True).rows()
+    ):
         pick = (pl.col("relevant") == relevant) & (pl.col("items") == items)
-        table = aggregate([f.filter(pick) for f in user_metrics], metrics, reference=versus and [f.filter(pick) for f in versus[1]])
-        found.append(table.with_columns(task=pl.lit("ranking"), items=pl.lit(items), relevant=pl.lit(relevant)))
+        table = aggregate(
+            [f.filter(pick) for f in user_metrics],
+            metrics,
+            reference=versus and [f.filter(pick) for f in versus[1]],
+        )
+        found.append(
+            table.with_columns(
+                task=pl.lit("ranking"), items=pl.lit(items), relevant=pl.lit(relevant)
+            )
+        )
     return pl.concat(found, how="diagonal")
 
 # %% ../nbs/06_evaluation.ipynb #98e47ef8
@@ -500,7 +756,9 @@ def evaluate(
     rated = judged["rated"] if items == "known" else judged["rated"].clear()
     shown = judged["shown"].with_columns(task=pl.lit("ranking"))
     found = pl.concat([metric_table([rated], [judged["ranked"]], ks), shown], how="diagonal")
-    found = found.with_columns(model=pl.lit(recommender.name), split=pl.lit(part), versus=pl.lit(None, pl.String))
+    found = found.with_columns(
+        model=pl.lit(recommender.name), split=pl.lit(part), versus=pl.lit(None, pl.String)
+    )
     return found.select([pl.col(c).cast(t) for c, t in METRIC_SCHEMA.items() if c in found.columns])
 
 # %% ../nbs/06_evaluation.ipynb #d8a9a67b
@@ -509,8 +767,16 @@ def gain_over_random(
     k: int = 10,  # length of the list
 ) -> tuple:  # NDCG@k minus what a list drawn by lot is expected to have, lo, hi
     "How much better than chance the lists are."
-    chance = [expected_random_ndcg(f["n_relevant"].to_numpy(), f["n_candidates"].to_numpy(), k) for f in frames]
-    return tuple(float(x[0]) for x in bootstrap(np.stack([f[f"NDCG@{k}"].to_numpy() - c for f, c in zip(frames, chance)])))
+    chance = [
+        expected_random_ndcg(f["n_relevant"].to_numpy(), f["n_candidates"].to_numpy(), k)
+        for f in frames
+    ]
+    return tuple(
+        float(x[0])
+        for x in bootstrap(
+            np.stack([f[f"NDCG@{k}"].to_numpy() - c for f, c in zip(frames, chance)])
+        )
+    )
 
 # %% ../nbs/06_evaluation.ipynb #0eb88e39
 CURVE_KS = (1, 2, 3, 5, 10, 20)
@@ -527,17 +793,42 @@ def evaluate_wide_deep(
     for cut, split in enumerate(s.for_final_fit() for s in run.load_splits()):
         for seed in run.read("training.json")["seeds"]:
             model = load_recommender(run.model_folder("wide-deep", seed, cut))
-            judged = evaluate_once(model, split, "test", CURVE_KS, (None, relevant) if split.has_ratings else (None,), ("known", "new"), max_users=max_users)
-            tag = lambda frame: frame.with_columns(cut=pl.lit(cut, pl.Int64), seed=pl.lit(seed, pl.Int64))
-            name = lambda frame: tag(frame.with_columns(user=split.users["user"].gather(frame["user"])))
-            rated.append(name(judged["rated"])); ranked.append(name(judged["ranked"])); shown.append(tag(judged["shown"])); each.append((cut, seed))
+            judged = evaluate_once(
+                model,
+                split,
+                "test",
+                CURVE_KS,
+                (None, relevant) if split.has_ratings else (None,),
+                ("known", "new"),
+                max_users=max_users,
+            )
+
+            def tag(frame):
+                return frame.with_columns(cut=pl.lit(cut, pl.Int64), seed=pl.lit(seed, pl.Int64))
+
+            def name(frame):
+                return tag(frame.with_columns(user=split.users["user"].gather(frame["user"])))
+
+            rated.append(name(judged["rated"]))
+            ranked.append(name(judged["ranked"]))
+            shown.append(tag(judged["shown"]))
+            each.append((cut, seed))
         left_out += [{"cut": cut} | counts for counts in judged["excluded"]]
     rated, ranked, shown = pl.concat(rated), pl.concat(ranked, how="diagonal"), pl.concat(shown)
     run.write("evaluation/rated.parquet", rated)
     run.write("evaluation/ranked.parquet", ranked)
-    run.write("evaluation.json", {"relevant": relevant, "max_users": max_users, "excluded": left_out})
-    found = [shown.with_columns(task=pl.lit("ranking")), *metrics_by_seed_and_fold(rated, ranked, each)]
-    run.add_metrics(pl.concat(found, how="diagonal").with_columns(model=pl.lit("wide-deep"), split=pl.lit("test"), versus=pl.lit(None, pl.String)))
+    run.write(
+        "evaluation.json", {"relevant": relevant, "max_users": max_users, "excluded": left_out}
+    )
+    found = [
+        shown.with_columns(task=pl.lit("ranking")),
+        *metrics_by_seed_and_fold(rated, ranked, each),
+    ]
+    run.add_metrics(
+        pl.concat(found, how="diagonal").with_columns(
+            model=pl.lit("wide-deep"), split=pl.lit("test"), versus=pl.lit(None, pl.String)
+        )
+    )
 
 # %% ../nbs/06_evaluation.ipynb #6bbd5dd2
 def metrics_by_seed_and_fold(
@@ -546,9 +837,20 @@ def metrics_by_seed_and_fold(
     folds_and_seeds: list,  # (cut, seed) of every model that was judged
 ) -> list:  # tables of figures, with cut and seed; both null in the last, over all together, where there is more than one
     "The figures of each seed in each window, and of all together."
-    pick = lambda **which: [f.filter(*[pl.col(c) == v for c, v in which.items()]) for f in (rating_errors, user_metrics)]
-    tag = lambda frame, cut, seed: frame.with_columns(cut=pl.lit(cut, pl.Int64), seed=pl.lit(seed, pl.Int64))
-    found = [tag(metric_table(*[[f] for f in pick(cut=cut, seed=seed)]), cut, seed) for cut, seed in folds_and_seeds]
+
+    def pick(**which):
+        return [
+            f.filter(*[pl.col(c) == v for c, v in which.items()])
+            for f in (rating_errors, user_metrics)
+        ]
+
+    def tag(frame, cut, seed):
+        return frame.with_columns(cut=pl.lit(cut, pl.Int64), seed=pl.lit(seed, pl.Int64))
+
+    found = [
+        tag(metric_table(*[[f] for f in pick(cut=cut, seed=seed)]), cut, seed)
+        for cut, seed in folds_and_seeds
+    ]
     if len(folds_and_seeds) > 1:
         together = zip(*[pick(seed=seed) for seed in sorted({seed for _, seed in folds_and_seeds})])
         found.append(tag(metric_table(*map(list, together)), None, None))

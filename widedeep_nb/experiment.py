@@ -35,24 +35,51 @@ import torch
 from scipy import stats
 from statsmodels.stats.power import TTestIndPower
 
-from .comparison import rank_models, build_leaderboard
-from .core import COLORS, UserError, Run, fig_to_svg, encode_ids, check_choice, nbsp_percent, step, set_theme, atomic_write
-from .data import synthetic_users, synthetic_ground_truth
+from .comparison import build_leaderboard, rank_models
+from widedeep_nb.core import (
+    COLORS,
+    Run,
+    UserError,
+    atomic_write,
+    check_choice,
+    encode_ids,
+    fig_to_svg,
+    nbsp_percent,
+    set_theme,
+    step,
+)
+from .data import synthetic_ground_truth, synthetic_users
 from .evaluation import format_ci
 from .preprocessing import sort_by_time, training_events
-from .serving import MIN_POOL, RecommendRequest, RecommendService, encode_request, run_async, send_request, sample_plackett_luce, open_service, connect_store, running_service, pl_probabilities
+from widedeep_nb.serving import (
+    MIN_POOL,
+    RecommendRequest,
+    RecommendService,
+    connect_store,
+    encode_request,
+    open_service,
+    pl_probabilities,
+    run_async,
+    running_service,
+    sample_plackett_luce,
+    send_request,
+)
 
 # %% ../nbs/20_experiment.ipynb #20a10002
 def sample_size(
     sd: float,  # standard deviation of what is counted, over people
     effect: float,  # smallest difference of means that is worth finding, in the same unit
-    power: float = .8,  # chance of finding it where it is there
-    alpha: float = .05,  # chance of finding it where nothing is, two-sided
-    ratio: float = 1.,  # people in the second group for each in the first
+    power: float = 0.8,  # chance of finding it where it is there
+    alpha: float = 0.05,  # chance of finding it where nothing is, two-sided
+    ratio: float = 1.0,  # people in the second group for each in the first
 ) -> int:  # people in the first group
     "How many people a comparison of two means needs (Student's t)."
-    if not (sd > 0 and effect > 0 and 0 < alpha < power < 1 and ratio > 0): raise UserError(f"a plan needs sd, effect and ratio above 0 and 0 < alpha < power < 1, not sd {sd:g}, effect {effect:g}, alpha {alpha:g}, power {power:g}, ratio {ratio:g}")
-    if 6 * sd < effect: return 2                                        # beyond what the solver bears, and seen at once
+    if not (sd > 0 and effect > 0 and 0 < alpha < power < 1 and ratio > 0):
+        raise UserError(
+            f"a plan needs sd, effect and ratio above 0 and 0 < alpha < power < 1, not sd {sd:g}, effect {effect:g}, alpha {alpha:g}, power {power:g}, ratio {ratio:g}"
+        )
+    if 6 * sd < effect:
+        return 2  # beyond what the solver bears, and seen at once
     return max(2, int(np.ceil(TTestIndPower().solve_power(effect / sd, None, alpha, power, ratio))))
 
 # %% ../nbs/20_experiment.ipynb #20b00001
@@ -60,7 +87,7 @@ def statistical_power(
     n: int,  # people in each group
     sd: float,  # standard deviation of what is counted
     effect: float,  # true difference
-    alpha: float = .05,  # level of the test, two-sided
+    alpha: float = 0.05,  # level of the test, two-sided
 ) -> float:
     "The chance that a true difference is called."
     return float(TTestIndPower().power(abs(effect) / sd, n, alpha))
@@ -69,8 +96,8 @@ def statistical_power(
 def minimum_detectable_effect(
     n: int,  # people in each group
     sd: float,  # standard deviation of what is counted
-    power: float = .8,  # chance of finding it
-    alpha: float = .05,  # level of the test, two-sided
+    power: float = 0.8,  # chance of finding it
+    alpha: float = 0.05,  # level of the test, two-sided
 ) -> float:  # in the unit of `sd`
     "The smallest true difference that so many people find with that chance."
     return sd * float(TTestIndPower().solve_power(None, max(n, 2), alpha, power))
@@ -97,18 +124,26 @@ def assign_arms(
     users: pl.Series,  # ids
     experiment: str,  # its name
     arms: dict,  # name: share of those who take part; shares sum to one
-    holdout: float = 0.,  # share of all people who take part in nothing
+    holdout: float = 0.0,  # share of all people who take part in nothing
 ) -> pl.Series:  # name of an arm, or "holdout"
     "Who sees what."
     shares = np.array([*arms.values()], np.float64)
-    if len(arms) < 2 or (shares <= 0).any() or abs(shares.sum() - 1) > 1e-9: raise UserError(f"an experiment has two arms or more, whose shares are above 0 and sum to 1, not {arms}")
-    if "holdout" in arms or not 0 <= holdout < 1: raise UserError(f"holdout is a share from 0 to below 1 and no arm's name, not {holdout:g} with arms {', '.join(arms)}")
-    arm = np.searchsorted(shares.cumsum()[:-1], hash_uniform(users, f"experiment {experiment}"), side="right")
+    if len(arms) < 2 or (shares <= 0).any() or abs(shares.sum() - 1) > 1e-9:
+        raise UserError(
+            f"an experiment has two arms or more, whose shares are above 0 and sum to 1, not {arms}"
+        )
+    if "holdout" in arms or not 0 <= holdout < 1:
+        raise UserError(
+            f"holdout is a share from 0 to below 1 and no arm's name, not {holdout:g} with arms {', '.join(arms)}"
+        )
+    arm = np.searchsorted(
+        shares.cumsum()[:-1], hash_uniform(users, f"experiment {experiment}"), side="right"
+    )
     arm[hash_uniform(users, "holdout") < holdout] = len(arms)
     return pl.Series("arm", [*arms, "holdout"]).gather(arm)
 
 # %% ../nbs/20_experiment.ipynb #20a10008
-SRM_ALPHA = .001  # p-value below which groups are not as large as they should be
+SRM_ALPHA = 0.001  # p-value below which groups are not as large as they should be
 
 
 def srm_test(
@@ -121,6 +156,7 @@ def srm_test(
 # %% ../nbs/20_experiment.ipynb #20a1000b
 class Effect(NamedTuple):
     "A difference, its interval, and how surprising it would be if there were none."
+
     value: np.ndarray  # second group minus first
     lo: np.ndarray
     hi: np.ndarray
@@ -131,13 +167,17 @@ class Effect(NamedTuple):
 def welch_test(
     a: np.ndarray,  # [..., n]: a value of each person in the first group
     b: np.ndarray,  # [..., m]: in the second
-    alpha: float = .05,  # one minus the level of the interval
+    alpha: float = 0.05,  # one minus the level of the interval
 ) -> Effect:  # of [...]
     "Second mean minus first, with Welch's interval and test (Welch, 1947)."
     parts = [x.var(-1, ddof=1) / x.shape[-1] for x in (a, b)]
     value, se = b.mean(-1) - a.mean(-1), np.sqrt(parts[0] + parts[1])
-    with np.errstate(invalid="ignore", divide="ignore"):                                                          # where nobody differs, what is seen is certain
-        free = np.nan_to_num(se**4 / (parts[0]**2 / (a.shape[-1] - 1) + parts[1]**2 / (b.shape[-1] - 1)), nan=1.)
+    with np.errstate(
+        invalid="ignore", divide="ignore"
+    ):  # where nobody differs, what is seen is certain
+        free = np.nan_to_num(
+            se**4 / (parts[0] ** 2 / (a.shape[-1] - 1) + parts[1] ** 2 / (b.shape[-1] - 1)), nan=1.0
+        )
         p = 2 * stats.t.sf(np.nan_to_num(np.abs(value) / se), free)
     half = stats.t.ppf(1 - alpha / 2, free) * se
     return Effect(value, value - half, value + half, p, se)
@@ -148,7 +188,10 @@ def delta_method(
     count: np.ndarray,  # [..., n]: over how many, such as visits
 ) -> np.ndarray:  # [..., n]: their mean is sum(total) / sum(count), and its variance is the ratio's
     "A ratio as a mean over people: the delta method (Deng et al., 2018)."
-    ratio, mean = total.sum(-1, keepdims=True) / count.sum(-1, keepdims=True), count.mean(-1, keepdims=True)
+    ratio, mean = (
+        total.sum(-1, keepdims=True) / count.sum(-1, keepdims=True),
+        count.mean(-1, keepdims=True),
+    )
     return ratio + (total - ratio * count) / mean
 
 # %% ../nbs/20_experiment.ipynb #20a10011
@@ -160,11 +203,27 @@ def cuped(
 ) -> tuple:  # values of both groups without what the time before explains
     "CUPED: variance reduction by earlier behaviour (Deng et al., 2013)."
     n = a.shape[-1]
-    y, x = np.concatenate([a, b], -1).astype(np.float64), np.concatenate([pre_a, pre_b], -1).astype(np.float64)
+    y, x = (
+        np.concatenate([a, b], -1).astype(np.float64),
+        np.concatenate([pre_a, pre_b], -1).astype(np.float64),
+    )
     x = x - x.mean(-1, keepdims=True)
-    within = lambda of: np.concatenate([of[..., :n] - of[..., :n].mean(-1, keepdims=True), of[..., n:] - of[..., n:].mean(-1, keepdims=True)], -1)
-    spread = (within(x)**2).sum(-1, keepdims=True)
-    theta = np.where(spread > 0, (within(x) * within(y)).sum(-1, keepdims=True) / np.where(spread > 0, spread, 1), 0)
+
+    def within(of):
+        return np.concatenate(
+            [
+                of[..., :n] - of[..., :n].mean(-1, keepdims=True),
+                of[..., n:] - of[..., n:].mean(-1, keepdims=True),
+            ],
+            -1,
+        )
+
+    spread = (within(x) ** 2).sum(-1, keepdims=True)
+    theta = np.where(
+        spread > 0,
+        (within(x) * within(y)).sum(-1, keepdims=True) / np.where(spread > 0, spread, 1),
+        0,
+    )
     y = y - theta * x
     return y[..., :n], y[..., n:]
 
@@ -174,7 +233,11 @@ def r_squared(
     outcome: np.ndarray,  # [n]: and does now
 ) -> float:  # share of the variance that CUPED takes away
     "The square of the correlation; nought where nobody differs."
-    return float(np.corrcoef(pre_period, outcome)[0, 1]**2) if len(outcome) > 2 and np.std(pre_period) > 0 and np.std(outcome) > 0 else 0.
+    return (
+        float(np.corrcoef(pre_period, outcome)[0, 1] ** 2)
+        if len(outcome) > 2 and np.std(pre_period) > 0 and np.std(outcome) > 0
+        else 0.0
+    )
 
 # %% ../nbs/20_experiment.ipynb #20a10014
 def cumulative_stats(
@@ -185,8 +248,13 @@ def cumulative_stats(
     "What would be seen on the way."
     found = []
     for group in (~is_treatment, is_treatment):
-        mine = np.where(group, value, 0.)
-        n, total, square = [np.add.reduceat(x[..., :interim_sizes[-1]], np.append(0, interim_sizes[:-1]), -1, dtype=np.float64).cumsum(-1) for x in (group, mine, mine**2)]
+        mine = np.where(group, value, 0.0)
+        n, total, square = [
+            np.add.reduceat(
+                x[..., : interim_sizes[-1]], np.append(0, interim_sizes[:-1]), -1, dtype=np.float64
+            ).cumsum(-1)
+            for x in (group, mine, mine**2)
+        ]
         found.append((total / n, (square - total**2 / n) / (n - 1) / n))
     (a, var_a), (b, var_b) = found
     return b - a, np.sqrt(np.maximum(var_a + var_b, 0))
@@ -197,19 +265,23 @@ def confidence_sequence(
     se: np.ndarray,  # [..., looks]: its standard error
     n: np.ndarray,  # [looks]: people so far
     planned: int,  # people after whom it is narrowest
-    alpha: float = .05,  # chance that it ever leaves out the truth
+    alpha: float = 0.05,  # chance that it ever leaves out the truth
 ) -> tuple:  # lo, hi [..., looks], and the p-value that holds at every look
     "An interval that may be looked at as often as one likes (Johari et al., 2017; Waudby-Smith et al., 2024)."
     rho2 = (-2 * np.log(alpha) + np.log(1 - 2 * np.log(alpha))) / planned
     mix = n * rho2 + 1
     half = se * np.sqrt(mix / (n * rho2) * np.log(mix / alpha**2))
-    with np.errstate(invalid="ignore", divide="ignore"): z = np.where(se > 0, value / se, 0)
-    p = np.minimum.accumulate(np.minimum(1, np.sqrt(mix) * np.exp(-z**2 / 2 * n * rho2 / mix)), -1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        z = np.where(se > 0, value / se, 0)
+    p = np.minimum.accumulate(
+        np.minimum(1, np.sqrt(mix) * np.exp(-(z**2) / 2 * n * rho2 / mix)), -1
+    )
     return value - half, value + half, p
 
 # %% ../nbs/20_experiment.ipynb #20a10017
 class Population(NamedTuple):
     "A population: what each person did before, and would do with either list."
+
     pre_period: np.ndarray  # purchases in an earlier time with the first list
     visits: np.ndarray
     control: np.ndarray  # purchases with the first list
@@ -224,7 +296,10 @@ def top_k_of_random_pool(
     k: int = 5,  # of which the best so many are shown
 ) -> np.ndarray:  # rows of items [n, k]
     "Lists of the best few of some products that are drawn."
-    items = (rng.integers(affinity.shape[1], size=(len(user_rows), 1)) + rng.permutation(affinity.shape[1])[:pool_size]) % affinity.shape[1]
+    items = (
+        rng.integers(affinity.shape[1], size=(len(user_rows), 1))
+        + rng.permutation(affinity.shape[1])[:pool_size]
+    ) % affinity.shape[1]
     return np.take_along_axis(items, np.argsort(-affinity[user_rows[:, None], items], 1)[:, :k], 1)
 
 # %% ../nbs/20_experiment.ipynb #20b00008
@@ -240,18 +315,24 @@ def synthetic_population(
 
     def bought(of):
         lists = top_k_of_random_pool(taste, user[comes], of, draw)
-        place, stars = shop.answer(shop.users.gather(user[comes]), shop.items.gather(lists.ravel()), draw)
+        place, stars = shop.answer(
+            shop.users.gather(user[comes]), shop.items.gather(lists.ravel()), draw
+        )
         return np.bincount(comes, stars[np.arange(len(place)), place] >= 4, n)
+
     return Population(bought(5), visits, bought(5), bought(20))
 
 # %% ../nbs/20_experiment.ipynb #20a1001a
 def correctness_counts(
     effect: Effect,  # of many tests
     truth: float,  # the true difference
-    alpha: float = .05,  # level
+    alpha: float = 0.05,  # level
 ) -> dict:  # called: tests that find a difference; covered: intervals that hold the truth
     "How often a test was right."
-    return {"called": int((effect.p < alpha).sum()), "covered": int(((effect.lo <= truth) & (truth <= effect.hi)).sum())}
+    return {
+        "called": int((effect.p < alpha).sum()),
+        "covered": int(((effect.lo <= truth) & (truth <= effect.hi)).sum()),
+    }
 
 # %% ../nbs/20_experiment.ipynb #20b00009
 def peeking_rates(
@@ -264,13 +345,27 @@ def peeking_rates(
     came = values.transpose(0, 2, 1).reshape(tests, 2 * n)
     at = np.linspace(2 * n // n_interim, 2 * n, n_interim).astype(int)
     value, se = cumulative_stats(came, np.broadcast_to(np.arange(2 * n) % 2 == 1, came.shape), at)
-    half = stats.norm.ppf(.975) * se
+    half = stats.norm.ppf(0.975) * se
     lo, hi, p = confidence_sequence(value, se, at, 2 * n)
-    stop = np.where((p < .05).any(1), at[(p < .05).argmax(1)], 2 * n)
+    stop = np.where((p < 0.05).any(1), at[(p < 0.05).argmax(1)], 2 * n)
     ordinary = (np.abs(value) > half).mean(0)
-    return {"looking": {"called": int((np.abs(value) > half).any(1).sum()), "covered": int((np.abs(value - truth) <= half).all(1).sum())},
-            "sequential": {"called": int((p < .05).any(1).sum()), "covered": int(((lo <= truth) & (truth <= hi)).all(1).sum())},
-            "at": at.tolist(), "people": float(stop.mean()), "by now": {"looking": np.maximum.accumulate(np.abs(value) > half, 1).mean(0).tolist(), "sequential": (p < .05).mean(0).tolist(), "once": ordinary.tolist()}}
+    return {
+        "looking": {
+            "called": int((np.abs(value) > half).any(1).sum()),
+            "covered": int((np.abs(value - truth) <= half).all(1).sum()),
+        },
+        "sequential": {
+            "called": int((p < 0.05).any(1).sum()),
+            "covered": int(((lo <= truth) & (truth <= hi)).all(1).sum()),
+        },
+        "at": at.tolist(),
+        "people": float(stop.mean()),
+        "by now": {
+            "looking": np.maximum.accumulate(np.abs(value) > half, 1).mean(0).tolist(),
+            "sequential": (p < 0.05).mean(0).tolist(),
+            "once": ordinary.tolist(),
+        },
+    }
 
 # %% ../nbs/20_experiment.ipynb #20a1001b
 def simulate_tests(
@@ -281,16 +376,40 @@ def simulate_tests(
     seed: int = 0,  # of the draws
 ) -> dict:  # truth, n, tests; by kind of test: called, covered; p: of the ordinary test, some in order; uniform: are all of them?
     "The same experiment again and again, read by each kind of test."
-    draw, second = np.random.default_rng(seed), population.treatment if with_effect else population.control
+    draw, second = (
+        np.random.default_rng(seed),
+        population.treatment if with_effect else population.control,
+    )
     who = draw.integers(len(population.visits), size=(tests, 2, n))
-    y, v, x = np.stack([population.control[who[:, 0]], second[who[:, 1]]], 1), population.visits[who], population.pre_period[who]
-    mean, rate = float(second.mean() - population.control.mean()), float((second.sum() - population.control.sum()) / population.visits.sum())
+    y, v, x = (
+        np.stack([population.control[who[:, 0]], second[who[:, 1]]], 1),
+        population.visits[who],
+        population.pre_period[who],
+    )
+    mean, rate = (
+        float(second.mean() - population.control.mean()),
+        float((second.sum() - population.control.sum()) / population.visits.sum()),
+    )
     plain, ratio = welch_test(y[:, 0], y[:, 1]), delta_method(y, v)
     share = y.sum(-1) / v.sum(-1)
     naive = np.abs(share[:, 1] - share[:, 0]) / np.sqrt((share * (1 - share) / v.sum(-1)).sum(1))
-    found = {"mean": correctness_counts(plain, mean), "ratio": correctness_counts(welch_test(ratio[:, 0], ratio[:, 1]), rate), "cuped": correctness_counts(welch_test(*cuped(y[:, 0], y[:, 1], x[:, 0], x[:, 1])), mean),
-             "by visit": {"called": int((naive > stats.norm.ppf(.975)).sum())}}
-    return {"truth": mean, "n": n, "tests": tests, "p": np.sort(plain.p)[:: max(tests // 200, 1)].tolist(), "uniform": float(stats.kstest(plain.p, "uniform").pvalue)} | found | peeking_rates(y, mean)
+    found = {
+        "mean": correctness_counts(plain, mean),
+        "ratio": correctness_counts(welch_test(ratio[:, 0], ratio[:, 1]), rate),
+        "cuped": correctness_counts(welch_test(*cuped(y[:, 0], y[:, 1], x[:, 0], x[:, 1])), mean),
+        "by visit": {"called": int((naive > stats.norm.ppf(0.975)).sum())},
+    }
+    return (
+        {
+            "truth": mean,
+            "n": n,
+            "tests": tests,
+            "p": np.sort(plain.p)[:: max(tests // 200, 1)].tolist(),
+            "uniform": float(stats.kstest(plain.p, "uniform").pvalue),
+        }
+        | found
+        | peeking_rates(y, mean)
+    )
 
 # %% ../nbs/20_experiment.ipynb #20b0000a
 def binomial_limits(
@@ -298,7 +417,7 @@ def binomial_limits(
     share: float,  # expected of each
 ) -> tuple:  # counts
     "Between which numbers chance alone would leave 95 % of such counts."
-    return tuple(int(x) for x in stats.binom.interval(.95, tests, share))
+    return tuple(int(x) for x in stats.binom.interval(0.95, tests, share))
 
 # %% ../nbs/20_experiment.ipynb #20a1001c
 def calibration_trials(
@@ -307,16 +426,51 @@ def calibration_trials(
 ) -> dict:  # sd, effect, n; "A/A", "A/B": from `simulate_tests`; curve: for numbers of people, power planned and found
     "Every kind of test on experiments whose truth is known, with as many people as the plan asks for."
     people = synthetic_population(seed=seed)
-    sd, effect = float(np.sqrt((people.control.var() + people.treatment.var()) / 2)), float(people.treatment.mean() - people.control.mean())
+    sd, effect = (
+        float(np.sqrt((people.control.var() + people.treatment.var()) / 2)),
+        float(people.treatment.mean() - people.control.mean()),
+    )
     n, known = sample_size(sd, effect), r_squared(people.pre_period, people.control)
-    def found(m, draw): return int((welch_test(people.control[draw.integers(len(people.control), size=(tests, m))], people.treatment[draw.integers(len(people.control), size=(tests, m))]).p < .05).sum())
-    sizes = [max(10, round(share * n)) for share in (.15, .3, .5, .75, 1., 1.4, 2.)]
-    curve = [{"n": m, "planned": statistical_power(m, sd, effect), "called": found(m, np.random.default_rng([seed, m]))} for m in sizes]
-    return {"sd": sd, "effect": effect, "n": n, "tests": tests, "explained": known, "cuped n": sample_size(sd * np.sqrt(1 - known), effect), "curve": curve,
-            "A/A": simulate_tests(people, n, tests, with_effect=False, seed=seed + 1), "A/B": simulate_tests(people, n, tests, seed=seed + 2)}
+
+    def found(m, draw):
+        return int(
+            (
+                welch_test(
+                    people.control[draw.integers(len(people.control), size=(tests, m))],
+                    people.treatment[draw.integers(len(people.control), size=(tests, m))],
+                ).p
+                < 0.05
+            ).sum()
+        )
+
+    sizes = [max(10, round(share * n)) for share in (0.15, 0.3, 0.5, 0.75, 1.0, 1.4, 2.0)]
+    curve = [
+        {
+            "n": m,
+            "planned": statistical_power(m, sd, effect),
+            "called": found(m, np.random.default_rng([seed, m])),
+        }
+        for m in sizes
+    ]
+    return {
+        "sd": sd,
+        "effect": effect,
+        "n": n,
+        "tests": tests,
+        "explained": known,
+        "cuped n": sample_size(sd * np.sqrt(1 - known), effect),
+        "curve": curve,
+        "A/A": simulate_tests(people, n, tests, with_effect=False, seed=seed + 1),
+        "A/B": simulate_tests(people, n, tests, seed=seed + 2),
+    }
 
 # %% ../nbs/20_experiment.ipynb #20a1001d
-TEST_NAMES = {"mean": "purchases a person, Welch", "ratio": "purchases a visit, delta method", "cuped": "purchases a person, CUPED", "sequential": "sequential, at every look"}
+TEST_NAMES = {
+    "mean": "purchases a person, Welch",
+    "ratio": "purchases a visit, delta method",
+    "cuped": "purchases a person, CUPED",
+    "sequential": "sequential, at every look",
+}
 
 # %% ../nbs/20_experiment.ipynb #20b0000b
 def calibration_table(
@@ -326,12 +480,38 @@ def calibration_table(
     tests, rows = results["tests"], []
     for kind, name in TEST_NAMES.items():
         at_most = kind == "sequential"
-        for what, of, count, due in (("false alarms", "A/A", "called", .05), ("intervals that hold the truth", "A/B", "covered", .95)):
+        for what, of, count, due in (
+            ("false alarms", "A/A", "called", 0.05),
+            ("intervals that hold the truth", "A/B", "covered", 0.95),
+        ):
             lo, hi = binomial_limits(tests, due)
-            lo, hi = (lo, hi) if not at_most else (0, hi) if due < .5 else (lo, tests)
-            rows.append({"what": what, "of": of, "kind": name, "count": results[of][kind][count], "tests": tests, "due": due, "lo": lo, "hi": hi, "at_most": at_most})
+            lo, hi = (lo, hi) if not at_most else (0, hi) if due < 0.5 else (lo, tests)
+            rows.append(
+                {
+                    "what": what,
+                    "of": of,
+                    "kind": name,
+                    "count": results[of][kind][count],
+                    "tests": tests,
+                    "due": due,
+                    "lo": lo,
+                    "hi": hi,
+                    "at_most": at_most,
+                }
+            )
     planned = statistical_power(results["n"], results["sd"], results["effect"])
-    rows.append({"what": "differences found", "of": "A/B", "kind": TEST_NAMES["mean"], "count": results["A/B"]["mean"]["called"], "tests": tests, "due": planned, **dict(zip(("lo", "hi"), binomial_limits(tests, planned))), "at_most": False})
+    rows.append(
+        {
+            "what": "differences found",
+            "of": "A/B",
+            "kind": TEST_NAMES["mean"],
+            "count": results["A/B"]["mean"]["called"],
+            "tests": tests,
+            "due": planned,
+            **dict(zip(("lo", "hi"), binomial_limits(tests, planned))),
+            "at_most": False,
+        }
+    )
     return [r | {"holds": r["lo"] <= r["count"] <= r["hi"]} for r in rows]
 
 # %% ../nbs/20_experiment.ipynb #20b0000c
@@ -339,7 +519,11 @@ def describe_calibration(
     rows: list,  # from `calibration_table`
 ) -> str:
     "Do the tests do what they promise?"
-    out = [f"{r['what']} ({r['of']}, {r['kind']}): {r['count'] / r['tests']:.2%}" for r in rows if not r["holds"]]
+    out = [
+        f"{r['what']} ({r['of']}, {r['kind']}): {r['count'] / r['tests']:.2%}"
+        for r in rows
+        if not r["holds"]
+    ]
     said = f"Of {len(rows)} promises, each counted over {rows[0]['tests']:,} simulated experiments, {len(rows) - len(out)} are kept within the limits that chance leaves 95 % of such counts"
     return said + (f"; outside are {'; '.join(out)}." if out else ".")
 
@@ -360,15 +544,24 @@ def off_policy_value(
     target_propensity: np.ndarray,  # [..., n]: with which the other policy would have shown it
     predicted: np.ndarray,  # [..., n]: of the reward of the list that was shown
     expected: np.ndarray,  # [..., n]: mean guess over what the other policy would show
-    user: Optional[np.ndarray] = None,  # [n], from 0: to whom each list was shown; default: every list to another
+    user: Optional[
+        np.ndarray
+    ] = None,  # [n], from 0: to whom each list was shown; default: every list to another
 ) -> dict:  # name: value and its standard error, [...]
     "What another policy would have earned (Dudík et al., 2011; Swaminathan and Joachims, 2015)."
     weight = target_propensity / propensity
 
     def of(x):
         apart = x - x.mean(-1, keepdims=True)
-        return x.mean(-1), np.sqrt(((apart if user is None else np.bincount(user, apart))**2).sum(-1)) / x.shape[-1]      # lists of one person are not drawn by themselves
-    return {"IPS": of(weight * reward), "self-normalised": of(delta_method(weight * reward, weight)), "doubly robust": of(expected + weight * (reward - predicted))}
+        return x.mean(-1), np.sqrt(
+            ((apart if user is None else np.bincount(user, apart)) ** 2).sum(-1)
+        ) / x.shape[-1]  # lists of one person are not drawn by themselves
+
+    return {
+        "IPS": of(weight * reward),
+        "self-normalised": of(delta_method(weight * reward, weight)),
+        "doubly robust": of(expected + weight * (reward - predicted)),
+    }
 
 # %% ../nbs/20_experiment.ipynb #20a10023
 MIN_EFFECTIVE_LISTS = 100  # lists of the other policy that a log must be worth
@@ -379,15 +572,32 @@ def check_overlap(
     target_propensity: np.ndarray,  # [n]: with which the other policy would have shown it
 ) -> float:  # how many lists of the other policy the log is worth
     "Refuse a log that cannot answer."
-    if not len(propensity): raise UserError("the log holds no lists; ask the service for some with explore: true")
-    if not ((propensity > 0) & (propensity <= 1)).all(): raise UserError("a propensity is above 0 and at most 1; this log has others")
-    if (propensity == 1).all(): raise UserError("no list of this log was drawn (each propensity is 1), so it says nothing of any other list; serve with --explore, or ask with explore: true")
+    if not len(propensity):
+        raise UserError("the log holds no lists; ask the service for some with explore: true")
+    if not ((propensity > 0) & (propensity <= 1)).all():
+        raise UserError("a propensity is above 0 and at most 1; this log has others")
+    if (propensity == 1).all():
+        raise UserError(
+            "no list of this log was drawn (each propensity is 1), so it says nothing of any other list; serve with --explore, or ask with explore: true"
+        )
     weight = target_propensity / propensity
-    mean, se = weight.mean(), weight.std(ddof=1) / np.sqrt(len(weight)) if len(weight) > 1 else np.inf
-    worth = weight.sum()**2 / max((weight**2).sum(), 1e-300)
-    if mean == 0: raise UserError("nothing that the other policy would show was ever shown; explore from a pool that holds it")
-    if worth < MIN_EFFECTIVE_LISTS: raise UserError(f"the log is worth {worth:.0f} lists of the other policy, and {MIN_EFFECTIVE_LISTS} are asked for; explore longer, or at a higher temperature")
-    if mean + stats.norm.ppf(.9995) * se < 1: raise UserError(f"the weights average {mean:.2f} where 1 is due: about {1 - mean:.0%} of what the other policy would show is never shown; explore from a pool that holds it")
+    mean, se = (
+        weight.mean(),
+        weight.std(ddof=1) / np.sqrt(len(weight)) if len(weight) > 1 else np.inf,
+    )
+    worth = weight.sum() ** 2 / max((weight**2).sum(), 1e-300)
+    if mean == 0:
+        raise UserError(
+            "nothing that the other policy would show was ever shown; explore from a pool that holds it"
+        )
+    if worth < MIN_EFFECTIVE_LISTS:
+        raise UserError(
+            f"the log is worth {worth:.0f} lists of the other policy, and {MIN_EFFECTIVE_LISTS} are asked for; explore longer, or at a higher temperature"
+        )
+    if mean + stats.norm.ppf(0.9995) * se < 1:
+        raise UserError(
+            f"the weights average {mean:.2f} where 1 is due: about {1 - mean:.0%} of what the other policy would show is never shown; explore from a pool that holds it"
+        )
     return float(worth)
 
 # %% ../nbs/20_experiment.ipynb #20a10026
@@ -397,11 +607,21 @@ def cross_fit_reward_model(
     target_features: np.ndarray,  # [n, draws, f]: the same of lists that the other policy draws
 ) -> tuple:  # guess [n] for the list that was shown, mean guess [n] for the others
     "A linear guess of the reward, fitted crosswise on halves."
-    with_one = lambda x: np.concatenate([np.ones((*x.shape[:-1], 1)), x], -1)
-    guess, expected, half = np.empty(len(reward)), np.empty(len(reward)), np.arange(len(reward)) % 2 == 1
+
+    def with_one(x):
+        return np.concatenate([np.ones((*x.shape[:-1], 1)), x], -1)
+
+    guess, expected, half = (
+        np.empty(len(reward)),
+        np.empty(len(reward)),
+        np.arange(len(reward)) % 2 == 1,
+    )
     for mine in (half, ~half):
         slope = np.linalg.lstsq(with_one(features[~mine]), reward[~mine], rcond=None)[0]
-        guess[mine], expected[mine] = with_one(features[mine]) @ slope, (with_one(target_features[mine]) @ slope).mean(1)
+        guess[mine], expected[mine] = (
+            with_one(features[mine]) @ slope,
+            (with_one(target_features[mine]) @ slope).mean(1),
+        )
     return guess, expected
 
 # %% ../nbs/20_experiment.ipynb #20b0000e
@@ -414,37 +634,90 @@ def synthetic_logs(
 ) -> dict:  # reward, chance, target, guess, expected [logs, n]; truth and its standard error
     "Logs with propensities whose truth is known, of the demo shop."
     draw, shop, total = np.random.default_rng(seed), synthetic_users("demo"), n * n_logs
-    taste, user = synthetic_ground_truth("demo", shop.users, shop.items), draw.integers(len(shop.users), size=total)
+    taste, user = (
+        synthetic_ground_truth("demo", shop.users, shop.items),
+        draw.integers(len(shop.users), size=total),
+    )
     items = top_k_of_random_pool(taste, user, pool_size, draw, pool_size)
     fits = taste[user[:, None], items]
-    half_known = fits + .5 * draw.standard_normal(fits.shape)
+    half_known = fits + 0.5 * draw.standard_normal(fits.shape)
     logger, other = pl_probabilities(half_known - 9), pl_probabilities(2 * fits + half_known - 9)
+
     def bought(who, lists):
         place, stars = shop.answer(shop.users.gather(who), shop.items.gather(lists.ravel()), draw)
         return (stars[np.arange(len(place)), place] >= 4).astype(float)
+
     shown, chance = sample_plackett_luce(logger, k, draw)
-    reward, theirs = bought(user, np.take_along_axis(items, shown, 1)), [sample_plackett_luce(other, k, draw)[0] for _ in range(4)]
+    reward, theirs = (
+        bought(user, np.take_along_axis(items, shown, 1)),
+        [sample_plackett_luce(other, k, draw)[0] for _ in range(4)],
+    )
     would = np.concatenate([bought(user, np.take_along_axis(items, t, 1)) for t in theirs])
-    before = np.mean([bought(np.arange(len(shop.users)), draw.integers(len(shop.items), size=(len(shop.users), k))) for _ in range(10)], 0)[user]
-    known = lambda places: np.stack([np.take_along_axis(half_known, places, 1).mean(1), before], -1)
-    feature, features, parts = known(shown), np.stack([known(t) for t in theirs], 1), np.split(np.arange(total), n_logs)
-    guess, expected = (np.stack(x) for x in zip(*[cross_fit_reward_model(feature[p], reward[p], features[p]) for p in parts]))
-    table = lambda x: x.reshape(n_logs, n)
-    return {"reward": table(reward), "chance": table(chance.prod(1)), "target": table(list_propensity(other, shown)), "guess": guess, "expected": expected, "truth": float(would.mean()), "se": float(would.std() / np.sqrt(len(would)))}
+    before = np.mean(
+        [
+            bought(
+                np.arange(len(shop.users)),
+                draw.integers(len(shop.items), size=(len(shop.users), k)),
+            )
+            for _ in range(10)
+        ],
+        0,
+    )[user]
+
+    def known(places):
+        return np.stack([np.take_along_axis(half_known, places, 1).mean(1), before], -1)
+
+    feature, features, parts = (
+        known(shown),
+        np.stack([known(t) for t in theirs], 1),
+        np.split(np.arange(total), n_logs),
+    )
+    guess, expected = (
+        np.stack(x)
+        for x in zip(*[cross_fit_reward_model(feature[p], reward[p], features[p]) for p in parts])
+    )
+
+    def table(x):
+        return x.reshape(n_logs, n)
+
+    return {
+        "reward": table(reward),
+        "chance": table(chance.prod(1)),
+        "target": table(list_propensity(other, shown)),
+        "guess": guess,
+        "expected": expected,
+        "truth": float(would.mean()),
+        "se": float(would.std() / np.sqrt(len(would))),
+    }
 
 # %% ../nbs/20_experiment.ipynb #20a10027
 def estimator_bias_variance(
     logs: dict,  # from `synthetic_logs`
 ) -> list:  # dicts: name, mean, sd over logs, bias and its standard error, covered: share of 95 % intervals that hold the truth
     "Bias and spread of each estimate, over logs."
-    plain = lambda x: (x.mean(-1), x.std(-1, ddof=1) / np.sqrt(x.shape[-1]))
-    ways = {"mean of the log": plain(logs["reward"]), "guess alone": plain(logs["expected"])} | off_policy_value(*[logs[c] for c in ("reward", "chance", "target", "guess", "expected")])
-    near = stats.norm.ppf(.975)
-    return [{"name": name, "mean": float(value.mean()), "sd": float(value.std()), "bias": float(value.mean() - logs["truth"]), "bias_se": float(np.hypot(value.std() / np.sqrt(len(value)), logs["se"])),
-             "covered": float((np.abs(value - logs["truth"]) <= near * se).mean())} for name, (value, se) in ways.items()]
+
+    def plain(x):
+        return (x.mean(-1), x.std(-1, ddof=1) / np.sqrt(x.shape[-1]))
+
+    ways = {
+        "mean of the log": plain(logs["reward"]),
+        "guess alone": plain(logs["expected"]),
+    } | off_policy_value(*[logs[c] for c in ("reward", "chance", "target", "guess", "expected")])
+    near = stats.norm.ppf(0.975)
+    return [
+        {
+            "name": name,
+            "mean": float(value.mean()),
+            "sd": float(value.std()),
+            "bias": float(value.mean() - logs["truth"]),
+            "bias_se": float(np.hypot(value.std() / np.sqrt(len(value)), logs["se"])),
+            "covered": float((np.abs(value - logs["truth"]) <= near * se).mean()),
+        }
+        for name, (value, se) in ways.items()
+    ]
 
 # %% ../nbs/20_experiment.ipynb #20a1002a
-RELATIVE_EFFECTS = (.02, .05, .1, .2)  # relative
+RELATIVE_EFFECTS = (0.02, 0.05, 0.1, 0.2)  # relative
 
 # %% ../nbs/20_experiment.ipynb #20b0000f
 def required_sample_sizes(
@@ -454,22 +727,56 @@ def required_sample_sizes(
     rows = sort_by_time(training_events(log))
     timed, cut = rows["timestamp"].n_unique() > 1, len(rows) - max(len(rows) // 10, 1)
     now, earlier = rows[cut:], rows[:cut]
-    of = lambda part, tail: part.group_by("user").agg(pl.len().alias(f"events{tail}"), (pl.col("rating") >= (rows["rating"].mean() or 0.)).sum().alias(f"liked{tail}"))
+
+    def of(part, tail):
+        return part.group_by("user").agg(
+            pl.len().alias(f"events{tail}"),
+            (pl.col("rating") >= (rows["rating"].mean() or 0.0)).sum().alias(f"liked{tail}"),
+        )
+
     table = of(now, "").join(of(earlier, " before"), on="user", how="left").fill_null(0)
-    days = max((now["timestamp"].max() - now["timestamp"].min()).total_seconds() / 86_400, 1.) if timed else None
+    days = (
+        max((now["timestamp"].max() - now["timestamp"].min()).total_seconds() / 86_400, 1.0)
+        if timed
+        else None
+    )
     column = {c: table[c].to_numpy().astype(float) for c in table.columns if c != "user"}
     counted = {"events a person": (column["events"], np.log1p(column["events before"]))}
     if rows["rating"].null_count() < len(rows):
         usual = column["liked"].sum() / column["events"].sum()
-        counted |= {"liked a person": (column["liked"], np.log1p(column["liked before"])), "liked an event": (delta_method(column["liked"], column["events"]), (column["liked before"] + 5 * usual) / (column["events before"] + 5))}
+        counted |= {
+            "liked a person": (column["liked"], np.log1p(column["liked before"])),
+            "liked an event": (
+                delta_method(column["liked"], column["events"]),
+                (column["liked before"] + 5 * usual) / (column["events before"] + 5),
+            ),
+        }
     metrics, sizes = [], []
     for name, (y, x) in counted.items():
-        known, mean, sd = r_squared(x, y), float(y.mean()), float(y.std(ddof=1)) if len(y) > 1 else 0.
+        known, mean, sd = (
+            r_squared(x, y),
+            float(y.mean()),
+            float(y.std(ddof=1)) if len(y) > 1 else 0.0,
+        )
         metrics.append({"metric": name, "mean": mean, "sd": sd, "explained": known})
         for effect in RELATIVE_EFFECTS if sd > 0 and mean > 0 else ():
             both = [2 * sample_size(s, effect * mean) for s in (sd, sd * np.sqrt(1 - known))]
-            sizes.append({"metric": name, "effect": effect, "people": both[0], "with CUPED": both[1], "days": None if days is None else duration_days(both[1], len(table) / days)})
-    return {"days": days, "people": len(table), "a_day": None if days is None else len(table) / days, "metrics": metrics, "sizes": sizes}
+            sizes.append(
+                {
+                    "metric": name,
+                    "effect": effect,
+                    "people": both[0],
+                    "with CUPED": both[1],
+                    "days": None if days is None else duration_days(both[1], len(table) / days),
+                }
+            )
+    return {
+        "days": days,
+        "people": len(table),
+        "a_day": None if days is None else len(table) / days,
+        "metrics": metrics,
+        "sizes": sizes,
+    }
 
 # %% ../nbs/20_experiment.ipynb #20a1002d
 LIST_LENGTHS = {"drawn": 2, "shown": 5}  # of lists that are drawn by lot, and of those in the test
@@ -485,12 +792,18 @@ async def gather_requests(
 
     async def work():
         for i, request in todo:
-            try: status, body = await send_request(connections, address, request)
-            except (OSError, asyncio.IncompleteReadError): continue
-            if status < 300: answers[i] = json.loads(body)
+            try:
+                status, body = await send_request(connections, address, request)
+            except (OSError, asyncio.IncompleteReadError):
+                continue
+            if status < 300:
+                answers[i] = json.loads(body)
+
     async with asyncio.TaskGroup() as tasks:
-        for _ in range(concurrency): tasks.create_task(work())
-    for _, writer in connections: writer.close()
+        for _ in range(concurrency):
+            tasks.create_task(work())
+    for _, writer in connections:
+        writer.close()
     return answers
 
 # %% ../nbs/20_experiment.ipynb #20b00011
@@ -502,11 +815,27 @@ def simulate_visits(
     rng: np.random.Generator,  # their whims
 ) -> int:  # visits that were lost
     "Some people ask for lists, take what they like, and say so to the service."
-    answers = run_async(gather_requests(address, [encode_request("/api/recommend", w | {"k": k}) for w in requests]))
+    answers = run_async(
+        gather_requests(address, [encode_request("/api/recommend", w | {"k": k}) for w in requests])
+    )
     whole = [a for a in answers if a and len(a["items"]) == k]
-    if not whole: return len(requests)
-    place, stars = simulator.answer(pl.Series([a["user"] for a in whole]), pl.Series([i["item"] for a in whole for i in a["items"]]), rng)
-    said = [{"key": a["list"], "list": a["list"], "user": a["user"], "item": a["items"][p]["item"], "event": "purchase" if s[p] >= 4 else "click"} for a, p, s in zip(whole, place, stars)]
+    if not whole:
+        return len(requests)
+    place, stars = simulator.answer(
+        pl.Series([a["user"] for a in whole]),
+        pl.Series([i["item"] for a in whole for i in a["items"]]),
+        rng,
+    )
+    said = [
+        {
+            "key": a["list"],
+            "list": a["list"],
+            "user": a["user"],
+            "item": a["items"][p]["item"],
+            "event": "purchase" if s[p] >= 4 else "click",
+        }
+        for a, p, s in zip(whole, place, stars)
+    ]
     kept = run_async(gather_requests(address, [encode_request("/api/feedback", s) for s in said]))
     return len(requests) - sum(answer is not None for answer in kept)
 
@@ -516,8 +845,16 @@ def pre_period_stats(
 ) -> pl.DataFrame:  # user, events, stars: their mean, drawn to the mean of all where they are few
     "What people did before the experiment."
     rows = training_events(log)
-    mean = rows["rating"].mean() or 0.
-    return rows.group_by("user").agg(pl.len().alias("events"), (pl.col("rating").fill_null(mean).sum() + 5 * mean) / (pl.len() + 5)).rename({"rating": "stars"}).sort("user")
+    mean = rows["rating"].mean() or 0.0
+    return (
+        rows.group_by("user")
+        .agg(
+            pl.len().alias("events"),
+            (pl.col("rating").fill_null(mean).sum() + 5 * mean) / (pl.len() + 5),
+        )
+        .rename({"rating": "stars"})
+        .sort("user")
+    )
 
 # %% ../nbs/20_experiment.ipynb #20b00012
 def serve_simulated_users(
@@ -529,9 +866,15 @@ def serve_simulated_users(
 ) -> int:  # visits that were lost
     "People come by, round after round, to a service in a process of its own."
     store_folder.mkdir(parents=True, exist_ok=True)
-    for old in store_folder.glob("feedback.sqlite*"): old.unlink()                                                        # of a run that was killed: those people come anew
-    with running_service(run.folder, "--model", models[0], "--model", models[1], "--book", str(store_folder)) as (at, _):
-        return sum(simulate_visits(at, simulator, wanted, k, np.random.default_rng([run.seed, i, k])) for i, (wanted, k) in enumerate(rounds))
+    for old in store_folder.glob("feedback.sqlite*"):
+        old.unlink()  # of a run that was killed: those people come anew
+    with running_service(
+        run.folder, "--model", models[0], "--model", models[1], "--book", str(store_folder)
+    ) as (at, _):
+        return sum(
+            simulate_visits(at, simulator, wanted, k, np.random.default_rng([run.seed, i, k]))
+            for i, (wanted, k) in enumerate(rounds)
+        )
 
 # %% ../nbs/20_experiment.ipynb #20a1002f
 EXPOSURES_SQL = """SELECT lists.id AS list, lists.time AS time, lists.user AS user, model, explored, items, propensities, count(events.key) AS answered, coalesce(max(events.event = 'purchase'), 0) AS bought
@@ -542,13 +885,39 @@ def load_exposures(
     path: Path,  # feedback.sqlite of a service
 ) -> pl.DataFrame:  # list, time, user, model, explored, items, chance, answered, bought
     "What was shown to whom, and what they did."
-    if not Path(path).exists(): raise UserError(f"there is no book at {path}; serve a run first")
+    if not Path(path).exists():
+        raise UserError(f"there is no book at {path}; serve a run first")
     try:
-        with closing(connect_store(path)) as base: rows = base.execute(EXPOSURES_SQL).fetchall()
-    except sqlite3.Error as e: raise UserError(f"{path} is not a book of the service ({e})") from None
-    table = pl.DataFrame(rows, orient="row", schema={"list": pl.String, "time": pl.Int64, "user": pl.String, "model": pl.String, "explored": pl.Int64, "items": pl.String, "propensities": pl.String, "answered": pl.Int64, "bought": pl.Int64})
-    chance = pl.col("propensities").str.json_decode(pl.List(pl.Float64)).list.eval(pl.element().product()).list.first()
-    return table.with_columns(pl.col("items").str.json_decode(pl.List(pl.String)), chance=chance, explored=pl.col("explored") > 0).drop("propensities")
+        with closing(connect_store(path)) as base:
+            rows = base.execute(EXPOSURES_SQL).fetchall()
+    except sqlite3.Error as e:
+        raise UserError(f"{path} is not a book of the service ({e})") from None
+    table = pl.DataFrame(
+        rows,
+        orient="row",
+        schema={
+            "list": pl.String,
+            "time": pl.Int64,
+            "user": pl.String,
+            "model": pl.String,
+            "explored": pl.Int64,
+            "items": pl.String,
+            "propensities": pl.String,
+            "answered": pl.Int64,
+            "bought": pl.Int64,
+        },
+    )
+    chance = (
+        pl.col("propensities")
+        .str.json_decode(pl.List(pl.Float64))
+        .list.eval(pl.element().product())
+        .list.first()
+    )
+    return table.with_columns(
+        pl.col("items").str.json_decode(pl.List(pl.String)),
+        chance=chance,
+        explored=pl.col("explored") > 0,
+    ).drop("propensities")
 
 # %% ../nbs/20_experiment.ipynb #20a10030
 PRIMARY_OUTCOME = "purchases a visit with CUPED"  # what is decided by, said beforehand
@@ -559,9 +928,16 @@ def compare_arms(
     models: list,  # names; the second is the one that is tried
 ) -> dict:  # what: `Effect`
     "The second model's people beside the first one's."
-    y, v, x = [[users.filter(model=m)[c].to_numpy().astype(float) for m in models] for c in ("bought", "visits", "stars")]
+    y, v, x = [
+        [users.filter(model=m)[c].to_numpy().astype(float) for m in models]
+        for c in ("bought", "visits", "stars")
+    ]
     rate = [*map(delta_method, y, v)]
-    return {"purchases a person": welch_test(*y), "purchases a visit": welch_test(*rate), PRIMARY_OUTCOME: welch_test(*cuped(*rate, *x))}
+    return {
+        "purchases a person": welch_test(*y),
+        "purchases a visit": welch_test(*rate),
+        PRIMARY_OUTCOME: welch_test(*cuped(*rate, *x)),
+    }
 
 # %% ../nbs/20_experiment.ipynb #20b00014
 def analyze_experiment(
@@ -572,20 +948,64 @@ def analyze_experiment(
     pre_period: pl.DataFrame,  # from `pre_period_stats`
 ) -> dict:  # arms, mismatch, crossed; effects; on the way
     "Read an experiment from the book of the service."
-    people = exposures.filter(~pl.col("explored")).group_by("user", maintain_order=True).agg(pl.col("model").n_unique().alias("models"), pl.col("model").first(), pl.len().alias("visits"), pl.col("bought").sum())
+    people = (
+        exposures.filter(~pl.col("explored"))
+        .group_by("user", maintain_order=True)
+        .agg(
+            pl.col("model").n_unique().alias("models"),
+            pl.col("model").first(),
+            pl.len().alias("visits"),
+            pl.col("bought").sum(),
+        )
+    )
     people = people.with_columns(assign_arms(people["user"], name, shares, holdout))
     sure = people.filter(models=1).filter(pl.col("model") == pl.col("arm"))
-    arms = [{"model": m, "people": len(g), "visits": int(g["visits"].sum()), "bought": int(g["bought"].sum())} for m in shares for g in [sure.filter(model=m)]]
-    if min(a["people"] for a in arms) < 2: raise UserError("the book holds " + " and ".join(f"{a['people']} of {a['model']}" for a in arms) + "; a test needs two people of each or more")
-    sure = sure.join(pre_period, on="user", how="left", maintain_order="left").with_columns(pl.col("stars").fill_null(pre_period["stars"].mean()))
-    first = max(min(50, len(sure)), len(sure) // 20, *(int((sure["model"] == m).arg_true()[1]) + 1 for m in shares))   # two of each at least
+    arms = [
+        {
+            "model": m,
+            "people": len(g),
+            "visits": int(g["visits"].sum()),
+            "bought": int(g["bought"].sum()),
+        }
+        for m in shares
+        for g in [sure.filter(model=m)]
+    ]
+    if min(a["people"] for a in arms) < 2:
+        raise UserError(
+            "the book holds "
+            + " and ".join(f"{a['people']} of {a['model']}" for a in arms)
+            + "; a test needs two people of each or more"
+        )
+    sure = sure.join(pre_period, on="user", how="left", maintain_order="left").with_columns(
+        pl.col("stars").fill_null(pre_period["stars"].mean())
+    )
+    first = max(
+        min(50, len(sure)),
+        len(sure) // 20,
+        *(int((sure["model"] == m).arg_true()[1]) + 1 for m in shares),
+    )  # two of each at least
     at = np.unique(np.linspace(first, len(sure), 20).astype(int))
     seen = [compare_arms(sure[:n], [*shares])[PRIMARY_OUTCOME] for n in at]
     value, se = np.array([e.value for e in seen]), np.array([e.se for e in seen])
     lo, hi, p = confidence_sequence(value, se, at, len(sure))
-    effects = [{"what": what} | {c: float(getattr(e, c)) for c in ("value", "lo", "hi", "p", "se")} for what, e in compare_arms(sure, [*shares]).items()]
-    return {"name": name, "arms": arms, "mismatch": srm_test([a["people"] for a in arms], [*shares.values()]), "crossed": len(people) - len(sure), "effects": effects,
-            "way": {"people": at.tolist(), "value": value.tolist(), "lo": lo.tolist(), "hi": hi.tolist(), "p": p.tolist()}}
+    effects = [
+        {"what": what} | {c: float(getattr(e, c)) for c in ("value", "lo", "hi", "p", "se")}
+        for what, e in compare_arms(sure, [*shares]).items()
+    ]
+    return {
+        "name": name,
+        "arms": arms,
+        "mismatch": srm_test([a["people"] for a in arms], [*shares.values()]),
+        "crossed": len(people) - len(sure),
+        "effects": effects,
+        "way": {
+            "people": at.tolist(),
+            "value": value.tolist(),
+            "lo": lo.tolist(),
+            "hi": hi.tolist(),
+            "p": p.tolist(),
+        },
+    }
 
 # %% ../nbs/20_experiment.ipynb #20a10034
 def policy_weights(
@@ -599,9 +1019,13 @@ def policy_weights(
     asked, shelf = [RecommendRequest(user=u) for u in users], service.pipelines[model]
     had, barred = [service.to_model_history(model, h) for h in service.query_histories(asked)]
     to_user = torch.cat([service.to_model[model][0], torch.tensor([len(shelf.model.all_users)])])
-    codes, scores = shelf.rank(to_user[service.catalog.user_rows(users)], had, max(MIN_POOL, 2 * k), barred=barred)
+    codes, scores = shelf.rank(
+        to_user[service.catalog.user_rows(users)], had, max(MIN_POOL, 2 * k), barred=barred
+    )
     rows = torch.where(codes >= 0, service.from_model[model][codes.clamp(min=0)], -1)
-    return rows.numpy(), pl_probabilities(scores.masked_fill(codes < 0, -torch.inf).numpy(), temperature)
+    return rows.numpy(), pl_probabilities(
+        scores.masked_fill(codes < 0, -torch.inf).numpy(), temperature
+    )
 
 # %% ../nbs/20_experiment.ipynb #20b00015
 def pool_positions(
@@ -620,7 +1044,9 @@ def item_covariates(
     "What is known of each product beforehand."
     known = pre_period_stats(log.with_columns(user="item"))
     table = items.alias("user").to_frame().join(known, on="user", how="left", maintain_order="left")
-    return table.select(pl.col("stars").fill_null(known["stars"].mean()), pl.col("events").fill_null(0).log1p()).to_numpy()
+    return table.select(
+        pl.col("stars").fill_null(known["stars"].mean()), pl.col("events").fill_null(0).log1p()
+    ).to_numpy()
 
 # %% ../nbs/20_experiment.ipynb #20b00016
 def evaluate_policies(
@@ -632,22 +1058,86 @@ def evaluate_policies(
 ) -> list:  # dicts: policy, worth and estimates, or refused; truth, se
     "What other policies would have earned, from drawn lists, beside what they do earn."
     k, draw = LIST_LENGTHS["drawn"], np.random.default_rng(run.seed)
-    logged = exposures.filter(pl.col("explored") & (pl.col("model") == models[0]) & (pl.col("answered") > 0) & (pl.col("items").list.len() == k))
-    if not len(logged): raise UserError("the book holds no drawn lists; ask the service for some with explore: true")
-    with tempfile.TemporaryDirectory(prefix="widedeep-") as empty, closing(open_service(run.folder, models, feedback_dir=empty)) as shop:
+    logged = exposures.filter(
+        pl.col("explored")
+        & (pl.col("model") == models[0])
+        & (pl.col("answered") > 0)
+        & (pl.col("items").list.len() == k)
+    )
+    if not len(logged):
+        raise UserError(
+            "the book holds no drawn lists; ask the service for some with explore: true"
+        )
+    with (
+        tempfile.TemporaryDirectory(prefix="widedeep-") as empty,
+        closing(open_service(run.folder, models, feedback_dir=empty)) as shop,
+    ):
         log, items = run.read("interactions.parquet"), shop.catalog.products["item"]
-        users, reward, chance, person = logged["user"].to_list(), logged["bought"].to_numpy().astype(float), logged["chance"].to_numpy(), logged["user"].rank("dense").to_numpy().astype(int) - 1
-        lists, traits, before = encode_ids(logged["items"].explode(), items).to_numpy().reshape(-1, k), item_covariates(log, items), pre_period_stats(log)
-        leaning = logged.join(before, on="user", how="left", maintain_order="left")["stars"].fill_null(before["stars"].mean()).to_numpy()
-        known = lambda rows: np.concatenate([traits[rows].mean(-2), np.broadcast_to(leaning.reshape(-1, *[1] * (rows.ndim - 1)), (*rows.shape[:-1], 1))], -1)
-        pools = {(m, t): policy_weights(shop, m, users, t, k) for m, t in ((models[0], 1.), (models[0], .5), (models[1], 1.))}
+        users, reward, chance, person = (
+            logged["user"].to_list(),
+            logged["bought"].to_numpy().astype(float),
+            logged["chance"].to_numpy(),
+            logged["user"].rank("dense").to_numpy().astype(int) - 1,
+        )
+        lists, traits, before = (
+            encode_ids(logged["items"].explode(), items).to_numpy().reshape(-1, k),
+            item_covariates(log, items),
+            pre_period_stats(log),
+        )
+        leaning = (
+            logged.join(before, on="user", how="left", maintain_order="left")["stars"]
+            .fill_null(before["stars"].mean())
+            .to_numpy()
+        )
+
+        def known(rows):
+            return np.concatenate(
+                [
+                    traits[rows].mean(-2),
+                    np.broadcast_to(
+                        leaning.reshape(-1, *[1] * (rows.ndim - 1)), (*rows.shape[:-1], 1)
+                    ),
+                ],
+                -1,
+            )
+
+        pools = {
+            (m, t): policy_weights(shop, m, users, t, k)
+            for m, t in ((models[0], 1.0), (models[0], 0.5), (models[1], 1.0))
+        }
         found = []
         for (model, temperature), (pool, weights) in pools.items():
             target = list_propensity(weights, pool_positions(pool, lists))
-            other = np.stack([np.take_along_axis(pool, sample_plackett_luce(weights, k, draw)[0], 1) for _ in range(n_draws)], 1)
-            found.append({"policy": model, "temperature": temperature} | estimate_policy_value(reward, chance, target, *cross_fit_reward_model(known(lists), reward, known(other)), person) | true_policy_value(simulator, items, logged["user"], other, draw))
-        own = list_propensity(pools[models[0], 1.][1], pool_positions(pools[models[0], 1.][0], lists))
-    return [{"lists": len(logged), "earned": float(reward.mean()), "agrees": float(np.mean(np.isclose(own, chance, rtol=1e-3)))} | f for f in found]
+            other = np.stack(
+                [
+                    np.take_along_axis(pool, sample_plackett_luce(weights, k, draw)[0], 1)
+                    for _ in range(n_draws)
+                ],
+                1,
+            )
+            found.append(
+                {"policy": model, "temperature": temperature}
+                | estimate_policy_value(
+                    reward,
+                    chance,
+                    target,
+                    *cross_fit_reward_model(known(lists), reward, known(other)),
+                    person,
+                )
+                | true_policy_value(simulator, items, logged["user"], other, draw)
+            )
+        own = list_propensity(
+            pools[models[0], 1.0][1], pool_positions(pools[models[0], 1.0][0], lists)
+        )
+    return [
+        {
+            "lists": len(logged),
+            "earned": float(reward.mean()),
+            "agrees": float(np.mean(np.isclose(own, chance, rtol=1e-3))),
+        }
+        | f
+        for f in found
+    ]
 
 # %% ../nbs/20_experiment.ipynb #20a10037
 def estimate_policy_value(
@@ -659,10 +1149,20 @@ def estimate_policy_value(
     user: np.ndarray,  # [n], from 0
 ) -> dict:  # worth and estimates (name: value, lo, hi), or refused: the reason
     "Estimates with intervals, or why there are none."
-    try: worth = check_overlap(propensity, target_propensity)
-    except UserError as e: return {"refused": str(e), "weight": float((target_propensity / propensity).mean())}
-    near = stats.norm.ppf(.975)
-    return {"worth": worth, "estimates": {name: [float(v), float(v - near * se), float(v + near * se)] for name, (v, se) in off_policy_value(reward, propensity, target_propensity, predicted, expected, user).items()}}
+    try:
+        worth = check_overlap(propensity, target_propensity)
+    except UserError as e:
+        return {"refused": str(e), "weight": float((target_propensity / propensity).mean())}
+    near = stats.norm.ppf(0.975)
+    return {
+        "worth": worth,
+        "estimates": {
+            name: [float(v), float(v - near * se), float(v + near * se)]
+            for name, (v, se) in off_policy_value(
+                reward, propensity, target_propensity, predicted, expected, user
+            ).items()
+        },
+    }
 
 # %% ../nbs/20_experiment.ipynb #20b00017
 def true_policy_value(
@@ -674,12 +1174,20 @@ def true_policy_value(
 ) -> dict:  # truth: share of visits with a purchase; se
     "What people do with lists, asked of them."
     n, draws, k = lists.shape
-    place, stars = simulator.respond(users.gather(np.repeat(np.arange(n), draws)), items.gather(lists.ravel()), rng)
+    place, stars = simulator.respond(
+        users.gather(np.repeat(np.arange(n), draws)), items.gather(lists.ravel()), rng
+    )
     bought = (stars[np.arange(n * draws), place] >= 4).reshape(n, draws).mean(1)
     return {"truth": float(bought.mean()), "se": float(bought.std() / np.sqrt(n))}
 
 # %% ../nbs/20_experiment.ipynb #20a10038
-CONTROL_CANDIDATES = ("popularity", "recent-popularity", "association-rules", "item-knn", "user-knn")
+CONTROL_CANDIDATES = (
+    "popularity",
+    "recent-popularity",
+    "association-rules",
+    "item-knn",
+    "user-knn",
+)
 
 
 def pick_arms(
@@ -689,10 +1197,18 @@ def pick_arms(
 ) -> tuple:  # both names
     "Who is tried against whom."
     there = sorted(p.parent.name for p in (run.folder / "models").glob("*/model.json"))
-    best = [m for m in rank_models(run.read("leaderboard.parquet"), "NDCG@20")["model"] if m in CONTROL_CANDIDATES and m in there and m != treatment] or [m for m in CONTROL_CANDIDATES if m in there and m != treatment]
-    if not control and not best: raise UserError(f"there is no simple model to try {treatment} against; name one of {', '.join(there)}")
+    best = [
+        m
+        for m in rank_models(run.read("leaderboard.parquet"), "NDCG@20")["model"]
+        if m in CONTROL_CANDIDATES and m in there and m != treatment
+    ] or [m for m in CONTROL_CANDIDATES if m in there and m != treatment]
+    if not control and not best:
+        raise UserError(
+            f"there is no simple model to try {treatment} against; name one of {', '.join(there)}"
+        )
     pair = check_choice(treatment, there, "model"), check_choice(control or best[0], there, "model")
-    if pair[0] == pair[1]: raise UserError(f"{treatment} cannot be tried against itself; name another model")
+    if pair[0] == pair[1]:
+        raise UserError(f"{treatment} cannot be tried against itself; name another model")
     return pair
 
 # %% ../nbs/20_experiment.ipynb #20a1003f
@@ -702,8 +1218,15 @@ def plan_from_pilot(
     n: int,  # people in each group
 ) -> dict:  # people, sd of what is decided by, effect that they find four times in five
     "What a test of so many people can find."
-    people = exposures.group_by("user", maintain_order=True).agg(pl.col("bought").sum(), pl.len()).join(pre_period, on="user", maintain_order="left")
-    rate, x = delta_method(*[people[c].to_numpy().astype(float) for c in ("bought", "len")]), people["stars"].to_numpy()
+    people = (
+        exposures.group_by("user", maintain_order=True)
+        .agg(pl.col("bought").sum(), pl.len())
+        .join(pre_period, on="user", maintain_order="left")
+    )
+    rate, x = (
+        delta_method(*[people[c].to_numpy().astype(float) for c in ("bought", "len")]),
+        people["stars"].to_numpy(),
+    )
     sd = float(rate.std(ddof=1) * np.sqrt(1 - r_squared(x, rate)))
     return {"people": n, "sd": sd, "effect": minimum_detectable_effect(n, sd)}
 
@@ -717,17 +1240,67 @@ def run_simulation(
     max_visitors: int,  # who come by, at most
 ) -> dict:  # test, policies, plan, lost, people
     "Serve, then read the book."
-    log, name, shares = run.read("interactions.parquet"), f"{arms_pair[0]} against {arms_pair[1]}", {arms_pair[1]: .5, arms_pair[0]: .5}
+    log, name, shares = (
+        run.read("interactions.parquet"),
+        f"{arms_pair[0]} against {arms_pair[1]}",
+        {arms_pair[1]: 0.5, arms_pair[0]: 0.5},
+    )
     before = pre_period_stats(log).filter(pl.col("user").is_in(simulator.users.implode()))
-    arms = before.select("user", assign_arms(before["user"], name, shares, holdout), visits=(pl.col("events") // 5).clip(1, max_visits))
-    part = arms.filter(pl.col("arm") != "holdout").sample(fraction=1., shuffle=True, seed=run.seed).head(max_visitors)
-    if len(part) < 20: raise UserError(f"only {len(part)} people take part; a test needs 20 or more, so keep fewer out")
+    arms = before.select(
+        "user",
+        assign_arms(before["user"], name, shares, holdout),
+        visits=(pl.col("events") // 5).clip(1, max_visits),
+    )
+    part = (
+        arms.filter(pl.col("arm") != "holdout")
+        .sample(fraction=1.0, shuffle=True, seed=run.seed)
+        .head(max_visitors)
+    )
+    if len(part) < 20:
+        raise UserError(
+            f"only {len(part)} people take part; a test needs 20 or more, so keep fewer out"
+        )
     books = {day: run.work_dir / day for day in ("drawn", "test")}
-    lost = serve_simulated_users(run, simulator, books["drawn"], arms_pair, [([{"user": u, "model": arms_pair[0], "explore": True} for u in part["user"]] * 2, LIST_LENGTHS["drawn"])])
+    lost = serve_simulated_users(
+        run,
+        simulator,
+        books["drawn"],
+        arms_pair,
+        [
+            (
+                [{"user": u, "model": arms_pair[0], "explore": True} for u in part["user"]] * 2,
+                LIST_LENGTHS["drawn"],
+            )
+        ],
+    )
     by_lot = load_exposures(books["drawn"] / "feedback.sqlite")
     planned = plan_from_pilot(by_lot, before, int((part["arm"] == arms_pair[0]).sum()))
-    lost += serve_simulated_users(run, simulator, books["test"], arms_pair, [([{"user": u, "model": m} for u, m, v in part.select("user", "arm", "visits").rows() if v > i], LIST_LENGTHS["shown"]) for i in range(int(part["visits"].max()))])
-    found = {"planned": planned, "test": analyze_experiment(load_exposures(books["test"] / "feedback.sqlite"), name, shares, holdout, before), "policies": evaluate_policies(run, by_lot, simulator, arms_pair), "lost": lost, "people": dict(arms["arm"].value_counts(sort=True).rows())}
+    lost += serve_simulated_users(
+        run,
+        simulator,
+        books["test"],
+        arms_pair,
+        [
+            (
+                [
+                    {"user": u, "model": m}
+                    for u, m, v in part.select("user", "arm", "visits").rows()
+                    if v > i
+                ],
+                LIST_LENGTHS["shown"],
+            )
+            for i in range(int(part["visits"].max()))
+        ],
+    )
+    found = {
+        "planned": planned,
+        "test": analyze_experiment(
+            load_exposures(books["test"] / "feedback.sqlite"), name, shares, holdout, before
+        ),
+        "policies": evaluate_policies(run, by_lot, simulator, arms_pair),
+        "lost": lost,
+        "people": dict(arms["arm"].value_counts(sort=True).rows()),
+    }
     for day, folder in books.items():
         (kept := run.folder / "experiment" / day).mkdir(parents=True, exist_ok=True)
         os.replace(folder / "feedback.sqlite", kept / "feedback.sqlite")
@@ -739,48 +1312,107 @@ def run_experiment(
     run: Run,  # with fitted models; gets experiment.json, experiment.html and the books of the service in experiment/
     treatment: str = "hybrid",  # model that is tried
     control: str = "",  # model that it is tried against; empty: the best simple one
-    holdout: float = .1,  # share of the people who are kept out of all experiments
+    holdout: float = 0.1,  # share of the people who are kept out of all experiments
     max_visits: int = 4,  # of one person at most
     max_visitors: int = 1500,  # who come by, at most
 ):
     "Prove the tests, say what an experiment takes on this log, and make one where there are people to ask."
-    if not 0 <= holdout < 1 or max_visits < 1: raise UserError(f"holdout is a share from 0 to below 1 and visits 1 or more, not {holdout:g} and {max_visits}")
-    log, shop, pair = run.read("interactions.parquet"), synthetic_users(run.manifest["dataset"]), pick_arms(run, treatment, control)
+    if not 0 <= holdout < 1 or max_visits < 1:
+        raise UserError(
+            f"holdout is a share from 0 to below 1 and visits 1 or more, not {holdout:g} and {max_visits}"
+        )
+    log, shop, pair = (
+        run.read("interactions.parquet"),
+        synthetic_users(run.manifest["dataset"]),
+        pick_arms(run, treatment, control),
+    )
     users = log["user"].unique().sort()
-    groups = assign_arms(users, f"{pair[0]} against {pair[1]}", {pair[1]: .5, pair[0]: .5}, holdout)
-    found = {"pair": pair, "takes": required_sample_sizes(log), "groups": dict(groups.value_counts(sort=True).rows()), "holdout": holdout, "trials": run.cached("trials", calibration_trials), "off_policy": run.cached("off-policy", lambda: estimator_bias_variance(synthetic_logs()))}
-    if shop is not None: found |= run.cached("shoppers", lambda: run_simulation(run, shop, pair, holdout, max_visits, max_visitors))
+    groups = assign_arms(
+        users, f"{pair[0]} against {pair[1]}", {pair[1]: 0.5, pair[0]: 0.5}, holdout
+    )
+    found = {
+        "pair": pair,
+        "takes": required_sample_sizes(log),
+        "groups": dict(groups.value_counts(sort=True).rows()),
+        "holdout": holdout,
+        "trials": run.cached("trials", calibration_trials),
+        "off_policy": run.cached("off-policy", lambda: estimator_bias_variance(synthetic_logs())),
+    }
+    if shop is not None:
+        found |= run.cached(
+            "shoppers", lambda: run_simulation(run, shop, pair, holdout, max_visits, max_visitors)
+        )
     run.write("experiment.json", found)
-    with atomic_write(run.folder / "experiment.html") as p: p.write_text(render_experiment(found, run.data_name))
+    with atomic_write(run.folder / "experiment.html") as p:
+        p.write_text(render_experiment(found, run.data_name))
 
 # %% ../nbs/20_experiment.ipynb #20a1003b
 def describe_experiment(
     results: dict,  # experiment.json
 ) -> list:  # sentences
     "What came of the experiment, and what to do; where nobody could be asked, what would be done."
-    if "test" not in results: return [describe_experiment_plan(results)]
+    if "test" not in results:
+        return [describe_experiment_plan(results)]
     test, (new, old) = results["test"], results["pair"]
     arms, by = {a["model"]: a for a in test["arms"]}, {e["what"]: e for e in test["effects"]}
     main, way, plan = by[PRIMARY_OUTCOME], test["way"], results["planned"]
-    out, figure = lambda lo, hi: lo > 0 or hi < 0, lambda e: format_ci(e["value"], e["lo"], e["hi"], "+", 3)
-    said = [f"{arms[old]['people']:,} people were served by {old} and {arms[new]['people']:,} by {new}; {results['people'].get('holdout', 0):,} were kept out." + (f" {results['lost']:,} visits were lost." if results["lost"] else " No visit was lost.") + (f" {test['crossed']:,} met another model than their hash says and are left out." if test["crossed"] else "")]
-    if test["mismatch"] < SRM_ALPHA: return said + [f"The groups are not as large as they should be (p {test['mismatch']:.1g}): people were lost on one side, so nothing can be said. Find out where before anything else."]
-    said += [f"The groups are as large as they should be (p {test['mismatch']:.2f}). What was planned: to decide by {PRIMARY_OUTCOME}, of which so many people find a difference of {plan['effect']:.3f} four times in five."]
-    said += [f"{new} minus {old}: {'; '.join(f'{what} {figure(by[what])}' for what in (PRIMARY_OUTCOME, *[w for w in by if w != PRIMARY_OUTCOME]))}."]
+    out, figure = (
+        lambda lo, hi: lo > 0 or hi < 0,
+        lambda e: format_ci(e["value"], e["lo"], e["hi"], "+", 3),
+    )
+    said = [
+        f"{arms[old]['people']:,} people were served by {old} and {arms[new]['people']:,} by {new}; {results['people'].get('holdout', 0):,} were kept out."
+        + (f" {results['lost']:,} visits were lost." if results["lost"] else " No visit was lost.")
+        + (
+            f" {test['crossed']:,} met another model than their hash says and are left out."
+            if test["crossed"]
+            else ""
+        )
+    ]
+    if test["mismatch"] < SRM_ALPHA:
+        return said + [
+            f"The groups are not as large as they should be (p {test['mismatch']:.1g}): people were lost on one side, so nothing can be said. Find out where before anything else."
+        ]
+    said += [
+        f"The groups are as large as they should be (p {test['mismatch']:.2f}). What was planned: to decide by {PRIMARY_OUTCOME}, of which so many people find a difference of {plan['effect']:.3f} four times in five."
+    ]
+    said += [
+        f"{new} minus {old}: {'; '.join(f'{what} {figure(by[what])}' for what in (PRIMARY_OUTCOME, *[w for w in by if w != PRIMARY_OUTCOME]))}."
+    ]
     early = next((n for n, lo, hi in zip(way["people"], way["lo"], way["hi"]) if out(lo, hi)), None)
-    said += [f"Looked at all along with a confidence sequence, it could have been stopped after {early:,} of {way['people'][-1]:,} people." if early else f"A confidence sequence, which may be looked at all along, does not tell the two apart within {way['people'][-1]:,} people; it asks for more of them than a test that is read once."]
-    if out(main["lo"], main["hi"]): return said + [f"So: use {new if main['value'] > 0 else old}."]
-    more = sample_size(main["se"] / np.sqrt(sum(1 / a["people"] for a in test["arms"])), abs(main["value"])) if main["value"] else 0
-    return said + [f"So: the two are not told apart. Keep {old}, unless {new} is cheaper; a difference between {main['lo']:+.3f} and {main['hi']:+.3f} may be there" + (f", and one as small as was seen would take {more:,} people in each group." if 0 < more < 100 * plan["people"] else ".")]
+    said += [
+        f"Looked at all along with a confidence sequence, it could have been stopped after {early:,} of {way['people'][-1]:,} people."
+        if early
+        else f"A confidence sequence, which may be looked at all along, does not tell the two apart within {way['people'][-1]:,} people; it asks for more of them than a test that is read once."
+    ]
+    if out(main["lo"], main["hi"]):
+        return said + [f"So: use {new if main['value'] > 0 else old}."]
+    more = (
+        sample_size(
+            main["se"] / np.sqrt(sum(1 / a["people"] for a in test["arms"])), abs(main["value"])
+        )
+        if main["value"]
+        else 0
+    )
+    return said + [
+        f"So: the two are not told apart. Keep {old}, unless {new} is cheaper; a difference between {main['lo']:+.3f} and {main['hi']:+.3f} may be there"
+        + (
+            f", and one as small as was seen would take {more:,} people in each group."
+            if 0 < more < 100 * plan["people"]
+            else "."
+        )
+    ]
 
 # %% ../nbs/20_experiment.ipynb #20a1003c
 def plot_confidence_sequence(
     sequence: dict,  # of the test of experiment.json
 ) -> plt.Figure:
     "The confidence sequence, on the way."
-    fig, ax = plt.subplots(figsize=(5.2, 3.))
-    ax.axhline(0, color=COLORS["baseline"], lw=.8)
-    ax.fill_between(sequence["people"], sequence["lo"], sequence["hi"], color=COLORS["hybrid"], alpha=.18, lw=0)
+    fig, ax = plt.subplots(figsize=(5.2, 3.0))
+    ax.axhline(0, color=COLORS["baseline"], lw=0.8)
+    ax.fill_between(
+        sequence["people"], sequence["lo"], sequence["hi"], color=COLORS["hybrid"], alpha=0.18, lw=0
+    )
     ax.plot(sequence["people"], sequence["value"], "-o", ms=3.5, color=COLORS["hybrid"])
     ax.set(xlabel="people so far", ylabel="difference, purchases a visit")
     return fig
@@ -790,7 +1422,10 @@ def arms_table(
     analysis: dict,  # of experiment.json
 ) -> pl.DataFrame:
     "The arms of the test."
-    return pl.DataFrame(analysis["arms"]).with_columns((pl.col("bought") / pl.col("people")).round(3).alias("a person"), (pl.col("bought") / pl.col("visits")).round(3).alias("a visit"))
+    return pl.DataFrame(analysis["arms"]).with_columns(
+        (pl.col("bought") / pl.col("people")).round(3).alias("a person"),
+        (pl.col("bought") / pl.col("visits")).round(3).alias("a visit"),
+    )
 
 # %% ../nbs/20_experiment.ipynb #20a1003d
 EXPERIMENT_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark"><title>{title}</title>
@@ -803,16 +1438,41 @@ def render_experiment(
     name: str,  # of the log
 ) -> str:  # HTML
     "The experiment as one page."
-    title, said = html.escape(f"{results['pair'][0]} against {results['pair'][1]} on {name}"), describe_experiment(results)
-    body = [f"<p><strong>{html.escape(nbsp_percent(said[-1]))}</strong></p>", *[f"<p>{html.escape(nbsp_percent(s))}</p>" for s in said[:-1]]]
+    title, said = (
+        html.escape(f"{results['pair'][0]} against {results['pair'][1]} on {name}"),
+        describe_experiment(results),
+    )
+    body = [
+        f"<p><strong>{html.escape(nbsp_percent(said[-1]))}</strong></p>",
+        *[f"<p>{html.escape(nbsp_percent(s))}</p>" for s in said[:-1]],
+    ]
     if "test" in results:
         set_theme()
         table, fig = arms_table(results["test"]), plot_confidence_sequence(results["test"]["way"])
-        body.append('<div class="wide">' + table.to_pandas().to_html(index=False, border=0) + "</div>")
-        body.append(fig_to_svg(fig, "fig-way", "The difference of the two models and its confidence sequence along the number of people.") + "<p>The difference with its confidence sequence, which may be looked at at any time.</p>")
+        body.append(
+            '<div class="wide">' + table.to_pandas().to_html(index=False, border=0) + "</div>"
+        )
+        body.append(
+            fig_to_svg(
+                fig,
+                "fig-way",
+                "The difference of the two models and its confidence sequence along the number of people.",
+            )
+            + "<p>The difference with its confidence sequence, which may be looked at at any time.</p>"
+        )
         plt.close(fig)
-    body += [f"<h2>What was read without a test</h2>{''.join(f'<p>{html.escape(nbsp_percent(s))}</p>' for s in describe_policies(results['policies']))}"] if "policies" in results else []
-    return EXPERIMENT_PAGE.format(title=title, body="".join(body) + f"<h2>How far to trust it</h2><p>{html.escape(nbsp_percent(describe_calibration(calibration_table(results['trials']))))}</p>")
+    body += (
+        [
+            f"<h2>What was read without a test</h2>{''.join(f'<p>{html.escape(nbsp_percent(s))}</p>' for s in describe_policies(results['policies']))}"
+        ]
+        if "policies" in results
+        else []
+    )
+    return EXPERIMENT_PAGE.format(
+        title=title,
+        body="".join(body)
+        + f"<h2>How far to trust it</h2><p>{html.escape(nbsp_percent(describe_calibration(calibration_table(results['trials']))))}</p>",
+    )
 
 # %% ../nbs/20_experiment.ipynb #20b0001a
 def describe_experiment_plan(
@@ -820,21 +1480,35 @@ def describe_experiment_plan(
 ) -> str:
     "What would be done, where there is nobody to ask."
     (new, old), groups = results["pair"], results["groups"]
-    return (f"This log is of real people, and only they can answer, so no test is made here. One would serve {old} to {groups.get(old, 0):,} and {new} to {groups.get(new, 0):,} of the log's people, chosen by hash, keep {groups.get('holdout', 0):,} out, "
-            f"write lists and feedback into the book of the service (widedeep serve, with the model of each person in the request), and read the book once the planned number of people have come.")
+    return (
+        f"This log is of real people, and only they can answer, so no test is made here. One would serve {old} to {groups.get(old, 0):,} and {new} to {groups.get(new, 0):,} of the log's people, chosen by hash, keep {groups.get('holdout', 0):,} out, "
+        f"write lists and feedback into the book of the service (widedeep serve, with the model of each person in the request), and read the book once the planned number of people have come."
+    )
 
 # %% ../nbs/20_experiment.ipynb #20a1003e
 def describe_policies(
     rows: list,  # of experiment.json
 ) -> list:  # sentences
     "What drawn lists say of other policies, and whether it is so."
-    said = [f"{rows[0]['lists']:,} lists were drawn by lot from {rows[0]['policy']} at temperature {rows[0]['temperature']:g}; {rows[0]['earned']:.3f} of them led to a purchase. The chances that the service wrote down are those that follow from model and history in {rows[0]['agrees']:.1%} of the lists."]
+    said = [
+        f"{rows[0]['lists']:,} lists were drawn by lot from {rows[0]['policy']} at temperature {rows[0]['temperature']:g}; {rows[0]['earned']:.3f} of them led to a purchase. The chances that the service wrote down are those that follow from model and history in {rows[0]['agrees']:.1%} of the lists."
+    ]
     for r in rows[1:]:
         who = f"{r['policy']} at temperature {r['temperature']:g}"
-        if "refused" in r: said.append(f"Of {who} nothing is said: {r['refused']}. (Asked, people buy from {r['truth']:.3f} of its lists.)")
+        if "refused" in r:
+            said.append(
+                f"Of {who} nothing is said: {r['refused']}. (Asked, people buy from {r['truth']:.3f} of its lists.)"
+            )
         else:
             value, lo, hi = r["estimates"]["doubly robust"]
-            said.append(f"{who} would have led to {format_ci(value, lo, hi, digits=3)} purchases a list, doubly robust, from what is worth {r['worth']:,.0f} of its lists; asked, people buy from {r['truth']:.3f}, which " + ("the interval holds." if lo <= r["truth"] <= hi else "the interval does not hold."))
+            said.append(
+                f"{who} would have led to {format_ci(value, lo, hi, digits=3)} purchases a list, doubly robust, from what is worth {r['worth']:,.0f} of its lists; asked, people buy from {r['truth']:.3f}, which "
+                + (
+                    "the interval holds."
+                    if lo <= r["truth"] <= hi
+                    else "the interval does not hold."
+                )
+            )
     return said
 
 # %% ../nbs/20_experiment.ipynb #20a10051
@@ -843,7 +1517,17 @@ def describe_estimators(
 ) -> str:
     "Which estimates are right on average, and which are steady."
     by = {r["name"]: r for r in rows}
-    off, fair = [[r["name"] for r in rows if (abs(r["bias"]) > 4 * r["bias_se"]) == b] for b in (True, False)]
+    off, fair = [
+        [r["name"] for r in rows if (abs(r["bias"]) > 4 * r["bias_se"]) == b] for b in (True, False)
+    ]
     steady = min((by[n] for n in fair), key=lambda r: r["sd"], default=None)
-    said = "Wrong on average: " + (", ".join(f"{n} ({by[n]['bias']:+.3f})" for n in off) or "none") + ". "
-    return said + ("" if steady is None else f"Right on average: {', '.join(fair)}; the steadiest of these is {steady['name']}, whose spread is {steady['sd']:.3f} where that of IPS is {by['IPS']['sd']:.3f}; its intervals hold the truth in {steady['covered']:.0%} of logs.")
+    said = (
+        "Wrong on average: "
+        + (", ".join(f"{n} ({by[n]['bias']:+.3f})" for n in off) or "none")
+        + ". "
+    )
+    return said + (
+        ""
+        if steady is None
+        else f"Right on average: {', '.join(fair)}; the steadiest of these is {steady['name']}, whose spread is {steady['sd']:.3f} where that of IPS is {by['IPS']['sd']:.3f}; its intervals hold the truth in {steady['covered']:.0%} of logs."
+    )

@@ -41,13 +41,60 @@ import torch.nn.functional as F
 from matplotlib.ticker import LogLocator
 from torch import nn
 
-from .baselines import ALS, EASE, SVD, HistoryRecommender, ItemKNN, Popularity, neighbors_to_csr
+from widedeep_nb.baselines import (
+    ALS,
+    EASE,
+    SVD,
+    HistoryRecommender,
+    ItemKNN,
+    Popularity,
+    neighbors_to_csr,
+)
 from .comparison import build_leaderboard
-from .content import ContentRecommender, TwoTower, add_side_features, precompute_items, add_catalog
-from .core import COLORS, PROTOCOLS, RECOMMENDERS, History, UserError, Recommender, Run, Split, to_interactions, load_recommender, hash_order, make_recommender, mask_seen, step, top_k, atomic_write
-from .evaluation import eval_ranking, aggregate, format_ci
-from .hybrid import RANKING_COMPONENTS, MODEL_KEY, MAX_EPOCHS, EnsembleRecommender, GFCF, SparseItemModel, EDLAE, fill_plan_defaults, normalize_scores
-from .sequence import GRU4Rec, SEQUENCE_MODELS, SASRec, SequenceRecommender, relative_causal_bias
+from widedeep_nb.content import (
+    ContentRecommender,
+    TwoTower,
+    add_catalog,
+    add_side_features,
+    precompute_items,
+)
+from widedeep_nb.core import (
+    COLORS,
+    PROTOCOLS,
+    RECOMMENDERS,
+    History,
+    Recommender,
+    Run,
+    Split,
+    UserError,
+    atomic_write,
+    hash_order,
+    load_recommender,
+    make_recommender,
+    mask_seen,
+    step,
+    to_interactions,
+    top_k,
+)
+from .evaluation import aggregate, eval_ranking, format_ci
+from widedeep_nb.hybrid import (
+    EDLAE,
+    GFCF,
+    MAX_EPOCHS,
+    MODEL_KEY,
+    RANKING_COMPONENTS,
+    EnsembleRecommender,
+    SparseItemModel,
+    fill_plan_defaults,
+    normalize_scores,
+)
+from widedeep_nb.sequence import (
+    SEQUENCE_MODELS,
+    GRU4Rec,
+    SASRec,
+    SequenceRecommender,
+    relative_causal_bias,
+)
 
 # %% ../nbs/15_export.ipynb #15c0ca07
 class EmbeddingTable(nn.Module):
@@ -75,9 +122,11 @@ class Int8Table(EmbeddingTable):
         self.register_buffer("rows", (rows / scale[:, None]).round().to(torch.int8))
         self.register_buffer("scale", scale)
 
-    def lookup(self, index): return F.embedding(index, self.rows).float() * self.scale[index][..., None]
+    def lookup(self, index):
+        return F.embedding(index, self.rows).float() * self.scale[index][..., None]
 
-    def dot_all(self, vectors): return ((vectors @ self.rows.float().T) * self.scale)[:, :-1]
+    def dot_all(self, vectors):
+        return ((vectors @ self.rows.float().T) * self.scale)[:, :-1]
 
 # %% ../nbs/15_export.ipynb #15c0ca09
 def quantize_int8(
@@ -86,26 +135,36 @@ def quantize_int8(
     "The same network with all its tables in eight bits; its layers, which are small, stay as they are."
     made, small = copy.deepcopy(module), {}
     for parent in list(made.modules()):
-        for name, child in list(parent._modules.items()):          # a table that is looked up in and multiplied by stays one
-            if type(child) is EmbeddingTable: setattr(parent, name, small.setdefault(child, Int8Table(child.rows)))
+        for name, child in list(
+            parent._modules.items()
+        ):  # a table that is looked up in and multiplied by stays one
+            if type(child) is EmbeddingTable:
+                setattr(parent, name, small.setdefault(child, Int8Table(child.rows)))
     return made
 
 # %% ../nbs/15_export.ipynb #15c0ca0b
 class BasketBatch(NamedTuple):
     "Baskets of n people, side by side."
-    code: torch.Tensor  # int64 [n, l], the latest event last; an empty place has the code behind the last product
+
+    code: (
+        torch.Tensor
+    )  # int64 [n, l], the latest event last; an empty place has the code behind the last product
     mask: torch.Tensor  # float [n, l], 0 where a place is empty
     last_mask: torch.Tensor  # float [n, l], 1 at the last event of each product
     recency_weights: torch.Tensor  # float [n, l], the same with older events counting less
     n_events: torch.Tensor  # float [n, 1], events
-    rating_weights: Optional[torch.Tensor] = None  # float [n, l], how much each event counts by its stars; None: all alike
-    user_features: Optional[torch.Tensor] = None  # float [n, traits], what is known of the people; None: nothing
+    rating_weights: Optional[torch.Tensor] = (
+        None  # float [n, l], how much each event counts by its stars; None: all alike
+    )
+    user_features: Optional[torch.Tensor] = (
+        None  # float [n, traits], what is known of the people; None: nothing
+    )
 
 # %% ../nbs/15_export.ipynb #15c0cb01
 def make_basket_batch(
     code: torch.Tensor,  # int64 [n, l]
     n_items: int,  # products that are known
-    decay: float = 3.,  # so many events later, an event counts 1/e
+    decay: float = 3.0,  # so many events later, an event counts 1/e
     **fields,  # liked, traits
 ) -> BasketBatch:
     "What the parts want to know of baskets."
@@ -113,8 +172,15 @@ def make_basket_batch(
     there = (code < n_items).float()
     same = (code[:, :, None] == code[:, None, :]).float() * there[:, None, :]
     later = (same * torch.ones(l, l).triu(1)).sum(2).clamp(max=1)
-    had, age = there * (1 - later), torch.arange(l - 1, -1, -1.)
-    return BasketBatch(code, there, had, had * (same * torch.exp(-age / decay)).sum(2).clamp(max=1), there.sum(1, keepdim=True), **fields)
+    had, age = there * (1 - later), torch.arange(l - 1, -1, -1.0)
+    return BasketBatch(
+        code,
+        there,
+        had,
+        had * (same * torch.exp(-age / decay)).sum(2).clamp(max=1),
+        there.sum(1, keepdim=True),
+        **fields,
+    )
 
 # %% ../nbs/15_export.ipynb #15c0cb02
 def batch_histories(
@@ -139,42 +205,76 @@ class PopularityModule(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight.float().clone())
 
-    def forward(self, x: BasketBatch) -> torch.Tensor: return self.weight * (0. * x.n_events + 1.)
+    def forward(self, x: BasketBatch) -> torch.Tensor:
+        return self.weight * (0.0 * x.n_events + 1.0)
 
 # %% ../nbs/15_export.ipynb #15c0cb03
 class DenseItemItem(nn.Module):
     "Rows of what goes with what, added up; `at` and `relative_bias` say where a product has its row and its column, if not all have."
 
-    def __init__(self, rows: torch.Tensor, recency_weighted: bool, items: Optional[torch.Tensor] = None, n_items: int = 0):
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        recency_weighted: bool,
+        items: Optional[torch.Tensor] = None,
+        n_items: int = 0,
+    ):
         super().__init__()
         self.recency_weighted, self.partial = recency_weighted, items is not None
         self.table = EmbeddingTable(F.pad(rows, (0, int(self.partial), 0, 1)))
-        if self.partial: self.register_buffer("place", torch.full((n_items + 1,), len(items)).index_copy(0, items, torch.arange(len(items))))
+        if self.partial:
+            self.register_buffer(
+                "place",
+                torch.full((n_items + 1,), len(items)).index_copy(
+                    0, items, torch.arange(len(items))
+                ),
+            )
 
     def row_sums(self, x: BasketBatch) -> torch.Tensor:
         "What the rows of the basket add up to, a column each that has one; behind them, if not all have, one for the rest."
-        return ((x.recency_weights if self.recency_weighted else x.last_mask)[:, None] @ self.table.lookup(self.place[x.code] if self.partial else x.code))[:, 0]
+        return (
+            (x.recency_weights if self.recency_weighted else x.last_mask)[:, None]
+            @ self.table.lookup(self.place[x.code] if self.partial else x.code)
+        )[:, 0]
 
-    def forward(self, x): return self.row_sums(x)[:, self.place[:-1]] if self.partial else self.row_sums(x)
+    def forward(self, x):
+        return self.row_sums(x)[:, self.place[:-1]] if self.partial else self.row_sums(x)
 
 # %% ../nbs/15_export.ipynb #15c0cb04
 class SparseItemItem(nn.Module):
     "The same where a row has few numbers: which products, and how much of each."
 
-    def __init__(self, indptr: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor, recency_weighted: bool):
+    def __init__(
+        self,
+        indptr: torch.Tensor,
+        indices: torch.Tensor,
+        weight: torch.Tensor,
+        recency_weighted: bool,
+    ):
         super().__init__()
         n, most = len(indptr) - 1, max(1, int(indptr.diff().max()))
         row = torch.repeat_interleave(torch.arange(n), indptr.diff())
         at = (row, torch.arange(len(indices)) - indptr[row])
-        self.recency_weighted, self.most, kind = recency_weighted, most, torch.int16 if n < 2 ** 15 else torch.int32
+        self.recency_weighted, self.most, kind = (
+            recency_weighted,
+            most,
+            torch.int16 if n < 2**15 else torch.int32,
+        )
         self.table = EmbeddingTable(torch.zeros(n + 1, most).index_put(at, weight.float()))
-        self.register_buffer("column", torch.full((n + 1, most), n, dtype=kind).index_put(at, indices.to(kind)))
+        self.register_buffer(
+            "column", torch.full((n + 1, most), n, dtype=kind).index_put(at, indices.to(kind))
+        )
         self.register_buffer("nothing", torch.zeros(1, n + 1))
 
     def forward(self, x):
-        weight = self.table.lookup(x.code) * (x.recency_weights if self.recency_weighted else x.last_mask)[..., None]
+        weight = (
+            self.table.lookup(x.code)
+            * (x.recency_weights if self.recency_weighted else x.last_mask)[..., None]
+        )
         to, size = self.column[x.code].long(), x.code.shape[1] * self.most
-        return (x.n_events * self.zero_row).scatter_add(1, to.reshape(-1, size), weight.reshape(-1, size))[:, :-1]
+        return (x.n_events * self.zero_row).scatter_add(
+            1, to.reshape(-1, size), weight.reshape(-1, size)
+        )[:, :-1]
 
 # %% ../nbs/15_export.ipynb #15c0ca10
 class LowRank(nn.Module):
@@ -191,39 +291,49 @@ class LowRank(nn.Module):
 
     def extra_scores(self, x: BasketBatch, codes: Optional[torch.Tensor] = None) -> torch.Tensor:
         "What is added beside the product, of all products or of some: [n, m], or a number."
-        return 0.
+        return 0.0
 
-    def forward(self, x: BasketBatch) -> torch.Tensor: return self.table.dot_all(self.ask(x)) + self.extra_scores(x)
+    def forward(self, x: BasketBatch) -> torch.Tensor:
+        return self.table.dot_all(self.ask(x)) + self.extra_scores(x)
 
 # %% ../nbs/15_export.ipynb #15c0cb05
 class ContentMean(LowRank):
     "The mean of what one has, by stars: content."
 
     def __init__(self, model: ContentRecommender):
-        super().__init__(None, F.pad(model.space[:model.n_items], (0, 0, 0, 1)))
+        super().__init__(None, F.pad(model.space[: model.n_items], (0, 0, 0, 1)))
         self.register_buffer("popularity", model.popularity[:-1].clone())
 
     def ask(self, x):
-        point = ((x.mask if x.rating_weights is None else x.rating_weights)[:, None] @ self.into.lookup(x.code))[:, 0]
+        point = (
+            (x.mask if x.rating_weights is None else x.rating_weights)[:, None]
+            @ self.into.lookup(x.code)
+        )[:, 0]
         return point / point.square().sum(1, keepdim=True).sqrt().clamp(min=1e-12)
 
-    def forward(self, x):                                     # of whose things nothing is known gets what is popular
+    def forward(self, x):  # of whose things nothing is known gets what is popular
         point = self.ask(x)
-        return torch.where(point.square().sum(1, keepdim=True) > 0, self.table.dot_all(point), self.popularity)
+        return torch.where(
+            point.square().sum(1, keepdim=True) > 0, self.table.dot_all(point), self.popularity
+        )
 
 # %% ../nbs/15_export.ipynb #15c0ca12
 class ImplicitALS(LowRank):
     "A ridge regression by so many steps of conjugate gradients."
 
     def __init__(self, model: ALS, n_iter: int = 12):
-        value, root = torch.linalg.eigh(model.item.double().T @ model.item.double() + model.reg * torch.eye(model.item.shape[1]))
-        super().__init__(None, F.pad(model.item.double() @ (root * value.rsqrt()) @ root.T, (0, 0, 0, 1)))
+        value, root = torch.linalg.eigh(
+            model.item.double().T @ model.item.double() + model.reg * torch.eye(model.item.shape[1])
+        )
+        super().__init__(
+            None, F.pad(model.item.double() @ (root * value.rsqrt()) @ root.T, (0, 0, 0, 1))
+        )
         self.alpha, self.steps = model.alpha, n_iter
 
     def ask(self, x):
         z = self.into.lookup(x.code) * x.last_mask[..., None]
         rest = toward = (1 + self.alpha) * z.sum(1)
-        found, size = 0. * rest, rest.square().sum(1, keepdim=True)
+        found, size = 0.0 * rest, rest.square().sum(1, keepdim=True)
         for _ in range(self.steps):
             moved = toward + self.alpha * ((z @ toward[..., None]) * z).sum(1)
             far = size / (toward * moved).sum(1, keepdim=True).clamp(min=1e-30)
@@ -237,41 +347,82 @@ class TwoTowerModule(LowRank):
     "The content towers: looks of products as a table, the person's network, and crosses of tags."
 
     def __init__(self, model: TwoTower):
-        (vectors, bias, _), n, net = model._cached("looks", lambda: precompute_items(model)), model.n_items, model.net
+        (vectors, bias, _), n, net = (
+            model._cached("looks", lambda: precompute_items(model)),
+            model.n_items,
+            model.net,
+        )
         super().__init__(None, F.pad(vectors[:n], (0, 0, 0, 1)))
-        self.deep, self.wide, self.decay, self.length, d, t = net.parts != "wide", net.parts != "deep", model.decay, model.length, vectors.shape[1], net.n_tags
+        self.deep, self.wide, self.decay, self.length, d, t = (
+            net.parts != "wide",
+            net.parts != "deep",
+            model.decay,
+            model.length,
+            vectors.shape[1],
+            net.n_tags,
+        )
         self.register_buffer("bias", bias[:n].clone())
-        self.register_buffer("tag", torch.cat([model.item_features.tag[:n], torch.full((1, model.item_features.tag.shape[1]), t)]))
-        self.register_buffer("own", self.tag)                                       # of the products that are scored
-        self.cross, self.user_feature_cross = EmbeddingTable(F.pad(net.cross[:t], (0, 1, 0, 1))), nn.Parameter(net.cross[t:].clone())
+        self.register_buffer(
+            "tag",
+            torch.cat(
+                [model.item_features.tag[:n], torch.full((1, model.item_features.tag.shape[1]), t)]
+            ),
+        )
+        self.register_buffer("own", self.tag)  # of the products that are scored
+        self.cross, self.user_feature_cross = (
+            EmbeddingTable(F.pad(net.cross[:t], (0, 1, 0, 1))),
+            nn.Parameter(net.cross[t:].clone()),
+        )
         if self.deep:
             first, self.last = net.user[0], copy.deepcopy(net.user[-1])
-            self.point, self.user_features, self.size = [nn.Parameter(w.clone()) for w in first.weight.split([d, first.in_features - d - 1, 1], 1)]
-            self.offset, self.scale = nn.Parameter(first.bias.clone()), d ** -.5
+            self.point, self.user_features, self.size = [
+                nn.Parameter(w.clone())
+                for w in first.weight.split([d, first.in_features - d - 1, 1], 1)
+            ]
+            self.offset, self.scale = nn.Parameter(first.bias.clone()), d**-0.5
 
     def weight(self, x):
         "How much each of the last events counts [n, l], and what they sum to [n, 1]."
-        there = x.mask[:, -self.length:]
-        there = there * self.decay ** torch.arange(there.shape[1] - 1, -1, -1.)
+        there = x.mask[:, -self.length :]
+        there = there * self.decay ** torch.arange(there.shape[1] - 1, -1, -1.0)
         size = there.sum(1, keepdim=True)
         return there / size.clamp(min=1e-9), size
 
     def ask(self, x):
         weight, size = self.weight(x)
-        if not self.deep: return 0. * size
-        hidden = (weight[:, None] @ self.into.lookup(x.code[:, -self.length:]))[:, 0] @ self.point.T + torch.log(1 + size) * self.size.T + self.offset
-        if x.user_features is not None: hidden = hidden + x.user_features @ self.user_features.T
+        if not self.deep:
+            return 0.0 * size
+        hidden = (
+            (weight[:, None] @ self.into.lookup(x.code[:, -self.length :]))[:, 0] @ self.point.T
+            + torch.log(1 + size) * self.size.T
+            + self.offset
+        )
+        if x.user_features is not None:
+            hidden = hidden + x.user_features @ self.user_features.T
         return self.last(torch.relu(hidden)) * self.scale
 
     def tag_weights(self, x):
         "What each tag is worth to each person, [n, tags + 1]."
-        found = (self.cross.lookup(self.tag[x.code[:, -self.length:]]).sum(2) * self.weight(x)[0][..., None]).sum(1)
-        return found if x.user_features is None else found + F.pad(x.user_features @ self.user_feature_cross, (0, 1))
+        found = (
+            self.cross.lookup(self.tag[x.code[:, -self.length :]]).sum(2)
+            * self.weight(x)[0][..., None]
+        ).sum(1)
+        return (
+            found
+            if x.user_features is None
+            else found + F.pad(x.user_features @ self.user_feature_cross, (0, 1))
+        )
 
     def extra_scores(self, x, codes=None):
-        if codes is None: return self.bias + (self.tag_weights(x)[:, self.own].sum(2)[:, :-1] if self.wide else 0.)
-        if not self.wide: return self.bias[codes]
-        return self.bias[codes] + self.tag_weights(x).gather(1, self.own[codes].flatten(1)).view(*codes.shape, -1).sum(2)
+        if codes is None:
+            return self.bias + (
+                self.tag_weights(x)[:, self.own].sum(2)[:, :-1] if self.wide else 0.0
+            )
+        if not self.wide:
+            return self.bias[codes]
+        return self.bias[codes] + self.tag_weights(x).gather(1, self.own[codes].flatten(1)).view(
+            *codes.shape, -1
+        ).sum(2)
 
 # %% ../nbs/15_export.ipynb #15c0ca15
 class GRUModule(LowRank):
@@ -284,22 +435,35 @@ class GRUModule(LowRank):
 
     def layer(self, n: int, inputs: torch.Tensor, mask: torch.Tensor) -> list:
         "What one layer holds after each event: [n, l, d] to l times [n, d]."
-        w, u, b, c = [getattr(self.gru, f"{name}_l{n}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-        given, state, d, held, turn = inputs @ w.T + b, 0. * inputs[:, 0], inputs.shape[2], [], u.T.contiguous()
+        w, u, b, c = [
+            getattr(self.gru, f"{name}_l{n}")
+            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        ]
+        given, state, d, held, turn = (
+            inputs @ w.T + b,
+            0.0 * inputs[:, 0],
+            inputs.shape[2],
+            [],
+            u.T.contiguous(),
+        )
         for i in range(inputs.shape[1]):
             x, h = given[:, i], state @ turn + c
-            gate = torch.sigmoid(x[:, :2 * d] + h[:, :2 * d])
-            new = torch.tanh(x[:, 2 * d:] + gate[:, :d] * h[:, 2 * d:])
-            state = state + mask[:, i:i + 1] * (1 - gate[:, d:]) * (new - state)
+            gate = torch.sigmoid(x[:, : 2 * d] + h[:, : 2 * d])
+            new = torch.tanh(x[:, 2 * d :] + gate[:, :d] * h[:, 2 * d :])
+            state = state + mask[:, i : i + 1] * (1 - gate[:, d:]) * (new - state)
             held.append(state)
         return held
 
     def ask(self, x):
-        there, held = x.mask[:, -self.length:], None
-        for k in range(self.gru.num_layers): held = self.layer(k, torch.stack(held, 1) if k else self.into.lookup(x.code[:, -self.length:]), there)
+        there, held = x.mask[:, -self.length :], None
+        for k in range(self.gru.num_layers):
+            held = self.layer(
+                k, torch.stack(held, 1) if k else self.into.lookup(x.code[:, -self.length :]), there
+            )
         return held[-1]
 
-    def extra_scores(self, x, codes=None): return self.bias if codes is None else self.bias[codes]
+    def extra_scores(self, x, codes=None):
+        return self.bias if codes is None else self.bias[codes]
 
 # %% ../nbs/15_export.ipynb #15c0cb06
 class AttentionModule(GRUModule):
@@ -307,17 +471,38 @@ class AttentionModule(GRUModule):
 
     def __init__(self, model: SASRec):
         LowRank.__init__(self, None, model.net.item.weight)
-        self.length, self.blocks, self.norm = model.length, copy.deepcopy(model.net.blocks), copy.deepcopy(model.net.norm)
+        self.length, self.blocks, self.norm = (
+            model.length,
+            copy.deepcopy(model.net.blocks),
+            copy.deepcopy(model.net.norm),
+        )
         self.register_buffer("bias", model.net.bias.detach().clone())
-        self.register_buffer("back", torch.stack([relative_causal_bias(w.detach(), model.length) for w in model.net.relative_bias]).clamp(min=-1e9))
+        self.register_buffer(
+            "back",
+            torch.stack(
+                [relative_causal_bias(w.detach(), model.length) for w in model.net.relative_bias]
+            ).clamp(min=-1e9),
+        )
 
     def ask(self, x):
-        y, hide = self.into.lookup(x.code[:, -self.length:]), (x.mask[:, -self.length:] - 1)[:, None, None] * 1e9
+        y, hide = (
+            self.into.lookup(x.code[:, -self.length :]),
+            (x.mask[:, -self.length :] - 1)[:, None, None] * 1e9,
+        )
         l, d = y.shape[1:]
         for block, back in zip(self.blocks, self.relative_bias):
-            parts = block.qkv(block.norm(y)).reshape(-1, l, 3 * block.heads, d // block.heads).transpose(1, 2)
+            parts = (
+                block.qkv(block.norm(y))
+                .reshape(-1, l, 3 * block.heads, d // block.heads)
+                .transpose(1, 2)
+            )
             q, k, v = parts.split(block.heads, 1)
-            seen = torch.softmax(q @ k.transpose(2, 3) * (d // block.heads) ** -.5 + back[:, :l, :l] + hide, 3) @ v
+            seen = (
+                torch.softmax(
+                    q @ k.transpose(2, 3) * (d // block.heads) ** -0.5 + back[:, :l, :l] + hide, 3
+                )
+                @ v
+            )
             y = y + block.out_proj(seen.transpose(1, 2).reshape(-1, l, d))
             y = y + block.ffn(y)
         return self.norm(y[:, -1])
@@ -330,58 +515,80 @@ def to_module(
 ) -> nn.Module:
     "A part as plain operations."
     known = [n for n in RECOMMENDERS if can_export(make_recommender(n))]
-    raise UserError(f"{model.name or type(model).__name__} needs more than a basket and cannot be exported; these can: hybrid, {', '.join(known)}")
+    raise UserError(
+        f"{model.name or type(model).__name__} needs more than a basket and cannot be exported; these can: hybrid, {', '.join(known)}"
+    )
 
 # %% ../nbs/15_export.ipynb #15c0ca46
 @to_module.register
-def _(model: Popularity, recency_weighted=False): return PopularityModule(model.weight[:-1])
+def _(model: Popularity, recency_weighted=False):
+    return PopularityModule(model.weight[:-1])
 
 
 @to_module.register
 def _(model: EDLAE, recency_weighted=False):
-    return DenseItemItem(model.weight, recency_weighted) if len(model.top) == model.n_items else DenseItemItem(model.weight, recency_weighted, model.top, model.n_items)
+    return (
+        DenseItemItem(model.weight, recency_weighted)
+        if len(model.top) == model.n_items
+        else DenseItemItem(model.weight, recency_weighted, model.top, model.n_items)
+    )
 
 
 @to_module.register
-def _(model: EASE, recency_weighted=False): return DenseItemItem(model.weight, recency_weighted)
+def _(model: EASE, recency_weighted=False):
+    return DenseItemItem(model.weight, recency_weighted)
 
 
 @to_module.register
-def _(model: SparseItemModel, recency_weighted=False): return SparseItemItem(model.indptr, model.indices, model.weight, recency_weighted)
+def _(model: SparseItemModel, recency_weighted=False):
+    return SparseItemItem(model.indptr, model.indices, model.weight, recency_weighted)
 
 
 @to_module.register
 def _(model: ItemKNN, recency_weighted=False):
     near = neighbors_to_csr(model.neighbors, model.similarities, model.n_items)
-    return SparseItemItem(*[torch.from_numpy(np.array(a, t)) for a, t in ((near.indptr, np.int64), (near.indices, np.int64), (near.data, np.float32))], recency_weighted)
+    return SparseItemItem(
+        *[
+            torch.from_numpy(np.array(a, t))
+            for a, t in ((near.indptr, np.int64), (near.indices, np.int64), (near.data, np.float32))
+        ],
+        recency_weighted,
+    )
 
 
 @to_module.register
-def _(model: GFCF, recency_weighted=False): return LowRank(F.pad(model.into, (0, 0, 0, 1)), F.pad(model.out, (0, 0, 0, 1)))
+def _(model: GFCF, recency_weighted=False):
+    return LowRank(F.pad(model.into, (0, 0, 0, 1)), F.pad(model.out, (0, 0, 0, 1)))
 
 
 @to_module.register
-def _(model: SVD, recency_weighted=False): return LowRank(None, F.pad(model.right.T, (0, 0, 0, 1)))
+def _(model: SVD, recency_weighted=False):
+    return LowRank(None, F.pad(model.right.T, (0, 0, 0, 1)))
 
 
 @to_module.register
-def _(model: ALS, recency_weighted=False): return ImplicitALS(model)
+def _(model: ALS, recency_weighted=False):
+    return ImplicitALS(model)
 
 
 @to_module.register
-def _(model: ContentRecommender, recency_weighted=False): return ContentMean(model)
+def _(model: ContentRecommender, recency_weighted=False):
+    return ContentMean(model)
 
 
 @to_module.register
-def _(model: TwoTower, recency_weighted=False): return TwoTowerModule(model)
+def _(model: TwoTower, recency_weighted=False):
+    return TwoTowerModule(model)
 
 
 @to_module.register
-def _(model: GRU4Rec, recency_weighted=False): return GRUModule(model)
+def _(model: GRU4Rec, recency_weighted=False):
+    return GRUModule(model)
 
 
 @to_module.register
-def _(model: SASRec, recency_weighted=False): return AttentionModule(model)
+def _(model: SASRec, recency_weighted=False):
+    return AttentionModule(model)
 
 # %% ../nbs/15_export.ipynb #15c0ca18
 def component_weights(
@@ -393,8 +600,14 @@ def component_weights(
     known, believed, found = (x.n_events > 0).float(), x.n_events / (x.n_events + 10), []
     for n in names:
         trusted = RANKING_COMPONENTS[n].family != "popular" and n not in MAX_EPOCHS
-        stranger = 0. if trusted or RANKING_COMPONENTS[n].recommender in SEQUENCE_MODELS else plan["cold_users"].get(n, 0.)
-        found.append(plan["ranking"].get(n, 0.) * (believed if trusted else known) + stranger * (1 - known))
+        stranger = (
+            0.0
+            if trusted or RANKING_COMPONENTS[n].recommender in SEQUENCE_MODELS
+            else plan["cold_users"].get(n, 0.0)
+        )
+        found.append(
+            plan["ranking"].get(n, 0.0) * (believed if trusted else known) + stranger * (1 - known)
+        )
     return found
 
 # %% ../nbs/15_export.ipynb #15c0cb07
@@ -408,7 +621,11 @@ class SingleComponent(nn.Module):
 
     def forward(self, basket: torch.Tensor) -> torch.Tensor:
         x = make_basket_batch(basket, self.n_items)
-        return self.part(x) if self.fallback_scores is None else torch.where(x.n_events > 0, self.part(x), self.fallback_scores)
+        return (
+            self.part(x)
+            if self.fallback_scores is None
+            else torch.where(x.n_events > 0, self.part(x), self.fallback_scores)
+        )
 
 # %% ../nbs/15_export.ipynb #15c0cb08
 def softmax_or_l1(
@@ -416,7 +633,8 @@ def softmax_or_l1(
     is_logits: bool,  # are they logits?
 ) -> torch.Tensor:  # float [n, m]
     "`normalize_scores` of chapter 11 in operations that can be written down."
-    if is_logits: return torch.softmax(scores, 1)
+    if is_logits:
+        return torch.softmax(scores, 1)
     scores = scores.clamp(min=0)
     return scores / scores.sum(1, keepdim=True).clamp(min=1e-12)
 
@@ -427,11 +645,21 @@ class HybridModule(nn.Module):
     def __init__(self, model: EnsembleRecommender, names: list):
         super().__init__()
         self.names, self.n_items, self.plan = names, model.n_items, model.plan
-        self.parts = nn.ModuleList([to_module(model.models[MODEL_KEY[n]], RANKING_COMPONENTS[n].recency_weighted) for n in names])
+        self.parts = nn.ModuleList(
+            [
+                to_module(model.models[MODEL_KEY[n]], RANKING_COMPONENTS[n].recency_weighted)
+                for n in names
+            ]
+        )
 
     def forward(self, basket: torch.Tensor) -> torch.Tensor:
         x = make_basket_batch(basket, self.n_items)
-        return sum(w * softmax_or_l1(part(x), n in MAX_EPOCHS) for n, w, part in zip(self.names, component_weights(self.plan, self.names, x), self.parts))
+        return sum(
+            w * softmax_or_l1(part(x), n in MAX_EPOCHS)
+            for n, w, part in zip(
+                self.names, component_weights(self.plan, self.names, x), self.parts
+            )
+        )
 
 # %% ../nbs/15_export.ipynb #15c0ca19
 def can_export(
@@ -443,53 +671,113 @@ def can_export(
 # %% ../nbs/15_export.ipynb #15c0cb09
 def exportable_hybrid(
     model: EnsembleRecommender,  # fitted
-) -> EnsembleRecommender:  # the same models under a plan of those parts that can be exported; weights sum as before
+) -> (
+    EnsembleRecommender
+):  # the same models under a plan of those parts that can be exported; weights sum as before
     "The hybrid that an export holds."
+
     def kept(weights):
         can = {n: w for n, w in weights.items() if can_export(model.models[MODEL_KEY[n]])}
         return {n: w * sum(weights.values()) / sum(can.values()) for n, w in can.items()}
+
     other = copy.copy(model)
-    other.plan = model.plan | {"ranking": kept(model.plan["ranking"]), "cold_users": kept(model.plan["cold_users"])}
-    if not other.plan["ranking"] or not other.plan["cold_users"]: raise UserError("none of this hybrid's parts can be exported; export one of its models by name, such as --model gru")
+    other.plan = model.plan | {
+        "ranking": kept(model.plan["ranking"]),
+        "cold_users": kept(model.plan["cold_users"]),
+    }
+    if not other.plan["ranking"] or not other.plan["cold_users"]:
+        raise UserError(
+            "none of this hybrid's parts can be exported; export one of its models by name, such as --model gru"
+        )
     return other
 
 # %% ../nbs/15_export.ipynb #15c0cb0a
 @torch.no_grad()
 def to_network(
     model: Recommender,  # fitted
-) -> nn.Module:  # baskets int64 [n, l], latest event last, n_items where empty -> scores float [n, n_items]
+) -> (
+    nn.Module
+):  # baskets int64 [n, l], latest event last, n_items where empty -> scores float [n, n_items]
     "A fitted model as a network of plain operations on a basket."
     if isinstance(model, EnsembleRecommender):
         made = exportable_hybrid(model)
-        return HybridModule(made, list(dict.fromkeys([*made.plan["ranking"], *made.plan["cold_users"]]))).eval()
-    usual = model.popularity[:model.n_items] if isinstance(model, HistoryRecommender) else model.fallback_scores[:-1] if isinstance(model, SequenceRecommender) else None
+        return HybridModule(
+            made, list(dict.fromkeys([*made.plan["ranking"], *made.plan["cold_users"]]))
+        ).eval()
+    usual = (
+        model.popularity[: model.n_items]
+        if isinstance(model, HistoryRecommender)
+        else model.fallback_scores[:-1]
+        if isinstance(model, SequenceRecommender)
+        else None
+    )
     return SingleComponent(to_module(model), model.n_items, usual).eval()
 
 # %% ../nbs/15_export.ipynb #15c0ca1b
-SIMPLE_OPS = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "matmul": "MatMul", "eq": "Equal", "gt": "Greater", "lt": "Less", "where": "Where",
-         "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "sigmoid": "Sigmoid", "tanh": "Tanh", "relu": "Relu"}  # what torch calls them, and ONNX
-OP_ALIASES = {"__radd__": "add", "__rmul__": "mul", "true_divide": "div", "__truediv__": "div", "__matmul__": "matmul", "__eq__": "eq", "__gt__": "gt", "__lt__": "lt"}
-ONNX_DTYPES = {torch.float32: onnx.TensorProto.FLOAT, torch.int64: onnx.TensorProto.INT64, torch.int32: onnx.TensorProto.INT32, torch.int16: onnx.TensorProto.INT16, torch.int8: onnx.TensorProto.INT8, torch.bool: onnx.TensorProto.BOOL}
+SIMPLE_OPS = {
+    "add": "Add",
+    "sub": "Sub",
+    "mul": "Mul",
+    "div": "Div",
+    "matmul": "MatMul",
+    "eq": "Equal",
+    "gt": "Greater",
+    "lt": "Less",
+    "where": "Where",
+    "exp": "Exp",
+    "log": "Log",
+    "sqrt": "Sqrt",
+    "sigmoid": "Sigmoid",
+    "tanh": "Tanh",
+    "relu": "Relu",
+}  # what torch calls them, and ONNX
+OP_ALIASES = {
+    "__radd__": "add",
+    "__rmul__": "mul",
+    "true_divide": "div",
+    "__truediv__": "div",
+    "__matmul__": "matmul",
+    "__eq__": "eq",
+    "__gt__": "gt",
+    "__lt__": "lt",
+}
+ONNX_DTYPES = {
+    torch.float32: onnx.TensorProto.FLOAT,
+    torch.int64: onnx.TensorProto.INT64,
+    torch.int32: onnx.TensorProto.INT32,
+    torch.int16: onnx.TensorProto.INT16,
+    torch.int8: onnx.TensorProto.INT8,
+    torch.bool: onnx.TensorProto.BOOL,
+}
 
 # %% ../nbs/15_export.ipynb #15c0cb0b
 class GraphBuilder:
     "Nodes and constants of a graph."
 
-    def __init__(self): self.nodes, self.constants, self.kept_alive = [], {}, []
+    def __init__(self):
+        self.nodes, self.constants, self.kept_alive = [], {}, []
 
     def constant(self, value, dtype: torch.dtype = torch.int64) -> str:
         "The name of a constant."
         value = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=dtype)
-        key = (id(value),) if value.numel() > 64 else (value.dtype, tuple(value.shape), tuple(value.flatten().tolist()))
+        key = (
+            (id(value),)
+            if value.numel() > 64
+            else (value.dtype, tuple(value.shape), tuple(value.flatten().tolist()))
+        )
         if key not in self.constants:
-            self.kept_alive.append(value)                                                # or its id might be given away
-            self.constants[key] = onnx.numpy_helper.from_array(value.detach().contiguous().numpy(), f"c{len(self.constants)}")
+            self.kept_alive.append(value)  # or its id might be given away
+            self.constants[key] = onnx.numpy_helper.from_array(
+                value.detach().contiguous().numpy(), f"c{len(self.constants)}"
+            )
         return self.constants[key].name
 
     def add_node(self, op_type: str, *inputs, **attributes) -> str:
         "Add a node; inputs are names, or whatever `constant` takes."
         named = [i if isinstance(i, str) else self.constant(i) for i in inputs]
-        self.nodes.append(onnx.helper.make_node(op_type, named, [f"v{len(self.nodes)}"], **attributes))
+        self.nodes.append(
+            onnx.helper.make_node(op_type, named, [f"v{len(self.nodes)}"], **attributes)
+        )
         return self.nodes[-1].output[0]
 
 # %% ../nbs/15_export.ipynb #15c0ca1c
@@ -506,16 +794,42 @@ class TracedTensor(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, OP_ALIASES.get(func.__name__, func.__name__)
-        with torch._C.DisableTorchFunctionSubclass(): value = func(*args, **kwargs)
-        if not any(isinstance(v, torch.Tensor) for v in (value if isinstance(value, tuple) else (value,))): return value      # a shape, a list
-        name = "t" if name == "__get__" else name                                   # of properties only .T gives a tensor
-        seen = [a for a in (*args, *(args[1] if isinstance(args[-1], tuple) and len(args) > 1 else ())) if isinstance(a, TracedTensor)] or args[0]
-        tape, like = seen[0].builder, next((a.dtype for a in args if isinstance(a, torch.Tensor)), None)
-        if name == "dropout": return args[0]
-        if name not in SIMPLE_OPS and name not in CUSTOM_OPS: raise UserError(f"'{name}' cannot be written down; known: {', '.join([*SIMPLE_OPS, *CUSTOM_OPS])}")
-        named = lambda a: a.node_name if isinstance(a, TracedTensor) else tape.constant(a, like)
-        found = tape.add_node(SIMPLE_OPS[name], *map(named, args)) if name in SIMPLE_OPS else CUSTOM_OPS[name](tape, named, *args, **kwargs)
-        return TracedTensor.wrap(value, tape, found) if isinstance(value, torch.Tensor) else tuple(TracedTensor.wrap(v, tape, f) for v, f in zip(value, found))
+        with torch._C.DisableTorchFunctionSubclass():
+            value = func(*args, **kwargs)
+        if not any(
+            isinstance(v, torch.Tensor) for v in (value if isinstance(value, tuple) else (value,))
+        ):
+            return value  # a shape, a list
+        name = "t" if name == "__get__" else name  # of properties only .T gives a tensor
+        seen = [
+            a
+            for a in (*args, *(args[1] if isinstance(args[-1], tuple) and len(args) > 1 else ()))
+            if isinstance(a, TracedTensor)
+        ] or args[0]
+        tape, like = (
+            seen[0].builder,
+            next((a.dtype for a in args if isinstance(a, torch.Tensor)), None),
+        )
+        if name == "dropout":
+            return args[0]
+        if name not in SIMPLE_OPS and name not in CUSTOM_OPS:
+            raise UserError(
+                f"'{name}' cannot be written down; known: {', '.join([*SIMPLE_OPS, *CUSTOM_OPS])}"
+            )
+
+        def named(a):
+            return a.node_name if isinstance(a, TracedTensor) else tape.constant(a, like)
+
+        found = (
+            tape.add_node(SIMPLE_OPS[name], *map(named, args))
+            if name in SIMPLE_OPS
+            else CUSTOM_OPS[name](tape, named, *args, **kwargs)
+        )
+        return (
+            TracedTensor.wrap(value, tape, found)
+            if isinstance(value, torch.Tensor)
+            else tuple(TracedTensor.wrap(v, tape, f) for v, f in zip(value, found))
+        )
 
 # %% ../nbs/15_export.ipynb #15c0ca1d
 def _op_getitem(
@@ -525,16 +839,28 @@ def _op_getitem(
     key,  # as in x[key]
 ) -> str:
     "Look-ups: rows by codes, slices, single places, new axes."
-    if isinstance(key, torch.Tensor): return builder.add_node("Gather", name_of(x), name_of(key), xlabel=0)
+    if isinstance(key, torch.Tensor):
+        return builder.add_node("Gather", name_of(x), name_of(key), xlabel=0)
     found, axis, key = name_of(x), 0, key if isinstance(key, tuple) else (key,)
     spare = x.dim() - sum(k is not None and k is not Ellipsis for k in key)
     for k in key:
-        if isinstance(k, torch.Tensor): found, axis = builder.add_node("Gather", found, name_of(k), xlabel=axis), axis + k.dim()
-        elif isinstance(k, int): found = builder.add_node("Gather", found, torch.tensor(k), xlabel=axis)
-        elif k is None: found, axis = builder.add_node("Unsqueeze", found, [axis]), axis + 1
-        elif k is Ellipsis: axis += spare
+        if isinstance(k, torch.Tensor):
+            found, axis = builder.add_node("Gather", found, name_of(k), xlabel=axis), axis + k.dim()
+        elif isinstance(k, int):
+            found = builder.add_node("Gather", found, torch.tensor(k), xlabel=axis)
+        elif k is None:
+            found, axis = builder.add_node("Unsqueeze", found, [axis]), axis + 1
+        elif k is Ellipsis:
+            axis += spare
         else:
-            if k != slice(None): found = builder.add_node("Slice", found, [k.start or 0], [2 ** 31 - 1 if k.stop is None else k.stop], [axis])
+            if k != slice(None):
+                found = builder.add_node(
+                    "Slice",
+                    found,
+                    [k.start or 0],
+                    [2**31 - 1 if k.stop is None else k.stop],
+                    [axis],
+                )
             axis += 1
     return found
 
@@ -547,8 +873,14 @@ def _op_clamp(
     max=None,  # most
 ) -> str:
     "A number kept within bounds."
-    found = name_of(x) if min is None else builder.add_node("Max", name_of(x), torch.tensor(min, dtype=x.dtype))
-    return found if max is None else builder.add_node("Min", found, torch.tensor(max, dtype=x.dtype))
+    found = (
+        name_of(x)
+        if min is None
+        else builder.add_node("Max", name_of(x), torch.tensor(min, dtype=x.dtype))
+    )
+    return (
+        found if max is None else builder.add_node("Min", found, torch.tensor(max, dtype=x.dtype))
+    )
 
 # %% ../nbs/15_export.ipynb #15c0cb0d
 def _swap_axes(
@@ -569,20 +901,41 @@ def _split_bounds(sizes: list) -> list:
 
 # %% ../nbs/15_export.ipynb #15c0cb0e
 CUSTOM_OPS = {  # what is more than one operator, or takes settings
-    "__getitem__": _op_getitem, "clamp": _op_clamp,
-    "__rsub__": lambda tape, named, x, y: tape.add_node("Sub", named(y), named(x)), "rsub": lambda tape, named, x, y: tape.add_node("Sub", named(y), named(x)),
-    "embedding": lambda tape, named, place, rows, *_, **__: tape.add_node("Gather", named(rows), named(place), xlabel=0),
+    "__getitem__": _op_getitem,
+    "clamp": _op_clamp,
+    "__rsub__": lambda tape, named, x, y: tape.add_node("Sub", named(y), named(x)),
+    "rsub": lambda tape, named, x, y: tape.add_node("Sub", named(y), named(x)),
+    "embedding": lambda tape, named, place, rows, *_, **__: tape.add_node(
+        "Gather", named(rows), named(place), xlabel=0
+    ),
     "square": lambda tape, named, x: tape.add_node("Mul", named(x), named(x)),
-    "float": lambda tape, named, x: tape.add_node("Cast", named(x), to=onnx.TensorProto.FLOAT), "long": lambda tape, named, x: tape.add_node("Cast", named(x), to=onnx.TensorProto.INT64),
-    "sum": lambda tape, named, x, dim, keepdim=False: tape.add_node("ReduceSum", named(x), [dim] if isinstance(dim, int) else list(dim), keepdims=int(keepdim)),
+    "float": lambda tape, named, x: tape.add_node("Cast", named(x), to=onnx.TensorProto.FLOAT),
+    "long": lambda tape, named, x: tape.add_node("Cast", named(x), to=onnx.TensorProto.INT64),
+    "sum": lambda tape, named, x, dim, keepdim=False: tape.add_node(
+        "ReduceSum", named(x), [dim] if isinstance(dim, int) else list(dim), keepdims=int(keepdim)
+    ),
     "softmax": lambda tape, named, x, dim, *_, **__: tape.add_node("Softmax", named(x), xlabel=dim),
-    "t": lambda tape, named, x: tape.add_node("Transpose", named(x), perm=_swap_axes(x, 0, 1)), "transpose": lambda tape, named, x, a, b: tape.add_node("Transpose", named(x), perm=_swap_axes(x, a, b)),
+    "t": lambda tape, named, x: tape.add_node("Transpose", named(x), perm=_swap_axes(x, 0, 1)),
+    "transpose": lambda tape, named, x, a, b: tape.add_node(
+        "Transpose", named(x), perm=_swap_axes(x, a, b)
+    ),
     "reshape": lambda tape, named, x, *shape: tape.add_node("Reshape", named(x), list(shape)),
-    "split": lambda tape, named, x, size, dim=0: [tape.add_node("Slice", named(x), [a], [b], [dim]) for a, b in _split_bounds([size] * (x.shape[dim] // size))],
-    "stack": lambda tape, named, parts, dim: tape.add_node("Concat", *[tape.add_node("Unsqueeze", named(p), [dim]) for p in parts], xlabel=dim),
-    "scatter_add": lambda tape, named, x, dim, index, source: tape.add_node("ScatterElements", named(x), named(index), named(source), xlabel=dim, reduction="add"),
-    "linear": lambda tape, named, x, weight, bias=None: tape.add_node("Add", tape.add_node("MatMul", named(x), weight.T.contiguous()), bias),
-    "layer_norm": lambda tape, named, x, shape, weight, bias, eps: tape.add_node("LayerNormalization", named(x), weight, bias, xlabel=-1, epsilon=eps),
+    "split": lambda tape, named, x, size, dim=0: [
+        tape.add_node("Slice", named(x), [a], [b], [dim])
+        for a, b in _split_bounds([size] * (x.shape[dim] // size))
+    ],
+    "stack": lambda tape, named, parts, dim: tape.add_node(
+        "Concat", *[tape.add_node("Unsqueeze", named(p), [dim]) for p in parts], xlabel=dim
+    ),
+    "scatter_add": lambda tape, named, x, dim, index, source: tape.add_node(
+        "ScatterElements", named(x), named(index), named(source), xlabel=dim, reduction="add"
+    ),
+    "linear": lambda tape, named, x, weight, bias=None: tape.add_node(
+        "Add", tape.add_node("MatMul", named(x), weight.T.contiguous()), bias
+    ),
+    "layer_norm": lambda tape, named, x, shape, weight, bias, eps: tape.add_node(
+        "LayerNormalization", named(x), weight, bias, xlabel=-1, epsilon=eps
+    ),
 }
 
 # %% ../nbs/15_export.ipynb #15c0ca20
@@ -593,22 +946,41 @@ def to_onnx(
 ) -> onnx.ModelProto:  # basket int64 [n, length] -> scores float [n, items]
     "A network written down as a graph."
     tape, network = GraphBuilder(), copy.copy(network)
-    basket = TracedTensor.wrap(torch.arange(2 * length).view(2, length) % (network.n_items + 1), tape, "basket")
+    basket = TracedTensor.wrap(
+        torch.arange(2 * length).view(2, length) % (network.n_items + 1), tape, "basket"
+    )
     tables, held = [m for m in network.modules() if isinstance(m, EmbeddingTable)], []
     for table in tables:
         held.append(table.rows)
         table.rows = TracedTensor.wrap(table.rows, tape, tape.constant(table.rows))
-    try: scores = network(basket)
+    try:
+        scores = network(basket)
     finally:
-        for table, rows in zip(tables, held): table.rows = rows
+        for table, rows in zip(tables, held):
+            table.rows = rows
     nodes, needed = [], {scores.node_name}
     for node in reversed(tape.nodes):
-        if node.output[0] in needed: nodes, needed = [node, *nodes], needed | set(node.input)
+        if node.output[0] in needed:
+            nodes, needed = [node, *nodes], needed | set(node.input)
     nodes[-1].output[0] = "scores"
-    value = lambda name, kind, width: onnx.helper.make_tensor_value_info(name, kind, ["n", width])
-    graph = onnx.helper.make_graph(nodes, "ranking", [value("basket", ONNX_DTYPES[torch.int64], length)], [value("scores", ONNX_DTYPES[torch.float32], network.n_items)], [c for c in tape.constants.values() if c.name in needed])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
-    if model.ByteSize() >= 2 ** 31: raise UserError(f"the tables of {network.n_items:,} products make a file of {model.ByteSize() / 2 ** 30:.1f} GiB, and ONNX takes 2; export a smaller model, such as --model content-towers")
+
+    def value(name, kind, width):
+        return onnx.helper.make_tensor_value_info(name, kind, ["n", width])
+
+    graph = onnx.helper.make_graph(
+        nodes,
+        "ranking",
+        [value("basket", ONNX_DTYPES[torch.int64], length)],
+        [value("scores", ONNX_DTYPES[torch.float32], network.n_items)],
+        [c for c in tape.constants.values() if c.name in needed],
+    )
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9
+    )
+    if model.ByteSize() >= 2**31:
+        raise UserError(
+            f"the tables of {network.n_items:,} products make a file of {model.ByteSize() / 2**30:.1f} GiB, and ONNX takes 2; export a smaller model, such as --model content-towers"
+        )
     return model
 
 # %% ../nbs/15_export.ipynb #15c0ca22
@@ -627,15 +999,30 @@ class OnnxRecommender(Recommender):
     def __init__(self, file: Path, model: Recommender):
         self.session, self.name = open_session(file), model.name
         self.length, none = self.session.get_inputs()[0].shape[1], model.item_ids.clear()
-        self.user_ids, self.item_ids, self.cold_users, self.cold_items, self.train_history, self.rating_range, self._cache = model.user_ids, model.item_ids, none, none, model.train_history, model.rating_range, {}
+        (
+            self.user_ids,
+            self.item_ids,
+            self.cold_users,
+            self.cold_items,
+            self.train_history,
+            self.rating_range,
+            self._cache,
+        ) = model.user_ids, model.item_ids, none, none, model.train_history, model.rating_range, {}
 
     def ask(self, code: torch.Tensor) -> torch.Tensor:
         "Scores of all products for baskets of codes."
-        return torch.cat([torch.from_numpy(self.session.run(None, {"basket": c.numpy()})[0]) for c in code.split(64)])
+        return torch.cat(
+            [
+                torch.from_numpy(self.session.run(None, {"basket": c.numpy()})[0])
+                for c in code.split(64)
+            ]
+        )
 
     def _scores(self, users, history, items):
         scores = self.ask(batch_histories(history, self.n_items, self.length)[0])
-        return torch.cat([scores, scores.amin(1, keepdim=True) - 1], 1)[:, items.clamp(max=self.n_items)]
+        return torch.cat([scores, scores.amin(1, keepdim=True) - 1], 1)[
+            :, items.clamp(max=self.n_items)
+        ]
 
 # %% ../nbs/15_export.ipynb #15c0ca25
 EXPORTED_ITEM_FIELDS = ("title", "category", "brand", "price")  # what a page may say of a product
@@ -646,8 +1033,14 @@ def exported_items(
     items: pl.DataFrame,  # what is known of products, a row an `item`
 ) -> list:  # a dict a product, in the order of their codes; what is not known is left out
     "The products that an exported model scores."
-    about = items.select("item", *[c for c in EXPORTED_ITEM_FIELDS if c in items.columns]).unique("item", keep="first", maintain_order=True)
-    rows = pl.DataFrame({"item": model.item_ids}).join(about, on="item", how="left", maintain_order="left").to_dicts()
+    about = items.select("item", *[c for c in EXPORTED_ITEM_FIELDS if c in items.columns]).unique(
+        "item", keep="first", maintain_order=True
+    )
+    rows = (
+        pl.DataFrame({"item": model.item_ids})
+        .join(about, on="item", how="left", maintain_order="left")
+        .to_dicts()
+    )
     return [{k: v for k, v in row.items() if v is not None and v == v} for row in rows]
 
 # %% ../nbs/15_export.ipynb #15c0cb10
@@ -657,8 +1050,16 @@ def render_browser_demo(
 ) -> str:  # HTML
     "A page that holds a model, its products and what runs it."
     static = importlib.resources.files("widedeep_nb") / "static"
-    parts = {"ITEMS": json.dumps(info).replace("<", "\\u003c"), "MODEL": base64.b64encode(model).decode(), "SCRIPT": (static / "edge.js").read_text()}
-    return re.sub(r"(?<=>)(ITEMS|MODEL)(?=<)|(?<=\n)SCRIPT(?=\n)", lambda m: parts[m[0]], (static / "edge.html").read_text())
+    parts = {
+        "ITEMS": json.dumps(info).replace("<", "\\u003c"),
+        "MODEL": base64.b64encode(model).decode(),
+        "SCRIPT": (static / "edge.js").read_text(),
+    }
+    return re.sub(
+        r"(?<=>)(ITEMS|MODEL)(?=<)|(?<=\n)SCRIPT(?=\n)",
+        lambda m: parts[m[0]],
+        (static / "edge.html").read_text(),
+    )
 
 # %% ../nbs/15_export.ipynb #15c0cb11
 def write_export(
@@ -669,12 +1070,23 @@ def write_export(
     name: str = "",  # what the model is called; empty: its name
 ) -> dict:  # file -> bytes
     "Write a model as files that need no PyTorch."
-    if length < 1: raise UserError(f"length is at least 1, not {length}")
-    network, about = to_network(model), {"model": name or model.name, "length": length, "items": exported_items(model, items)}
-    made = {file: to_onnx(n, length).SerializeToString() for file, n in (("model.onnx", network), ("model.int8.onnx", quantize_int8(network)))}
-    made |= {"items.json": json.dumps(about, ensure_ascii=False, indent=1).encode(), "edge.html": render_browser_demo(made["model.int8.onnx"], about).encode()}
+    if length < 1:
+        raise UserError(f"length is at least 1, not {length}")
+    network, about = (
+        to_network(model),
+        {"model": name or model.name, "length": length, "items": exported_items(model, items)},
+    )
+    made = {
+        file: to_onnx(n, length).SerializeToString()
+        for file, n in (("model.onnx", network), ("model.int8.onnx", quantize_int8(network)))
+    }
+    made |= {
+        "items.json": json.dumps(about, ensure_ascii=False, indent=1).encode(),
+        "edge.html": render_browser_demo(made["model.int8.onnx"], about).encode(),
+    }
     for file, content in made.items():
-        with atomic_write(Path(folder) / file) as p: p.write_bytes(content)
+        with atomic_write(Path(folder) / file) as p:
+            p.write_bytes(content)
     return {file: len(content) for file, content in made.items()}
 
 # %% ../nbs/15_export.ipynb #15c0ca27
@@ -686,7 +1098,9 @@ def estimate_normalizer(
 ) -> torch.Tensor:  # float [n, 1]
     "An estimate of what all products have together."
     left = (~is_candidate).sum(1, keepdim=True)
-    return candidate_values.sum(1, keepdim=True) + n_others / left.clamp(min=1) * (sample_values * ~is_candidate).sum(1, keepdim=True)
+    return candidate_values.sum(1, keepdim=True) + n_others / left.clamp(min=1) * (
+        sample_values * ~is_candidate
+    ).sum(1, keepdim=True)
 
 # %% ../nbs/15_export.ipynb #15c0ca2a
 def histories_to_batch(
@@ -697,11 +1111,22 @@ def histories_to_batch(
     user_features: Optional[torch.Tensor] = None,  # float [people + 1, traits]
 ) -> BasketBatch:
     "Histories with all that parts can use of them."
-    code, event = batch_histories(history, model.n_items, min(length, max(1, int(history.indptr.diff().max()) if len(history) else 1)))
+    code, event = batch_histories(
+        history,
+        model.n_items,
+        min(length, max(1, int(history.indptr.diff().max()) if len(history) else 1)),
+    )
     low, high = model.rating_range
-    liked = (F.pad(history.rating, (0, 1))[event].nan_to_num(high) - low) / max(high - low, 1e-6) + .25
+    liked = (F.pad(history.rating, (0, 1))[event].nan_to_num(high) - low) / max(
+        high - low, 1e-6
+    ) + 0.25
     x = make_basket_batch(code, model.n_items)
-    return x._replace(liked=liked.clamp(min=0) * x.mask, traits=None if user_features is None else user_features[users.clamp(max=len(user_features) - 1)])
+    return x._replace(
+        liked=liked.clamp(min=0) * x.mask,
+        traits=None
+        if user_features is None
+        else user_features[users.clamp(max=len(user_features) - 1)],
+    )
 
 # %% ../nbs/15_export.ipynb #15c0cb12
 def top_positive(
@@ -734,7 +1159,10 @@ def ann_recall(
     for q in queries.split(16):
         exact, near = q @ vectors.T, torch.from_numpy(index.search(q.detach().numpy(), k)[1])
         least = exact.topk(k, 1)[0][:, -1:]
-        found.append((exact.gather(1, near.clamp(min=0)) >= least - 1e-6 * exact.abs().amax(1, keepdim=True)) & (near >= 0))
+        found.append(
+            (exact.gather(1, near.clamp(min=0)) >= least - 1e-6 * exact.abs().amax(1, keepdim=True))
+            & (near >= 0)
+        )
     return float(torch.cat(found).float().mean())
 
 # %% ../nbs/15_export.ipynb #15c0cb13
@@ -742,7 +1170,7 @@ def build_ann_index(
     vectors: torch.Tensor,  # float [n, d]
     queries: torch.Tensor,  # float [m, d], such as will be asked
     min_ivf_size: int = 20_000,  # vectors, so few that all are compared
-    target_recall: float = .995,  # share of the ten largest inner products that is to be found
+    target_recall: float = 0.995,  # share of the ten largest inner products that is to be found
 ) -> faiss.Index:
     "An index of largest inner products: cells, and as many of them looked into as it takes."
     rows, asked = [np.ascontiguousarray(t.detach().numpy()) for t in (vectors, queries)]
@@ -750,11 +1178,18 @@ def build_ann_index(
     if len(rows) < min_ivf_size:
         exact.add(rows)
         return exact
-    made = faiss.IndexIVFFlat(exact, rows.shape[1], int(2 * len(rows) ** .5), faiss.METRIC_INNER_PRODUCT)
+    made = faiss.IndexIVFFlat(
+        exact, rows.shape[1], int(2 * len(rows) ** 0.5), faiss.METRIC_INNER_PRODUCT
+    )
     made.cp.max_points_per_centroid, made.cp.niter, made.nprobe = 64, 8, 16
     made.train(rows)
     made.add(rows)
-    while len(asked) and made.nprobe < made.nlist and ann_recall(made, vectors, queries) < target_recall: made.nprobe *= 2
+    while (
+        len(asked)
+        and made.nprobe < made.nlist
+        and ann_recall(made, vectors, queries) < target_recall
+    ):
+        made.nprobe *= 2
     return made
 
 # %% ../nbs/15_export.ipynb #15c0ca2c
@@ -763,8 +1198,11 @@ def cross_subspace(
     max_dim: int = 32,  # directions of the crosses of tags that are kept
 ) -> torch.Tensor:  # float [tags + 1, d]; no columns where there are no crosses
     "The directions in which crosses of tags tell products apart most."
-    if not getattr(part, "wide", False): return torch.zeros(1, 0)
-    return torch.linalg.svd(torch.cat([part.cross.rows, F.pad(part.user_feature_cross, (0, 1))]), full_matrices=False)[2][:max_dim].T.contiguous()
+    if not getattr(part, "wide", False):
+        return torch.zeros(1, 0)
+    return torch.linalg.svd(
+        torch.cat([part.cross.rows, F.pad(part.user_feature_cross, (0, 1))]), full_matrices=False
+    )[2][:max_dim].T.contiguous()
 
 # %% ../nbs/15_export.ipynb #15c0cb14
 def index_vectors(
@@ -773,7 +1211,14 @@ def index_vectors(
 ) -> torch.Tensor:  # float [items, d]
     "A vector for each product, so that inner products are the part's scores; of crosses of tags only nearly."
     bias = part.bias[:, None] if hasattr(part, "bias") else part.table.rows[:-1, :0]
-    return torch.cat([part.table.rows[:-1], bias, subspace[part.tag[:-1]].sum(1) if subspace.shape[1] else bias[:, :0]], 1)
+    return torch.cat(
+        [
+            part.table.rows[:-1],
+            bias,
+            subspace[part.tag[:-1]].sum(1) if subspace.shape[1] else bias[:, :0],
+        ],
+        1,
+    )
 
 # %% ../nbs/15_export.ipynb #15c0cb15
 def query_vectors(
@@ -783,7 +1228,16 @@ def query_vectors(
     query: torch.Tensor,  # float [n, d], what the part asks with
 ) -> torch.Tensor:  # float [n, d + ...]
     "What to ask the index with."
-    return torch.cat([query, torch.ones_like(query[:, :int(hasattr(part, "bias"))]), part.tag_weights(x) @ subspace if subspace.shape[1] else query[:, :0]], 1)
+    return torch.cat(
+        [
+            query,
+            torch.ones_like(query[:, : int(hasattr(part, "bias"))]),
+            part.tag_weights(x) @ subspace if subspace.shape[1] else query[:, :0],
+        ],
+        1,
+    )
+
+
 def restrict_items(
     part: nn.Module,  # thin
     codes: torch.Tensor,  # int64 [m]
@@ -791,32 +1245,78 @@ def restrict_items(
     "The same part when it scores some products only."
     made = copy.deepcopy(part, {id(m): m for m in (part.into, part.table)})
     made.table = EmbeddingTable(torch.cat([part.table.rows[codes], part.table.rows[-1:]]))
-    if hasattr(part, "bias"): made.bias = part.bias[codes]
-    if hasattr(part, "own"): made.own = torch.cat([part.own[codes], part.own[-1:]])
+    if hasattr(part, "bias"):
+        made.bias = part.bias[codes]
+    if hasattr(part, "own"):
+        made.own = torch.cat([part.own[codes], part.own[-1:]])
     return made
 
 # %% ../nbs/15_export.ipynb #15c0ca2d
 class TwoStageRetriever:
     "A first stage for shelves with many products: candidates, then the whole hybrid on these alone."
 
-    def __init__(self, model: EnsembleRecommender, n_candidates: int = 200, n_ann_candidates: int = 1000, n_sample: int = 8192, seed: int = 0):  # candidates of a popular or wide part, and of a thin one
-        if not isinstance(model, EnsembleRecommender): raise UserError(f"two stages are of a hybrid, not of {model.name or type(model).__name__}, which is quick enough alone or has no candidates")
-        self.model, self.n_candidates, self.deep, n = model, n_candidates, n_ann_candidates, model.n_items
+    def __init__(
+        self,
+        model: EnsembleRecommender,
+        n_candidates: int = 200,
+        n_ann_candidates: int = 1000,
+        n_sample: int = 8192,
+        seed: int = 0,
+    ):  # candidates of a popular or wide part, and of a thin one
+        if not isinstance(model, EnsembleRecommender):
+            raise UserError(
+                f"two stages are of a hybrid, not of {model.name or type(model).__name__}, which is quick enough alone or has no candidates"
+            )
+        self.model, self.n_candidates, self.deep, n = (
+            model,
+            n_candidates,
+            n_ann_candidates,
+            model.n_items,
+        )
         self.names = list(dict.fromkeys([*model.plan["ranking"], *model.plan["cold_users"]]))
-        self.user_features = next((m.user_features for m in model.models.values() if isinstance(m, TwoTower)), None)
+        self.user_features = next(
+            (m.user_features for m in model.models.values() if isinstance(m, TwoTower)), None
+        )
         with torch.no_grad():
-            self.parts = {k: to_module(model.models[MODEL_KEY[k]], RANKING_COMPONENTS[k].recency_weighted) for k in self.names if can_export(model.models[MODEL_KEY[k]])}
-            self.popular = {k: normalize_scores(p.weight[None])[0] for k, p in self.parts.items() if isinstance(p, PopularityModule)}
+            self.parts = {
+                k: to_module(model.models[MODEL_KEY[k]], RANKING_COMPONENTS[k].recency_weighted)
+                for k in self.names
+                if can_export(model.models[MODEL_KEY[k]])
+            }
+            self.popular = {
+                k: normalize_scores(p.weight[None])[0]
+                for k, p in self.parts.items()
+                if isinstance(p, PopularityModule)
+            }
             self.heads = {k: s.topk(min(n_candidates, n))[1] for k, s in self.popular.items()}
             thin = {k: p for k, p in self.parts.items() if isinstance(p, LowRank)}
             self.subspaces = {k: cross_subspace(p) for k, p in thin.items()}
-            x = histories_to_batch(model, some := torch.arange(0, model.n_users, max(1, model.n_users // 100)), model.train_history.select(some), user_features=self.user_features)
-            self.indexes = {k: build_ann_index(index_vectors(p, self.subspaces[k]), query_vectors(p, self.subspaces[k], x, p.ask(x))) for k, p in thin.items()}
-        self.order = hash_order(model.item_ids)                                            # ties are settled by lot
-        self.item_at_rank = F.pad(self.order, (0, 1))                                    # the last: nothing
-        self.rank = F.pad(torch.empty(n, dtype=torch.int64).index_copy(0, self.order, torch.arange(n)), (0, 1), value=n)
-        self.sample = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:n_sample].sort()[0]
-        self.sampled_parts = {k: restrict_items(p, self.sample) for k, p in thin.items()}       # side by side in memory
+            x = histories_to_batch(
+                model,
+                some := torch.arange(0, model.n_users, max(1, model.n_users // 100)),
+                model.train_history.select(some),
+                user_features=self.user_features,
+            )
+            self.indexes = {
+                k: build_ann_index(
+                    index_vectors(p, self.subspaces[k]),
+                    query_vectors(p, self.subspaces[k], x, p.ask(x)),
+                )
+                for k, p in thin.items()
+            }
+        self.order = hash_order(model.item_ids)  # ties are settled by lot
+        self.item_at_rank = F.pad(self.order, (0, 1))  # the last: nothing
+        self.rank = F.pad(
+            torch.empty(n, dtype=torch.int64).index_copy(0, self.order, torch.arange(n)),
+            (0, 1),
+            value=n,
+        )
+        self.sample = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[
+            :n_sample
+        ].sort()[0]
+        self.sampled_parts = {
+            k: restrict_items(p, self.sample) for k, p in thin.items()
+        }  # side by side in memory
 
 # %% ../nbs/15_export.ipynb #15c0ca45
 @torch.no_grad()
@@ -825,14 +1325,25 @@ def retrieve(
     users: torch.Tensor,  # int64 [n], codes
     history: History,  # of the n users
     k: int,  # how many are wanted
-    allowed: Optional[torch.Tensor] = None,  # bool [all items], what rules leave; None: all that have events
+    allowed: Optional[
+        torch.Tensor
+    ] = None,  # bool [all items], what rules leave; None: all that have events
 ) -> tuple:  # codes int64 [n, m], -1 for none, and scores float [n, m]; best first
     "The m best products of each user, as far as candidates go; of all, where too few of these may be shown."
-    new = allowed is not None and bool(allowed[self.model.n_items:].any())          # of those only the hybrid itself can speak
-    if new or k >= self.model.n_items or not len(users): return self.exact(users, history, k, allowed)
-    found = [self.rerank(users[b], history.select(b), k, allowed) for b in torch.arange(len(users)).split(16)]
+    new = allowed is not None and bool(
+        allowed[self.model.n_items :].any()
+    )  # of those only the hybrid itself can speak
+    if new or k >= self.model.n_items or not len(users):
+        return self.exact(users, history, k, allowed)
+    found = [
+        self.rerank(users[b], history.select(b), k, allowed)
+        for b in torch.arange(len(users)).split(16)
+    ]
     codes, scores, few = (torch.cat(f) for f in zip(*found))
-    if few.any(): codes[few], scores[few] = self.exact(users[few], history.select(few.nonzero()[:, 0]), k, allowed)
+    if few.any():
+        codes[few], scores[few] = self.exact(
+            users[few], history.select(few.nonzero()[:, 0]), k, allowed
+        )
     return codes, scores
 
 # %% ../nbs/15_export.ipynb #15c0cb16
@@ -841,13 +1352,22 @@ def exact(
     users: torch.Tensor,  # int64 [n], codes
     history: History,  # of the n users
     k: int,  # how many are wanted
-    allowed: Optional[torch.Tensor] = None,  # bool [all items], what rules leave; None: all that have events
+    allowed: Optional[
+        torch.Tensor
+    ] = None,  # bool [all items], what rules leave; None: all that have events
 ) -> tuple:  # as for `retrieve`
     "The same by asking about everything."
-    items = self.order if allowed is None or len(allowed) == len(self.order) else hash_order(self.model.all_items)
+    items = (
+        self.order
+        if allowed is None or len(allowed) == len(self.order)
+        else hash_order(self.model.all_items)
+    )
     items = items if allowed is None else items[allowed[items]]
     value, column = top_k(mask_seen(self.model.scores(users, history, items), history, items), k)
-    codes, missing = torch.where(column < 0, -1, items[column]) if len(items) else column, k - column.shape[1]
+    codes, missing = (
+        torch.where(column < 0, -1, items[column]) if len(items) else column,
+        k - column.shape[1],
+    )
     return F.pad(codes, (0, missing), value=-1), F.pad(value, (0, missing), value=-torch.inf)
 
 # %% ../nbs/15_export.ipynb #15c0ca2e
@@ -855,12 +1375,23 @@ def sparse_scores(
     part: nn.Module,  # wide
     x: BasketBatch,  # of n people
     pad_code: int,  # the code behind the last
-) -> tuple:  # codes int64 [n, r], ascending, and shares float [n, r], 0 at a code that stood there before
+) -> (
+    tuple
+):  # codes int64 [n, r], ascending, and shares float [n, r], 0 at a code that stood there before
     "What a wide part gives, as far as it gives anything; never as long as the catalogue."
     if isinstance(part, DenseItemItem):
-        top = part.place[:-1].lt(len(part.table.rows) - 1).nonzero()[:, 0] if part.partial else torch.arange(pad_code)
-        return top.expand(len(x.code), -1).contiguous(), normalize_scores(part.row_sums(x)[:, :len(top)])
-    weight = (part.table.lookup(x.code) * (x.recency_weights if part.recency_weighted else x.last_mask)[..., None]).flatten(1)
+        top = (
+            part.place[:-1].lt(len(part.table.rows) - 1).nonzero()[:, 0]
+            if part.partial
+            else torch.arange(pad_code)
+        )
+        return top.expand(len(x.code), -1).contiguous(), normalize_scores(
+            part.row_sums(x)[:, : len(top)]
+        )
+    weight = (
+        part.table.lookup(x.code)
+        * (x.recency_weights if part.recency_weighted else x.last_mask)[..., None]
+    ).flatten(1)
     codes, order = part.column[x.code].long().flatten(1).sort(1)
     new = F.pad(codes[:, 1:] != codes[:, :-1], (1, 0), value=True)
     group = new.cumsum(1) - 1
@@ -875,7 +1406,7 @@ def lookup_scores(
     "What stands in a row."
     codes, shares = sparse_row
     at = torch.searchsorted(codes, query_codes).clamp(max=codes.shape[1] - 1)
-    return torch.where(codes.gather(1, at) == query_codes, shares.gather(1, at), 0.)
+    return torch.where(codes.gather(1, at) == query_codes, shares.gather(1, at), 0.0)
 
 # %% ../nbs/15_export.ipynb #15c0cb17
 def candidate_probs(
@@ -887,9 +1418,13 @@ def candidate_probs(
 ) -> torch.Tensor:  # float [n, c]
     "A part's shares of candidates."
     c = is_real.shape[1]
-    each = (logits - logits.amax(1, keepdim=True)).exp() if name in MAX_EPOCHS else logits.clamp(min=0)
+    each = (
+        (logits - logits.amax(1, keepdim=True)).exp() if name in MAX_EPOCHS else logits.clamp(min=0)
+    )
     each = torch.cat([each[:, :c] * is_real, each[:, c:]], 1)
-    whole = estimate_normalizer(each[:, :c], each[:, c:], is_candidate, self.model.n_items - is_real.sum(1, keepdim=True))
+    whole = estimate_normalizer(
+        each[:, :c], each[:, c:], is_candidate, self.model.n_items - is_real.sum(1, keepdim=True)
+    )
     return each[:, :c] / whole.clamp(min=1e-12)
 
 # %% ../nbs/15_export.ipynb #15c0ca2f
@@ -901,28 +1436,57 @@ def rerank(
     allowed: Optional[torch.Tensor],  # bool [all items]
 ) -> tuple:  # codes int64 [n, m], scores, and bool [n]: are these too few?
     "The m best of the candidates."
-    x, n, said, found = histories_to_batch(self.model, users, history, user_features=self.user_features), self.model.n_items, {}, []
-    weights = {k: w for k, w in zip(self.names, component_weights(self.model.plan, self.names, x)) if w.any()}
+    x, n, said, found = (
+        histories_to_batch(self.model, users, history, user_features=self.user_features),
+        self.model.n_items,
+        {},
+        [],
+    )
+    weights = {
+        k: w
+        for k, w in zip(self.names, component_weights(self.model.plan, self.names, x))
+        if w.any()
+    }
     for k in weights:
         part = self.parts.get(k)
-        if k in self.popular: found.append(self.heads[k].expand(len(users), -1))
+        if k in self.popular:
+            found.append(self.heads[k].expand(len(users), -1))
         elif k in self.subspaces:
             said[k] = part.ask(x)
-            found.append(torch.from_numpy(self.indexes[k].search(query_vectors(part, self.subspaces[k], x, said[k]).numpy(), min(self.deep, n))[1]))
+            found.append(
+                torch.from_numpy(
+                    self.indexes[k].search(
+                        query_vectors(part, self.subspaces[k], x, said[k]).numpy(),
+                        min(self.deep, n),
+                    )[1]
+                )
+            )
         elif part is not None:
             codes, shares = said[k] = sparse_scores(part, x, n)
             found.append(top_positive(shares, codes, self.n_candidates, n))
-    place = self.rank[torch.cat(found, 1)].sort(1)[0]                               # a place that an index leaves empty is -1, the last
+    place = self.rank[torch.cat(found, 1)].sort(1)[
+        0
+    ]  # a place that an index leaves empty is -1, the last
     real = (place < n) & ~F.pad(place[:, 1:] == place[:, :-1], (1, 0))
     codes = self.item_at_rank[place]
-    mark = torch.zeros(len(users), n + 1, dtype=torch.bool).scatter(1, torch.where(real, codes, n), True)
-    aside, total = mark[:, self.sample], 0.
+    mark = torch.zeros(len(users), n + 1, dtype=torch.bool).scatter(
+        1, torch.where(real, codes, n), True
+    )
+    aside, total = mark[:, self.sample], 0.0
     for k, w in weights.items():
-        if k in self.popular: at = self.popular[k][codes]
-        elif k not in self.parts or k in self.subspaces: at = self.candidate_probs(k, self.candidate_scores(k, users, history, x, said.get(k), codes), real, aside)
-        else: at = lookup_scores(said[k], codes)
+        if k in self.popular:
+            at = self.popular[k][codes]
+        elif k not in self.parts or k in self.subspaces:
+            at = self.candidate_probs(
+                k, self.candidate_scores(k, users, history, x, said.get(k), codes), real, aside
+            )
+        else:
+            at = lookup_scores(said[k], codes)
         total = total + w * at
-    total, shown = mask_seen_candidates(total.masked_fill(~real, -torch.inf), codes, history), real if allowed is None else real & allowed[codes]
+    total, shown = (
+        mask_seen_candidates(total.masked_fill(~real, -torch.inf), codes, history),
+        real if allowed is None else real & allowed[codes],
+    )
     value, column = top_k(total.masked_fill(~shown, -torch.inf), k)
     left, missing = (value > -torch.inf).sum(1), k - column.shape[1]
     few = (left < k) | (shown.sum(1) < real.sum(1) // 10)
@@ -945,7 +1509,13 @@ def candidate_scores(
         items, column = torch.unique(both, return_inverse=True)
         return self.model.models[MODEL_KEY[name]]._scores(users, history, items).gather(1, column)
     part, sampled = self.parts[name], self.sampled_parts[name]
-    return torch.cat([(part.table.lookup(codes) @ query[..., None])[..., 0] + part.extra_scores(x, codes), sampled.table.dot_all(query) + sampled.extra_scores(x)], 1)
+    return torch.cat(
+        [
+            (part.table.lookup(codes) @ query[..., None])[..., 0] + part.extra_scores(x, codes),
+            sampled.table.dot_all(query) + sampled.extra_scores(x),
+        ],
+        1,
+    )
 
 # %% ../nbs/15_export.ipynb #15c0cb18
 def mask_seen_candidates(
@@ -954,14 +1524,37 @@ def mask_seen_candidates(
     history: History,  # of the n users
 ) -> torch.Tensor:  # the same, -inf where the user has the product
     "Take what a user has out of the running, where everybody has candidates of their own."
-    key = lambda owner, item: owner * (1 << 32) + item
-    return scores.masked_fill(torch.isin(key(torch.arange(len(codes))[:, None], codes), key(history.user_index, history.item)), -torch.inf)
+
+    def key(owner, item):
+        return owner * (1 << 32) + item
+
+    return scores.masked_fill(
+        torch.isin(
+            key(torch.arange(len(codes))[:, None], codes), key(history.user_index, history.item)
+        ),
+        -torch.inf,
+    )
 
 
-TwoStageRetriever.retrieve, TwoStageRetriever.exact, TwoStageRetriever.rerank, TwoStageRetriever.candidate_probs, TwoStageRetriever.candidate_scores = retrieve, exact, rerank, candidate_probs, candidate_scores
+(
+    TwoStageRetriever.retrieve,
+    TwoStageRetriever.exact,
+    TwoStageRetriever.rerank,
+    TwoStageRetriever.candidate_probs,
+    TwoStageRetriever.candidate_scores,
+) = retrieve, exact, rerank, candidate_probs, candidate_scores
 
 # %% ../nbs/15_export.ipynb #15c0ca32
-SYNTHETIC_HYBRID_PLAN = {"ranking": {"popularity": .1, "newer neighbours": .3, "what follows": .2, "content towers": .4}, "cold_items": {"content towers": 1.}, "epochs": {"content towers": 1}}
+SYNTHETIC_HYBRID_PLAN = {
+    "ranking": {
+        "popularity": 0.1,
+        "newer neighbours": 0.3,
+        "what follows": 0.2,
+        "content towers": 0.4,
+    },
+    "cold_items": {"content towers": 1.0},
+    "epochs": {"content towers": 1},
+}
 
 # %% ../nbs/15_export.ipynb #15c0cb19
 def synthetic_split(
@@ -973,15 +1566,48 @@ def synthetic_split(
     "A shop of any size, drawn in seconds."
     draw, more = np.random.default_rng(seed), max(0, n_events - n_items)
     n_categories = min(n_categories, max(1, n_items // 20))
-    each = max(2, n_events // 10 // n_categories)                                           # people whose first love is one kind
-    name = lambda of, codes: pl.Series(codes).cast(pl.String).str.zfill(9).str.replace("^", of)
-    shelf = pl.DataFrame({"item": name("B", np.arange(n_items)), "category": name("A > C", np.arange(n_items) % n_categories), "brand": name("", np.arange(n_items) // 7 % 300)})
-    once, user = np.arange(n_items) % n_categories + n_categories * draw.integers(0, each, n_items), draw.integers(0, each * n_categories, more)
-    kind = np.where(draw.random(more) < .8, user * np.array([1, 7, 31])[draw.integers(0, 3, more)] % n_categories, draw.integers(0, n_categories, more))
-    item = (kind + n_categories * (n_items // n_categories * draw.random(more) ** 3).astype(int)) % n_items
-    rows, order = pl.DataFrame({"user": name("U", np.concatenate([once, user])), "item": name("B", np.concatenate([np.arange(n_items), item]))}), draw.permutation(n_items + more)
-    log = to_interactions(rows[order].with_columns(timestamp=10 ** 12 + 6 * 10 ** 10 * np.arange(n_items + more) // (n_items + more)).unique(["user", "item"], maintain_order=True))
-    return add_catalog(Split.from_frames(log, log.clear(), log.clear(), items=shelf, protocol=PROTOCOLS["given"]), shelf)
+    each = max(2, n_events // 10 // n_categories)  # people whose first love is one kind
+
+    def name(of, codes):
+        return pl.Series(codes).cast(pl.String).str.zfill(9).str.replace("^", of)
+
+    shelf = pl.DataFrame(
+        {
+            "item": name("B", np.arange(n_items)),
+            "category": name("A > C", np.arange(n_items) % n_categories),
+            "brand": name("", np.arange(n_items) // 7 % 300),
+        }
+    )
+    once, user = (
+        np.arange(n_items) % n_categories + n_categories * draw.integers(0, each, n_items),
+        draw.integers(0, each * n_categories, more),
+    )
+    kind = np.where(
+        draw.random(more) < 0.8,
+        user * np.array([1, 7, 31])[draw.integers(0, 3, more)] % n_categories,
+        draw.integers(0, n_categories, more),
+    )
+    item = (
+        kind + n_categories * (n_items // n_categories * draw.random(more) ** 3).astype(int)
+    ) % n_items
+    rows, order = (
+        pl.DataFrame(
+            {
+                "user": name("U", np.concatenate([once, user])),
+                "item": name("B", np.concatenate([np.arange(n_items), item])),
+            }
+        ),
+        draw.permutation(n_items + more),
+    )
+    log = to_interactions(
+        rows[order]
+        .with_columns(timestamp=10**12 + 6 * 10**10 * np.arange(n_items + more) // (n_items + more))
+        .unique(["user", "item"], maintain_order=True)
+    )
+    return add_catalog(
+        Split.from_frames(log, log.clear(), log.clear(), items=shelf, protocol=PROTOCOLS["given"]),
+        shelf,
+    )
 
 # %% ../nbs/15_export.ipynb #15c0cb1a
 def synthetic_hybrid(
@@ -990,10 +1616,18 @@ def synthetic_hybrid(
     plan: Optional[dict] = None,  # what the hybrid is made of; None: PLAN
 ) -> EnsembleRecommender:  # fitted
     "A hybrid of a drawn shop; its towers see few products at a step, for each one of hundreds of thousands costs time."
-    split, plan = synthetic_split(n_items, n_events or max(2000, n_items * 5 // 4)), fill_plan_defaults(plan or SYNTHETIC_HYBRID_PLAN)
-    quick = {who: {n: w for n, w in plan[who].items() if n != "content towers"} for who in ("ranking", "cold_users", "cold_items")}
+    split, plan = (
+        synthetic_split(n_items, n_events or max(2000, n_items * 5 // 4)),
+        fill_plan_defaults(plan or SYNTHETIC_HYBRID_PLAN),
+    )
+    quick = {
+        who: {n: w for n, w in plan[who].items() if n != "content towers"}
+        for who in ("ranking", "cold_users", "cold_items")
+    }
     model = make_recommender("hybrid", plan=plan | quick).fit(split)
-    model.models["content towers"] = make_recommender("content-towers", epochs=1, max_softmax_items=512, batch_size=1024).fit(split)
+    model.models["content towers"] = make_recommender(
+        "content-towers", epochs=1, max_softmax_items=512, batch_size=1024
+    ).fit(split)
     model.plan = plan
     return model
 
@@ -1019,7 +1653,12 @@ def strip_histories(
     "Histories as an exported model sees them."
     code, event = batch_histories(history, n_items, length)
     ptr, kept = F.pad((event >= 0).sum(1).cumsum(0), (1, 0)), event[event >= 0]
-    return code, History(ptr, history.item[kept], torch.full((len(kept),), torch.nan), torch.zeros(len(kept), dtype=torch.int64))
+    return code, History(
+        ptr,
+        history.item[kept],
+        torch.full((len(kept),), torch.nan),
+        torch.zeros(len(kept), dtype=torch.int64),
+    )
 
 # %% ../nbs/15_export.ipynb #15c0ca36
 @torch.no_grad()
@@ -1029,13 +1668,25 @@ def compare_to_torch(
     history: History,  # of those who are asked about
 ) -> dict:  # off, relative, overlap: of scores and of lists of ten
     "Is what the files say what the model says?"
-    exact, small = [OnnxRecommender(Path(folder) / f, model) for f in ("model.onnx", "model.int8.onnx")]
+    exact, small = [
+        OnnxRecommender(Path(folder) / f, model) for f in ("model.onnx", "model.int8.onnx")
+    ]
     code, seen = strip_histories(history, model.n_items, exact.length)
     stranger, items = torch.full((len(code),), len(model.all_users)), torch.arange(model.n_items)
-    want = (exportable_hybrid(model) if isinstance(model, EnsembleRecommender) else model).scores(stranger, seen)
+    want = (exportable_hybrid(model) if isinstance(model, EnsembleRecommender) else model).scores(
+        stranger, seen
+    )
     got, rough = exact.ask(code), small.ask(code)
-    off, lists = (got - want).abs(), [top_k(mask_seen(s, seen, items), 10)[1] for s in (want, rough)]
-    return {"max_abs_error": float(off.max()), "max_rel_error": float((off.amax(1) / want.abs().amax(1).clamp(min=1e-9)).max()), "overlap": float(overlap_at_k(*lists).mean()), "ranking": len(code)}
+    off, lists = (
+        (got - want).abs(),
+        [top_k(mask_seen(s, seen, items), 10)[1] for s in (want, rough)],
+    )
+    return {
+        "max_abs_error": float(off.max()),
+        "max_rel_error": float((off.amax(1) / want.abs().amax(1).clamp(min=1e-9)).max()),
+        "overlap": float(overlap_at_k(*lists).mean()),
+        "ranking": len(code),
+    }
 
 # %% ../nbs/15_export.ipynb #15c0cb1c
 @torch.no_grad()
@@ -1047,9 +1698,19 @@ def time_inference(
     "How long one basket takes, each way."
     files = {f: OnnxRecommender(Path(folder) / f, model) for f in ("model.onnx", "model.int8.onnx")}
     code, seen = strip_histories(history, model.n_items, files["model.onnx"].length)
-    network, stranger, each = to_network(model), torch.tensor([len(model.all_users)]), range(len(code))
-    ways = {"PyTorch": lambda i: model.scores(stranger, seen.select(torch.tensor([i]))), "PyTorch, as a network": lambda i: network(code[i:i + 1])}
-    ways |= {"ONNX Runtime": lambda i: files["model.onnx"].ask(code[i:i + 1]), "ONNX Runtime, int8": lambda i: files["model.int8.onnx"].ask(code[i:i + 1])}
+    network, stranger, each = (
+        to_network(model),
+        torch.tensor([len(model.all_users)]),
+        range(len(code)),
+    )
+    ways = {
+        "PyTorch": lambda i: model.scores(stranger, seen.select(torch.tensor([i]))),
+        "PyTorch, as a network": lambda i: network(code[i : i + 1]),
+    }
+    ways |= {
+        "ONNX Runtime": lambda i: files["model.onnx"].ask(code[i : i + 1]),
+        "ONNX Runtime, int8": lambda i: files["model.int8.onnx"].ask(code[i : i + 1]),
+    }
     return {name: time_calls(ask, list(each)) for name, ask in ways.items()}
 
 # %% ../nbs/15_export.ipynb #15c0ca37
@@ -1060,12 +1721,33 @@ def export_metrics(
     max_users: int,  # people asked about at most; 0: all
 ) -> list:  # dicts: model, value, lo, hi; and less: minus the whole, less_lo, less_hi
     "What lists of the files are worth beside the model's own."
-    asked = {"whole": model} | {f: OnnxRecommender(Path(folder) / f, model) for f in ("model.onnx", "model.int8.onnx")}
-    tables, everybody, found = {name: eval_ranking(m, split, "test", (20,), max_users=max_users).users for name, m in asked.items()}, {"all": pl.lit(True)}, []
+    asked = {"whole": model} | {
+        f: OnnxRecommender(Path(folder) / f, model) for f in ("model.onnx", "model.int8.onnx")
+    }
+    tables, everybody, found = (
+        {
+            name: eval_ranking(m, split, "test", (20,), max_users=max_users).users
+            for name, m in asked.items()
+        },
+        {"all": pl.lit(True)},
+        [],
+    )
     for name, table in tables.items():
         row = aggregate([table], ["NDCG@20"], everybody).rows(named=True)
-        less = aggregate([table], ["NDCG@20"], everybody, reference=[tables["whole"]]).rows(named=True) if name != "whole" else []
-        found += [{"model": name} | {k: r[k] for k in ("value", "lo", "hi", "n")} | {f"less{k}": less[0][v] if less else None for k, v in (("", "value"), ("_lo", "lo"), ("_hi", "hi"))} for r in row]
+        less = (
+            aggregate([table], ["NDCG@20"], everybody, reference=[tables["whole"]]).rows(named=True)
+            if name != "whole"
+            else []
+        )
+        found += [
+            {"model": name}
+            | {k: r[k] for k in ("value", "lo", "hi", "n")}
+            | {
+                f"less{k}": less[0][v] if less else None
+                for k, v in (("", "value"), ("_lo", "lo"), ("_hi", "hi"))
+            }
+            for r in row
+        ]
     return found
 
 # %% ../nbs/15_export.ipynb #15c0cb1d
@@ -1078,10 +1760,20 @@ def export_components(
     found = []
     for place in sorted((run.folder / "models").glob("*/model.json")):
         model = load_recommender(place.parent)
-        if not can_export(model) or len(model.item_ids) <= int(history.item.max() if len(history.item) else 0): continue
+        if not can_export(model) or len(model.item_ids) <= int(
+            history.item.max() if len(history.item) else 0
+        ):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             sizes = write_export(model, pl.DataFrame({"item": model.item_ids}), folder, length)
-            found.append({"model": place.parent.name, "megabytes": sizes["model.onnx"] / 1e6, "megabytes_int8": sizes["model.int8.onnx"] / 1e6, **compare_to_torch(model, folder, history)})
+            found.append(
+                {
+                    "model": place.parent.name,
+                    "megabytes": sizes["model.onnx"] / 1e6,
+                    "megabytes_int8": sizes["model.int8.onnx"] / 1e6,
+                    **compare_to_torch(model, folder, history),
+                }
+            )
     return found
 
 # %% ../nbs/15_export.ipynb #15c0ca38
@@ -1093,8 +1785,16 @@ def component_recall(
     history: History,  # of the n users
 ) -> float:
     "The share of the ten largest inner products that an index finds."
-    part, frame, x = retriever.parts[name], retriever.subspaces[name], histories_to_batch(retriever.model, users, history, user_features=retriever.user_features)
-    return ann_recall(retriever.indexes[name], index_vectors(part, frame), query_vectors(part, frame, x, part.ask(x)))
+    part, frame, x = (
+        retriever.parts[name],
+        retriever.subspaces[name],
+        histories_to_batch(retriever.model, users, history, user_features=retriever.user_features),
+    )
+    return ann_recall(
+        retriever.indexes[name],
+        index_vectors(part, frame),
+        query_vectors(part, frame, x, part.ask(x)),
+    )
 
 # %% ../nbs/15_export.ipynb #15c0cb1e
 @torch.no_grad()
@@ -1106,13 +1806,38 @@ def measure_two_stages(
     "Two stages beside the exhaustive way."
     started = time.perf_counter()
     two = TwoStageRetriever(model)
-    built, users = time.perf_counter() - started, torch.from_numpy(np.random.default_rng(0).integers(0, model.n_users, n_users))
-    one = lambda i: (users[i:i + 1], model.train_history.select(users[i:i + 1]))
-    quick, slow = time_calls(lambda i: two.retrieve(*one(i), 10), list(range(n_users))), time_calls(lambda i: two.exact(*one(i), 10), list(range(n_exact)))
-    lists = [torch.cat([way(*one(i), 10)[0] for i in range(n_exact)]) for way in (two.retrieve, two.exact)]
-    recall = {k: round(component_recall(two, k, users, model.train_history.select(users)), 4) for k in two.indexes}
-    return {"items": model.n_items, "recall": recall, "two_stage": quick, "all": slow, "overlap": float(overlap_at_k(*lists).mean()), "n_users": n_users, "n_exact": n_exact,
-            "megabytes": sum(faiss.serialize_index(i).nbytes for i in two.indexes.values()) / 1e6, "memory": psutil.Process().memory_info().rss / 1e9, "seconds": round(built, 2)}
+    built, users = (
+        time.perf_counter() - started,
+        torch.from_numpy(np.random.default_rng(0).integers(0, model.n_users, n_users)),
+    )
+
+    def one(i):
+        return (users[i : i + 1], model.train_history.select(users[i : i + 1]))
+
+    quick, slow = (
+        time_calls(lambda i: two.retrieve(*one(i), 10), list(range(n_users))),
+        time_calls(lambda i: two.exact(*one(i), 10), list(range(n_exact))),
+    )
+    lists = [
+        torch.cat([way(*one(i), 10)[0] for i in range(n_exact)])
+        for way in (two.retrieve, two.exact)
+    ]
+    recall = {
+        k: round(component_recall(two, k, users, model.train_history.select(users)), 4)
+        for k in two.indexes
+    }
+    return {
+        "items": model.n_items,
+        "recall": recall,
+        "two_stage": quick,
+        "all": slow,
+        "overlap": float(overlap_at_k(*lists).mean()),
+        "n_users": n_users,
+        "n_exact": n_exact,
+        "megabytes": sum(faiss.serialize_index(i).nbytes for i in two.indexes.values()) / 1e6,
+        "memory": psutil.Process().memory_info().rss / 1e9,
+        "seconds": round(built, 2),
+    }
 
 # %% ../nbs/15_export.ipynb #15c0ca39
 @step(build_leaderboard)
@@ -1122,16 +1847,45 @@ def export(
     catalog_size: int = 0,  # products of a drawn catalogue for the two stages; 0: the run's own
 ):
     "Write the hybrid as files, and measure what they are worth."
-    if catalog_size < 0: raise UserError(f"catalogue is at least 0, not {catalog_size}")
-    split, model, folder = add_side_features(run)[-1].for_final_fit(), load_recommender(run.model_folder("hybrid")), run.folder / "export"
-    files, kept, most = write_export(model, split.items, folder, length, run.data_name), exportable_hybrid(model), run.read("evaluation.json")["most_users"]
+    if catalog_size < 0:
+        raise UserError(f"catalogue is at least 0, not {catalog_size}")
+    split, model, folder = (
+        add_side_features(run)[-1].for_final_fit(),
+        load_recommender(run.model_folder("hybrid")),
+        run.folder / "export",
+    )
+    files, kept, most = (
+        write_export(model, split.items, folder, length, run.data_name),
+        exportable_hybrid(model),
+        run.read("evaluation.json")["most_users"],
+    )
     people = torch.from_numpy(np.random.default_rng(run.seed).permutation(model.n_users)[:200])
-    history = model.train_history.select(F.pad(people, (0, 1), value=len(model.all_users)))                       # the last is a stranger
-    own = lambda: measure_two_stages(model if not catalog_size else synthetic_hybrid(catalog_size))
-    names = lambda plan: list(dict.fromkeys([*plan["ranking"], *plan["cold_users"]]))
-    run.write("export.json", {"length": length, "items": model.n_items, "files": files, "parts": names(kept.plan), "left": [n for n in names(model.plan) if n not in names(kept.plan)],
-                              "fidelity": compare_to_torch(model, folder, history), "speeds": time_inference(model, folder, history), "metrics": run.cached("metrics", lambda: export_metrics(model, folder, split, most)),
-                              "components": run.cached("components", lambda: export_components(run, history, length)), "two_stage": run.cached("two_stage", own), "synthetic": catalog_size})
+    history = model.train_history.select(
+        F.pad(people, (0, 1), value=len(model.all_users))
+    )  # the last is a stranger
+
+    def own():
+        return measure_two_stages(model if not catalog_size else synthetic_hybrid(catalog_size))
+
+    def names(plan):
+        return list(dict.fromkeys([*plan["ranking"], *plan["cold_users"]]))
+
+    run.write(
+        "export.json",
+        {
+            "length": length,
+            "items": model.n_items,
+            "files": files,
+            "parts": names(kept.plan),
+            "left": [n for n in names(model.plan) if n not in names(kept.plan)],
+            "fidelity": compare_to_torch(model, folder, history),
+            "speeds": time_inference(model, folder, history),
+            "metrics": run.cached("metrics", lambda: export_metrics(model, folder, split, most)),
+            "components": run.cached("components", lambda: export_components(run, history, length)),
+            "two_stage": run.cached("two_stage", own),
+            "synthetic": catalog_size,
+        },
+    )
 
 # %% ../nbs/15_export.ipynb #15c0ca3e
 def describe_export(
@@ -1140,7 +1894,17 @@ def describe_export(
 ) -> str:
     "What leaving the notebook costs."
     whole, others = rows[0], {"model.onnx": "in 32 bits", "model.int8.onnx": "in eight"}
-    said = [f"{others[r['model']]} {format_ci(r['value'], r['lo'], r['hi'])}, {format_ci(r['diff'], r['diff_lo'], r['diff_hi'], '+')} beside it" + ("" if r["diff_lo"] is None or r["diff_lo"] <= 0 <= r["diff_hi"] else ", a sure gain" if r["diff_lo"] > 0 else ", a sure loss") for r in rows[1:]]
+    said = [
+        f"{others[r['model']]} {format_ci(r['value'], r['lo'], r['hi'])}, {format_ci(r['diff'], r['diff_lo'], r['diff_hi'], '+')} beside it"
+        + (
+            ""
+            if r["diff_lo"] is None or r["diff_lo"] <= 0 <= r["diff_hi"]
+            else ", a sure gain"
+            if r["diff_lo"] > 0
+            else ", a sure loss"
+        )
+        for r in rows[1:]
+    ]
     return f"The whole hybrid has an NDCG@20 of {format_ci(whole['value'], whole['lo'], whole['hi'])}; the file, which reads the last {length} events and neither stars nor traits, has {'; '.join(said)}. {whole['n']:,} people."
 
 # %% ../nbs/15_export.ipynb #15c0cb1f
@@ -1149,13 +1913,26 @@ def plot_export_metrics(
     sizes: dict,  # file -> bytes
 ) -> plt.Figure:
     "A dot with its interval for the hybrid and each file."
-    names = {"whole": "the whole hybrid", "model.onnx": f"model.onnx\n{sizes['model.onnx'] / 1e6:.1f} MB", "model.int8.onnx": f"model.int8.onnx\n{sizes['model.int8.onnx'] / 1e6:.1f} MB"}
+    names = {
+        "whole": "the whole hybrid",
+        "model.onnx": f"model.onnx\n{sizes['model.onnx'] / 1e6:.1f} MB",
+        "model.int8.onnx": f"model.int8.onnx\n{sizes['model.int8.onnx'] / 1e6:.1f} MB",
+    }
     fig, ax = plt.subplots(figsize=(5.2, 1.9))
     for y, r in enumerate(rows):
         colour = COLORS["hybrid" if r["model"] == "whole" else "deep"]
-        if r["lo"] is not None: ax.plot([r["lo"], r["hi"]], [y, y], color=colour, lw=2.2, alpha=.45, solid_capstyle="round")
+        if r["lo"] is not None:
+            ax.plot(
+                [r["lo"], r["hi"]], [y, y], color=colour, lw=2.2, alpha=0.45, solid_capstyle="round"
+            )
         ax.plot(r["value"], y, "o", color=colour, ms=6)
-    ax.set(yticks=range(len(rows)), yticklabels=[names[r["model"]] for r in rows], ylim=(len(rows) - .5, -.5), xlabel="NDCG@20 on the test part", xlim=(0, None))
+    ax.set(
+        yticks=range(len(rows)),
+        yticklabels=[names[r["model"]] for r in rows],
+        ylim=(len(rows) - 0.5, -0.5),
+        xlabel="NDCG@20 on the test part",
+        xlim=(0, None),
+    )
     ax.tick_params(axis="y", length=0)
     return fig
 
@@ -1164,7 +1941,7 @@ def latency_percentiles(
     times: list,  # milliseconds
 ) -> tuple:  # median, 99th percentile
     "What half of the people wait at most, and all but one in a hundred."
-    return tuple(float(q) for q in np.quantile(times, (.5, .99)))
+    return tuple(float(q) for q in np.quantile(times, (0.5, 0.99)))
 
 # %% ../nbs/15_export.ipynb #15c0cb20
 def plot_latencies(
@@ -1173,15 +1950,24 @@ def plot_latencies(
     target_ms: Optional[float] = None,  # milliseconds that are to be kept
 ) -> plt.Figure:
     "A row of dots a way, the median and the 99th percentile written beside."
-    fig, ax = plt.subplots(figsize=(5.2, .8 + .6 * len(times)))
+    fig, ax = plt.subplots(figsize=(5.2, 0.8 + 0.6 * len(times)))
     spread, labels = np.random.default_rng(0), []
     for y, (name, ms) in enumerate(times.items()):
         half, most = latency_percentiles(ms)
-        ax.plot(ms, y + spread.uniform(-.16, .16, len(ms)), "o", ms=2.5, color=COLORS["hybrid" if name == highlight else "baseline"], alpha=.4, mew=0)
+        ax.plot(
+            ms,
+            y + spread.uniform(-0.16, 0.16, len(ms)),
+            "o",
+            ms=2.5,
+            color=COLORS["hybrid" if name == highlight else "baseline"],
+            alpha=0.4,
+            mew=0,
+        )
         ax.plot([half, most], [y, y], "|", color=COLORS["ink"], ms=14, mew=1.6)
         labels.append(f"{name}\n{half:.1f} ms, 99 %: {most:.1f}")
-    if target_ms: ax.axvline(target_ms, color=COLORS["alarm"], lw=1, ls="--")
-    ax.set(xscale="log", ylim=(len(times) - .5, -.5), xlabel="milliseconds a list, log scale")
+    if target_ms:
+        ax.axvline(target_ms, color=COLORS["alarm"], lw=1, ls="--")
+    ax.set(xscale="log", ylim=(len(times) - 0.5, -0.5), xlabel="milliseconds a list, log scale")
     ax.set_yticks(range(len(times)), labels, multialignment="right")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")

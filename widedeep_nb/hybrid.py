@@ -26,11 +26,31 @@ import torch.nn.functional as F
 from sklearn.ensemble import HistGradientBoostingRegressor
 from tqdm.auto import tqdm
 
-from .baselines import HistoryRecommender, to_csr, neighbors_to_csr, top_k_neighbors
+from .baselines import HistoryRecommender, neighbors_to_csr, to_csr, top_k_neighbors
 from .content import add_side_features, build_item_vectors, has_side_features
-from .core import COLORS, History, UserError, Recommender, Run, Split, select_columns, make_recommender, mask_seen, reindex, register, step
-from .evaluation import make_eval_task, hit_matrix, ndcg, eval_ratings
-from .preprocessing import FeatureState, category_codes, concat_batches, build_batch, build_feature_state, pointwise_examples
+from widedeep_nb.core import (
+    COLORS,
+    History,
+    Recommender,
+    Run,
+    Split,
+    UserError,
+    make_recommender,
+    mask_seen,
+    register,
+    reindex,
+    select_columns,
+    step,
+)
+from .evaluation import eval_ratings, hit_matrix, make_eval_task, ndcg
+from widedeep_nb.preprocessing import (
+    FeatureState,
+    build_batch,
+    build_feature_state,
+    category_codes,
+    concat_batches,
+    pointwise_examples,
+)
 from .sequence import SEQUENCE_MODELS
 from .training import MAX_FEATURE_BYTES
 
@@ -38,10 +58,13 @@ from .training import MAX_FEATURE_BYTES
 def normalize_scores(
     scores: torch.Tensor,  # float [n, m]; what is not above nought gets nothing
     softmax: bool = False,  # are they logits?
-    mass: Union[float, torch.Tensor] = 1.,  # what is shared out, of all or float [n, 1] of each
-) -> torch.Tensor:  # float [n, m]; each row sums to the whole, or to nought where nothing is above nought
+    mass: Union[float, torch.Tensor] = 1.0,  # what is shared out, of all or float [n, 1] of each
+) -> (
+    torch.Tensor
+):  # float [n, m]; each row sums to the whole, or to nought where nothing is above nought
     "Scores as shares of a person's attention."
-    if softmax: return torch.softmax(scores, 1)
+    if softmax:
+        return torch.softmax(scores, 1)
     scores = scores.clamp(min=0)
     return scores.mul_(mass / scores.sum(1, keepdim=True).clamp(min=1e-12))
 
@@ -49,23 +72,36 @@ def normalize_scores(
 def recency_weights(
     history: History,  # of n users
     n_items: int,  # codes that the model knows
-    time_constant: float = 3.,  # so many events later, an event counts 1/e
+    time_constant: float = 3.0,  # so many events later, an event counts 1/e
 ) -> torch.Tensor:  # sparse [n, n_items], at most 1 each
     "Who has what, the latest events in full and older ones less, by their place and not by the clock."
     keep = history.item < n_items
     owner, last = history.user_index[keep], history.indptr[1:][history.user_index[keep]] - 1
     weight = torch.exp(-(last - torch.arange(len(history.item))[keep]) / time_constant)
-    have = torch.sparse_coo_tensor(torch.stack([owner, history.item[keep]]), weight, (len(history), n_items), check_invariants=False).coalesce()
-    return torch.sparse_coo_tensor(have.indices(), have.values().clamp(max=1), have.shape, is_coalesced=True, check_invariants=False)
+    have = torch.sparse_coo_tensor(
+        torch.stack([owner, history.item[keep]]),
+        weight,
+        (len(history), n_items),
+        check_invariants=False,
+    ).coalesce()
+    return torch.sparse_coo_tensor(
+        have.indices(),
+        have.values().clamp(max=1),
+        have.shape,
+        is_coalesced=True,
+        check_invariants=False,
+    )
 
 
 def history_confidence(
     history: History,  # of n users
     n_items: int,  # codes that the model knows
-    half_count: float = 10.,  # events at which half is believed
+    half_count: float = 10.0,  # events at which half is believed
 ) -> torch.Tensor:  # float [n, 1]
     "How far a history speaks for its owner."
-    count = torch.bincount(history.user_index[history.item < n_items], minlength=len(history)).float()[:, None]
+    count = torch.bincount(
+        history.user_index[history.item < n_items], minlength=len(history)
+    ).float()[:, None]
     return count / (count + half_count)
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e08
@@ -82,31 +118,45 @@ def degrees(
     X: sp.csr_array,  # 0/1 [users, items]
 ) -> tuple:  # float [users], float [items]: at least 1
     "How long each history is, and how popular each item."
-    return np.maximum(X.sum(1), 1.), np.maximum(X.sum(0), 1.)
+    return np.maximum(X.sum(1), 1.0), np.maximum(X.sum(0), 1.0)
 
 
 @register("wide-matrix")
 @dataclass
 class EDLAE(HistoryRecommender):
     "A ridge regression of every item on all others, with dropout's penalty (Steck, 2019 and 2020)."
-    reg: float = 50.  # ridge penalty, in users, on a log of 250,000 events; a smaller one gets less
-    dropout: float = .6  # share of a history that is imagined to be hidden
-    beta: float = .5  # a history of h events weighs h to the power of minus this
-    alpha: float = .1  # so are scores of items by their popularity
+
+    reg: float = (
+        50.0  # ridge penalty, in users, on a log of 250,000 events; a smaller one gets less
+    )
+    dropout: float = 0.6  # share of a history that is imagined to be hidden
+    beta: float = 0.5  # a history of h events weighs h to the power of minus this
+    alpha: float = 0.1  # so are scores of items by their popularity
     max_items: int = 12_000  # items that have a row and a column: the most taken ones
 
     def _fit_matrix(self, X):
-        self.top = torch.from_numpy(np.sort(np.argsort(-X.sum(0), kind="stable")[:self.max_items]))
+        self.top = torch.from_numpy(np.sort(np.argsort(-X.sum(0), kind="stable")[: self.max_items]))
         X = X[:, self.top.numpy()]
         size, taken = degrees(X)
-        gram = torch.from_numpy((X.T @ scale_rows_cols(size ** -self.beta, X, np.ones(len(taken)))).toarray()).float()
-        gram.diagonal().mul_(1 / (1 - self.dropout)).add_(self.reg * min(1., X.nnz / 250_000) + 1e-3)
+        gram = torch.from_numpy(
+            (X.T @ scale_rows_cols(size**-self.beta, X, np.ones(len(taken)))).toarray()
+        ).float()
+        gram.diagonal().mul_(1 / (1 - self.dropout)).add_(
+            self.reg * min(1.0, X.nnz / 250_000) + 1e-3
+        )
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-        self.weight = inverse.div_(-inverse.diagonal().clone()).fill_diagonal_(0).mul_(torch.from_numpy(taken ** -self.alpha).float())
+        self.weight = (
+            inverse.div_(-inverse.diagonal().clone())
+            .fill_diagonal_(0)
+            .mul_(torch.from_numpy(taken**-self.alpha).float())
+        )
 
     def _score_history(self, X):
-        if len(self.top) == X.shape[1]: return torch.sparse.mm(X, self.weight)
-        return torch.zeros(X.shape).index_copy(1, self.top, torch.sparse.mm(X.index_select(1, self.top), self.weight))
+        if len(self.top) == X.shape[1]:
+            return torch.sparse.mm(X, self.weight)
+        return torch.zeros(X.shape).index_copy(
+            1, self.top, torch.sparse.mm(X.index_select(1, self.top), self.weight)
+        )
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e0b
 def top_k_product(
@@ -116,19 +166,35 @@ def top_k_product(
     budget: int = 20_000_000,  # products worked on at a time: bounds the memory
 ) -> sp.csr_array:  # [n, n], nothing on the diagonal
     "left.T @ right, the largest of each row only."
-    but_itself = lambda block, other, own, product: np.where(other == own + block.start, 0, product)
-    return neighbors_to_csr(*top_k_neighbors(right, min(k, right.shape[1]), but_itself, left, budget), right.shape[1])
+
+    def but_itself(block, other, own, product):
+        return np.where(other == own + block.start, 0, product)
+
+    return neighbors_to_csr(
+        *top_k_neighbors(right, min(k, right.shape[1]), but_itself, left, budget), right.shape[1]
+    )
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e0d
 class SparseItemModel(HistoryRecommender):
     "A wide part whose weights are a sparse matrix of items by items."
+
     most = 300  # weights kept of each item
 
     def _set_neighbors(self, neighbors):
-        self.indptr, self.indices, self.weight = [torch.from_numpy(np.array(a, t)) for a, t in ((neighbors.indptr, np.int64), (neighbors.indices, np.int64), (neighbors.data, np.float32))]
+        self.indptr, self.indices, self.weight = [
+            torch.from_numpy(np.array(a, t))
+            for a, t in (
+                (neighbors.indptr, np.int64),
+                (neighbors.indices, np.int64),
+                (neighbors.data, np.float32),
+            )
+        ]
 
     def _score_history(self, X):
-        near = sp.csr_array((self.weight.numpy(), self.indices.numpy(), self.indptr.numpy()), shape=(self.n_items, self.n_items))
+        near = sp.csr_array(
+            (self.weight.numpy(), self.indices.numpy(), self.indptr.numpy()),
+            shape=(self.n_items, self.n_items),
+        )
         return torch.from_numpy((to_csr(X) @ near).toarray()).float()
 
 
@@ -136,94 +202,171 @@ class SparseItemModel(HistoryRecommender):
 @dataclass
 class ItemGraph(SparseItemModel):
     "The normalised graph of items (Shen et al., 2021); where there are dates, company kept lately counts more."
-    own: float = .5  # power of the popularity of what one has
-    other: float = .3  # of what is scored
-    size: float = .5  # of the length of histories
-    days: float = 365.  # time constant of an edge; 0: all edges alike
+
+    own: float = 0.5  # power of the popularity of what one has
+    other: float = 0.3  # of what is scored
+    size: float = 0.5  # of the length of histories
+    days: float = 365.0  # time constant of an edge; 0: all edges alike
 
     def _fit_matrix(self, X):
         (size, taken), newer = degrees(X), X
         if self.days and len(self.train_history.time) and (self.train_history.time > 0).all():
             age = (self.train_history.time.max() - self.train_history.time).numpy() / 86_400_000
-            newer = sp.csr_array((np.exp(-age / self.days), (self.train_history.user_index.numpy(), self.train_history.item.numpy())), shape=X.shape)
+            newer = sp.csr_array(
+                (
+                    np.exp(-age / self.days),
+                    (self.train_history.user_index.numpy(), self.train_history.item.numpy()),
+                ),
+                shape=X.shape,
+            )
             newer.sum_duplicates()
             newer.data = np.minimum(newer.data, 1)
-        self._set_neighbors(top_k_product(scale_rows_cols(size ** -self.size, X, taken ** -self.own), newer @ sp.diags_array(taken ** -self.other), self.most))
+        self._set_neighbors(
+            top_k_product(
+                scale_rows_cols(size**-self.size, X, taken**-self.own),
+                newer @ sp.diags_array(taken**-self.other),
+                self.most,
+            )
+        )
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e0f
 @register("wide-rules")
 @dataclass
 class DampedRules(SparseItemModel):
     "Of those who have this, how many have that too; the first pair is not counted."
-    damping: float = 10.  # people without, added to each item
+
+    damping: float = 10.0  # people without, added to each item
 
     def _fit_matrix(self, X):
         both = top_k_product(X, X, self.most)
         both.data = np.maximum(both.data - 1, 0)
-        self._set_neighbors(scale_rows_cols(1 / (degrees(X)[1] + self.damping), both, np.ones(self.n_items)))
+        self._set_neighbors(
+            scale_rows_cols(1 / (degrees(X)[1] + self.damping), both, np.ones(self.n_items))
+        )
 
 
 @register("wide-next")
 @dataclass
 class MarkovChain(SparseItemModel):
     "What comes within a few events after what: a Markov chain with skips (after He and McAuley, 2016)."
+
     steps: int = 5  # events looked ahead
-    decay: float = .7  # each one counts so much less than the one before
-    own: float = .5  # power of the popularity of what one has
-    other: float = .3  # of what is scored
+    decay: float = 0.7  # each one counts so much less than the one before
+    own: float = 0.5  # power of the popularity of what one has
+    other: float = 0.3  # of what is scored
 
     def _fit_matrix(self, X):
-        item, owner, follows = self.train_history.item.numpy(), self.train_history.user_index.numpy(), sp.csr_array((self.n_items, self.n_items))
+        item, owner, follows = (
+            self.train_history.item.numpy(),
+            self.train_history.user_index.numpy(),
+            sp.csr_array((self.n_items, self.n_items)),
+        )
         for d in range(1, self.steps + 1):
             pair = (owner[d:] == owner[:-d]) & (item[d:] != item[:-d])
-            follows = follows + sp.csr_array((np.full(pair.sum(), self.decay ** (d - 1)), (item[:-d][pair], item[d:][pair])), shape=follows.shape)
+            follows = follows + sp.csr_array(
+                (np.full(pair.sum(), self.decay ** (d - 1)), (item[:-d][pair], item[d:][pair])),
+                shape=follows.shape,
+            )
         taken = degrees(X)[1]
-        self._set_neighbors(scale_rows_cols(taken ** -self.own, follows, taken ** -self.other))
+        self._set_neighbors(scale_rows_cols(taken**-self.own, follows, taken**-self.other))
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e12
 @register("low-pass")
 @dataclass
 class GFCF(HistoryRecommender):
     "The smoothest directions of the graph of people and items (Shen et al., 2021)."
+
     factors: int = 64  # directions kept
-    popularity_power: float = .4  # power of popularity that is given back to what is scored
+    popularity_power: float = 0.4  # power of popularity that is given back to what is scored
 
     def _fit_matrix(self, X):
         size, taken = degrees(X)
-        graph = scale_rows_cols(size ** -.5, X, taken ** -.5).tocoo()
-        graph = torch.sparse_coo_tensor(np.stack(graph.coords), torch.from_numpy(graph.data).float(), graph.shape, check_invariants=False).coalesce()
+        graph = scale_rows_cols(size**-0.5, X, taken**-0.5).tocoo()
+        graph = torch.sparse_coo_tensor(
+            np.stack(graph.coords),
+            torch.from_numpy(graph.data).float(),
+            graph.shape,
+            check_invariants=False,
+        ).coalesce()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            _, value, directions = torch.svd_lowrank(graph, min(self.factors, min(graph.shape)), niter=3)
-        directions = directions[:, value > 1e-4]                              # of the largest, 1; the rest is what nobody does
+            _, value, directions = torch.svd_lowrank(
+                graph, min(self.factors, min(graph.shape)), niter=3
+            )
+        directions = directions[:, value > 1e-4]  # of the largest, 1; the rest is what nobody does
         taken = torch.from_numpy(taken).float()[:, None]
-        self.into, self.out = directions * taken ** -.5, directions * taken ** self.popularity_power
+        self.into, self.out = directions * taken**-0.5, directions * taken**self.popularity_power
 
-    def _score_history(self, X): return torch.sparse.mm(X, self.into) @ self.out.T
+    def _score_history(self, X):
+        return torch.sparse.mm(X, self.into) @ self.out.T
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e15
 class FeatureRegressor(Recommender):
     "Predicts what stars leave over beyond the mean, from the features of chapter 03."
+
     predicts_ratings, feature_groups = True, ()  # of FEATURES beside "stars"
 
     def _fit(self, split):
-        if not split.has_ratings: raise UserError(f"{self.name} learns stars, and this log has none")
-        rows, category = split.train.drop_nulls("rating"), torch.cat([category_codes(split.items)[0], torch.zeros(1, dtype=torch.int64)])  # the last: an item in no table
-        looks = [pointwise_examples(rows, category, self.n_users, self.n_items, n_blocks=n, features=self.feature_groups) for n in (40, 10, 5)]
+        if not split.has_ratings:
+            raise UserError(f"{self.name} learns stars, and this log has none")
+        rows, category = (
+            split.train.drop_nulls("rating"),
+            torch.cat([category_codes(split.items)[0], torch.zeros(1, dtype=torch.int64)]),
+        )  # the last: an item in no table
+        looks = [
+            pointwise_examples(
+                rows, category, self.n_users, self.n_items, n_blocks=n, features=self.feature_groups
+            )
+            for n in (40, 10, 5)
+        ]
         x, y = concat_batches(looks)
-        self.feature_state = build_feature_state(self.train_history, category, self.n_items, self.rating_range[1], None, self.feature_groups)
+        self.feature_state = build_feature_state(
+            self.train_history,
+            category,
+            self.n_items,
+            self.rating_range[1],
+            None,
+            self.feature_groups,
+        )
         self._fit_matrix(self._feature_matrix(x), (y - x.mean).double().numpy())
 
-    def _feature_matrix(self, x): return torch.cat([x.x_user, x.x_item, x.x_cross, x.mean[:, None], x.category[:, None], x.activity[:, None], x.popularity[:, None]], 1).double().numpy()
+    def _feature_matrix(self, x):
+        return (
+            torch.cat(
+                [
+                    x.x_user,
+                    x.x_item,
+                    x.x_cross,
+                    x.mean[:, None],
+                    x.category[:, None],
+                    x.activity[:, None],
+                    x.popularity[:, None],
+                ],
+                1,
+            )
+            .double()
+            .numpy()
+        )
 
     def _predict(self, users, items, history):
-        x = build_batch(self.feature_state, users.clamp(max=self.n_users), history, torch.arange(len(users)), items.clamp(max=len(self.feature_state.category) - 1))
+        x = build_batch(
+            self.feature_state,
+            users.clamp(max=self.n_users),
+            history,
+            torch.arange(len(users)),
+            items.clamp(max=len(self.feature_state.category) - 1),
+        )
         return x.mean + torch.from_numpy(self._score_history(self._feature_matrix(x))).float()
 
-    def _state(self): return super()._state() | {f"snap.{f.name}": getattr(self.feature_state, f.name) for f in fields(FeatureState)}
+    def _state(self):
+        return super()._state() | {
+            f"snap.{f.name}": getattr(self.feature_state, f.name) for f in fields(FeatureState)
+        }
 
     def _restore(self, state):
-        self.feature_state = FeatureState(**{k[5:]: v for k, v in state.items() if k.startswith("snap.")})
+        self.feature_state = FeatureState(
+            **{k[5:]: v for k, v in state.items() if k.startswith("snap.")}
+        )
         super()._restore({k: v for k, v in state.items() if not k.startswith("snap.")})
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e16
@@ -231,65 +374,127 @@ class FeatureRegressor(Recommender):
 @dataclass
 class RidgeRating(FeatureRegressor):
     "A ridge regression on standardised damped statistics (Hoerl and Kennard, 1970)."
-    reg: float = 300.  # penalty, in rows
+
+    reg: float = 300.0  # penalty, in rows
 
     def _fit_matrix(self, x, y):
         mean, scale = x.mean(0), x.std(0) + 1e-9
         z = (x - mean) / scale
-        weight = np.linalg.solve(z.T @ z + self.reg * np.eye(z.shape[1]), z.T @ (y - y.mean())) / scale
+        weight = (
+            np.linalg.solve(z.T @ z + self.reg * np.eye(z.shape[1]), z.T @ (y - y.mean())) / scale
+        )
         self.weight, self.offset = torch.from_numpy(weight), torch.tensor(y.mean() - mean @ weight)
 
-    def _score_history(self, x): return x @ self.weight.numpy() + float(self.offset)
+    def _score_history(self, x):
+        return x @ self.weight.numpy() + float(self.offset)
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e17
 @register("trees")
 @dataclass
 class GBDTRating(FeatureRegressor):
     "Boosted trees on damped statistics (Friedman, 2001), as scikit-learn grows them; kept as plain arrays."
+
     starts: int = 3  # random starts, averaged
     max_iter: int = 150  # trees of each at most; on a large log scikit-learn keeps rows aside that may stop it earlier
-    lr: float = .05
+    lr: float = 0.05
     max_leaf_nodes: int = 12  # of a tree at most
     min_samples_leaf: int = 180  # examples in a leaf at least; each row is looked at three times
     seed: int = 0
-    feature_groups = ("time", "season")  # trees may ask when; a straight line would only run out of the picture
+    feature_groups = (
+        "time",
+        "season",
+    )  # trees may ask when; a straight line would only run out of the picture
 
     def _fit_matrix(self, x, y):
-        if self.max_leaf_nodes > 62: raise UserError(f"a tree has at most 62 leaves here, not {self.max_leaf_nodes}")
-        grown = [HistGradientBoostingRegressor(learning_rate=self.lr, max_iter=self.max_iter, max_leaf_nodes=self.max_leaf_nodes, min_samples_leaf=self.min_samples_leaf, l2_regularization=20., max_features=.4, random_state=self.seed + s).fit(x, y) for s in range(self.starts)]
+        if self.max_leaf_nodes > 62:
+            raise UserError(f"a tree has at most 62 leaves here, not {self.max_leaf_nodes}")
+        grown = [
+            HistGradientBoostingRegressor(
+                learning_rate=self.lr,
+                max_iter=self.max_iter,
+                max_leaf_nodes=self.max_leaf_nodes,
+                min_samples_leaf=self.min_samples_leaf,
+                l2_regularization=20.0,
+                max_features=0.4,
+                random_state=self.seed + s,
+            ).fit(x, y)
+            for s in range(self.starts)
+        ]
         trees = [stage[0].nodes for model in grown for stage in model._predictors]
         begin = np.cumsum([0] + [len(t) for t in trees])
-        column = lambda name, shift=False: torch.from_numpy(np.concatenate([t[name].astype(np.float64 if name in ("value", "num_threshold") else np.int64) + (b if shift else 0) for t, b in zip(trees, begin)]))
-        self.root, self.feature, self.leaf = torch.from_numpy(begin[:-1].copy()), column("feature_idx"), column("is_leaf")
-        self.threshold, self.value, self.left, self.right = column("num_threshold"), column("value"), column("left", True), column("right", True)
-        self.base = torch.tensor(np.mean([m._baseline_prediction for m in grown]))
 
+        def column(name, shift=False):
+            return torch.from_numpy(
+                np.concatenate(
+                    [
+                        t[name].astype(
+                            np.float64 if name in ("value", "num_threshold") else np.int64
+                        )
+                        + (b if shift else 0)
+                        for t, b in zip(trees, begin)
+                    ]
+                )
+            )
+
+        self.root, self.feature, self.leaf = (
+            torch.from_numpy(begin[:-1].copy()),
+            column("feature_idx"),
+            column("is_leaf"),
+        )
+        self.threshold, self.value, self.left, self.right = (
+            column("num_threshold"),
+            column("value"),
+            column("left", True),
+            column("right", True),
+        )
+        self.base = torch.tensor(np.mean([m._baseline_prediction for m in grown]))
 
 # %% ../nbs/11_hybrid.ipynb #911e4f6a
 def pack_quickscorer(
     self: GBDTRating,  # fitted
 ) -> tuple:  # feature, threshold, leaves that a pass leaves and those that a fail leaves [tests, trees, 1]; all leaves [trees, 1]; values [leaves, trees]
     "The tests of all trees side by side; trees with fewer have some that leave all leaves."
-    root, left, right, leaf = [t.numpy() for t in (self.root, self.left, self.right, self.leaf.bool())]
+    root, left, right, leaf = [
+        t.numpy() for t in (self.root, self.left, self.right, self.leaf.bool())
+    ]
     tree = np.searchsorted(root, np.arange(len(leaf)), side="right") - 1
-    place = np.where(leaf, np.cumsum(leaf) - (np.cumsum(leaf) - leaf)[root][tree], np.cumsum(~leaf) - (np.cumsum(~leaf) - ~leaf)[root][tree]) - 1  # among the leaves, or the tests, of its tree
+    place = (
+        np.where(
+            leaf,
+            np.cumsum(leaf) - (np.cumsum(leaf) - leaf)[root][tree],
+            np.cumsum(~leaf) - (np.cumsum(~leaf) - ~leaf)[root][tree],
+        )
+        - 1
+    )  # among the leaves, or the tests, of its tree
     small = np.int16 if place[leaf].max() < 14 else np.int64
     below = np.where(leaf, small(1) << place.astype(small), small(0))
-    while (more := np.where(leaf, below, below[left] | below[right])).tolist() != below.tolist(): below = more
+    while (more := np.where(leaf, below, below[left] | below[right])).tolist() != below.tolist():
+        below = more
+
     def spread(of, values, empty=0):
         made = np.full((place[of].max(initial=-1) + 1, len(root)), empty, values.dtype)
         made[place[of], tree[of]] = values[of]
         return made
-    tests = spread(~leaf, self.feature.numpy()), *[spread(~leaf, v, e)[..., None] for v, e in ((self.threshold.numpy(), 0), (~below[right], -1), (~below[left], -1))]
+
+    tests = (
+        spread(~leaf, self.feature.numpy()),
+        *[
+            spread(~leaf, v, e)[..., None]
+            for v, e in ((self.threshold.numpy(), 0), (~below[right], -1), (~below[left], -1))
+        ],
+    )
     return *tests, below[root][:, None], spread(leaf, self.value.numpy())
 
 
 def _from(self, x, block=128):
-    feature, threshold, passed, failed, whole, value = self._cached("tests", lambda: pack_quickscorer(self))
+    feature, threshold, passed, failed, whole, value = self._cached(
+        "tests", lambda: pack_quickscorer(self)
+    )
     found, each = [np.zeros(0)], np.arange(len(self.root))[:, None]
     for rows in np.split(x, range(block, len(x), block)):
         column, left = np.ascontiguousarray(rows.T), whole.repeat(len(rows), 1)
-        for f, at, yes, no in zip(feature, threshold, passed, failed): left &= np.where(column[f] <= at, yes, no)
+        for f, at, yes, no in zip(feature, threshold, passed, failed):
+            left &= np.where(column[f] <= at, yes, no)
         found.append(float(self.base) + value[np.log2(left).astype(int), each].sum(0) / self.starts)
     return np.concatenate(found)
 
@@ -299,6 +504,7 @@ GBDTRating._score_history = _from
 # %% ../nbs/11_hybrid.ipynb #b0ca5e1a
 class Component(NamedTuple):
     "One voice in the hybrid."
+
     family: str  # "popular", "wide" or "deep"
     recommender: str  # a registered name
     settings: dict = {}
@@ -308,21 +514,56 @@ class Component(NamedTuple):
 
 RANKING_COMPONENTS = {  # what lists are made of
     "popularity": Component("popular", "popularity"),
-    "popularity, 365 days": Component("popular", "recent-popularity", {"days": 365.}, True),
-    "popularity, 45 days": Component("popular", "recent-popularity", {"days": 45.}, True),
-    "matrix": Component("wide", "wide-matrix"), "matrix, recency-weighted": Component("wide", "wide-matrix", recency_weighted=True),
-    "neighbors": Component("wide", "wide-neighbours", {"days": 0.}), "neighbors, recency-weighted": Component("wide", "wide-neighbours", {"days": 0.}, recency_weighted=True),
+    "popularity, 365 days": Component("popular", "recent-popularity", {"days": 365.0}, True),
+    "popularity, 45 days": Component("popular", "recent-popularity", {"days": 45.0}, True),
+    "matrix": Component("wide", "wide-matrix"),
+    "matrix, recency-weighted": Component("wide", "wide-matrix", recency_weighted=True),
+    "neighbors": Component("wide", "wide-neighbours", {"days": 0.0}),
+    "neighbors, recency-weighted": Component(
+        "wide", "wide-neighbours", {"days": 0.0}, recency_weighted=True
+    ),
     "recent neighbors": Component("wide", "wide-neighbours", needs_time=True),
-    "rules": Component("wide", "wide-rules"), "markov chain": Component("wide", "wide-next", recency_weighted=True),
-    "low-pass": Component("deep", "low-pass"), "fine low-pass": Component("deep", "low-pass", {"factors": 256}), "factors": Component("deep", "als", {"factors": 64}),
-    "self-attention": Component("deep", "self-attention"), "gru": Component("deep", "gru"),
-    "content": Component("wide", "content"), "content towers": Component("deep", "content-towers"),
-    "towers": Component("deep", "wide-deep", {"loss": "sampled-softmax", "alpha": .25, "n_negatives": 8, "features": ("time", "brand", "season")}, True),
+    "rules": Component("wide", "wide-rules"),
+    "markov chain": Component("wide", "wide-next", recency_weighted=True),
+    "low-pass": Component("deep", "low-pass"),
+    "fine low-pass": Component("deep", "low-pass", {"factors": 256}),
+    "factors": Component("deep", "als", {"factors": 64}),
+    "self-attention": Component("deep", "self-attention"),
+    "gru": Component("deep", "gru"),
+    "content": Component("wide", "content"),
+    "content towers": Component("deep", "content-towers"),
+    "towers": Component(
+        "deep",
+        "wide-deep",
+        {
+            "loss": "sampled-softmax",
+            "alpha": 0.25,
+            "n_negatives": 8,
+            "features": ("time", "brand", "season"),
+        },
+        True,
+    ),
 }
-RATING_COMPONENTS = {"ridge": Component("wide", "ridge"), "trees": Component("deep", "trees")} | {f"network {k}": Component("deep", "wide-deep") for k in (1, 2, 3, 4)}
-COMPONENTS, COLD_ITEM_COMPONENT = RANKING_COMPONENTS | RATING_COMPONENTS, "content towers"  # this one speaks for products that nobody has had
-MAX_EPOCHS = {"self-attention": 30, "gru": 30, "content towers": 12, "towers": 8} | {f"network {k}": 30 for k in (1, 2, 3, 4)}  # at most, of what learns in passes
-MODEL_KEY = {n: n if n in MAX_EPOCHS else next(m for m, q in COMPONENTS.items() if (q.recommender, q.settings) == (p.recommender, p.settings)) for n, p in COMPONENTS.items()}  # parts that share a model
+RATING_COMPONENTS = {"ridge": Component("wide", "ridge"), "trees": Component("deep", "trees")} | {
+    f"network {k}": Component("deep", "wide-deep") for k in (1, 2, 3, 4)
+}
+COMPONENTS, COLD_ITEM_COMPONENT = (
+    RANKING_COMPONENTS | RATING_COMPONENTS,
+    "content towers",
+)  # this one speaks for products that nobody has had
+MAX_EPOCHS = {"self-attention": 30, "gru": 30, "content towers": 12, "towers": 8} | {
+    f"network {k}": 30 for k in (1, 2, 3, 4)
+}  # at most, of what learns in passes
+MODEL_KEY = {
+    n: n
+    if n in MAX_EPOCHS
+    else next(
+        m
+        for m, q in COMPONENTS.items()
+        if (q.recommender, q.settings) == (p.recommender, p.settings)
+    )
+    for n, p in COMPONENTS.items()
+}  # parts that share a model
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e1b
 def fit_component(
@@ -332,8 +573,16 @@ def fit_component(
     seed: int = 0,  # of what is random
 ) -> Recommender:  # fitted
     "One part by itself."
-    part, drawn = COMPONENTS[name], seed + (int(name.split()[1]) if name.startswith("network") else 0)
-    pace = {"epochs": epochs or MAX_EPOCHS[name], "seed": drawn} | ({"patience": 0 if part.recommender in SEQUENCE_MODELS else epochs} if epochs else {}) if name in MAX_EPOCHS else {}
+    part, drawn = (
+        COMPONENTS[name],
+        seed + (int(name.split()[1]) if name.startswith("network") else 0),
+    )
+    pace = (
+        {"epochs": epochs or MAX_EPOCHS[name], "seed": drawn}
+        | ({"patience": 0 if part.recommender in SEQUENCE_MODELS else epochs} if epochs else {})
+        if name in MAX_EPOCHS
+        else {}
+    )
     return make_recommender(part.recommender, **part.settings, **pace).fit(split)
 
 
@@ -342,7 +591,11 @@ def best_epoch(
     curve: list,  # a dict a pass: epoch, train, val
 ) -> int:  # counted from 1; the last one where validation said nothing
     "The pass that validation likes best: by the largest NDCG of sequence models, by the smallest cost of the others."
-    better = [row["val"] * (1 if name in SEQUENCE_MODELS else -1) for row in curve if row["val"] is not None]
+    better = [
+        row["val"] * (1 if name in SEQUENCE_MODELS else -1)
+        for row in curve
+        if row["val"] is not None
+    ]
     return 1 + int(np.argmax(better)) if better else len(curve)
 
 
@@ -362,11 +615,23 @@ def component_probs(
 ) -> torch.Tensor:  # float [n, n_items]
     "What one part gives to every item."
     part, n = RANKING_COMPONENTS[name], model.n_items
-    if part.family == "popular": return normalize_scores(model._scores(users[:1], history.select(torch.arange(min(1, len(users)))), torch.arange(n))).expand(len(users), -1)  # the same for all
-    if part.recommender == "content": return normalize_scores(model._scores(users, history, torch.arange(n)), mass=history_confidence(history, n))
+    if part.family == "popular":
+        return normalize_scores(
+            model._scores(
+                users[:1], history.select(torch.arange(min(1, len(users)))), torch.arange(n)
+            )
+        ).expand(len(users), -1)  # the same for all
+    if part.recommender == "content":
+        return normalize_scores(
+            model._scores(users, history, torch.arange(n)), mass=history_confidence(history, n)
+        )
     if name in MAX_EPOCHS:
         given = normalize_scores(model._scores(users, history, torch.arange(n)), softmax=True)
-        return given * (history_confidence(history, n) > 0) if part.recommender in SEQUENCE_MODELS else given       # to a stranger those give counts, no logits
+        return (
+            given * (history_confidence(history, n) > 0)
+            if part.recommender in SEQUENCE_MODELS
+            else given
+        )  # to a stranger those give counts, no logits
     have = recency_weights(history, n) if part.recency_weighted else history.to_sparse(n)
     return normalize_scores(model._score_history(have), mass=history_confidence(history, n))
 
@@ -375,12 +640,26 @@ def ensure_validation(
     split: Split,  # to be fitted on
 ) -> Split:  # the same where it has a validation part; else one whose validation part was training
     "Something to choose on."
-    if len(split.val): return split
+    if len(split.val):
+        return split
     rows, n = split.train, len(split.train)
-    if split.protocol.split_by == "time": late = pl.int_range(n, eager=True) >= max(1, int(.9 * n))
-    elif split.protocol.split_by == "leave-one-out": late = rows.select((pl.int_range(pl.len(), 0, -1).over("user") == 1) & (pl.len().over("user") > 1)).to_series()
-    else: late = pl.Series(np.random.default_rng(0).random(n) < 1 / 7)
-    return reindex(replace(split, train=rows.filter(~late), val=rows.filter(late), filtered_out=split.filtered_out.clear(), test=split.test.clear()))
+    if split.protocol.split_by == "time":
+        late = pl.int_range(n, eager=True) >= max(1, int(0.9 * n))
+    elif split.protocol.split_by == "leave-one-out":
+        late = rows.select(
+            (pl.int_range(pl.len(), 0, -1).over("user") == 1) & (pl.len().over("user") > 1)
+        ).to_series()
+    else:
+        late = pl.Series(np.random.default_rng(0).random(n) < 1 / 7)
+    return reindex(
+        replace(
+            split,
+            train=rows.filter(~late),
+            val=rows.filter(late),
+            filtered_out=split.filtered_out.clear(),
+            test=split.test.clear(),
+        )
+    )
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e21
 def ensemble_selection(
@@ -395,7 +674,11 @@ def ensemble_selection(
     draw, weights = torch.Generator().manual_seed(seed), np.zeros(len(predictions))
     for _ in range(n_bags):
         rows = torch.randint(predictions.shape[1], (predictions.shape[1],), generator=draw)
-        bag, units, best = predictions[:, rows], np.full(len(predictions), float(init_count)), (-np.inf, None)
+        bag, units, best = (
+            predictions[:, rows],
+            np.full(len(predictions), float(init_count)),
+            (-np.inf, None),
+        )
         total = init_count * bag.sum(0)
         for _ in range(n_steps):
             n = units.sum() + 1
@@ -403,7 +686,8 @@ def ensemble_selection(
             k = int(np.argmax(value))
             units[k] += 1
             total = total + bag[k]
-            if value[k] > best[0]: best = value[k], units / n
+            if value[k] > best[0]:
+                best = value[k], units / n
         weights += best[1] / n_bags
     return weights.tolist()
 
@@ -416,21 +700,57 @@ def component_candidates(
     depth: int = 100,  # places of each part's list that are looked at
 ) -> tuple:  # shares float [parts, n, c]; what is barred float [n, c], 0 or -inf; hits bool [n, c]; int64 [n]: how many there were to find; bool [n]: is anything known of them
     "What each part says of the items that some part has among its first."
-    question, found, n = make_eval_task(split, "val", max_users=max_users), [], max(m.n_items for m in models.values())
-    key = lambda user, item: user * (n + 1) + item
-    right = key(*[torch.from_numpy(question.ground_truth[c].to_numpy().astype(np.int64)) for c in ("user", "item")])
-    for users in question.users.split(max(1, 2 ** 22 // n)) if len(question.users) else ():
+    question, found, n = (
+        make_eval_task(split, "val", max_users=max_users),
+        [],
+        max(m.n_items for m in models.values()),
+    )
+
+    def key(user, item):
+        return user * (n + 1) + item
+
+    right = key(
+        *[
+            torch.from_numpy(question.ground_truth[c].to_numpy().astype(np.int64))
+            for c in ("user", "item")
+        ]
+    )
+    for users in question.users.split(max(1, 2**22 // n)) if len(question.users) else ():
         had = question.history.select(users)
-        barred = mask_seen(torch.zeros(len(users), n), had, torch.arange(n)) if split.protocol.mask_seen else torch.zeros(len(users), n)
+        barred = (
+            mask_seen(torch.zeros(len(users), n), had, torch.arange(n))
+            if split.protocol.mask_seen
+            else torch.zeros(len(users), n)
+        )
         given = [component_probs(name, model, users, had) for name, model in models.items()]
         top = torch.cat([(g + barred).topk(min(depth, n), 1)[1] for g in given], 1).sort(dim=1)[0]
         again = F.pad(top[:, 1:] == top[:, :-1], (1, 0))
         hits = torch.isin(key(users[:, None], top), right) & ~again
-        found.append((torch.stack([g.gather(1, top) for g in given]), barred.gather(1, top).masked_fill(again, -torch.inf), hits, history_confidence(had, n)[:, 0] > 0))
+        found.append(
+            (
+                torch.stack([g.gather(1, top) for g in given]),
+                barred.gather(1, top).masked_fill(again, -torch.inf),
+                hits,
+                history_confidence(had, n)[:, 0] > 0,
+            )
+        )
     nobody = torch.zeros(0, dtype=torch.bool)
-    if not found: return torch.zeros(len(models), 0, 0), torch.zeros(0, 0), nobody[:, None], nobody.long(), nobody
+    if not found:
+        return (
+            torch.zeros(len(models), 0, 0),
+            torch.zeros(0, 0),
+            nobody[:, None],
+            nobody.long(),
+            nobody,
+        )
     shares, barred, hits, known = zip(*found)
-    return torch.cat(shares, 1), torch.cat(barred), torch.cat(hits), hit_matrix(question.users.new_full((len(question.users), 1), -1), question)[1], torch.cat(known)
+    return (
+        torch.cat(shares, 1),
+        torch.cat(barred),
+        torch.cat(hits),
+        hit_matrix(question.users.new_full((len(question.users), 1), -1), question)[1],
+        torch.cat(known),
+    )
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e24
 MIN_USERS_TO_WEIGHT = 50  # people; with fewer of a kind, nothing is chosen for them
@@ -439,20 +759,51 @@ MIN_USERS_TO_WEIGHT = 50  # people; with fewer of a kind, nothing is chosen for 
 def fit_ranking_weights(
     models: dict,  # fitted parts by name
     split: Split,  # with a validation part
-    min_weight: float = .02,  # a part with less is left out
+    min_weight: float = 0.02,  # a part with less is left out
 ) -> tuple:  # name: weight for those we know; for strangers; and name: NDCG@20 alone, with that of both sums as "hybrid"
     "How much of each part makes the best lists: of all for those of whom something is known, of the popular for strangers."
-    names, (shares, barred, hits, to_find, known) = list(models), component_candidates(models, split)
-    worth = lambda blend, rows: ndcg(hits[rows].gather(1, (blend + barred[rows]).topk(min(20, hits.shape[1]), 1)[1]), to_find[rows], 20)
+    names, (shares, barred, hits, to_find, known) = (
+        list(models),
+        component_candidates(models, split),
+    )
+
+    def worth(blend, rows):
+        return ndcg(
+            hits[rows].gather(1, (blend + barred[rows]).topk(min(20, hits.shape[1]), 1)[1]),
+            to_find[rows],
+            20,
+        )
+
     def chosen(rows, parts):
-        if len(rows) < MIN_USERS_TO_WEIGHT or not parts: return {}
-        weights = ensemble_selection(shares[[names.index(n) for n in parts]][:, rows], lambda blend, drawn: worth(blend, rows[drawn]))
+        if len(rows) < MIN_USERS_TO_WEIGHT or not parts:
+            return {}
+        weights = ensemble_selection(
+            shares[[names.index(n) for n in parts]][:, rows],
+            lambda blend, drawn: worth(blend, rows[drawn]),
+        )
         return {name: round(w, 4) for name, w in zip(parts, weights) if w >= min_weight}
+
     lists = chosen(known.nonzero()[:, 0], names)
-    strangers = chosen((~known).nonzero()[:, 0], [n for n in names if RANKING_COMPONENTS[n].family == "popular" or n == COLD_ITEM_COMPONENT and models[n].user_features.shape[1]])
-    if not lists and not strangers: return lists, strangers, {}
-    total = sum(torch.where(known[:, None], lists.get(n, 0.), strangers.get(n, 0.)) * s for n, s in zip(names, shares))
-    alone = {name: round(float(worth(s, torch.arange(len(to_find))).mean()), 5) for name, s in zip([*names, "hybrid"], [*shares, total])}
+    strangers = chosen(
+        (~known).nonzero()[:, 0],
+        [
+            n
+            for n in names
+            if RANKING_COMPONENTS[n].family == "popular"
+            or n == COLD_ITEM_COMPONENT
+            and models[n].user_features.shape[1]
+        ],
+    )
+    if not lists and not strangers:
+        return lists, strangers, {}
+    total = sum(
+        torch.where(known[:, None], lists.get(n, 0.0), strangers.get(n, 0.0)) * s
+        for n, s in zip(names, shares)
+    )
+    alone = {
+        name: round(float(worth(s, torch.arange(len(to_find))).mean()), 5)
+        for name, s in zip([*names, "hybrid"], [*shares, total])
+    }
     return lists, strangers, alone
 
 
@@ -462,10 +813,21 @@ def fit_rating_weights(
 ) -> dict:  # name: weight; empty where there are no stars to compare
     "How much of each kind makes the best predictions; each has two units to begin with, for networks were stopped by these very rows."
     tables = {name: eval_ratings(model, split) for name, model in models.items()}
-    if not tables or not len(y := next(iter(tables.values()))["rating"].to_torch()): return {}
-    kinds = {kind: [n for n in tables if component_group(n) == kind] for kind in dict.fromkeys(map(component_group, tables))}
-    predicted = torch.stack([torch.stack([tables[n]["predicted"].to_torch() for n in of]).mean(0) for of in kinds.values()])
-    weights = ensemble_selection(predicted, lambda blend, rows: -(blend - y[rows]).square(), init_count=2)
+    if not tables or not len(y := next(iter(tables.values()))["rating"].to_torch()):
+        return {}
+    kinds = {
+        kind: [n for n in tables if component_group(n) == kind]
+        for kind in dict.fromkeys(map(component_group, tables))
+    }
+    predicted = torch.stack(
+        [
+            torch.stack([tables[n]["predicted"].to_torch() for n in of]).mean(0)
+            for of in kinds.values()
+        ]
+    )
+    weights = ensemble_selection(
+        predicted, lambda blend, rows: -(blend - y[rows]).square(), init_count=2
+    )
     return {n: round(w / len(of), 4) for of, w in zip(kinds.values(), weights) for n in of}
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e26
@@ -476,9 +838,17 @@ def is_applicable(
     "Has the log what a part needs? Dates are dates when they span a month; mere positions are not. Networks need stars on every row."
     times = split.train["timestamp"]
     dated = not times.null_count() and len(times) > 0 and (times.max() - times.min()).days >= 30
-    if name.startswith("content") and not has_side_features(split): return False
-    if name == "towers" and (len(split.train) * 9 * 200 > MAX_FEATURE_BYTES or split.n_train_items < 2): return False
-    if name in RATING_COMPONENTS: return split.has_ratings and not (name.startswith("network") and pl.concat([split.train, split.val])["rating"].null_count())
+    if name.startswith("content") and not has_side_features(split):
+        return False
+    if name == "towers" and (
+        len(split.train) * 9 * 200 > MAX_FEATURE_BYTES or split.n_train_items < 2
+    ):
+        return False
+    if name in RATING_COMPONENTS:
+        return split.has_ratings and not (
+            name.startswith("network")
+            and pl.concat([split.train, split.val])["rating"].null_count()
+        )
     return dated or not RANKING_COMPONENTS[name].needs_time
 
 
@@ -489,11 +859,16 @@ def fit_within_budget(
     seed: int = 0,  # of what is random
 ) -> Optional[Recommender]:  # fitted; None where there is no time for three passes
     "Fit a part as far as time allows."
-    if name not in MAX_EPOCHS: return fit_component(split, name) if seconds > 0 or name in ("popularity", "ridge") else None
+    if name not in MAX_EPOCHS:
+        return (
+            fit_component(split, name) if seconds > 0 or name in ("popularity", "ridge") else None
+        )
     started = time.perf_counter()
-    if seconds > 0: fit_component(split, name, 1, seed)
+    if seconds > 0:
+        fit_component(split, name, 1, seed)
     one = time.perf_counter() - started
-    if seconds < 4 * one or seconds <= 0: return None
+    if seconds < 4 * one or seconds <= 0:
+        return None
     afford = int(seconds / one) - 1
     return fit_component(split, name, 0 if afford >= MAX_EPOCHS[name] else afford, seed)
 
@@ -502,8 +877,14 @@ def fill_plan_defaults(
     plan: dict,  # with "lists" at least
 ) -> dict:  # also with "strangers", "stars", "newcomers" and "passes"
     "A plan with what follows from the rest of it: who says nothing of strangers shows them what is popular."
-    popular = {n: w for n, w in plan["ranking"].items() if RANKING_COMPONENTS[n].family == "popular"} or {"popularity": 1.}
-    return {"rating": {}, "epochs": {}, "cold_items": {}} | plan | {"cold_users": plan.get("cold_users") or popular}
+    popular = {
+        n: w for n, w in plan["ranking"].items() if RANKING_COMPONENTS[n].family == "popular"
+    } or {"popularity": 1.0}
+    return (
+        {"rating": {}, "epochs": {}, "cold_items": {}}
+        | plan
+        | {"cold_users": plan.get("cold_users") or popular}
+    )
 
 
 def select_components(
@@ -513,24 +894,59 @@ def select_components(
 ) -> tuple:  # the plan, and the parts as they were fitted for it
     "Choose parts, passes and weights on validation."
     begun, models = time.perf_counter(), {}
-    left = lambda: time_budget_min * 60 - (time.perf_counter() - begun)
-    wanted = sorted({MODEL_KEY[n] for n in COMPONENTS if is_applicable(split, n)}, key=lambda n: (n in MAX_EPOCHS, list(COMPONENTS).index(n)))
+
+    def left():
+        return time_budget_min * 60 - (time.perf_counter() - begun)
+
+    wanted = sorted(
+        {MODEL_KEY[n] for n in COMPONENTS if is_applicable(split, n)},
+        key=lambda n: (n in MAX_EPOCHS, list(COMPONENTS).index(n)),
+    )
     for k, name in enumerate(tqdm(wanted, desc="hybrid: trying parts", leave=False)):
-        model = fit_within_budget(split, name, left() / (len(wanted) - k if name in MAX_EPOCHS else 1), seed)
-        if model: models[name] = model
-    there = lambda of: {n: models[MODEL_KEY[n]] for n in of if MODEL_KEY[n] in models and is_applicable(split, n)}
+        model = fit_within_budget(
+            split, name, left() / (len(wanted) - k if name in MAX_EPOCHS else 1), seed
+        )
+        if model:
+            models[name] = model
+
+    def there(of):
+        return {
+            n: models[MODEL_KEY[n]]
+            for n in of
+            if MODEL_KEY[n] in models and is_applicable(split, n)
+        }
+
     lists, strangers, alone = fit_ranking_weights(there(RANKING_COMPONENTS), split)
-    lists, stars = lists or {n: 1. for n in there(RANKING_COMPONENTS) if n not in MAX_EPOCHS}, fit_rating_weights(there(RATING_COMPONENTS), split) or {n: 1. for n in there(RATING_COMPONENTS)}
-    newcomers = {COLD_ITEM_COMPONENT: 1.} if COLD_ITEM_COMPONENT in models else {}
-    passes = {n: max(1, best_epoch(models[n].name, models[n].loss_curve)) for n in MAX_EPOCHS if n in (*lists, *strangers, *stars, *newcomers)}
-    return fill_plan_defaults({"ranking": lists, "cold_users": strangers, "rating": stars, "cold_items": newcomers, "epochs": passes, "standalone": alone, "seconds": round(time.perf_counter() - begun, 1)}), models
+    lists, stars = (
+        lists or {n: 1.0 for n in there(RANKING_COMPONENTS) if n not in MAX_EPOCHS},
+        fit_rating_weights(there(RATING_COMPONENTS), split)
+        or {n: 1.0 for n in there(RATING_COMPONENTS)},
+    )
+    newcomers = {COLD_ITEM_COMPONENT: 1.0} if COLD_ITEM_COMPONENT in models else {}
+    passes = {
+        n: max(1, best_epoch(models[n].name, models[n].loss_curve))
+        for n in MAX_EPOCHS
+        if n in (*lists, *strangers, *stars, *newcomers)
+    }
+    return fill_plan_defaults(
+        {
+            "ranking": lists,
+            "cold_users": strangers,
+            "rating": stars,
+            "cold_items": newcomers,
+            "epochs": passes,
+            "standalone": alone,
+            "seconds": round(time.perf_counter() - begun, 1),
+        }
+    ), models
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e28
 @register("hybrid")
 @dataclass
 class EnsembleRecommender(Recommender):
     "A weighted sum of what popular, wide and deep parts make of a history; chosen on validation, within a budget."
-    time_budget_min: float = 15.  # that choosing and fitting may take, on two cores
+
+    time_budget_min: float = 15.0  # that choosing and fitting may take, on two cores
     plan: dict = field(default_factory=dict)  # what an earlier fit chose; empty: choose
     seed: int = 0
     uses_side_features = True
@@ -538,43 +954,100 @@ class EnsembleRecommender(Recommender):
 
     def _fit(self, split):
         on, tried = ensure_validation(split), {}
-        if self.plan: self.plan = fill_plan_defaults(self.plan)
-        else: self.plan, tried = select_components(on, self.time_budget_min * (.9 if on is split else .5), self.seed)       # what was carved is fitted once more
-        fit = lambda name: fit_component(split, name, self.plan["epochs"].get(name, 0), self.seed)
-        self.models = {n: tried[n] if on is split and n in tried else fit(n) for n in tqdm(self._component_names(), desc=f"hybrid (seed {self.seed})", leave=False)}
+        if self.plan:
+            self.plan = fill_plan_defaults(self.plan)
+        else:
+            self.plan, tried = select_components(
+                on, self.time_budget_min * (0.9 if on is split else 0.5), self.seed
+            )  # what was carved is fitted once more
 
-    def _component_names(self): return list(dict.fromkeys(MODEL_KEY[n] for of in ("ranking", "cold_users", "cold_items", "rating") for n in self.plan[of]))
+        def fit(name):
+            return fit_component(split, name, self.plan["epochs"].get(name, 0), self.seed)
+
+        self.models = {
+            n: tried[n] if on is split and n in tried else fit(n)
+            for n in tqdm(self._component_names(), desc=f"hybrid (seed {self.seed})", leave=False)
+        }
+
+    def _component_names(self):
+        return list(
+            dict.fromkeys(
+                MODEL_KEY[n]
+                for of in ("ranking", "cold_users", "cold_items", "rating")
+                for n in self.plan[of]
+            )
+        )
 
     def _predict(self, users, items, history):
-        each = [w * self.models[n]._predict(users, items, history).clamp(*self.rating_range) for n, w in self.plan["rating"].items()]
+        each = [
+            w * self.models[n]._predict(users, items, history).clamp(*self.rating_range)
+            for n, w in self.plan["rating"].items()
+        ]
         return sum(each) / sum(self.plan["rating"].values())
 
-    def _state(self): return {f"{name}/{k}": v for name, model in self.models.items() for k, v in model._state().items()}
+    def _state(self):
+        return {
+            f"{name}/{k}": v
+            for name, model in self.models.items()
+            for k, v in model._state().items()
+        }
 
     def _restore(self, state):
         self.models = {}
         for name in self._component_names():
-            self.models[name] = model = make_recommender(COMPONENTS[name].recommender, **COMPONENTS[name].settings)
-            for about in ("user_ids", "item_ids", "more_users", "more_items", "log", "rating"): setattr(model, about, getattr(self, about))
-            model._restore({k[len(name) + 1:]: v for k, v in state.items() if k.startswith(f"{name}/")})
+            self.models[name] = model = make_recommender(
+                COMPONENTS[name].recommender, **COMPONENTS[name].settings
+            )
+            for about in ("user_ids", "item_ids", "more_users", "more_items", "log", "rating"):
+                setattr(model, about, getattr(self, about))
+            model._restore(
+                {k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(f"{name}/")}
+            )
 
 # %% ../nbs/11_hybrid.ipynb #cdc19a51
-def _scores(self, users, history, items, floats=2 ** 20):
-    some = torch.arange(len(users)).split(max(1, floats // (self.n_items + 1)))       # so many people at a time that their scores stay in the cache
-    return torch.cat([self._score_block(users[b], history.select(b), items) for b in some]) if len(some) > 1 else self._score_block(users, history, items)
+def _scores(self, users, history, items, floats=2**20):
+    some = torch.arange(len(users)).split(
+        max(1, floats // (self.n_items + 1))
+    )  # so many people at a time that their scores stay in the cache
+    return (
+        torch.cat([self._score_block(users[b], history.select(b), items) for b in some])
+        if len(some) > 1
+        else self._score_block(users, history, items)
+    )
 
 
 def _scores_of(self, users, history, items):
-    lists, strangers, known = self.plan["ranking"], self.plan["cold_users"], history_confidence(history, self.n_items) > 0
-    total = torch.zeros(len(users), self.n_items + 1)                     # the last column: an item that nothing is known of
+    lists, strangers, known = (
+        self.plan["ranking"],
+        self.plan["cold_users"],
+        history_confidence(history, self.n_items) > 0,
+    )
+    total = torch.zeros(
+        len(users), self.n_items + 1
+    )  # the last column: an item that nothing is known of
     new = (items >= self.n_items) & (items < len(self.all_items))
-    both = torch.cat([torch.arange(self.n_items), items[new]])            # a new item's share is one of the attention beside all that is known
-    said = {name: self.models[name]._scores(users, history, both) for name in self.plan["cold_items"]} if new.any() else {}
+    both = torch.cat(
+        [torch.arange(self.n_items), items[new]]
+    )  # a new item's share is one of the attention beside all that is known
+    said = (
+        {name: self.models[name]._scores(users, history, both) for name in self.plan["cold_items"]}
+        if new.any()
+        else {}
+    )
     for name in dict.fromkeys([*lists, *strangers]):
-        weight = torch.where(known, lists.get(name, 0.), strangers.get(name, 0.))
-        total[:, :-1].addcmul_(normalize_scores(said[name][:, :self.n_items], softmax=True) if name in said else component_probs(name, self.models[MODEL_KEY[name]], users, history), weight)
+        weight = torch.where(known, lists.get(name, 0.0), strangers.get(name, 0.0))
+        total[:, :-1].addcmul_(
+            normalize_scores(said[name][:, : self.n_items], softmax=True)
+            if name in said
+            else component_probs(name, self.models[MODEL_KEY[name]], users, history),
+            weight,
+        )
     scores = select_columns(total, items.clamp(max=self.n_items))
-    for name, logits in said.items(): scores[:, new] += self.plan["cold_items"][name] * normalize_scores(logits, softmax=True)[:, self.n_items:]
+    for name, logits in said.items():
+        scores[:, new] += (
+            self.plan["cold_items"][name]
+            * normalize_scores(logits, softmax=True)[:, self.n_items :]
+        )
     return scores
 
 
@@ -589,49 +1062,111 @@ def load_or_make_plan(
 ) -> dict:  # cut, plan, and the seconds that choosing took
     "What the hybrid is made of on a window: as it was written down for this very data, else chosen now."
     file, about = f"hybrid-plan-{fold}.json", run.manifest
-    of = {k: about.get(k) for k in ("dataset", "data", "protocol", "seed")} | {"content_fingerprint": about["steps"]["build_item_vectors"]["mark"], "time_budget_min": time_budget_min}
-    try: kept = run.read(file)
-    except UserError: kept = {}
+    of = {k: about.get(k) for k in ("dataset", "data", "protocol", "seed")} | {
+        "content_fingerprint": about["steps"]["build_item_vectors"]["mark"],
+        "time_budget_min": time_budget_min,
+    }
+    try:
+        kept = run.read(file)
+    except UserError:
+        kept = {}
     if kept.get("of") != of:
         started = time.perf_counter()
-        model = make_recommender("hybrid", time_budget_min=time_budget_min, seed=run.seed).fit(split)
-        run.write(file, {"of": of, "plan": model.plan, "seconds": round(time.perf_counter() - started, 2)})
-        kept = run.read(file)                                  # what a later run will go by
+        model = make_recommender("hybrid", time_budget_min=time_budget_min, seed=run.seed).fit(
+            split
+        )
+        run.write(
+            file, {"of": of, "plan": model.plan, "seconds": round(time.perf_counter() - started, 2)}
+        )
+        kept = run.read(file)  # what a later run will go by
     return {"cut": fold, "plan": kept["plan"], "seconds": kept["seconds"]}
 
 
 @step(build_item_vectors)
 def build_hybrid(
     run: Run,  # gets hybrid-plan-CUT.json and hybrid.json
-    time_budget_min: float = 15.,  # that choosing and fitting may take on each window
+    time_budget_min: float = 15.0,  # that choosing and fitting may take on each window
 ):
     "Choose the hybrid's parts on the validation part of every window."
-    if time_budget_min < 0: raise UserError(f"minutes is at least 0, not {time_budget_min}")
-    run.write("hybrid.json", {"plans": [load_or_make_plan(run, cut, split, time_budget_min) for cut, split in enumerate(add_side_features(run))]})
+    if time_budget_min < 0:
+        raise UserError(f"minutes is at least 0, not {time_budget_min}")
+    run.write(
+        "hybrid.json",
+        {
+            "plans": [
+                load_or_make_plan(run, cut, split, time_budget_min)
+                for cut, split in enumerate(add_side_features(run))
+            ]
+        },
+    )
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e61
 def mean_plan(
     plans: list,  # one a window
 ) -> pl.DataFrame:  # question ("lists", "strangers" or "stars"), part, half, weight; the weights of a question sum to one
     "What the hybrid is made of, the mean over windows; networks are one part."
-    rows = [(question, component_group(name), COMPONENTS[name].family, weight / sum(plan[question].values()) / len(plans))
-            for plan in plans for question in ("ranking", "cold_users", "rating") for name, weight in plan[question].items()]
-    found = pl.DataFrame(rows, schema={"task": pl.String, "part": pl.String, "family": pl.String, "weight": pl.Float64}, orient="row")
-    return found.group_by("task", "part", "family", maintain_order=True).sum().sort("task", "weight", descending=[False, True], maintain_order=True)
+    rows = [
+        (
+            question,
+            component_group(name),
+            COMPONENTS[name].family,
+            weight / sum(plan[question].values()) / len(plans),
+        )
+        for plan in plans
+        for question in ("ranking", "cold_users", "rating")
+        for name, weight in plan[question].items()
+    ]
+    found = pl.DataFrame(
+        rows,
+        schema={"task": pl.String, "part": pl.String, "family": pl.String, "weight": pl.Float64},
+        orient="row",
+    )
+    return (
+        found.group_by("task", "part", "family", maintain_order=True)
+        .sum()
+        .sort("task", "weight", descending=[False, True], maintain_order=True)
+    )
 
 
 def plot_plan(
     rows: pl.DataFrame,  # from `mean_plan`
 ) -> plt.Figure:
     "A bar for each part, popular grey, wide orange, deep violet; a panel for lists, one for those of strangers, and one for stars where there are any."
-    titles = {"ranking": "lists for those we know", "cold_users": "lists for strangers", "rating": "rating"}
-    panels, colour = [rows.filter(question=q) for q in titles if q in rows["task"]], {"popular": COLORS["baseline"], "wide": COLORS["wide"], "deep": COLORS["deep"]}
+    titles = {
+        "ranking": "lists for those we know",
+        "cold_users": "lists for strangers",
+        "rating": "rating",
+    }
+    panels, colour = (
+        [rows.filter(question=q) for q in titles if q in rows["task"]],
+        {"popular": COLORS["baseline"], "wide": COLORS["wide"], "deep": COLORS["deep"]},
+    )
     heights = [len(p) + 1.5 for p in panels]
-    fig, axes = plt.subplots(len(panels), 1, figsize=(5.2, .5 + .27 * sum(heights)), height_ratios=heights, squeeze=False)
+    fig, axes = plt.subplots(
+        len(panels),
+        1,
+        figsize=(5.2, 0.5 + 0.27 * sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+    )
     for ax, panel in zip(axes[:, 0], panels):
-        ax.barh(range(len(panel)), panel["weight"], color=[colour[h] for h in panel["family"]], height=.7)
-        for y, weight in enumerate(panel["weight"]): ax.annotate(f"{weight:.0%}", (weight, y), (4, 0), textcoords="offset points", va="center")
-        ax.set(yticks=range(len(panel)), yticklabels=panel["part"], ylim=(len(panel) - .4, -.6), xlim=(0, rows["weight"].max() * 1.15), xticks=[])
+        ax.barh(
+            range(len(panel)),
+            panel["weight"],
+            color=[colour[h] for h in panel["family"]],
+            height=0.7,
+        )
+        for y, weight in enumerate(panel["weight"]):
+            ax.annotate(
+                f"{weight:.0%}", (weight, y), (4, 0), textcoords="offset points", va="center"
+            )
+        ax.set(
+            yticks=range(len(panel)),
+            yticklabels=panel["part"],
+            ylim=(len(panel) - 0.4, -0.6),
+            xlim=(0, rows["weight"].max() * 1.15),
+            xticks=[],
+        )
         ax.set_title(titles[panel["task"][0]], fontsize=10.5)
         ax.tick_params(axis="y", length=0)
         ax.spines["bottom"].set_visible(False)
@@ -643,30 +1178,64 @@ def describe_plan(
 ) -> str:  # a sentence
     "How popular, wide and deep share the lists of those we know."
     lists = rows.filter(question="ranking")
-    halves = lists.group_by("family", maintain_order=True).agg(pl.col("weight").sum()).sort("weight", descending=True)
+    halves = (
+        lists.group_by("family", maintain_order=True)
+        .agg(pl.col("weight").sum())
+        .sort("weight", descending=True)
+    )
     said = [f"{weight:.0%} {half}" for half, weight in halves.rows()]
     return f"The lists for those we know are {', '.join(said[:-1]) + ' and ' + said[-1] if len(said) > 1 else said[0]}; the largest part is {lists['part'][0]}, with {lists['weight'][0]:.0%}."
 
 # %% ../nbs/11_hybrid.ipynb #b0ca5e74
 def standalone_scores(
     plans: list,  # one a window
-) -> pl.DataFrame:  # name, half, value: NDCG@20 on validation, mean over windows; best first; "hybrid" is the sum
+) -> (
+    pl.DataFrame
+):  # name, half, value: NDCG@20 on validation, mean over windows; best first; "hybrid" is the sum
     "What each part reaches by itself."
-    rows = [(name, COMPONENTS[name].family if name in COMPONENTS else "hybrid", value) for plan in plans for name, value in plan["standalone"].items()]
-    found = pl.DataFrame(rows, schema={"name": pl.String, "family": pl.String, "value": pl.Float64}, orient="row")
-    return found.group_by("name", "family", maintain_order=True).mean().sort("value", descending=True, maintain_order=True)
+    rows = [
+        (name, COMPONENTS[name].family if name in COMPONENTS else "hybrid", value)
+        for plan in plans
+        for name, value in plan["standalone"].items()
+    ]
+    found = pl.DataFrame(
+        rows, schema={"name": pl.String, "family": pl.String, "value": pl.Float64}, orient="row"
+    )
+    return (
+        found.group_by("name", "family", maintain_order=True)
+        .mean()
+        .sort("value", descending=True, maintain_order=True)
+    )
 
 
 def plot_standalone_scores(
     rows: pl.DataFrame,  # from `standalone_scores`
 ) -> plt.Figure:
     "A dot for each part and for the sum."
-    colour = {"popular": COLORS["baseline"], "wide": COLORS["wide"], "deep": COLORS["deep"], "hybrid": COLORS["hybrid"]}
-    fig, ax = plt.subplots(figsize=(5.2, .7 + .27 * len(rows)))
+    colour = {
+        "popular": COLORS["baseline"],
+        "wide": COLORS["wide"],
+        "deep": COLORS["deep"],
+        "hybrid": COLORS["hybrid"],
+    }
+    fig, ax = plt.subplots(figsize=(5.2, 0.7 + 0.27 * len(rows)))
     for y, (name, half, value) in enumerate(rows.rows()):
-        ax.plot([0, value], [y, y], color=colour[half], lw=1, alpha=.5)
+        ax.plot([0, value], [y, y], color=colour[half], lw=1, alpha=0.5)
         ax.plot(value, y, "o", color=colour[half], ms=6)
-        ax.annotate(f"{value:.3f}", (value, y), (6, 0), textcoords="offset points", va="center", color=COLORS["ink"])
-    ax.set(yticks=range(len(rows)), yticklabels=rows["name"], ylim=(len(rows) - .4, -.6), xlim=(0, rows["value"].max() * 1.15 or 1), xlabel="NDCG@20 on validation")
+        ax.annotate(
+            f"{value:.3f}",
+            (value, y),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            color=COLORS["ink"],
+        )
+    ax.set(
+        yticks=range(len(rows)),
+        yticklabels=rows["name"],
+        ylim=(len(rows) - 0.4, -0.6),
+        xlim=(0, rows["value"].max() * 1.15 or 1),
+        xlabel="NDCG@20 on validation",
+    )
     ax.tick_params(axis="y", length=0)
     return fig

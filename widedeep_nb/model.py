@@ -19,7 +19,12 @@ from .core import *
 from .preprocessing import *
 
 # %% ../nbs/04_model.ipynb #01ad6c59
-CROSS_FEATURES = ("user x category", "category x activity", "category x popularity", "activity x popularity")
+CROSS_FEATURES = (
+    "user x category",
+    "category x activity",
+    "category x popularity",
+    "activity x popularity",
+)
 N_BUCKETS = 8  # see `log2_bucket`
 
 
@@ -45,71 +50,167 @@ def zero_linear(
 class WideBranch(nn.Module):
     "A sum of weights: of user, item, features and cross-products (Cheng et al., 2016)."
 
-    def __init__(self, n_users: int, n_items: int, n_categories: int, features: tuple = (), n_hash_buckets: int = 2 ** 20):
+    def __init__(
+        self,
+        n_users: int,
+        n_items: int,
+        n_categories: int,
+        features: tuple = (),
+        n_hash_buckets: int = 2**20,
+    ):
         super().__init__()
         self.user, self.item = zero_embedding(n_users + 1), zero_embedding(n_items + 1)
         self.n_categories = n_categories
-        self.cross = nn.ModuleList(zero_embedding(min(n, n_hash_buckets)) for n in ((n_users + 1) * n_categories, n_categories * N_BUCKETS, n_categories * N_BUCKETS, N_BUCKETS * N_BUCKETS))
-        self.x_user, self.x_item, self.x_cross = [nn.Parameter(torch.zeros(len(f))) for f in feature_names(features)]
-        with torch.no_grad(): self.x_user[0] = self.x_item[0] = 1.
+        self.cross = nn.ModuleList(
+            zero_embedding(min(n, n_hash_buckets))
+            for n in (
+                (n_users + 1) * n_categories,
+                n_categories * N_BUCKETS,
+                n_categories * N_BUCKETS,
+                N_BUCKETS * N_BUCKETS,
+            )
+        )
+        self.x_user, self.x_item, self.x_cross = [
+            nn.Parameter(torch.zeros(len(f))) for f in feature_names(features)
+        ]
+        with torch.no_grad():
+            self.x_user[0] = self.x_item[0] = 1.0
 
     def cross_indices(self, x: Batch) -> list:
         "Which place of each cross-product table holds for each pair."
-        places = [x.user * self.n_categories + x.category, x.category * N_BUCKETS + x.activity, x.category * N_BUCKETS + x.popularity, x.activity * N_BUCKETS + x.popularity]
+        places = [
+            x.user * self.n_categories + x.category,
+            x.category * N_BUCKETS + x.activity,
+            x.category * N_BUCKETS + x.popularity,
+            x.activity * N_BUCKETS + x.popularity,
+        ]
         return [p % t.num_embeddings for p, t in zip(places, self.cross)]
 
     def contributions(self, x: Batch) -> dict:
         "The summands, by name."
-        crosses = sum(table(place)[..., 0] for table, place in zip(self.cross, self.cross_indices(x)))
-        return {"user": self.user(x.user)[..., 0] + x.x_user @ self.x_user, "item": self.item(x.item)[..., 0] + x.x_item @ self.x_item,
-                "cross-products": crosses + x.x_cross @ self.x_cross}
+        crosses = sum(
+            table(place)[..., 0] for table, place in zip(self.cross, self.cross_indices(x))
+        )
+        return {
+            "user": self.user(x.user)[..., 0] + x.x_user @ self.x_user,
+            "item": self.item(x.item)[..., 0] + x.x_item @ self.x_item,
+            "cross-products": crosses + x.x_cross @ self.x_cross,
+        }
 
-    def forward(self, x: Batch) -> torch.Tensor: return sum(self.contributions(x).values())
+    def forward(self, x: Batch) -> torch.Tensor:
+        return sum(self.contributions(x).values())
 
 # %% ../nbs/04_model.ipynb #ed53c9d9
 class DeepBranch(nn.Module):
     "Embeddings and features through a ReLU network (Cheng et al., 2016; Covington et al., 2016)."
 
-    def __init__(self, n_users: int, n_items: int, n_categories: int, embedding: int = 4, hidden: tuple = (32, 16), dropout: float = .2, features: tuple = ()):
+    def __init__(
+        self,
+        n_users: int,
+        n_items: int,
+        n_categories: int,
+        embedding: int = 4,
+        hidden: tuple = (32, 16),
+        dropout: float = 0.2,
+        features: tuple = (),
+    ):
         super().__init__()
-        self.user, self.item, self.category = nn.Embedding(n_users + 1, embedding), nn.Embedding(n_items + 1, embedding), nn.Embedding(n_categories, 4)
-        for table in (self.user, self.item, self.category): nn.init.normal_(table.weight, std=.01)
+        self.user, self.item, self.category = (
+            nn.Embedding(n_users + 1, embedding),
+            nn.Embedding(n_items + 1, embedding),
+            nn.Embedding(n_categories, 4),
+        )
+        for table in (self.user, self.item, self.category):
+            nn.init.normal_(table.weight, std=0.01)
         sizes = [len(f) for f in feature_names(features)]
         for side, n in zip(("user", "item", "cross"), sizes):
-            self.register_buffer(f"{side}_mean", torch.zeros(n)), self.register_buffer(f"{side}_scale", torch.ones(n))
+            (
+                self.register_buffer(f"{side}_mean", torch.zeros(n)),
+                self.register_buffer(f"{side}_scale", torch.ones(n)),
+            )
         self.user_layer = nn.Linear(sizes[0] + embedding, hidden[0])
         self.item_layer = nn.Linear(sizes[1] + embedding + 4, hidden[0], bias=False)
         self.cross_layer = nn.Linear(sizes[2], hidden[0], bias=False)
-        layers = [m for a, b in zip(hidden, hidden[1:]) for m in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout))]
+        layers = [
+            m
+            for a, b in zip(hidden, hidden[1:])
+            for m in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout))
+        ]
         self.rest = nn.Sequential(nn.ReLU(), nn.Dropout(dropout), *layers, zero_linear(hidden[-1]))
 
     def standardize(self, x: Batch):
         "Take mean and scale of the features from training inputs."
         for side in ("user", "item", "cross"):
             scale, mean = torch.std_mean(getattr(x, f"x_{side}").flatten(0, -2), 0)
-            getattr(self, f"{side}_mean").copy_(mean), getattr(self, f"{side}_scale").copy_(scale.nan_to_num(0).clamp(min=1e-6))
+            (
+                getattr(self, f"{side}_mean").copy_(mean),
+                getattr(self, f"{side}_scale").copy_(scale.nan_to_num(0).clamp(min=1e-6)),
+            )
 
     def forward(self, x: Batch) -> torch.Tensor:
-        u, i, c = [((getattr(x, f"x_{s}") - getattr(self, f"{s}_mean")) / getattr(self, f"{s}_scale")).clamp(-4, 4) for s in ("user", "item", "cross")]
-        hidden = self.user_layer(torch.cat([u, self.user(x.user)], -1)) + self.item_layer(torch.cat([i, self.item(x.item), self.category(x.category)], -1)) + self.cross_layer(c)
+        u, i, c = [
+            (
+                (getattr(x, f"x_{s}") - getattr(self, f"{s}_mean")) / getattr(self, f"{s}_scale")
+            ).clamp(-4, 4)
+            for s in ("user", "item", "cross")
+        ]
+        hidden = (
+            self.user_layer(torch.cat([u, self.user(x.user)], -1))
+            + self.item_layer(torch.cat([i, self.item(x.item), self.category(x.category)], -1))
+            + self.cross_layer(c)
+        )
         return self.rest(hidden)[..., 0]
 
 # %% ../nbs/04_model.ipynb #4ca4b3d4
 class WideDeepNet(nn.Module):
     "Mean plus wide plus deep, linear or through a scaled sigmoid (Cheng et al., 2016)."
 
-    def __init__(self, n_users: int, n_items: int, n_categories: int, branches: str = "both", embedding: int = 4, hidden: tuple = (32, 16),
-                 dropout: float = .2, id_dropout: float = .5, output: str = "linear", rating_range: tuple = (1., 5.), features: tuple = ()):
+    def __init__(
+        self,
+        n_users: int,
+        n_items: int,
+        n_categories: int,
+        branches: str = "both",
+        embedding: int = 4,
+        hidden: tuple = (32, 16),
+        dropout: float = 0.2,
+        id_dropout: float = 0.5,
+        output: str = "linear",
+        rating_range: tuple = (1.0, 5.0),
+        features: tuple = (),
+    ):
         super().__init__()
-        check_choice(branches, ("both", "wide", "deep"), "branches"), check_choice(output, ("linear", "sigmoid"), "output")
-        self.wide = WideBranch(n_users, n_items, n_categories, features) if branches != "deep" else None
-        self.deep = DeepBranch(n_users, n_items, n_categories, embedding, hidden, dropout, features) if branches != "wide" else None
-        self.n_users, self.n_items, self.id_dropout, self.output, self.rating_range = n_users, n_items, id_dropout, output, rating_range
+        (
+            check_choice(branches, ("both", "wide", "deep"), "branches"),
+            check_choice(output, ("linear", "sigmoid"), "output"),
+        )
+        self.wide = (
+            WideBranch(n_users, n_items, n_categories, features) if branches != "deep" else None
+        )
+        self.deep = (
+            DeepBranch(n_users, n_items, n_categories, embedding, hidden, dropout, features)
+            if branches != "wide"
+            else None
+        )
+        self.n_users, self.n_items, self.id_dropout, self.output, self.rating_range = (
+            n_users,
+            n_items,
+            id_dropout,
+            output,
+            rating_range,
+        )
 
     def _mask_ids(self, x: Batch) -> Batch:
         "Replace some ids by the stranger's."
-        mask = lambda code, stranger: torch.where(torch.rand(code.shape, device=code.device) < self.id_dropout, stranger, code)
-        return replace(x, user_rows=mask(x.user, self.n_users), item_codes=mask(x.item, self.n_items))
+
+        def mask(code, stranger):
+            return torch.where(
+                torch.rand(code.shape, device=code.device) < self.id_dropout, stranger, code
+            )
+
+        return replace(
+            x, user_rows=mask(x.user, self.n_users), item_codes=mask(x.item, self.n_items)
+        )
 
     def contributions(self, x: Batch) -> dict:
         "What the prediction is the sum of, by name."
@@ -117,21 +218,42 @@ class WideDeepNet(nn.Module):
         return {"mean": x.mean} | wide | ({"deep": self.deep(x)} if self.deep else {})
 
     def forward(self, x: Batch) -> torch.Tensor:
-        if self.training and self.id_dropout: x = self._mask_ids(x)
+        if self.training and self.id_dropout:
+            x = self._mask_ids(x)
         z = sum(v for k, v in self.contributions(x).items() if k != "mean")
-        if self.output == "linear": return x.mean + z
+        if self.output == "linear":
+            return x.mean + z
         low, high = self.rating_range
-        share = ((x.mean - low) / (high - low)).clamp(.02, .98)
-        return low + (high - low) * torch.sigmoid(torch.logit(share) + z / ((high - low) * share * (1 - share)))
+        share = ((x.mean - low) / (high - low)).clamp(0.02, 0.98)
+        return low + (high - low) * torch.sigmoid(
+            torch.logit(share) + z / ((high - low) * share * (1 - share))
+        )
 
 # %% ../nbs/04_model.ipynb #8f00d20a
 def parameter_counts(
     net: nn.Module,  # a WideAndDeep
 ) -> pl.DataFrame:  # half, part, weights
     "How many weights each part of the model has."
-    part = lambda half, name: "tables of ids" if name in ("user", "item", "category") else "cross-products" if name == "cross" else "weights of features" if half == "wide" else "network"
-    rows = [(n.split(".")[0], part(*n.split(".")[:2]), p.numel()) for n, p in net.named_parameters()]
-    return pl.DataFrame(rows, schema=["half", "part", "weights"], orient="row").group_by("half", "part", maintain_order=True).sum()
+
+    def part(half, name):
+        return (
+            "tables of ids"
+            if name in ("user", "item", "category")
+            else "cross-products"
+            if name == "cross"
+            else "weights of features"
+            if half == "wide"
+            else "network"
+        )
+
+    rows = [
+        (n.split(".")[0], part(*n.split(".")[:2]), p.numel()) for n, p in net.named_parameters()
+    ]
+    return (
+        pl.DataFrame(rows, schema=["half", "part", "weights"], orient="row")
+        .group_by("half", "part", maintain_order=True)
+        .sum()
+    )
 
 # %% ../nbs/04_model.ipynb #030a9cbf
 def plot_architecture(
@@ -140,20 +262,52 @@ def plot_architecture(
     "The model as boxes and arrows, with the number of weights in each."
     size = {(h, p): f"{n:,} weights" for h, p, n in counts.rows()}
     fig, ax = plt.subplots(figsize=(5.2, 3.4))
-    ax.set(xlim=(0, 10), ylim=(0, 8)); ax.axis("off")
+    ax.set(xlim=(0, 10), ylim=(0, 8))
+    ax.axis("off")
+
     def box(x, y, w, name, below, colour):
-        ax.add_patch(FancyBboxPatch((x, y), w, 1.2, boxstyle="round,pad=.08", facecolor=colour, alpha=.16, edgecolor=colour))
-        ax.text(x + w / 2, y + .78, name, ha="center", va="center", fontsize=10, weight="bold")
-        ax.text(x + w / 2, y + .3, below, ha="center", va="center", fontsize=8.75)
+        ax.add_patch(
+            FancyBboxPatch(
+                (x, y),
+                w,
+                1.2,
+                boxstyle="round,pad=.08",
+                facecolor=colour,
+                alpha=0.16,
+                edgecolor=colour,
+            )
+        )
+        ax.text(x + w / 2, y + 0.78, name, ha="center", va="center", fontsize=10, weight="bold")
+        ax.text(x + w / 2, y + 0.3, below, ha="center", va="center", fontsize=8.75)
         return x + w / 2
-    def arrow(a, b, colour): ax.add_patch(FancyArrowPatch(a, b, arrowstyle="-|>", mutation_scale=8, lw=1.2, color=colour, shrinkA=2, shrinkB=4))
+
+    def arrow(a, b, colour):
+        ax.add_patch(
+            FancyArrowPatch(
+                a, b, arrowstyle="-|>", mutation_scale=8, lw=1.2, color=colour, shrinkA=2, shrinkB=4
+            )
+        )
+
     w, d, q = COLORS["wide"], COLORS["deep"], COLORS["baseline"]
-    inputs = [box(.1, .2, 2.9, "features", "user, item, category", q), box(3.5, .2, 2.9, "ids", "some hidden", q), box(6.9, .2, 2.9, "cross features", "user × category, …", q)]
+    inputs = [
+        box(0.1, 0.2, 2.9, "features", "user, item, category", q),
+        box(3.5, 0.2, 2.9, "ids", "some hidden", q),
+        box(6.9, 0.2, 2.9, "cross features", "user × category, …", q),
+    ]
     wide = box(5.3, 3.1, 4.5, "wide: a sum of weights", size[("wide", "cross-products")], w)
-    deep = [box(2.3, 2.5, 2.5, "embeddings", size[("deep", "tables of ids")], d), box(.2, 4.6, 4.6, "ReLU network", size[("deep", "network")], d)]
-    arrow((inputs[1], 1.5), (deep[0], 2.4), d), arrow((inputs[0] - .4, 1.5), (inputs[0] - .4, 4.5), d)
-    for x in inputs: arrow((x, 1.5), (wide, 3.), w)
+    deep = [
+        box(2.3, 2.5, 2.5, "embeddings", size[("deep", "tables of ids")], d),
+        box(0.2, 4.6, 4.6, "ReLU network", size[("deep", "network")], d),
+    ]
+    (
+        arrow((inputs[1], 1.5), (deep[0], 2.4), d),
+        arrow((inputs[0] - 0.4, 1.5), (inputs[0] - 0.4, 4.5), d),
+    )
+    for x in inputs:
+        arrow((x, 1.5), (wide, 3.0), w)
     arrow((deep[0], 3.8), (deep[0], 4.5), d)
-    total = box(3., 6.6, 4., "mean + wide + deep", "stars, or through a sigmoid", COLORS["hybrid"])
-    arrow((deep[1], 5.9), (total - .6, 6.5), d), arrow((wide, 4.4), (total + .6, 6.5), w)
+    total = box(
+        3.0, 6.6, 4.0, "mean + wide + deep", "stars, or through a sigmoid", COLORS["hybrid"]
+    )
+    arrow((deep[1], 5.9), (total - 0.6, 6.5), d), arrow((wide, 4.4), (total + 0.6, 6.5), w)
     return fig

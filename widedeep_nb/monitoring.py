@@ -49,24 +49,83 @@ from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
 from .baselines import ALS, compare_baselines
-from .content import TwoTower, add_side_features, add_catalog
-from .core import COLORS, History, UserError, Recommender, Run, Split, to_index, fig_to_svg, encode_ids, min_count_filter, concat_by_time, to_interactions, load_recommender, hash_order, make_recommender, mask_seen, check_choice, nbsp_percent, step, top_k, set_theme, atomic_write
-from .data import synthetic_extra, load
-from .evaluation import EvalTask, bootstrap, eval_candidates, hit_matrix, ndcg, eval_ratings, aggregate, format_ci
-from .experiment import SRM_ALPHA, plot_confidence_sequence, describe_experiment, arms_table
+from .content import TwoTower, add_catalog, add_side_features
+from widedeep_nb.core import (
+    COLORS,
+    History,
+    Recommender,
+    Run,
+    Split,
+    UserError,
+    atomic_write,
+    check_choice,
+    concat_by_time,
+    encode_ids,
+    fig_to_svg,
+    hash_order,
+    load_recommender,
+    make_recommender,
+    mask_seen,
+    min_count_filter,
+    nbsp_percent,
+    set_theme,
+    step,
+    to_index,
+    to_interactions,
+    top_k,
+)
+from .data import load, synthetic_extra
+from widedeep_nb.evaluation import (
+    EvalTask,
+    aggregate,
+    bootstrap,
+    eval_candidates,
+    eval_ratings,
+    format_ci,
+    hit_matrix,
+    ndcg,
+)
+from widedeep_nb.experiment import (
+    SRM_ALPHA,
+    arms_table,
+    describe_experiment,
+    plot_confidence_sequence,
+)
 from .hybrid import EnsembleRecommender, FeatureRegressor, build_hybrid
-from .preprocessing import category_codes, sort_by_time, drop_undated, relax_filter_if_sparse, training_events, build_feature_state
+from widedeep_nb.preprocessing import (
+    build_feature_state,
+    category_codes,
+    drop_undated,
+    relax_filter_if_sparse,
+    sort_by_time,
+    training_events,
+)
 from .sequence import SEQUENCE_MODELS
-from .serving import POSITIVE_EVENTS, DEFAULT_MODELS, VerifiedRun
+from .serving import DEFAULT_MODELS, POSITIVE_EVENTS, VerifiedRun
 
 # %% ../nbs/21_monitoring.ipynb #21a10015
-PERIOD_UNITS = {"1h": ("hour", 168, 24), "1d": ("day", 28, 7), "1w": ("week", 26, 0), "1mo": ("month", 12, 12), "1q": ("quarter", 4, 4), "1y": ("year", 2, 0)}  # name; periods of training that others are compared with; periods after which a season comes back
+PERIOD_UNITS = {
+    "1h": ("hour", 168, 24),
+    "1d": ("day", 28, 7),
+    "1w": ("week", 26, 0),
+    "1mo": ("month", 12, 12),
+    "1q": ("quarter", 4, 4),
+    "1y": ("year", 2, 0),
+}  # name; periods of training that others are compared with; periods after which a season comes back
 MIN_PERIODS, MAX_PERIODS = 40, 800  # periods that a unit must leave, and may, as long as any does
-DAYS_PER_UNIT = {"hour": 1 / 24, "day": 1, "week": 7, "month": 30.44, "quarter": 91.3, "year": 365.25}
+DAYS_PER_UNIT = {
+    "hour": 1 / 24,
+    "day": 1,
+    "week": 7,
+    "month": 30.44,
+    "quarter": 91.3,
+    "year": 365.25,
+}
 
 # %% ../nbs/21_monitoring.ipynb #21a1cb65
 class PeriodGrid(NamedTuple):
     "Periods of a log."
+
     unit: str  # one of UNITS
     period_starts: pl.Series  # when each one begins
 
@@ -85,14 +144,31 @@ def make_period_grid(
     unit: str = "",  # one of UNITS; empty: choose
 ) -> PeriodGrid:
     "Cut time into periods."
-    if len(times) == 0 or times.min() == times.max(): raise UserError("this log has no time, or only one moment: without time nothing can be seen to change")
+    if len(times) == 0 or times.min() == times.max():
+        raise UserError(
+            "this log has no time, or only one moment: without time nothing can be seen to change"
+        )
     days = (times.max() - times.min()).total_seconds() / 86400
-    counts = {u: times.dt.truncate(u).alias("at").value_counts().sort("at")["count"] for u in PERIOD_UNITS if u == "1y" or days / DAYS_PER_UNIT[PERIOD_UNITS[u][0]] <= MAX_PERIODS}
-    many = [u for u in counts if len(counts[u]) >= MIN_PERIODS] or [max(counts, key=lambda u: len(counts[u]))]
-    unit = unit or next((u for u in many if counts[u].tail(MIN_PERIODS).quantile(.25) >= min_rows), many[-1])
-    starts = pl.datetime_range(times.dt.truncate(unit).min(), times.dt.truncate(unit).max(), unit, eager=True, time_unit="ms")
+    counts = {
+        u: times.dt.truncate(u).alias("at").value_counts().sort("at")["count"]
+        for u in PERIOD_UNITS
+        if u == "1y" or days / DAYS_PER_UNIT[PERIOD_UNITS[u][0]] <= MAX_PERIODS
+    }
+    many = [u for u in counts if len(counts[u]) >= MIN_PERIODS] or [
+        max(counts, key=lambda u: len(counts[u]))
+    ]
+    unit = unit or next(
+        (u for u in many if counts[u].tail(MIN_PERIODS).quantile(0.25) >= min_rows), many[-1]
+    )
+    starts = pl.datetime_range(
+        times.dt.truncate(unit).min(),
+        times.dt.truncate(unit).max(),
+        unit,
+        eager=True,
+        time_unit="ms",
+    )
     ends = starts[-1:].dt.offset_by(unit)[0]
-    whole = times.max() >= starts[-1] + .9 * (ends - starts[-1])
+    whole = times.max() >= starts[-1] + 0.9 * (ends - starts[-1])
     return PeriodGrid(unit, starts if whole or len(starts) < 2 else starts[:-1])
 
 # %% ../nbs/21_monitoring.ipynb #21a12a72
@@ -104,7 +180,11 @@ def count_matrix(
 ) -> np.ndarray:  # float [n, k]
     "How many rows of each kind each period has."
     n_codes = n_codes or int(code.max(initial=0)) + 1
-    return np.bincount(period * n_codes + code, minlength=n_periods * n_codes).reshape(n_periods, n_codes).astype(float)
+    return (
+        np.bincount(period * n_codes + code, minlength=n_periods * n_codes)
+        .reshape(n_periods, n_codes)
+        .astype(float)
+    )
 
 
 def top_categories(
@@ -112,12 +192,25 @@ def top_categories(
     max_categories: int = 24,  # kinds with a code of their own: the most frequent
 ) -> np.ndarray:  # int [rows]; the rest share the code behind
     "Texts as codes."
-    names = text.drop_nulls().alias("text").value_counts().sort("count", "text", descending=[True, False])["text"][:max_categories].to_list()
-    return text.replace_strict(names, range(len(names)), default=len(names), return_dtype=pl.Int64).to_numpy() if names else np.zeros(len(text), np.int64)
+    names = (
+        text.drop_nulls()
+        .alias("text")
+        .value_counts()
+        .sort("count", "text", descending=[True, False])["text"][:max_categories]
+        .to_list()
+    )
+    return (
+        text.replace_strict(
+            names, range(len(names)), default=len(names), return_dtype=pl.Int64
+        ).to_numpy()
+        if names
+        else np.zeros(len(text), np.int64)
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a17b4f
 class MonitoredFeature(NamedTuple):
     "What is watched, as counts."
+
     kind: str  # "kinds" without an order, "order", or "unknown"
     counts: np.ndarray  # float [periods, kinds]; of "unknown" the kinds are periods since the first event of a row's user or item
 
@@ -128,25 +221,75 @@ def feature_counts(
     period: np.ndarray,  # int [rows], from `PeriodGrid.of`
     n_periods: int,  # periods
     train_end: int,  # the last period of training
-    current_items: Optional[pl.DataFrame] = None,  # what is known of products since; default: the same
+    current_items: Optional[
+        pl.DataFrame
+    ] = None,  # what is known of products since; default: the same
 ) -> dict:  # name: Input
     "Everything that comes in, as far as it is there."
     found, late = {}, period > train_end
-    stars, often = log["rating"], pl.DataFrame({"at": period, "user": log["user"]}).select(pl.len().over("at", "user")).to_series().to_numpy()
+    stars, often = (
+        log["rating"],
+        pl.DataFrame({"at": period, "user": log["user"]})
+        .select(pl.len().over("at", "user"))
+        .to_series()
+        .to_numpy(),
+    )
     if stars.null_count() < len(stars):
         known = stars.is_not_null().to_numpy()
-        found["stars"] = MonitoredFeature("nominal", count_matrix(period[known], np.unique(stars.drop_nulls().to_numpy(), return_inverse=True)[1], n_periods))
-    found["activity"] = MonitoredFeature("ordinal", count_matrix(period, np.floor(2 * np.log2(often)).astype(np.int64), n_periods))
-    if "event" in log.columns and log["event"].n_unique() > 1: found["events"] = MonitoredFeature("nominal", count_matrix(period, top_categories(log["event"].cast(pl.String)), n_periods))
-    then, since = [log.select("item").join(t.unique("item"), on="item", how="left", maintain_order="left") for t in (items, items if current_items is None else current_items)]
-    if "category" in items.columns: found["categories"] = MonitoredFeature("nominal", count_matrix(period, top_categories(then["category"].str.split(" > ").list.head(2).list.join(" > ")), n_periods))
+        found["stars"] = MonitoredFeature(
+            "nominal",
+            count_matrix(
+                period[known],
+                np.unique(stars.drop_nulls().to_numpy(), return_inverse=True)[1],
+                n_periods,
+            ),
+        )
+    found["activity"] = MonitoredFeature(
+        "ordinal", count_matrix(period, np.floor(2 * np.log2(often)).astype(np.int64), n_periods)
+    )
+    if "event" in log.columns and log["event"].n_unique() > 1:
+        found["events"] = MonitoredFeature(
+            "nominal", count_matrix(period, top_categories(log["event"].cast(pl.String)), n_periods)
+        )
+    then, since = [
+        log.select("item").join(t.unique("item"), on="item", how="left", maintain_order="left")
+        for t in (items, items if current_items is None else current_items)
+    ]
+    if "category" in items.columns:
+        found["categories"] = MonitoredFeature(
+            "nominal",
+            count_matrix(
+                period,
+                top_categories(then["category"].str.split(" > ").list.head(2).list.join(" > ")),
+                n_periods,
+            ),
+        )
     if "price" in items.columns and items["price"].dtype.is_numeric():
         price = np.where(late, *[t["price"].cast(pl.Float64).to_numpy() for t in (since, then)])
-        edges = np.unique(np.nanquantile(price[~late], np.linspace(0, 1, 33)[1:-1])) if np.isfinite(price[~late]).any() else np.zeros(0)
-        if len(edges) > 1: found["prices"] = MonitoredFeature("ordinal", count_matrix(period[np.isfinite(price)], np.searchsorted(edges, price[np.isfinite(price)], "right"), n_periods))
+        edges = (
+            np.unique(np.nanquantile(price[~late], np.linspace(0, 1, 33)[1:-1]))
+            if np.isfinite(price[~late]).any()
+            else np.zeros(0)
+        )
+        if len(edges) > 1:
+            found["prices"] = MonitoredFeature(
+                "ordinal",
+                count_matrix(
+                    period[np.isfinite(price)],
+                    np.searchsorted(edges, price[np.isfinite(price)], "right"),
+                    n_periods,
+                ),
+            )
     for who in ("user", "item"):
-        first = pl.DataFrame({"who": log[who], "at": period}).select(pl.col("at").min().over("who")).to_series().to_numpy()
-        found[f"unknown {who}s"] = MonitoredFeature("unseen", count_matrix(period, period - first, n_periods, n_periods))
+        first = (
+            pl.DataFrame({"who": log[who], "at": period})
+            .select(pl.col("at").min().over("who"))
+            .to_series()
+            .to_numpy()
+        )
+        found[f"unknown {who}s"] = MonitoredFeature(
+            "unseen", count_matrix(period, period - first, n_periods, n_periods)
+        )
     return found
 
 # %% ../nbs/21_monitoring.ipynb #21a1bc26
@@ -159,7 +302,11 @@ def distribution_distance(
     n, m = p.sum(-1), q.sum(-1)
     with np.errstate(invalid="ignore", divide="ignore"):
         p, q = p / n[..., None], q / m[..., None]
-        distance = jensenshannon(p, q, axis=-1) if kind == "nominal" else np.abs((p - q).cumsum(-1)).max(-1)
+        distance = (
+            jensenshannon(p, q, axis=-1)
+            if kind == "nominal"
+            else np.abs((p - q).cumsum(-1)).max(-1)
+        )
         return distance, distance * np.sqrt(n * m / (n + m))
 
 # %% ../nbs/21_monitoring.ipynb #21a1cecb
@@ -172,22 +319,39 @@ def reference_distances(
     n = len(feature.counts)
     t, lag = np.meshgrid(np.arange(n), np.arange(1, n_lags + 1), indexing="ij")
     start = t - lag + 1 - window
-    sums, size = np.concatenate([np.zeros((1, feature.counts.shape[1])), feature.counts.cumsum(0)]), feature.counts.sum(1)[t]
+    sums, size = (
+        np.concatenate([np.zeros((1, feature.counts.shape[1])), feature.counts.cumsum(0)]),
+        feature.counts.sum(1)[t],
+    )
     if feature.kind == "unseen":
-        with np.errstate(invalid="ignore", divide="ignore"): share = feature.counts.cumsum(1)[t, np.minimum(lag - 1, n - 1)] / size
+        with np.errstate(invalid="ignore", divide="ignore"):
+            share = feature.counts.cumsum(1)[t, np.minimum(lag - 1, n - 1)] / size
         share = np.where(start >= 0, share, np.nan)
-        past = np.stack([np.where(t - lag - i >= 0, share[np.maximum(t - lag - i, 0), lag - 1], np.nan) for i in range(window)])
+        past = np.stack(
+            [
+                np.where(t - lag - i >= 0, share[np.maximum(t - lag - i, 0), lag - 1], np.nan)
+                for i in range(window)
+            ]
+        )
         usual = past.mean(0)
         return share, share - usual
-    distance, score = distribution_distance(feature.counts[t], sums[np.maximum(start + window, 0)] - sums[np.maximum(start, 0)], feature.kind)
+    distance, score = distribution_distance(
+        feature.counts[t],
+        sums[np.maximum(start + window, 0)] - sums[np.maximum(start, 0)],
+        feature.kind,
+    )
     return [np.where(start >= 0, x, np.nan) for x in (distance, score)]
 
 # %% ../nbs/21_monitoring.ipynb #21a14e4c
-FALSE_ALARM_RATE, MAX_REFERENCE_PERIODS = .05, 60  # false alarms a period, over all inputs together; past periods that the line is drawn from
+FALSE_ALARM_RATE, MAX_REFERENCE_PERIODS = (
+    0.05,
+    60,
+)  # false alarms a period, over all inputs together; past periods that the line is drawn from
 
 # %% ../nbs/21_monitoring.ipynb #21a155da
 class DriftResult(NamedTuple):
     "What is said of a period."
+
     z: np.ndarray  # float [inputs], how unusual each one is
     threshold: float  # where the alarm begins; infinite where the past is too short
     p_value: float  # share of the past and this period that is at least as unusual
@@ -218,15 +382,29 @@ def conformal_alarm(
 ) -> DriftResult:
     "Is a period unlike the past?"
     there = ~np.isnan(scores[:, train_end + lag, lag - 1])
-    past = np.flatnonzero(~np.isnan(scores[there, :train_end + 1, lag - 1]).any(0) & there.any())[-MAX_REFERENCE_PERIODS:]
+    past = np.flatnonzero(~np.isnan(scores[there, : train_end + 1, lag - 1]).any(0) & there.any())[
+        -MAX_REFERENCE_PERIODS:
+    ]
     both = scores[there][:, [*past, train_end + lag], lag - 1]
-    if season: both = deseasonalize(both, np.append(past, train_end + lag) % season)
+    if season:
+        both = deseasonalize(both, np.append(past, train_end + lag) % season)
     middle = np.median(both, 1, keepdims=True)
-    z = (both - middle) / np.maximum(1.4826 * np.median(np.abs(both - middle), 1, keepdims=True), 1e-9)
+    z = (both - middle) / np.maximum(
+        1.4826 * np.median(np.abs(both - middle), 1, keepdims=True), 1e-9
+    )
     z = np.where(two_sided[there, None], np.abs(z), z)
-    found, largest, k = np.full(len(there), np.nan), z.max(0, initial=-np.inf), int(rate * (len(past) + 1) + 1e-9)
+    found, largest, k = (
+        np.full(len(there), np.nan),
+        z.max(0, initial=-np.inf),
+        int(rate * (len(past) + 1) + 1e-9),
+    )
     found[there] = z[:, -1]
-    return DriftResult(found, float(np.sort(largest[:-1])[-k]) if 0 < k and there.any() else np.inf, float((largest >= largest[-1]).mean()), len(past))
+    return DriftResult(
+        found,
+        float(np.sort(largest[:-1])[-k]) if 0 < k and there.any() else np.inf,
+        float((largest >= largest[-1]).mean()),
+        len(past),
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a14ddc
 N_PLOTTED_PERIODS = 24  # past periods that a figure shows
@@ -239,7 +417,9 @@ def stack_scores(
 ) -> tuple:  # distances and scores float [inputs, periods, lags]; bool [inputs], does less than usual count as well?
     "All inputs side by side."
     both = [reference_distances(one, window, n_lags) for one in features.values()]
-    return *[np.stack(x) for x in zip(*both)], np.array([one.kind == "unseen" for one in features.values()])
+    return *[np.stack(x) for x in zip(*both)], np.array(
+        [one.kind == "unseen" for one in features.values()]
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a1866d
 def drift_report(
@@ -250,17 +430,47 @@ def drift_report(
     calendar: PeriodGrid,  # its periods
     train_end: int,  # the last period of training
     n_past_periods: int = MAX_REFERENCE_PERIODS,  # periods before that are judged as well, each by what came before it
-) -> dict:  # inputs, unit, rate, window, periods (a dict each), before: alarms and periods of the past
+) -> (
+    dict
+):  # inputs, unit, rate, window, periods (a dict each), before: alarms and periods of the past
     "What is said of every period, as JSON."
-    n, lags, number = len(calendar.period_starts), scores.shape[2], lambda x: float(x) if np.isfinite(x) else None
-    each = [(t, t - 1, 1) for t in range(max(1, train_end + 1 - n_past_periods), train_end + 1)] + [(t, train_end, t - train_end) for t in range(train_end + 1, min(n, train_end + 1 + lags))]
+    n, lags, number = (
+        len(calendar.period_starts),
+        scores.shape[2],
+        lambda x: float(x) if np.isfinite(x) else None,
+    )
+    each = [(t, t - 1, 1) for t in range(max(1, train_end + 1 - n_past_periods), train_end + 1)] + [
+        (t, train_end, t - train_end) for t in range(train_end + 1, min(n, train_end + 1 + lags))
+    ]
     told_of = {t: conformal_alarm(scores, two_sided, e, lag, calendar.season) for t, e, lag in each}
-    drawn = {t: v for t, v in told_of.items() if np.isfinite(v.threshold) and np.isfinite(v.z).any()}
+    drawn = {
+        t: v for t, v in told_of.items() if np.isfinite(v.threshold) and np.isfinite(v.z).any()
+    }
     before = [t for t in drawn if t <= train_end]
-    rows = [{"start": str(calendar.period_starts[t])[:16], "trained": t <= train_end, "alarm": v.alarm, "line": number(v.threshold), "p": number(v.p_value), "past": v.n_reference,
-             "z": {k: number(z) for k, z in zip(names, v.z)}, "distance": {k: number(d[t, max(t - train_end, 1) - 1]) for k, d in zip(names, distance)}}
-            for t, v in told_of.items() if t > train_end or t in before[-N_PLOTTED_PERIODS:]]
-    return {"inputs": names, "unit": calendar.name, "rate": FALSE_ALARM_RATE, "window": calendar.window, "periods": rows, "before": {"alarms": sum(drawn[t].alarm for t in before), "periods": len(before)}}
+    rows = [
+        {
+            "start": str(calendar.period_starts[t])[:16],
+            "trained": t <= train_end,
+            "alarm": v.alarm,
+            "line": number(v.threshold),
+            "p": number(v.p_value),
+            "past": v.n_reference,
+            "z": {k: number(z) for k, z in zip(names, v.z)},
+            "distance": {
+                k: number(d[t, max(t - train_end, 1) - 1]) for k, d in zip(names, distance)
+            },
+        }
+        for t, v in told_of.items()
+        if t > train_end or t in before[-N_PLOTTED_PERIODS:]
+    ]
+    return {
+        "inputs": names,
+        "unit": calendar.name,
+        "rate": FALSE_ALARM_RATE,
+        "window": calendar.window,
+        "periods": rows,
+        "before": {"alarms": sum(drawn[t].alarm for t in before), "periods": len(before)},
+    }
 
 # %% ../nbs/21_monitoring.ipynb #21a134ff
 def detect_drift(
@@ -275,14 +485,35 @@ def detect_drift(
     log = log.drop_nulls("timestamp")
     calendar = make_period_grid(log["timestamp"], unit=unit)
     period, n = calendar.period_index(log["timestamp"]), len(calendar.period_starts)
-    log, period, end = log.filter(period < n), period[period < n], int(np.clip(calendar.period_index(pl.Series([trained_until]).cast(pl.Datetime("ms")))[0], 0, n - 1))
+    log, period, end = (
+        log.filter(period < n),
+        period[period < n],
+        int(
+            np.clip(
+                calendar.period_index(pl.Series([trained_until]).cast(pl.Datetime("ms")))[0],
+                0,
+                n - 1,
+            )
+        ),
+    )
     found = feature_counts(log, items, period, n, end, current_items)
-    return drift_report(list(found), *stack_scores(found, calendar.window, max(n - 1 - end, 1)), calendar, end, n_past_periods)
+    return drift_report(
+        list(found),
+        *stack_scores(found, calendar.window, max(n - 1 - end, 1)),
+        calendar,
+        end,
+        n_past_periods,
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a12931
-DRIFT_SCENARIOS = {"stars fall": "two of five ratings lose a star", "a category surges": "a quarter of the events go to one category", "prices rise": "all prices rise by a third",
-          "bots come": "three people do a quarter of all that is done", "a wave of new users": "a quarter of the events are of people whom nobody knows",
-          "a wave of new products": "a quarter of the events are about products that nobody knows"}
+DRIFT_SCENARIOS = {
+    "stars fall": "two of five ratings lose a star",
+    "a category surges": "a quarter of the events go to one category",
+    "prices rise": "all prices rise by a third",
+    "bots come": "three people do a quarter of all that is done",
+    "a wave of new users": "a quarter of the events are of people whom nobody knows",
+    "a wave of new products": "a quarter of the events are about products that nobody knows",
+}
 
 # %% ../nbs/21_monitoring.ipynb #21a1cd09
 def inject_drift(
@@ -294,17 +525,51 @@ def inject_drift(
 ) -> tuple:  # the log, and what is known of products since
     "A log into which a drift has come."
     check_choice(scenario, DRIFT_SCENARIOS, "drift")
-    draw, late = np.random.default_rng(seed), (log["timestamp"] >= since).fill_null(False).to_numpy()
-    some = lambda share: pl.Series(late & (draw.random(len(log)) < share))
-    instead = lambda column, share, values: log.with_columns(pl.when(some(share)).then(pl.Series(values, dtype=pl.String)).otherwise(column).alias(column))
-    if scenario == "stars fall": return log.with_columns(pl.when(some(.4)).then((pl.col("rating") - 1).clip(lower_bound=log["rating"].min())).otherwise("rating").alias("rating")), items
-    if scenario == "prices rise": return log, items.with_columns(pl.col("price") * 4 / 3)
+    draw, late = (
+        np.random.default_rng(seed),
+        (log["timestamp"] >= since).fill_null(False).to_numpy(),
+    )
+
+    def some(share):
+        return pl.Series(late & (draw.random(len(log)) < share))
+
+    def instead(column, share, values):
+        return log.with_columns(
+            pl.when(some(share))
+            .then(pl.Series(values, dtype=pl.String))
+            .otherwise(column)
+            .alias(column)
+        )
+
+    if scenario == "stars fall":
+        return log.with_columns(
+            pl.when(some(0.4))
+            .then((pl.col("rating") - 1).clip(lower_bound=log["rating"].min()))
+            .otherwise("rating")
+            .alias("rating")
+        ), items
+    if scenario == "prices rise":
+        return log, items.with_columns(pl.col("price") * 4 / 3)
     if scenario == "a category surges":
         most = items.drop_nulls("category")["category"].mode().sort()[0]
-        return instead("item", .25, items.filter(category=most)["item"].gather(draw.integers(0, len(items.filter(category=most)), len(log)))), items
-    if scenario == "bots come": return instead("user", .25, log.filter(~pl.Series(late))["user"].unique().sort().gather(draw.integers(0, 3, len(log)))), items
+        return instead(
+            "item",
+            0.25,
+            items.filter(category=most)["item"].gather(
+                draw.integers(0, len(items.filter(category=most)), len(log))
+            ),
+        ), items
+    if scenario == "bots come":
+        return instead(
+            "user",
+            0.25,
+            log.filter(~pl.Series(late))["user"]
+            .unique()
+            .sort()
+            .gather(draw.integers(0, 3, len(log))),
+        ), items
     names = [f"new {i}" for i in draw.integers(0, max(late.sum() // 20, 1), len(log))]
-    return instead("user" if scenario == "a wave of new users" else "item", .25, names), items
+    return instead("user" if scenario == "a wave of new users" else "item", 0.25, names), items
 
 # %% ../nbs/21_monitoring.ipynb #21a1ca6d
 def applicable_scenarios(
@@ -312,8 +577,14 @@ def applicable_scenarios(
     items: pl.DataFrame,  # what is known of products
 ) -> list:  # of PLANTS
     "The drifts that can be planted here."
-    needs = {"stars fall": log["rating"].null_count() < len(log), "prices rise": "price" in items.columns and items["price"].dtype.is_numeric() and items["price"].null_count() < len(items),
-             "a category surges": "category" in items.columns and items["category"].null_count() < len(items)}
+    needs = {
+        "stars fall": log["rating"].null_count() < len(log),
+        "prices rise": "price" in items.columns
+        and items["price"].dtype.is_numeric()
+        and items["price"].null_count() < len(items),
+        "a category surges": "category" in items.columns
+        and items["category"].null_count() < len(items),
+    }
     return [kind for kind in DRIFT_SCENARIOS if needs.get(kind, True)]
 
 # %% ../nbs/21_monitoring.ipynb #21a1d608
@@ -324,16 +595,28 @@ def detection_delays(
     max_lag: int,  # periods after which it counts as not seen
     seed: int = 0,  # of what is drawn
     unit: str = "",  # one of UNITS; empty: choose
-) -> dict:  # drift: {"after": periods until the alarm, None: not seen; "by": the input that shows it most}
+) -> (
+    dict
+):  # drift: {"after": periods until the alarm, None: not seen; "by": the input that shows it most}
     "How soon planted drifts are seen."
     found = {}
     calendar = make_period_grid(log.drop_nulls("timestamp")["timestamp"], unit=unit)
     later = calendar.period_starts.filter(calendar.period_starts > trained_until)
     for kind in applicable_scenarios(log, items) if len(later) else ():
         changed, now = inject_drift(log, items, kind, later[0], seed)
-        rows = [r for r in detect_drift(changed, items, trained_until, now, calendar.unit, 0)["periods"] if not r["trained"]][:max_lag]
+        rows = [
+            r
+            for r in detect_drift(changed, items, trained_until, now, calendar.unit, 0)["periods"]
+            if not r["trained"]
+        ][:max_lag]
         seen = next((i for i, r in enumerate(rows) if r["alarm"]), None)
-        by = None if seen is None else max((k for k, z in rows[seen]["z"].items() if z is not None), key=rows[seen]["z"].get)
+        by = (
+            None
+            if seen is None
+            else max(
+                (k for k, z in rows[seen]["z"].items() if z is not None), key=rows[seen]["z"].get
+            )
+        )
         found[kind] = {"after": None if seen is None else seen + 1, "by": by}
     return found
 
@@ -345,14 +628,41 @@ def drift_calibration_trial(
 ) -> dict:  # alarm: was there a false one; delays: as `detection_delays`
     "One demo shop, without a drift and with each."
     shop = synthetic_extra(f"demo?ratings={n_ratings}&seed={seed}", "make")
-    sound = pl.col("user").is_not_null() & pl.col("item").is_not_null() & pl.col("timestamp").is_between(datetime(2010, 1, 1), datetime(2025, 1, 1))
-    log = shop.interactions.filter(sound & (pl.col("rating").is_between(1, 5) | pl.col("rating").is_null()))
+    sound = (
+        pl.col("user").is_not_null()
+        & pl.col("item").is_not_null()
+        & pl.col("timestamp").is_between(datetime(2010, 1, 1), datetime(2025, 1, 1))
+    )
+    log = shop.interactions.filter(
+        sound & (pl.col("rating").is_between(1, 5) | pl.col("rating").is_null())
+    )
     calendar = make_period_grid(log["timestamp"])
-    end = len(calendar.period_starts) - 1 - max_lag - int(np.random.default_rng(seed).integers(0, 12))
+    end = (
+        len(calendar.period_starts) - 1 - max_lag - int(np.random.default_rng(seed).integers(0, 12))
+    )
     trained = calendar.period_starts[end].replace(day=15)
-    log = log.filter(pl.col("timestamp") < calendar.period_starts[end + max_lag + 1] if end + max_lag + 1 < len(calendar.period_starts) else pl.lit(True))
-    first = next(r for r in detect_drift(log, shop.items, trained, unit=calendar.unit, n_past_periods=0)["periods"] if not r["trained"])
-    return {"alarm": first["alarm"], "past": first["past"], "delays": {k: d["after"] for k, d in detection_delays(log, shop.items, trained, max_lag, seed, calendar.unit).items()}}
+    log = log.filter(
+        pl.col("timestamp") < calendar.period_starts[end + max_lag + 1]
+        if end + max_lag + 1 < len(calendar.period_starts)
+        else pl.lit(True)
+    )
+    first = next(
+        r
+        for r in detect_drift(log, shop.items, trained, unit=calendar.unit, n_past_periods=0)[
+            "periods"
+        ]
+        if not r["trained"]
+    )
+    return {
+        "alarm": first["alarm"],
+        "past": first["past"],
+        "delays": {
+            k: d["after"]
+            for k, d in detection_delays(
+                log, shop.items, trained, max_lag, seed, calendar.unit
+            ).items()
+        },
+    }
 
 # %% ../nbs/21_monitoring.ipynb #21a11eef
 def binomial_ci(
@@ -360,8 +670,9 @@ def binomial_ci(
     n: int,  # of so many
 ) -> tuple:  # share, lo, hi
     "A share with its 95 % interval (Clopper and Pearson, 1934)."
-    if not n: return None, None, None
-    found = binomtest(hits, n).proportion_ci(.95)
+    if not n:
+        return None, None, None
+    found = binomtest(hits, n).proportion_ci(0.95)
     return hits / n, found.low, found.high
 
 # %% ../nbs/21_monitoring.ipynb #21a1b905
@@ -371,13 +682,23 @@ def run_drift(
     n_shops: int = 40,  # demo shops in which the alarm is tried, where the run is about one
 ):
     "Compare what came after training with what was learnt from, and try the alarm on drifts that are known."
-    log, items, last = run.read("interactions.parquet"), run.read("items.parquet"), run.load_splits()[-1].for_final_fit().train["timestamp"].max()
+    log, items, last = (
+        run.read("interactions.parquet"),
+        run.read("items.parquet"),
+        run.load_splits()[-1].for_final_fit().train["timestamp"].max(),
+    )
     try:
-        if last is None: raise UserError("this log has no time, so nothing can be seen to change")
+        if last is None:
+            raise UserError("this log has no time, so nothing can be seen to change")
         found = detect_drift(log, items, last)
         found["injected"] = detection_delays(log, items, last, 6)
-    except UserError as e: found = {"reason": str(e)}
-    if run.data_name == "demo": found["trials"] = [run.cached(f"trial-{i}", lambda: drift_calibration_trial(i)) for i in tqdm(range(1, n_shops + 1), desc="demo shops", leave=False, mininterval=1)]
+    except UserError as e:
+        found = {"reason": str(e)}
+    if run.data_name == "demo":
+        found["trials"] = [
+            run.cached(f"trial-{i}", lambda: drift_calibration_trial(i))
+            for i in tqdm(range(1, n_shops + 1), desc="demo shops", leave=False, mininterval=1)
+        ]
     run.write("drift.json", found)
 
 # %% ../nbs/21_monitoring.ipynb #21a19510
@@ -385,27 +706,79 @@ def plot_drift_scores(
     results: dict,  # drift.json
 ) -> plt.Figure:
     "A square for each input and period, the redder the more unusual; above the alarm line with a mark, and the largest of them below, with the line."
-    rows, names = results["periods"][-2 * N_PLOTTED_PERIODS:], results["inputs"]
+    rows, names = results["periods"][-2 * N_PLOTTED_PERIODS :], results["inputs"]
     line = np.array([r["line"] or np.nan for r in rows])
     z = np.array([[np.nan if r["z"][k] is None else r["z"][k] for k in names] for r in rows]).T
-    fig, (ax, top) = plt.subplots(2, 1, figsize=(5.4, 2.4 + .24 * len(names)), height_ratios=[.24 * len(names), 1.15], sharex=True)
+    fig, (ax, top) = plt.subplots(
+        2,
+        1,
+        figsize=(5.4, 2.4 + 0.24 * len(names)),
+        height_ratios=[0.24 * len(names), 1.15],
+        sharex=True,
+    )
     part = np.clip(np.nan_to_num(z / line), 0, 2)
-    for i, t in zip(*np.nonzero(part > .15)):
+    for i, t in zip(*np.nonzero(part > 0.15)):
         over = part[i, t] > 1
-        ax.add_patch(plt.Rectangle((t - .46, i - .44), .92, .88, color=to_rgba(COLORS["alarm" if over else "baseline"], .95 if over else .6 * part[i, t]), lw=0))
-        if over: ax.plot(t, i, "x", ms=3.5, mew=1, color="white")
-    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .4, -.6), xlim=(-.6, len(rows) - .4))
+        ax.add_patch(
+            plt.Rectangle(
+                (t - 0.46, i - 0.44),
+                0.92,
+                0.88,
+                color=to_rgba(
+                    COLORS["alarm" if over else "baseline"], 0.95 if over else 0.6 * part[i, t]
+                ),
+                lw=0,
+            )
+        )
+        if over:
+            ax.plot(t, i, "x", ms=3.5, mew=1, color="white")
+    ax.set(
+        yticks=range(len(names)),
+        yticklabels=names,
+        ylim=(len(names) - 0.4, -0.6),
+        xlim=(-0.6, len(rows) - 0.4),
+    )
     top.plot(line, color=COLORS["ink"], lw=1.2, drawstyle="steps-mid")
     largest = np.nanmax(z, 0, initial=-9)
-    top.bar(range(len(rows)), np.clip(largest, 0, 3 * np.nanmax(line, initial=1)), width=.7, color=[COLORS["alarm" if r["alarm"] else "baseline"] for r in rows])
+    top.bar(
+        range(len(rows)),
+        np.clip(largest, 0, 3 * np.nanmax(line, initial=1)),
+        width=0.7,
+        color=[COLORS["alarm" if r["alarm"] else "baseline"] for r in rows],
+    )
     since = next((t for t, r in enumerate(rows) if not r["trained"]), len(rows))
-    for a in (ax, top): a.axvline(since - .5, color=COLORS["ink"], lw=1, ls=":")
-    left = since > .6 * len(rows)
-    top.annotate("since training →" if left else "→ since training", (since - .5, 1), (-4 if left else 4, 2), xycoords=("data", "axes fraction"), textcoords="offset points", va="bottom", ha="right" if left else "left", fontsize=9.5)
+    for a in (ax, top):
+        a.axvline(since - 0.5, color=COLORS["ink"], lw=1, ls=":")
+    left = since > 0.6 * len(rows)
+    top.annotate(
+        "since training →" if left else "→ since training",
+        (since - 0.5, 1),
+        (-4 if left else 4, 2),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        va="bottom",
+        ha="right" if left else "left",
+        fontsize=9.5,
+    )
     drawn = np.flatnonzero(np.isfinite(line))
-    if len(drawn): top.annotate("alarm\nline", (len(rows) - .4, line[drawn[-1]]), (3, 0), textcoords="offset points", va="center", fontsize=9.5, color=COLORS["ink"], annotation_clip=False)
-    at, most = np.unique(np.linspace(0, len(rows) - 1, 4).round().astype(int)), {"hour": 16, "month": 7, "quarter": 7, "year": 4}.get(results["unit"], 10)
-    top.set(xticks=at, xticklabels=[rows[t]["start"][:most] for t in at], ylabel="largest", yticks=[])
+    if len(drawn):
+        top.annotate(
+            "alarm\nline",
+            (len(rows) - 0.4, line[drawn[-1]]),
+            (3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9.5,
+            color=COLORS["ink"],
+            annotation_clip=False,
+        )
+    at, most = (
+        np.unique(np.linspace(0, len(rows) - 1, 4).round().astype(int)),
+        {"hour": 16, "month": 7, "quarter": 7, "year": 4}.get(results["unit"], 10),
+    )
+    top.set(
+        xticks=at, xticklabels=[rows[t]["start"][:most] for t in at], ylabel="largest", yticks=[]
+    )
     ax.tick_params(length=0)
     return fig
 
@@ -414,34 +787,77 @@ def describe_drift(
     results: dict,  # drift.json
 ) -> str:
     "What has changed since training, and how far the alarm can be believed."
-    if "reason" in results: return f"Nothing can be said of drift: {results['reason']}."
-    since, unit, before = [r for r in results["periods"] if not r["trained"]], results["unit"], results["before"]
+    if "reason" in results:
+        return f"Nothing can be said of drift: {results['reason']}."
+    since, unit, before = (
+        [r for r in results["periods"] if not r["trained"]],
+        results["unit"],
+        results["before"],
+    )
     judged, loud = [r for r in since if r["line"] is not None], [r for r in since if r["alarm"]]
-    if not since: return f"No whole {unit} has passed since training, so there is nothing to compare yet."
-    if not judged: return f"No alarm can be given: {since[0]['past']} earlier {unit}s can be compared, and {round(1 / results['rate']) - 1} are needed for one false alarm in {round(1 / results['rate'])} {unit}s."
+    if not since:
+        return f"No whole {unit} has passed since training, so there is nothing to compare yet."
+    if not judged:
+        return f"No alarm can be given: {since[0]['past']} earlier {unit}s can be compared, and {round(1 / results['rate']) - 1} are needed for one false alarm in {round(1 / results['rate'])} {unit}s."
     by = {k: sum((r["z"][k] or 0) > r["line"] for r in loud) for k in results["inputs"]}
     said = f"{len(loud)} of {len(judged)} {unit}s since training are above the line that {results['rate']:.0%} of {unit}s like the past would cross, all inputs together"
-    said += f" ({', '.join(f'{k} in {n}' for k, n in sorted(by.items(), key=lambda p: -p[1]) if n)})." if loud else "."
+    said += (
+        f" ({', '.join(f'{k} in {n}' for k, n in sorted(by.items(), key=lambda p: -p[1]) if n)})."
+        if loud
+        else "."
+    )
     share, lo, hi = binomial_ci(before["alarms"], before["periods"])
-    return said + (f" In the past itself, each {unit} judged by what came before it, {before['alarms']} of {before['periods']} crossed it ({share:.0%}, 95 % interval {lo:.0%} to {hi:.0%})." if before["periods"] else "")
+    return said + (
+        f" In the past itself, each {unit} judged by what came before it, {before['alarms']} of {before['periods']} crossed it ({share:.0%}, 95 % interval {lo:.0%} to {hi:.0%})."
+        if before["periods"]
+        else ""
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a15d6e
 def describe_injected_drift(
     results: dict,  # drift.json
 ) -> str:
     "How soon planted drifts are seen, here and in demo shops."
-    unit, here, tried = results.get("unit", "month"), results.get("injected", {}), results.get("trials", [])
-    plural = lambda n: f"{n} {unit}" + "s" * (n != 1)
-    said = "; ".join(f"{kind}: " + (f"after {plural(d['after'])} (by {d['by']})" if d["after"] else "not seen") for kind, d in here.items())
-    said = f"Planted in this very log, from the first {unit} after training on: {said}." if here else ""
-    if not tried: return said
+    unit, here, tried = (
+        results.get("unit", "month"),
+        results.get("injected", {}),
+        results.get("trials", []),
+    )
+
+    def plural(n):
+        return f"{n} {unit}" + "s" * (n != 1)
+
+    said = "; ".join(
+        f"{kind}: " + (f"after {plural(d['after'])} (by {d['by']})" if d["after"] else "not seen")
+        for kind, d in here.items()
+    )
+    said = (
+        f"Planted in this very log, from the first {unit} after training on: {said}."
+        if here
+        else ""
+    )
+    if not tried:
+        return said
     share, lo, hi = binomial_ci(sum(t["alarm"] for t in tried), len(tried))
-    kinds = {kind: [t["delays"][kind] for t in tried if kind in t["delays"]] for kind in DRIFT_SCENARIOS}
-    soon = "; ".join(f"{kind} {sum(d == 1 for d in of) / len(of):.0%} in the first, {sum(d is not None for d in of) / len(of):.0%} within three" for kind, of in kinds.items() if of)
-    return said + f" In {len(tried)} demo shops without a drift there were {sum(t['alarm'] for t in tried)} false alarms in the first period after training ({share:.0%}, 95 % interval {lo:.0%} to {hi:.0%}; stated: {FALSE_ALARM_RATE:.0%}). Of those with one, so many were seen: {soon}."
+    kinds = {
+        kind: [t["delays"][kind] for t in tried if kind in t["delays"]] for kind in DRIFT_SCENARIOS
+    }
+    soon = "; ".join(
+        f"{kind} {sum(d == 1 for d in of) / len(of):.0%} in the first, {sum(d is not None for d in of) / len(of):.0%} within three"
+        for kind, of in kinds.items()
+        if of
+    )
+    return (
+        said
+        + f" In {len(tried)} demo shops without a drift there were {sum(t['alarm'] for t in tried)} false alarms in the first period after training ({share:.0%}, 95 % interval {lo:.0%} to {hi:.0%}; stated: {FALSE_ALARM_RATE:.0%}). Of those with one, so many were seen: {soon}."
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a14ecf
-BACKTEST_MODELS = ("popularity", "recent-popularity", "wide-neighbours")  # two that know nobody, and the quick half of the hybrid
+BACKTEST_MODELS = (
+    "popularity",
+    "recent-popularity",
+    "wide-neighbours",
+)  # two that know nobody, and the quick half of the hybrid
 MODEL_AGES = (1, 2, 3, 6, 12)  # periods since training
 
 
@@ -453,10 +869,15 @@ def split_at_period(
     protocol_settings,  # says how to filter
 ) -> tuple:  # a Split that is tested on all that comes later; int [test rows], the period of each
     "What was known at the end of a period."
-    train, test = rows.filter(period <= train_end), rows.filter((period > train_end) & (period <= last_period))
+    train, test = (
+        rows.filter(period <= train_end),
+        rows.filter((period > train_end) & (period <= last_period)),
+    )
     protocol = relax_filter_if_sparse(train, protocol_settings)
     kept = train.select(min_count_filter(protocol.min_user, protocol.min_item)).to_series()
-    return Split.from_frames(train.filter(kept), train.clear(), test, protocol=protocol, filtered_out=train.filter(~kept)), period[(period > train_end) & (period <= last_period)]
+    return Split.from_frames(
+        train.filter(kept), train.clear(), test, protocol=protocol, filtered_out=train.filter(~kept)
+    ), period[(period > train_end) & (period <= last_period)]
 
 
 def split_at_age(
@@ -465,7 +886,10 @@ def split_at_age(
     eval_period: int,  # the period that is asked about
 ) -> Split:  # its test part is that period; what came between is known, and not learnt from
     "The question of one period to a model of some age."
-    before, asked = split.test.filter(period < eval_period), split.test.filter(period == eval_period)
+    before, asked = (
+        split.test.filter(period < eval_period),
+        split.test.filter(period == eval_period),
+    )
     return replace(split, filtered_out=concat_by_time([split.filtered_out, before]), test=asked)
 
 # %% ../nbs/21_monitoring.ipynb #21a13b36
@@ -477,8 +901,17 @@ def full_eval_task(
     seen = split.rows_before("test")
     right = split.test.select("user", "item").unique().join(seen, on=["user", "item"], how="anti")
     users = right["user"].unique().sort()
-    if len(users) > max_users: users = users.gather(hash_order(split.users["user"].gather(users))[:max_users].numpy()).sort()
-    return EvalTask(to_index(users), eval_candidates(split, "test"), right.filter(pl.col("user").is_in(users.implode())).sort("user", "item"), History.from_rows(seen, len(split.users)), {})
+    if len(users) > max_users:
+        users = users.gather(
+            hash_order(split.users["user"].gather(users))[:max_users].numpy()
+        ).sort()
+    return EvalTask(
+        to_index(users),
+        eval_candidates(split, "test"),
+        right.filter(pl.col("user").is_in(users.implode())).sort("user", "item"),
+        History.from_rows(seen, len(split.users)),
+        {},
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a1f830
 def top_k_with_scores(
@@ -490,9 +923,20 @@ def top_k_with_scores(
     found = [(torch.zeros(0, k), torch.zeros(0, k, dtype=torch.int64))]
     for users in task.users.split(256) if len(task.users) else ():
         had = task.history.select(users)
-        value, column = top_k(mask_seen(model.scores(users, had, task.candidates), had, task.candidates), k)
+        value, column = top_k(
+            mask_seen(model.scores(users, had, task.candidates), had, task.candidates), k
+        )
         pad = k - column.shape[1]
-        found.append((torch.nn.functional.pad(value, (0, pad), value=-torch.inf), torch.nn.functional.pad(torch.where(column < 0, -1, task.candidates[column.clamp(min=0)]), (0, pad), value=-1)))
+        found.append(
+            (
+                torch.nn.functional.pad(value, (0, pad), value=-torch.inf),
+                torch.nn.functional.pad(
+                    torch.where(column < 0, -1, task.candidates[column.clamp(min=0)]),
+                    (0, pad),
+                    value=-1,
+                ),
+            )
+        )
     return tuple(torch.cat(part) for part in zip(*found))
 
 # %% ../nbs/21_monitoring.ipynb #21a1ad90
@@ -506,9 +950,16 @@ def output_counts(
 ) -> np.ndarray:  # float [3, 64], counts on scales of half octaves
     "Lists as counts."
     there = (codes >= 0).numpy()
-    half = lambda x: np.clip(np.floor(2 * np.log2(np.maximum(x, 2. ** -16))) + 32, 0, 63).astype(np.int64)
+
+    def half(x):
+        return np.clip(np.floor(2 * np.log2(np.maximum(x, 2.0**-16))) + 32, 0, 63).astype(np.int64)
+
     shown = torch.bincount(codes[codes >= 0], minlength=len(item_counts)) / max(len(codes), 1)
-    of = [scores[:, 0].numpy()[there[:, 0]], item_counts.numpy()[codes.numpy()[there]], shown.numpy()[codes.numpy()[there]]]
+    of = [
+        scores[:, 0].numpy()[there[:, 0]],
+        item_counts.numpy()[codes.numpy()[there]],
+        shown.numpy()[codes.numpy()[there]],
+    ]
     return np.stack([np.bincount(half(x), minlength=64) for x in of]).astype(float)
 
 # %% ../nbs/21_monitoring.ipynb #21a13738
@@ -522,9 +973,17 @@ def backtest_once(
 ) -> dict:  # users: a dict a model, age and user; outputs: age -> counts of the last model's lists
     "Train at the end of a period, and ask about the periods after it."
     split, at = split_at_period(rows, period, train_end, last_period, protocol)
-    bare = replace(split, train=split.train.with_columns(rating=pl.lit(None, pl.Float32)))       # lists are all that is asked for
-    models, found, outputs = {name: make_recommender(name).fit(bare) for name in BACKTEST_MODELS}, [], {}
-    taken = torch.bincount(models[BACKTEST_MODELS[-1]].train_history.item, minlength=len(split.items)).float()
+    bare = replace(
+        split, train=split.train.with_columns(rating=pl.lit(None, pl.Float32))
+    )  # lists are all that is asked for
+    models, found, outputs = (
+        {name: make_recommender(name).fit(bare) for name in BACKTEST_MODELS},
+        [],
+        {},
+    )
+    taken = torch.bincount(
+        models[BACKTEST_MODELS[-1]].train_history.item, minlength=len(split.items)
+    ).float()
     for age in (a for a in MODEL_AGES if train_end + a <= last_period):
         now = split_at_age(split, at, train_end + age)
         question = full_eval_task(now, max_users)
@@ -532,7 +991,10 @@ def backtest_once(
         for name, model in models.items():
             value, codes = top_k_with_scores(model, question)
             worth = ndcg(*hit_matrix(codes, question), 20)
-            found += [{"model": name, "age": age, "period": train_end + age, "user": u, "NDCG@20": w} for u, w in zip(ids, worth.tolist())]
+            found += [
+                {"model": name, "age": age, "period": train_end + age, "user": u, "NDCG@20": w}
+                for u, w in zip(ids, worth.tolist())
+            ]
         outputs[str(age)] = output_counts(value[:, :10], codes[:, :10], taken).tolist()
     return {"users": found, "outputs": outputs}
 
@@ -543,14 +1005,24 @@ def staleness_curve(
     "What lists are worth as models age, on the periods that all ages are asked about."
     ages = users["age"].unique().sort().to_list()
     asked = {age: set(users.filter(age=age)["period"]) for age in ages}
-    while len(ages) > 1 and not set.intersection(*[asked[a] for a in ages]): ages.pop()      # too few origins for the oldest
+    while len(ages) > 1 and not set.intersection(*[asked[a] for a in ages]):
+        ages.pop()  # too few origins for the oldest
     both = pl.Series(sorted(set.intersection(*[asked[a] for a in ages])), dtype=pl.Int64)
     users, found = users.filter(pl.col("period").is_in(both.implode())), []
     for name in users["model"].unique(maintain_order=True):
         of = {age: users.filter(model=name, age=age) for age in ages}
         for age, table in of.items():
-            own, more = [aggregate([table], ["NDCG@20"], {"all": pl.lit(True)}, reference=v).row(0, named=True) for v in (None, [of[ages[0]]])]
-            found.append({"model": name, "age": age, "n": own["n"]} | {k: own[k] for k in ("value", "lo", "hi")} | {f"more{k}": more[v] for k, v in (("", "value"), ("_lo", "lo"), ("_hi", "hi"))})
+            own, more = [
+                aggregate([table], ["NDCG@20"], {"all": pl.lit(True)}, reference=v).row(
+                    0, named=True
+                )
+                for v in (None, [of[ages[0]]])
+            ]
+            found.append(
+                {"model": name, "age": age, "n": own["n"]}
+                | {k: own[k] for k in ("value", "lo", "hi")}
+                | {f"more{k}": more[v] for k, v in (("", "value"), ("_lo", "lo"), ("_hi", "hi"))}
+            )
     return found
 
 # %% ../nbs/21_monitoring.ipynb #21a132c7
@@ -561,13 +1033,30 @@ def output_drift_report(
     n_reference: int = 4,  # periods whose lists, by models a period old, others are compared with
 ) -> dict:  # as `drift_report`
     "Are the lists still what they were?"
-    n, lags = len(calendar.period_starts), max(max(map(int, of), default=1) for of in counts_by_origin.values())
+    n, lags = (
+        len(calendar.period_starts),
+        max(max(map(int, of), default=1) for of in counts_by_origin.values()),
+    )
     distance, scores = np.full((2, len(OUTPUT_FEATURES), n, lags), np.nan)
     for start, of in counts_by_origin.items():
-        young = [counts_by_origin[start - i]["1"] for i in range(1, n_reference + 1) if "1" in counts_by_origin.get(start - i, {})]
+        young = [
+            counts_by_origin[start - i]["1"]
+            for i in range(1, n_reference + 1)
+            if "1" in counts_by_origin.get(start - i, {})
+        ]
         for age, counts in of.items() if len(young) == n_reference else ():
-            distance[:, start + int(age), int(age) - 1], scores[:, start + int(age), int(age) - 1] = distribution_distance(np.array(counts), np.sum(young, 0), "ordinal")
-    return drift_report(list(OUTPUT_FEATURES), distance, scores, np.zeros(len(OUTPUT_FEATURES), bool), calendar._replace(), train_end) | {"window": n_reference}
+            (
+                distance[:, start + int(age), int(age) - 1],
+                scores[:, start + int(age), int(age) - 1],
+            ) = distribution_distance(np.array(counts), np.sum(young, 0), "ordinal")
+    return drift_report(
+        list(OUTPUT_FEATURES),
+        distance,
+        scores,
+        np.zeros(len(OUTPUT_FEATURES), bool),
+        calendar._replace(),
+        train_end,
+    ) | {"window": n_reference}
 
 # %% ../nbs/21_monitoring.ipynb #21a1685e
 @step(run_drift)
@@ -576,22 +1065,88 @@ def backtest(
     n_origins: int = 0,  # moments from which on it is asked what comes next; 0: 60, or 36 where there are more than 100,000 rows
 ):
     "Train up to the end of each of the last periods, and ask about those after it."
-    rows, last = sort_by_time(drop_undated(training_events(run.read("interactions.parquet")))).drop("part", strict=False), run.load_splits()[-1].for_final_fit().train["timestamp"].max()
-    try: calendar = make_period_grid(rows["timestamp"].drop_nulls(), unit="1mo" if (rows["timestamp"].max() or datetime.min) - (rows["timestamp"].min() or datetime.min) > timedelta(days=730) else "")
-    except UserError as e: return run.write("replay.json", {"reason": str(e)})
+    rows, last = (
+        sort_by_time(drop_undated(training_events(run.read("interactions.parquet")))).drop(
+            "part", strict=False
+        ),
+        run.load_splits()[-1].for_final_fit().train["timestamp"].max(),
+    )
+    try:
+        calendar = make_period_grid(
+            rows["timestamp"].drop_nulls(),
+            unit="1mo"
+            if (rows["timestamp"].max() or datetime.min) - (rows["timestamp"].min() or datetime.min)
+            > timedelta(days=730)
+            else "",
+        )
+    except UserError as e:
+        return run.write("replay.json", {"reason": str(e)})
     period, n = calendar.period_index(rows["timestamp"]), len(calendar.period_starts)
     rows, period = rows.filter(period < n), period[period < n]
-    ends = [e for e in range(max(0, n - 1 - (n_origins or (60 if len(rows) <= 100_000 else 36))), n - 1) if (period <= e).sum() >= 200 and (period == e + 1).any()]
-    if len(ends) < 2: return run.write("replay.json", {"reason": f"there are {n} {calendar.name}s with events, which leaves too few to train on one and ask about the next"})
-    each = {e: run.cached(f"replay-{e}", lambda: backtest_once(rows, period, e, n - 1, run.protocol)) for e in tqdm(ends, desc="replay", leave=False, mininterval=1)}
-    users = pl.DataFrame([row for of in each.values() for row in of["users"]], {"model": pl.String, "age": pl.Int64, "period": pl.Int64, "user": pl.String, "NDCG@20": pl.Float64})
-    if not len(users): return run.write("replay.json", {"reason": "nobody took anything new in the periods that were asked about"})
-    by_period = users.filter(age=1).group_by("model", "period", maintain_order=True).agg(pl.col("NDCG@20").mean().alias("value"), pl.len().alias("n")).with_columns(start=pl.col("period").map_elements(lambda t: str(calendar.period_starts[t])[:16], return_dtype=pl.String))
-    end = max(int(calendar.period_index(pl.Series([last]).cast(pl.Datetime("ms")))[0]), ends[3 * len(ends) // 4])      # where training ended long ago, as if it had been done again
-    run.write("replay.json", {"unit": calendar.name, "origins": len(ends), "ages": staleness_curve(users), "by_period": by_period.to_dicts(), "outputs": output_drift_report({e: of["outputs"] for e, of in each.items()}, calendar, end)})
+    ends = [
+        e
+        for e in range(max(0, n - 1 - (n_origins or (60 if len(rows) <= 100_000 else 36))), n - 1)
+        if (period <= e).sum() >= 200 and (period == e + 1).any()
+    ]
+    if len(ends) < 2:
+        return run.write(
+            "replay.json",
+            {
+                "reason": f"there are {n} {calendar.name}s with events, which leaves too few to train on one and ask about the next"
+            },
+        )
+    each = {
+        e: run.cached(f"replay-{e}", lambda: backtest_once(rows, period, e, n - 1, run.protocol))
+        for e in tqdm(ends, desc="replay", leave=False, mininterval=1)
+    }
+    users = pl.DataFrame(
+        [row for of in each.values() for row in of["users"]],
+        {
+            "model": pl.String,
+            "age": pl.Int64,
+            "period": pl.Int64,
+            "user": pl.String,
+            "NDCG@20": pl.Float64,
+        },
+    )
+    if not len(users):
+        return run.write(
+            "replay.json",
+            {"reason": "nobody took anything new in the periods that were asked about"},
+        )
+    by_period = (
+        users.filter(age=1)
+        .group_by("model", "period", maintain_order=True)
+        .agg(pl.col("NDCG@20").mean().alias("value"), pl.len().alias("n"))
+        .with_columns(
+            start=pl.col("period").map_elements(
+                lambda t: str(calendar.period_starts[t])[:16], return_dtype=pl.String
+            )
+        )
+    )
+    end = max(
+        int(calendar.period_index(pl.Series([last]).cast(pl.Datetime("ms")))[0]),
+        ends[3 * len(ends) // 4],
+    )  # where training ended long ago, as if it had been done again
+    run.write(
+        "replay.json",
+        {
+            "unit": calendar.name,
+            "origins": len(ends),
+            "ages": staleness_curve(users),
+            "by_period": by_period.to_dicts(),
+            "outputs": output_drift_report(
+                {e: of["outputs"] for e, of in each.items()}, calendar, end
+            ),
+        },
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a18614
-BACKTEST_LABELS = {"wide-neighbours": ("wide", "neighbours"), "popularity": ("baseline", "popularity"), "recent-popularity": ("baseline", "recent popularity")}
+BACKTEST_LABELS = {
+    "wide-neighbours": ("wide", "neighbours"),
+    "popularity": ("baseline", "popularity"),
+    "recent-popularity": ("baseline", "recent popularity"),
+}
 
 # %% ../nbs/21_monitoring.ipynb #21a1c906
 def plot_staleness(
@@ -605,18 +1160,45 @@ def plot_staleness(
     for k, name in enumerate(dict.fromkeys(r["model"] for r in rows)):
         of = sorted((r for r in rows if r["model"] == name), key=lambda r: r["age"])
         colour, label = COLORS[BACKTEST_LABELS[name][0]], BACKTEST_LABELS[name][1]
-        x = np.arange(len(of)) + .07 * (k - 1)
-        ax.plot(x, [r["value"] for r in of], color=colour, lw=1.5, ls="--" if name == "popularity" else "-")
+        x = np.arange(len(of)) + 0.07 * (k - 1)
+        ax.plot(
+            x,
+            [r["value"] for r in of],
+            color=colour,
+            lw=1.5,
+            ls="--" if name == "popularity" else "-",
+        )
         for at, r in zip(x, of):
-            if r["lo"] is not None: ax.plot([at, at], [r["lo"], r["hi"]], color=colour, lw=2, alpha=.4)
+            if r["lo"] is not None:
+                ax.plot([at, at], [r["lo"], r["hi"]], color=colour, lw=2, alpha=0.4)
             lost = r["more_hi"] is not None and r["more_hi"] < 0
-            ax.plot(at, r["value"], "X" if lost else "o", color=COLORS["alarm"] if lost else colour, ms=6)
+            ax.plot(
+                at,
+                r["value"],
+                "X" if lost else "o",
+                color=COLORS["alarm"] if lost else colour,
+                ms=6,
+            )
         ends.append((of[-1]["value"], label, colour))
-    gap, y = .07 * (max(r["hi"] or r["value"] for r in rows) or 1), -np.inf
-    for value, label, colour in sorted(ends):                             # labels keep a line's height from each other
+    gap, y = 0.07 * (max(r["hi"] or r["value"] for r in rows) or 1), -np.inf
+    for value, label, colour in sorted(ends):  # labels keep a line's height from each other
         y = max(value, y + gap)
-        ax.annotate(label, (len(ages) - 1, y), (12, 0), textcoords="offset points", va="center", color=COLORS["ink"] if colour == COLORS["baseline"] else colour)
-    ax.set(xticks=range(len(ages)), xticklabels=ages, xlabel=f"age of the model, {unit}s since training", ylabel="NDCG@20", ylim=(0, None), xlim=(-.3, len(ages) + .75))
+        ax.annotate(
+            label,
+            (len(ages) - 1, y),
+            (12, 0),
+            textcoords="offset points",
+            va="center",
+            color=COLORS["ink"] if colour == COLORS["baseline"] else colour,
+        )
+    ax.set(
+        xticks=range(len(ages)),
+        xticklabels=ages,
+        xlabel=f"age of the model, {unit}s since training",
+        ylabel="NDCG@20",
+        ylim=(0, None),
+        xlim=(-0.3, len(ages) + 0.75),
+    )
     return fig
 
 # %% ../nbs/21_monitoring.ipynb #21a13800
@@ -624,19 +1206,45 @@ def describe_staleness(
     results: dict,  # replay.json
 ) -> str:
     "How quickly models age, and when to retrain."
-    if "reason" in results: return f"Nothing can be said of ageing: {results['reason']}."
+    if "reason" in results:
+        return f"Nothing can be said of ageing: {results['reason']}."
     said, unit = [], results["unit"]
     for name in dict.fromkeys(r["model"] for r in results["ages"]):
         of = [r for r in results["ages"] if r["model"] == name]
-        first, oldest, lost = of[0], of[-1], [r for r in of if r["more_hi"] is not None and r["more_hi"] < 0]
-        less = lambda r: format_ci(*[r[k] for k in ("more", "more_lo", "more_hi")], "+", 4 if abs(r["more"]) >= 5e-4 else 6)
-        what = f"{BACKTEST_LABELS[name][1]}: {format_ci(first['value'], first['lo'], first['hi'], digits=3)} at {first['age']} {unit}" + "s" * (first["age"] != 1) + ", "
-        if lost: what += f"surely less at {lost[0]['age']} {unit}s ({less(lost[0])})" + (f" and at {oldest['age']} ({less(oldest)})" if oldest is not lost[0] and oldest in lost else "")
-        else: what += f"no loss that could be shown up to {oldest['age']} {unit}s ({less(oldest)})"
+        first, oldest, lost = (
+            of[0],
+            of[-1],
+            [r for r in of if r["more_hi"] is not None and r["more_hi"] < 0],
+        )
+
+        def less(r):
+            return format_ci(
+                *[r[k] for k in ("more", "more_lo", "more_hi")],
+                "+",
+                4 if abs(r["more"]) >= 5e-4 else 6,
+            )
+
+        what = (
+            f"{BACKTEST_LABELS[name][1]}: {format_ci(first['value'], first['lo'], first['hi'], digits=3)} at {first['age']} {unit}"
+            + "s" * (first["age"] != 1)
+            + ", "
+        )
+        if lost:
+            what += f"surely less at {lost[0]['age']} {unit}s ({less(lost[0])})" + (
+                f" and at {oldest['age']} ({less(oldest)})"
+                if oldest is not lost[0] and oldest in lost
+                else ""
+            )
+        else:
+            what += f"no loss that could be shown up to {oldest['age']} {unit}s ({less(oldest)})"
         said.append(what)
     ours = [r for r in results["ages"] if r["model"] == BACKTEST_MODELS[-1]]
     lost = next((r["age"] for r in ours if r["more_hi"] is not None and r["more_hi"] < 0), None)
-    advice = f"So retrain before {lost} {unit}s have passed." if lost else f"So nothing asks for retraining within {ours[-1]['age']} {unit}s; new products and people still do."
+    advice = (
+        f"So retrain before {lost} {unit}s have passed."
+        if lost
+        else f"So nothing asks for retraining within {ours[-1]['age']} {unit}s; new products and people still do."
+    )
     return f"NDCG@20 of {'; of '.join(said)}. {advice}"
 
 # %% ../nbs/21_monitoring.ipynb #21a1729a
@@ -644,7 +1252,11 @@ def describe_output_drift(
     results: dict,  # replay.json
 ) -> str:
     "Whether what is listed has changed."
-    return f"Nothing can be said of what is listed: {results['reason']}." if "reason" in results else "Of what goes out: " + describe_drift(results["outputs"])
+    return (
+        f"Nothing can be said of what is listed: {results['reason']}."
+        if "reason" in results
+        else "Of what goes out: " + describe_drift(results["outputs"])
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a1faea
 def align_events(
@@ -652,7 +1264,15 @@ def align_events(
 ) -> pl.DataFrame:  # with a column `event` in any case
     "Logs with and without kinds of events in one form."
     event = pl.col("event") if "event" in rows.columns else pl.lit(None, pl.String)
-    return rows.select("user", "item", "rating", "timestamp", event=pl.coalesce(event.cast(pl.String), pl.when(pl.col("rating").is_not_null()).then(pl.lit("rating"))))
+    return rows.select(
+        "user",
+        "item",
+        "rating",
+        "timestamp",
+        event=pl.coalesce(
+            event.cast(pl.String), pl.when(pl.col("rating").is_not_null()).then(pl.lit("rating"))
+        ),
+    )
 
 
 def new_rows(
@@ -660,7 +1280,11 @@ def new_rows(
     base: pl.DataFrame,  # aligned
 ) -> pl.DataFrame:  # each row once, in order
     "The rows that are not there yet."
-    return rows.unique().join(base, on=rows.columns, how="anti", nulls_equal=True).sort(rows.columns, nulls_last=True)
+    return (
+        rows.unique()
+        .join(base, on=rows.columns, how="anti", nulls_equal=True)
+        .sort(rows.columns, nulls_last=True)
+    )
 
 
 def merge_logs(
@@ -668,12 +1292,35 @@ def merge_logs(
     increment: pl.DataFrame,  # from `new_rows`: a set of rows
 ) -> pl.DataFrame:  # one log, in order of time
     "A log that went on: of several ratings of a user for an item the last one stays, as in chapter 01."
-    rows = pl.concat([base, increment]).sort("timestamp", "user", "item", "event", "rating", maintain_order=True, nulls_last=True)
-    return rows.filter(pl.col("rating").is_null() | pl.struct("user", "item", pl.col("rating").is_null()).is_last_distinct())
+    rows = pl.concat([base, increment]).sort(
+        "timestamp", "user", "item", "event", "rating", maintain_order=True, nulls_last=True
+    )
+    return rows.filter(
+        pl.col("rating").is_null()
+        | pl.struct("user", "item", pl.col("rating").is_null()).is_last_distinct()
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a1332e
-ID_WEIGHTS = {"user": ("wide.user.weight", "deep.user.weight", "user.weight", "user_deep.weight", "by_user.weight"), "tag": ("item.tag.weight", "of_tag.weight"),
-          "item": ("wide.item.weight", "deep.item.weight", "item.weight", "item_deep.weight", "by_item.weight", "item.id.weight", "of_id.weight", "bias")}  # weights that belong to one of many
+ID_WEIGHTS = {
+    "user": (
+        "wide.user.weight",
+        "deep.user.weight",
+        "user.weight",
+        "user_deep.weight",
+        "by_user.weight",
+    ),
+    "tag": ("item.tag.weight", "of_tag.weight"),
+    "item": (
+        "wide.item.weight",
+        "deep.item.weight",
+        "item.weight",
+        "item_deep.weight",
+        "by_item.weight",
+        "item.id.weight",
+        "of_id.weight",
+        "bias",
+    ),
+}  # weights that belong to one of many
 
 # %% ../nbs/21_monitoring.ipynb #21a1e526
 def remap_rows(
@@ -683,8 +1330,9 @@ def remap_rows(
 ) -> torch.Tensor:  # as `new`
     "A table whose rows have moved and become more; where the last row is a stranger's, new ones begin like it."
     found, known = new.clone(), code < len(old)
-    found[:len(code)][known] = old[code[known]]
-    if len(new) > len(code): found[-1] = old[-1]
+    found[: len(code)][known] = old[code[known]]
+    if len(new) > len(code):
+        found[-1] = old[-1]
     return found
 
 # %% ../nbs/21_monitoring.ipynb #21a1ef85
@@ -695,11 +1343,31 @@ def transfer_weights(
 ) -> dict:  # weights to begin with
     "Old weights where there are any."
     new = net.state_dict()
-    found = {name: remap_rows(new[name], old[name], codes[side]) for side, names in ID_WEIGHTS.items() for name in names if side in codes and name in new and name in old}
-    cross = "wide.cross.0.weight"                                         # of users and categories, a row a pair
-    if cross in new and len(new[cross]) % (users := len(codes["user"]) + 1) == 0 and len(old[cross]) % (were := len(old["wide.user.weight"])) == 0 and len(new[cross]) // users == len(old[cross]) // were:
-        found[cross] = remap_rows(new[cross].view(users, -1), old[cross].view(were, -1), codes["user"]).view_as(new[cross])
-    return new | {name: v for name, v in old.items() if name in new and name not in found and v.shape == new[name].shape} | found
+    found = {
+        name: remap_rows(new[name], old[name], codes[side])
+        for side, names in ID_WEIGHTS.items()
+        for name in names
+        if side in codes and name in new and name in old
+    }
+    cross = "wide.cross.0.weight"  # of users and categories, a row a pair
+    if (
+        cross in new
+        and len(new[cross]) % (users := len(codes["user"]) + 1) == 0
+        and len(old[cross]) % (were := len(old["wide.user.weight"])) == 0
+        and len(new[cross]) // users == len(old[cross]) // were
+    ):
+        found[cross] = remap_rows(
+            new[cross].view(users, -1), old[cross].view(were, -1), codes["user"]
+        ).view_as(new[cross])
+    return (
+        new
+        | {
+            name: v
+            for name, v in old.items()
+            if name in new and name not in found and v.shape == new[name].shape
+        }
+        | found
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a10386
 def remap_content_weights(
@@ -709,15 +1377,28 @@ def remap_content_weights(
     item_codes: torch.Tensor,  # int64 [items, those without events too], the old code of each
 ) -> dict:  # weights to begin with
     "Weights of tags and of sources of words, where these have been numbered or turned anew."
-    tag, old, known = to_index(encode_ids(model.item_features.names, base.item_features.names)), base.net.state_dict(), item_codes < len(base.all_items)
-    there, traits = tag < len(base.item_features.names), len(old["cross"]) - len(base.item_features.names)
+    tag, old, known = (
+        to_index(encode_ids(model.item_features.names, base.item_features.names)),
+        base.net.state_dict(),
+        item_codes < len(base.all_items),
+    )
+    there, traits = (
+        tag < len(base.item_features.names),
+        len(old["cross"]) - len(base.item_features.names),
+    )
     cross = torch.zeros_like(weights["cross"])
     if traits == len(cross) - len(tag):
         row = torch.cat([there.nonzero()[:, 0], len(tag) + torch.arange(traits)])
-        cross[row[:, None], there.nonzero()[:, 0]] = old["cross"][torch.cat([tag[there], len(base.item_features.names) + torch.arange(traits)])[:, None], tag[there]]
+        cross[row[:, None], there.nonzero()[:, 0]] = old["cross"][
+            torch.cat([tag[there], len(base.item_features.names) + torch.arange(traits)])[:, None],
+            tag[there],
+        ]
     for name, vectors in model.item_features.vectors.items():
-        if name not in base.item_features.vectors: continue
-        turn = torch.linalg.lstsq(vectors[:-1][known], base.item_features.vectors[name][item_codes[known]], driver="gelsd").solution
+        if name not in base.item_features.vectors:
+            continue
+        turn = torch.linalg.lstsq(
+            vectors[:-1][known], base.item_features.vectors[name][item_codes[known]], driver="gelsd"
+        ).solution
         weights[f"item.source.{name}.weight"] = old[f"item.source.{name}.weight"] @ turn.T
     return weights | {"cross": cross}
 
@@ -727,8 +1408,13 @@ def same_category_codes(
     split: Split,  # with all that is known now
 ) -> bool:
     "Do the categories have the numbers that they had?"
-    code, category = to_index(encode_ids(split.items["item"], base.item_ids)), category_codes(split.items)[0]
-    return int(category.max()) + 1 == int(base.feature_state.sizes[0]) and torch.equal(base.feature_state.category[code[code < base.n_items]], category[code < base.n_items])
+    code, category = (
+        to_index(encode_ids(split.items["item"], base.item_ids)),
+        category_codes(split.items)[0],
+    )
+    return int(category.max()) + 1 == int(base.feature_state.sizes[0]) and torch.equal(
+        base.feature_state.category[code[code < base.n_items]], category[code < base.n_items]
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a199f3
 def refresh_features(
@@ -737,9 +1423,23 @@ def refresh_features(
     split: Split,  # with all that is known now
 ):
     "What was learnt stays, and looks at new statistics."
-    category = torch.cat([category_codes(split.items)[0], torch.zeros(1, dtype=torch.int64)])      # the last: an item in no table
-    now = vars(build_feature_state(model.train_history, category, model.n_items, model.rating_range[1], None, model.feature_groups))
-    model._restore({k: v for k, v in base._state().items() if not k.startswith("snap.")} | {f"snap.{k}": v for k, v in now.items()})
+    category = torch.cat(
+        [category_codes(split.items)[0], torch.zeros(1, dtype=torch.int64)]
+    )  # the last: an item in no table
+    now = vars(
+        build_feature_state(
+            model.train_history,
+            category,
+            model.n_items,
+            model.rating_range[1],
+            None,
+            model.feature_groups,
+        )
+    )
+    model._restore(
+        {k: v for k, v in base._state().items() if not k.startswith("snap.")}
+        | {f"snap.{k}": v for k, v in now.items()}
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a11ce2
 def warm_start(
@@ -748,14 +1448,38 @@ def warm_start(
     epochs: int,  # over all events
 ):
     "Let a network begin with old weights, and end after a few passes."
-    build, model.epochs, model.patience = model._build, epochs, 0 if base.name in SEQUENCE_MODELS else epochs
+    build, model.epochs, model.patience = (
+        model._build,
+        epochs,
+        0 if base.name in SEQUENCE_MODELS else epochs,
+    )
+
     def begin():
         net = build()
-        codes = {"user": to_index(encode_ids(model.user_ids, base.user_ids)), "item": to_index(encode_ids(model.item_ids, base.item_ids))}
+        codes = {
+            "user": to_index(encode_ids(model.user_ids, base.user_ids)),
+            "item": to_index(encode_ids(model.item_ids, base.item_ids)),
+        }
         towers = isinstance(base, TwoTower)
-        found = transfer_weights(net, base.net.state_dict(), codes | ({"tag": to_index(encode_ids(model.item_features.names, base.item_features.names))} if towers else {}))
-        net.load_state_dict(remap_content_weights(base, model, found, to_index(encode_ids(model.all_items, base.all_items))) if towers else found)
+        found = transfer_weights(
+            net,
+            base.net.state_dict(),
+            codes
+            | (
+                {"tag": to_index(encode_ids(model.item_features.names, base.item_features.names))}
+                if towers
+                else {}
+            ),
+        )
+        net.load_state_dict(
+            remap_content_weights(
+                base, model, found, to_index(encode_ids(model.all_items, base.all_items))
+            )
+            if towers
+            else found
+        )
         return net
+
     model._build = begin
 
 # %% ../nbs/21_monitoring.ipynb #21a1d033
@@ -766,15 +1490,30 @@ def update_model(
 ) -> Recommender:  # fitted on the split
     "A model goes on from what it has learnt; what is only counted is counted anew."
     model = make_recommender(base.name, **asdict(base))
-    if isinstance(base, EnsembleRecommender): model._fit = lambda split: setattr(model, "models", {name: update_model(part, split, epochs) for name, part in base.models.items()})
-    elif hasattr(base, "snap") and not same_category_codes(base, split): pass                          # the numbers of categories mean something else: anew
-    elif isinstance(base, FeatureRegressor): model._fit = lambda split: refresh_features(base, model, split)
+    if isinstance(base, EnsembleRecommender):
+        model._fit = lambda split: setattr(
+            model,
+            "models",
+            {name: update_model(part, split, epochs) for name, part in base.models.items()},
+        )
+    elif hasattr(base, "snap") and not same_category_codes(base, split):
+        pass  # the numbers of categories mean something else: anew
+    elif isinstance(base, FeatureRegressor):
+        model._fit = lambda split: refresh_features(base, model, split)
     elif isinstance(base, ALS):
+
         def learn(have):
-            model.item = remap_rows(torch.zeros(model.n_items, model.factors), base.item, to_index(encode_ids(model.item_ids, base.item_ids)))
-            for _ in range(epochs): model.item = model._solve(have.T.tocsr(), model._solve(have, model.item))
+            model.item = remap_rows(
+                torch.zeros(model.n_items, model.factors),
+                base.item,
+                to_index(encode_ids(model.item_ids, base.item_ids)),
+            )
+            for _ in range(epochs):
+                model.item = model._solve(have.T.tocsr(), model._solve(have, model.item))
+
         model._fit_matrix = learn
-    elif hasattr(base, "net"): warm_start(base, model, epochs)
+    elif hasattr(base, "net"):
+        warm_start(base, model, epochs)
     return model.fit(split)
 
 # %% ../nbs/21_monitoring.ipynb #21a11a53
@@ -785,8 +1524,12 @@ def current_run(
     folder: Path,  # of a run
 ) -> Path:  # of a run: the same until something has been appended
     "Where a run goes on: what a service should serve; what was appended to another log than the run now has is left aside."
-    try: told_of, about = [json.loads((Path(folder) / name).read_text()) for name in (LIVE_FILE, "run.json")]
-    except FileNotFoundError: return Path(folder)
+    try:
+        told_of, about = [
+            json.loads((Path(folder) / name).read_text()) for name in (LIVE_FILE, "run.json")
+        ]
+    except FileNotFoundError:
+        return Path(folder)
     return Path(folder) / told_of["folder"] if told_of["of"] == about.get("data") else Path(folder)
 
 # %% ../nbs/21_monitoring.ipynb #21a10813
@@ -796,10 +1539,19 @@ def merge_side_table(
     key: str,  # "item" or "user"
 ) -> pl.DataFrame:
     "What is known of products or people is what was told last."
-    update = update.select([pl.col(c).cast(table.schema[c], strict=False) if c in table.columns else pl.col(c) for c in update.columns])
-    both = table.join(update, on=key, how="full", coalesce=True, suffix=" told", maintain_order="left_right")
+    update = update.select(
+        [
+            pl.col(c).cast(table.schema[c], strict=False) if c in table.columns else pl.col(c)
+            for c in update.columns
+        ]
+    )
+    both = table.join(
+        update, on=key, how="full", coalesce=True, suffix=" told", maintain_order="left_right"
+    )
     twice = [c for c in update.columns if c != key and c in table.columns]
-    return both.with_columns(pl.coalesce(f"{c} told", c).alias(c) for c in twice).drop([f"{c} told" for c in twice])
+    return both.with_columns(pl.coalesce(f"{c} told", c).alias(c) for c in twice).drop(
+        [f"{c} told" for c in twice]
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a1ab51
 def full_training_split(
@@ -812,9 +1564,33 @@ def full_training_split(
     rows = sort_by_time(drop_undated(training_events(log)))
     protocol = relax_filter_if_sparse(rows, run.protocol)
     kept = rows.select(min_count_filter(protocol.min_user, protocol.min_item)).to_series()
-    split = add_catalog(Split.from_frames(rows.filter(kept), rows.clear(), rows.clear(), users, items, protocol, rows.filter(~kept)), items, users)
-    seen = sorted((run.folder / "content").glob("*.parquet"), key=lambda p: int(p.stem) if p.stem.isdecimal() else -1)
-    return replace(split, items=split.items.join(pl.read_parquet(seen[-1]), on="item", how="left", maintain_order="left")) if seen else split
+    split = add_catalog(
+        Split.from_frames(
+            rows.filter(kept),
+            rows.clear(),
+            rows.clear(),
+            users,
+            items,
+            protocol,
+            rows.filter(~kept),
+        ),
+        items,
+        users,
+    )
+    seen = sorted(
+        (run.folder / "content").glob("*.parquet"),
+        key=lambda p: int(p.stem) if p.stem.isdecimal() else -1,
+    )
+    return (
+        replace(
+            split,
+            items=split.items.join(
+                pl.read_parquet(seen[-1]), on="item", how="left", maintain_order="left"
+            ),
+        )
+        if seen
+        else split
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a165af
 def validate_increment(
@@ -825,11 +1601,23 @@ def validate_increment(
     "A day's log, or why it does not go with the run."
     came, about = load(str(log), columns), run.read("ingest.json")
     rows = align_events(came.interactions)
-    if about["has_time"] and rows["timestamp"].null_count(): raise UserError(f"{log} has no time, and the log of this run has: events cannot be put in their place")
-    if about["has_stars"] and not came.report["has_stars"] and any(note.startswith("ratings are") for note in came.report["notes"]):
-        raise UserError(f"the ratings in {log} do not look like the stars of this run, which go from {about['scale'][0]:g} to {about['scale'][1]:g}; append several days together, or leave the ratings out")
+    if about["has_time"] and rows["timestamp"].null_count():
+        raise UserError(
+            f"{log} has no time, and the log of this run has: events cannot be put in their place"
+        )
+    if (
+        about["has_stars"]
+        and not came.report["has_stars"]
+        and any(note.startswith("ratings are") for note in came.report["notes"])
+    ):
+        raise UserError(
+            f"the ratings in {log} do not look like the stars of this run, which go from {about['scale'][0]:g} to {about['scale'][1]:g}; append several days together, or leave the ratings out"
+        )
     beyond_scale = about["has_stars"] and rows.filter(~pl.col("rating").is_between(*about["scale"]))
-    if beyond_scale is not False and len(beyond_scale): raise UserError(f"{len(beyond_scale)} ratings in {log} are beyond the stars of this run, which go from {about['scale'][0]:g} to {about['scale'][1]:g}")
+    if beyond_scale is not False and len(beyond_scale):
+        raise UserError(
+            f"{len(beyond_scale)} ratings in {log} are beyond the stars of this run, which go from {about['scale'][0]:g} to {about['scale'][1]:g}"
+        )
     return came, rows
 
 # %% ../nbs/21_monitoring.ipynb #21a156e8
@@ -843,24 +1631,52 @@ def append(
     "Take new events in: tables, popularity and features at once, models by a warm start. All of it, or nothing."
     begun, (came, rows) = time.perf_counter(), validate_increment(run, log, columns)
     with run.locked():
-        now, base, place = VerifiedRun(current_run(run.folder)), align_events(run.read("interactions.parquet")), run.folder / "events"
+        now, base, place = (
+            VerifiedRun(current_run(run.folder)),
+            align_events(run.read("interactions.parquet")),
+            run.folder / "events",
+        )
         had = now.read("appended.parquet") if now.folder != run.folder else base.clear()
         more = new_rows(pl.concat([had, rows]), base)
         whole, known = merge_logs(base, more), merge_logs(base, had)
         last = known["timestamp"].max()
-        told = {"read": came.report["rows_read"], "kept": len(rows), "new": len(more) - len(had), "repeated": len(rows) - len(more) + len(had),
-                "late": len(new_rows(rows, pl.concat([base, had])).filter(pl.col("timestamp") < last)) if last else 0,
-                **{f"new {c}s": len(set(whole[c].unique()) - set(known[c].unique())) for c in ("user", "item")}}
-        if len(more) == len(had) and now.folder != run.folder: return told | {"seconds": round(time.perf_counter() - begun, 2), "folder": str(now.folder.relative_to(run.folder))}
+        told = {
+            "read": came.report["rows_read"],
+            "kept": len(rows),
+            "new": len(more) - len(had),
+            "repeated": len(rows) - len(more) + len(had),
+            "late": len(new_rows(rows, pl.concat([base, had])).filter(pl.col("timestamp") < last))
+            if last
+            else 0,
+            **{
+                f"new {c}s": len(set(whole[c].unique()) - set(known[c].unique()))
+                for c in ("user", "item")
+            },
+        }
+        if len(more) == len(had) and now.folder != run.folder:
+            return told | {
+                "seconds": round(time.perf_counter() - begun, 2),
+                "folder": str(now.folder.relative_to(run.folder)),
+            }
         place.mkdir(exist_ok=True)
-        for left in place.glob(".new-*"): shutil.rmtree(left)                                  # of one that was killed
+        for left in place.glob(".new-*"):
+            shutil.rmtree(left)  # of one that was killed
         number = 1 + max((int(p.name) for p in place.iterdir() if p.name.isdecimal()), default=0)
         with tempfile.TemporaryDirectory(prefix=".new-", dir=place) as new:
-            told |= {"models": build_increment(run, now, Path(new) / "run", came, more, whole, epochs, models), "seconds": round(time.perf_counter() - begun, 2), "appended": len(more), "of": run.manifest.get("data"), "folder": f"events/{number}"}
+            told |= {
+                "models": build_increment(
+                    run, now, Path(new) / "run", came, more, whole, epochs, models
+                ),
+                "seconds": round(time.perf_counter() - begun, 2),
+                "appended": len(more),
+                "of": run.manifest.get("data"),
+                "folder": f"events/{number}",
+            }
             os.replace(Path(new) / "run", place / str(number))
         run.write(LIVE_FILE, told)
         for old in place.iterdir():
-            if old.name.isdecimal() and int(old.name) < number - 1: shutil.rmtree(old)         # the one before may still be being read
+            if old.name.isdecimal() and int(old.name) < number - 1:
+                shutil.rmtree(old)  # the one before may still be being read
     return told
 
 # %% ../nbs/21_monitoring.ipynb #21a127ee
@@ -875,22 +1691,48 @@ def build_increment(
     models: tuple = (),  # names; empty: those that a service serves, as far as they are there
 ) -> dict:  # name of a model: seconds that it took
     "Write a run folder with everything that is known by now."
-    fresh, took = Run(folder, **{k: run.manifest[k] for k in ("dataset", "protocol", "seed", "parameters")}), {}
-    items, users = [merge_side_table(current.read(f"{key}s.parquet"), table, key) for key, table in (("item", loaded.items), ("user", loaded.users))]
-    for name, table in (("interactions", to_interactions(full_log)), ("appended", increment), ("items", items), ("users", users)): fresh.write(f"{name}.parquet", table)
-    fresh.write("ingest.json", run.read("ingest.json") | {"kept": len(full_log), "appended": len(increment)})
+    fresh, took = (
+        Run(folder, **{k: run.manifest[k] for k in ("dataset", "protocol", "seed", "parameters")}),
+        {},
+    )
+    items, users = [
+        merge_side_table(current.read(f"{key}s.parquet"), table, key)
+        for key, table in (("item", loaded.items), ("user", loaded.users))
+    ]
+    for name, table in (
+        ("interactions", to_interactions(full_log)),
+        ("appended", increment),
+        ("items", items),
+        ("users", users),
+    ):
+        fresh.write(f"{name}.parquet", table)
+    fresh.write(
+        "ingest.json", run.read("ingest.json") | {"kept": len(full_log), "appended": len(increment)}
+    )
     there = [p.parent.name for p in (run.folder / "models").glob("*/model.json")]
-    wanted = [check_choice(m, there, "model") for m in models] or [m for m in (*DEFAULT_MODELS, "wide-deep") if m in there] or there[:1]
+    wanted = (
+        [check_choice(m, there, "model") for m in models]
+        or [m for m in (*DEFAULT_MODELS, "wide-deep") if m in there]
+        or there[:1]
+    )
     split = full_training_split(run, full_log, items, users)
     for name in tqdm(wanted, desc="warm start", leave=False, mininterval=1):
         begun = time.perf_counter()
-        update_model(load_recommender(run.model_folder(name)), split, epochs).save(fresh.model_folder(name))
+        update_model(load_recommender(run.model_folder(name)), split, epochs).save(
+            fresh.model_folder(name)
+        )
         took[name] = round(time.perf_counter() - begun, 2)
-    fresh.update_manifest(hashes=fresh.file_hashes, data={"rows": len(full_log), "sha256": fresh.file_hashes["interactions.parquet"]})
+    fresh.update_manifest(
+        hashes=fresh.file_hashes,
+        data={"rows": len(full_log), "sha256": fresh.file_hashes["interactions.parquet"]},
+    )
     return took
 
 # %% ../nbs/21_monitoring.ipynb #21a1074c
-NON_INFERIORITY_MARGIN = {"NDCG@20": .05, "RMSE": .01}  # largest loss that is none to speak of, as a share of the figure of the model that was trained anew
+NON_INFERIORITY_MARGIN = {
+    "NDCG@20": 0.05,
+    "RMSE": 0.01,
+}  # largest loss that is none to speak of, as a share of the figure of the model that was trained anew
 
 # %% ../nbs/21_monitoring.ipynb #21a10649
 def evaluate_per_user(
@@ -901,8 +1743,18 @@ def evaluate_per_user(
     "What a model is worth to each person."
     question = full_eval_task(split, max_users)
     _, codes = top_k_with_scores(model, question)
-    ids = lambda codes: split.users["user"].gather(codes)
-    found = {"NDCG@20": pl.DataFrame({"user": ids(question.users.numpy()), "NDCG@20": ndcg(*hit_matrix(codes, question), 20).numpy()})}
+
+    def ids(codes):
+        return split.users["user"].gather(codes)
+
+    found = {
+        "NDCG@20": pl.DataFrame(
+            {
+                "user": ids(question.users.numpy()),
+                "NDCG@20": ndcg(*hit_matrix(codes, question), 20).numpy(),
+            }
+        )
+    }
     if model.predicts_ratings and split.test["rating"].null_count() < len(split.test):
         rated = eval_ratings(model, split, "test")
         found["RMSE"] = rated.select(user=ids(rated["user"]), RMSE="RMSE")
@@ -916,12 +1768,30 @@ def compare_update_modes(
     "A warm start, and no start at all, against training anew."
     found = []
     for metric, of in tables["anew"].items():
-        one = lambda way, versus=None: aggregate([tables[way][metric]], [metric], {"all": pl.lit(True)}, reference=versus and [tables[versus][metric]]).row(0, named=True)
-        row, better = {"metric": metric, "n": one("anew")["n"], "seconds": seconds}, -1 if metric == "RMSE" else 1
-        for way in ("anew", "warm", "stale"): row[way] = {k: one(way)[k] for k in ("value", "lo", "hi")}
-        for way in ("warm", "stale"): row[f"{way} less anew"] = {k: one(way, "anew")[k] for k in ("value", "lo", "hi")}
+
+        def one(way, versus=None):
+            return aggregate(
+                [tables[way][metric]],
+                [metric],
+                {"all": pl.lit(True)},
+                reference=versus and [tables[versus][metric]],
+            ).row(0, named=True)
+
+        row, better = (
+            {"metric": metric, "n": one("anew")["n"], "seconds": seconds},
+            -1 if metric == "RMSE" else 1,
+        )
+        for way in ("anew", "warm", "stale"):
+            row[way] = {k: one(way)[k] for k in ("value", "lo", "hi")}
+        for way in ("warm", "stale"):
+            row[f"{way} less anew"] = {k: one(way, "anew")[k] for k in ("value", "lo", "hi")}
         ends = [row["warm less anew"][k] for k in ("lo", "hi")]
-        row["non_inferior"] = None if None in ends else min(better * e for e in ends) > -NON_INFERIORITY_MARGIN[metric] * row["anew"]["value"]
+        row["non_inferior"] = (
+            None
+            if None in ends
+            else min(better * e for e in ends)
+            > -NON_INFERIORITY_MARGIN[metric] * row["anew"]["value"]
+        )
         found.append(row)
     return found
 
@@ -932,42 +1802,100 @@ def compare_warm_start(
     epochs: int = 2,  # over all events, of what learns in passes, at least 1
 ):
     "A warm start against training anew, on what came after the report's training."
-    old, plan = add_side_features(run)[-1].for_final_fit(), run.read("hybrid.json")["plans"][-1]["plan"]
+    old, plan = (
+        add_side_features(run)[-1].for_final_fit(),
+        run.read("hybrid.json")["plans"][-1]["plan"],
+    )
     some = len(old.test) // 8
     new, later = old.test[:some], old.test[some:]
-    if not some: return run.write("catchup.json", {"reason": "nothing came after training"})
+    if not some:
+        return run.write("catchup.json", {"reason": "nothing came after training"})
     known = run.model_folder("hybrid") / "model.json"
-    base = load_recommender(known.parent) if known.exists() else make_recommender("hybrid", plan=plan).fit(old)
-    ids = lambda rows: rows.with_columns(old.users["user"].gather(rows["user"]), old.items["item"].gather(rows["item"]))
+    base = (
+        load_recommender(known.parent)
+        if known.exists()
+        else make_recommender("hybrid", plan=plan).fit(old)
+    )
+
+    def ids(rows):
+        return rows.with_columns(
+            old.users["user"].gather(rows["user"]), old.items["item"].gather(rows["item"])
+        )
+
     rows = ids(concat_by_time([old.train, old.filtered_out, new]))
     protocol = relax_filter_if_sparse(rows, run.protocol)
     kept = rows.select(min_count_filter(protocol.min_user, protocol.min_item)).to_series()
-    split = add_catalog(Split.from_frames(rows.filter(kept), rows.clear(), ids(later), old.users, old.items, protocol, rows.filter(~kept)), old.items, old.users)
+    split = add_catalog(
+        Split.from_frames(
+            rows.filter(kept),
+            rows.clear(),
+            ids(later),
+            old.users,
+            old.items,
+            protocol,
+            rows.filter(~kept),
+        ),
+        old.items,
+        old.users,
+    )
     models, seconds = {"stale": base}, {}
-    for way, make in (("anew", lambda: make_recommender("hybrid", **asdict(base)).fit(split)), ("warm", lambda: update_model(base, split, epochs))):
+    for way, make in (
+        ("anew", lambda: make_recommender("hybrid", **asdict(base)).fit(split)),
+        ("warm", lambda: update_model(base, split, epochs)),
+    ):
         begun = time.perf_counter()
         models[way] = make()
         seconds[way] = round(time.perf_counter() - begun, 2)
-    on = {"anew": split, "warm": split, "stale": replace(old, filtered_out=concat_by_time([old.filtered_out, new]), test=later)}
-    tables = {way: evaluate_per_user(models[way], on[way], 5000) for way in ("anew", "warm", "stale")}
-    run.write("catchup.json", {"old": len(old.train) + len(old.filtered_out), "new": some, "later": len(later), "passes": epochs, "figures": compare_update_modes(tables, seconds)})
+    on = {
+        "anew": split,
+        "warm": split,
+        "stale": replace(old, filtered_out=concat_by_time([old.filtered_out, new]), test=later),
+    }
+    tables = {
+        way: evaluate_per_user(models[way], on[way], 5000) for way in ("anew", "warm", "stale")
+    }
+    run.write(
+        "catchup.json",
+        {
+            "old": len(old.train) + len(old.filtered_out),
+            "new": some,
+            "later": len(later),
+            "passes": epochs,
+            "figures": compare_update_modes(tables, seconds),
+        },
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a1dde6
 def describe_warm_start(
     results: dict,  # catchup.json
 ) -> str:
     "Is a warm start as good, and how much quicker?"
-    if "reason" in results: return f"A warm start cannot be tried: {results['reason']}."
+    if "reason" in results:
+        return f"A warm start cannot be tried: {results['reason']}."
     seconds, said = results["figures"][0]["seconds"], []
     for row in results["figures"]:
-        less, stale = [format_ci(*[row[f"{way} less anew"][k] for k in ("value", "lo", "hi")], "+", 4) for way in ("warm", "stale")]
-        how = {True: "as good as training anew", False: "not shown to be as good as training anew", None: "on too few people to be told from training anew"}[row["non_inferior"]]
-        said.append(f"in {row['metric']} it is {how} ({less} on {format_ci(row['anew']['value'], row['anew']['lo'], row['anew']['hi'])}; without the new events it would be {stale})")
-    return f"{results['new']:,} events came to {results['old']:,}. A warm start took {seconds['warm']:.1f} s, training anew {seconds['anew']:.1f} s, so {seconds['warm'] / max(seconds['anew'], .01):.0%} of the time; " + "; ".join(said) + f". As good means that a loss of more than {' or '.join(f'{m:.0%} ({k})' for k, m in NON_INFERIORITY_MARGIN.items())} is out of the question."
+        less, stale = [
+            format_ci(*[row[f"{way} less anew"][k] for k in ("value", "lo", "hi")], "+", 4)
+            for way in ("warm", "stale")
+        ]
+        how = {
+            True: "as good as training anew",
+            False: "not shown to be as good as training anew",
+            None: "on too few people to be told from training anew",
+        }[row["non_inferior"]]
+        said.append(
+            f"in {row['metric']} it is {how} ({less} on {format_ci(row['anew']['value'], row['anew']['lo'], row['anew']['hi'])}; without the new events it would be {stale})"
+        )
+    return (
+        f"{results['new']:,} events came to {results['old']:,}. A warm start took {seconds['warm']:.1f} s, training anew {seconds['anew']:.1f} s, so {seconds['warm'] / max(seconds['anew'], 0.01):.0%} of the time; "
+        + "; ".join(said)
+        + f". As good means that a loss of more than {' or '.join(f'{m:.0%} ({k})' for k, m in NON_INFERIORITY_MARGIN.items())} is out of the question."
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a15ef0
 class Panel(NamedTuple):
     "A part of the dashboard."
+
     title: str  # what it is about
     status: str  # "ok", "look" (somebody should) or "none": nothing can be said
     summary: str  # what is seen, in words
@@ -978,7 +1906,11 @@ class Panel(NamedTuple):
 
 # %% ../nbs/21_monitoring.ipynb #21a1add8
 STATUS_LABELS = {"ok": "in order", "warn": "look here", "none": "nothing to see"}
-HEALTH_LIMITS = {"errors": .01, "p99": .2, "waiting": 100}  # share of answers that are errors of ours; seconds; questions in line
+HEALTH_LIMITS = {
+    "errors": 0.01,
+    "p99": 0.2,
+    "waiting": 100,
+}  # share of answers that are errors of ours; seconds; questions in line
 
 # %% ../nbs/21_monitoring.ipynb #21a1cce6
 def scrape_metrics(
@@ -987,10 +1919,21 @@ def scrape_metrics(
     "What a service says of itself."
     try:
         if "://" in source:
-            with urllib.request.urlopen(source.rstrip("/").removesuffix("/metrics") + "/metrics", timeout=5) as answer: text = answer.read().decode()
-        else: text = Path(source).read_text()
-        return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in text_string_to_metric_families(text) for s in family.samples}
-    except (OSError, ValueError) as e: raise UserError(f"no measures at {source} ({getattr(e, 'reason', None) or getattr(e, 'strerror', None) or type(e).__name__}); give the address of a running service, or a file with what its /metrics said") from None
+            with urllib.request.urlopen(
+                source.rstrip("/").removesuffix("/metrics") + "/metrics", timeout=5
+            ) as answer:
+                text = answer.read().decode()
+        else:
+            text = Path(source).read_text()
+        return {
+            (s.name, tuple(sorted(s.labels.items()))): s.value
+            for family in text_string_to_metric_families(text)
+            for s in family.samples
+        }
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f"no measures at {source} ({getattr(e, 'reason', None) or getattr(e, 'strerror', None) or type(e).__name__}); give the address of a running service, or a file with what its /metrics said"
+        ) from None
 
 # %% ../nbs/21_monitoring.ipynb #21a1deee
 def latency_quantile(
@@ -999,39 +1942,93 @@ def latency_quantile(
     path: str = "/api/recommend",  # what was asked
 ) -> Optional[float]:  # seconds, an upper bound; None: nothing was asked
     "In what time so many answers were given, by the histogram's buckets."
-    buckets = sorted((float(dict(labels)["le"]), n) for (name, labels), n in samples.items() if name == "widedeep_seconds_bucket" and dict(labels)["path"] == path)
-    return next((le for le, n in buckets if n >= quantile * buckets[-1][1]), None) if buckets and buckets[-1][1] else None
+    buckets = sorted(
+        (float(dict(labels)["le"]), n)
+        for (name, labels), n in samples.items()
+        if name == "widedeep_seconds_bucket" and dict(labels)["path"] == path
+    )
+    return (
+        next((le for le, n in buckets if n >= quantile * buckets[-1][1]), None)
+        if buckets and buckets[-1][1]
+        else None
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a13338
 def health_panel(
     samples: dict,  # from `scrape_metrics`
 ) -> Panel:
     "The service, by its own measures."
-    requests = [(dict(labels)["status"], n) for (name, labels), n in samples.items() if name == "widedeep_requests_total"]
-    asked, wrong = sum(n for _, n in requests), sum(n for status, n in requests if status[0] in "05")
-    one = lambda name: samples.get((f"widedeep_{name}", ()), 0)
-    half, most = [latency_quantile(samples, share) for share in (.5, .99)]
-    ages = {dict(labels)["model"]: n / 86400 for (name, labels), n in samples.items() if name == "widedeep_model_age_seconds"}
-    bad = wrong > HEALTH_LIMITS["errors"] * max(asked, 1) or (most or 0) > HEALTH_LIMITS["p99"] or one("waiting") > HEALTH_LIMITS["waiting"] or one("lists_lost") > 0
-    time = f"; half of the lists came within {1000 * half:g} ms, 99 % within {1000 * most:g} ms" if half else ""
+    requests = [
+        (dict(labels)["status"], n)
+        for (name, labels), n in samples.items()
+        if name == "widedeep_requests_total"
+    ]
+    asked, wrong = (
+        sum(n for _, n in requests),
+        sum(n for status, n in requests if status[0] in "05"),
+    )
+
+    def one(name):
+        return samples.get((f"widedeep_{name}", ()), 0)
+
+    half, most = [latency_quantile(samples, share) for share in (0.5, 0.99)]
+    ages = {
+        dict(labels)["model"]: n / 86400
+        for (name, labels), n in samples.items()
+        if name == "widedeep_model_age_seconds"
+    }
+    bad = (
+        wrong > HEALTH_LIMITS["errors"] * max(asked, 1)
+        or (most or 0) > HEALTH_LIMITS["p99"]
+        or one("waiting") > HEALTH_LIMITS["waiting"]
+        or one("lists_lost") > 0
+    )
+    time = (
+        f"; half of the lists came within {1000 * half:g} ms, 99 % within {1000 * most:g} ms"
+        if half
+        else ""
+    )
     says = f"{asked:,.0f} requests since it was started, {wrong:,.0f} of them answered with an error of its own{time}. {one('waiting'):,.0f} questions wait, {one('lists_lost'):,.0f} lists could not be written down."
     says += "".join(f" The model {m} is {age:.1f} days old." for m, age in ages.items())
     normal = f"Normal: at most {HEALTH_LIMITS['errors']:.0%} of answers with an error of its own, 99 % of lists within {1000 * HEALTH_LIMITS['p99']:g} ms, at most {HEALTH_LIMITS['waiting']} questions waiting, no list lost."
-    return Panel("Health of the service", "none" if not asked else "warn" if bad else "ok", says, normal)
+    return Panel(
+        "Health of the service", "none" if not asked else "warn" if bad else "ok", says, normal
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a1c7a3
 def read_feedback(
     folder: Path,  # holds feedback.sqlite
-) -> Optional[tuple]:  # lists: id, time, user, model, explored; events: key, time, user, item, event, list; None: there is none
+) -> Optional[
+    tuple
+]:  # lists: id, time, user, model, explored; events: key, time, user, item, event, list; None: there is none
     "What a service has written down, read without changing it."
     path = Path(folder) / "feedback.sqlite"
-    if not path.exists(): return None
+    if not path.exists():
+        return None
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as base:
-            lists = pl.DataFrame(base.execute("SELECT id, time, user, model FROM lists").fetchall(), {"id": pl.String, "time": pl.Int64, "user": pl.String, "model": pl.String}, orient="row")
-            events = pl.DataFrame(base.execute("SELECT key, time, user, item, event, list FROM events").fetchall(), {"key": pl.String, "time": pl.Int64, "user": pl.String, "item": pl.String, "event": pl.String, "list": pl.String}, orient="row")
-    except sqlite3.Error as e: raise UserError(f"{path} is no book of a service ({e})") from None
-    return tuple(t.with_columns(time=pl.from_epoch("time", "ms")).sort("time") for t in (lists, events))
+            lists = pl.DataFrame(
+                base.execute("SELECT id, time, user, model FROM lists").fetchall(),
+                {"id": pl.String, "time": pl.Int64, "user": pl.String, "model": pl.String},
+                orient="row",
+            )
+            events = pl.DataFrame(
+                base.execute("SELECT key, time, user, item, event, list FROM events").fetchall(),
+                {
+                    "key": pl.String,
+                    "time": pl.Int64,
+                    "user": pl.String,
+                    "item": pl.String,
+                    "event": pl.String,
+                    "list": pl.String,
+                },
+                orient="row",
+            )
+    except sqlite3.Error as e:
+        raise UserError(f"{path} is no book of a service ({e})") from None
+    return tuple(
+        t.with_columns(time=pl.from_epoch("time", "ms")).sort("time") for t in (lists, events)
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a1b48a
 def hourly_counts(
@@ -1041,9 +2038,25 @@ def hourly_counts(
 ) -> pl.DataFrame:  # at, lists, events; hours without any are there too
     "How much there was to do."
     times = pl.concat([lists["time"], events["time"]])
-    all_ = pl.datetime_range(times.min().replace(minute=0, treatment=0, microsecond=0), times.max(), "1h", eager=True, time_unit="ms").alias("at")
-    count = lambda t, name: t.group_by(at=pl.col("time").dt.truncate("1h").cast(pl.Datetime("ms"))).len(name)
-    return all_.to_frame().join(count(lists, "lists"), on="at", how="left").join(count(events, "events"), on="at", how="left").fill_null(0).sort("at").tail(hours)
+    all_ = pl.datetime_range(
+        times.min().replace(minute=0, treatment=0, microsecond=0),
+        times.max(),
+        "1h",
+        eager=True,
+        time_unit="ms",
+    ).alias("at")
+
+    def count(t, name):
+        return t.group_by(at=pl.col("time").dt.truncate("1h").cast(pl.Datetime("ms"))).len(name)
+
+    return (
+        all_.to_frame()
+        .join(count(lists, "lists"), on="at", how="left")
+        .join(count(events, "events"), on="at", how="left")
+        .fill_null(0)
+        .sort("at")
+        .tail(hours)
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a1f03f
 def traffic_panel(
@@ -1051,23 +2064,60 @@ def traffic_panel(
     events: pl.DataFrame,  # of the book
 ) -> Panel:
     "The service, by what it has written down."
-    title, hours = "Health of the service", hourly_counts(lists, events) if len(lists) + len(events) else None
-    if hours is None: return Panel(title, "none", "Nobody has asked the service for a list yet.", "Normal would be lists by the hour, and events that follow them.")
+    title, hours = (
+        "Health of the service",
+        hourly_counts(lists, events) if len(lists) + len(events) else None,
+    )
+    if hours is None:
+        return Panel(
+            title,
+            "none",
+            "Nobody has asked the service for a list yet.",
+            "Normal would be lists by the hour, and events that follow them.",
+        )
     last, before = hours.row(-1, named=True), hours[:-1]
     says = f"In the hour from {last['at']:%Y-%m-%d %H:%M} on there were {last['lists']:,} lists and {last['events']:,} events; in the {len(hours)} hours shown {hours['lists'].sum():,} and {hours['events'].sum():,}. Latency is not written down here: give the address of the service for that."
     few = len(before) < 24
-    lo, hi = (before["lists"].quantile(q, "linear") for q in (.025, .975)) if not few else (0, np.inf)
-    normal = f"Normal is what 95 % of the {len(before)} hours before had: {lo:,.0f} to {hi:,.0f} lists. The last hour may not be over." if not few else f"What is normal can be said after 24 hours; there are {len(before)} so far."
-    if len(hours) < 2: return Panel(title, "none", says, normal)
+    lo, hi = (
+        (before["lists"].quantile(q, "linear") for q in (0.025, 0.975)) if not few else (0, np.inf)
+    )
+    normal = (
+        f"Normal is what 95 % of the {len(before)} hours before had: {lo:,.0f} to {hi:,.0f} lists. The last hour may not be over."
+        if not few
+        else f"What is normal can be said after 24 hours; there are {len(before)} so far."
+    )
+    if len(hours) < 2:
+        return Panel(title, "none", says, normal)
     fig, ax = plt.subplots(figsize=(5.2, 2.2))
-    for name, colour, y in (("lists", "hybrid", .9), ("events", "baseline", .7)):
+    for name, colour, y in (("lists", "hybrid", 0.9), ("events", "baseline", 0.7)):
         ax.plot(hours["at"], hours[name], color=COLORS[colour], lw=1.4, drawstyle="steps-post")
-        ax.annotate(name, (1, y), (4, 0), xycoords="axes fraction", textcoords="offset points", color=COLORS["hybrid" if colour == "hybrid" else "ink"])
-    if not few: ax.axhspan(lo, hi, color=COLORS["hybrid"], alpha=.1, lw=0)
+        ax.annotate(
+            name,
+            (1, y),
+            (4, 0),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            color=COLORS["hybrid" if colour == "hybrid" else "ink"],
+        )
+    if not few:
+        ax.axhspan(lo, hi, color=COLORS["hybrid"], alpha=0.1, lw=0)
     ax.set(ylim=(0, None), ylabel="an hour")
     ax.xaxis.set_major_locator(plt.MaxNLocator(4))
-    ax.xaxis.set_major_formatter(lambda x, _: f"{datetime(1970, 1, 1) + timedelta(days=x):%d %b %H:%M}")
-    return Panel(title, "none" if few else "warn" if last["lists"] > hi or len(before) and before["lists"][-1] < lo else "ok", says, normal, fig, "Lists and events by the hour, with the band of what is usual.")
+    ax.xaxis.set_major_formatter(
+        lambda x, _: f"{datetime(1970, 1, 1) + timedelta(days=x):%d %b %H:%M}"
+    )
+    return Panel(
+        title,
+        "none"
+        if few
+        else "warn"
+        if last["lists"] > hi or len(before) and before["lists"][-1] < lo
+        else "ok",
+        says,
+        normal,
+        fig,
+        "Lists and events by the hour, with the band of what is usual.",
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a1cc45
 def acceptance_rates(
@@ -1077,37 +2127,92 @@ def acceptance_rates(
 ) -> pl.DataFrame:  # by, value, lo, hi, n
     "Of how many lists something was taken, with intervals over people; who has no name is one of their own."
     took = events.filter(pl.col("event").is_in(POSITIVE_EVENTS))["list"].drop_nulls().unique()
-    rows = lists.with_columns(taken=pl.col("id").is_in(took.implode()).cast(pl.Float64), user=pl.coalesce("user", "id"), day=pl.col("time").dt.strftime("%Y-%m-%d"))
+    rows = lists.with_columns(
+        taken=pl.col("id").is_in(took.implode()).cast(pl.Float64),
+        user=pl.coalesce("user", "id"),
+        day=pl.col("time").dt.strftime("%Y-%m-%d"),
+    )
     found = []
     for key, of in rows.group_by(by, maintain_order=True):
-        people = of.group_by("user", maintain_order=True).agg(pl.col("taken").sum(), pl.len().alias("n"))
+        people = of.group_by("user", maintain_order=True).agg(
+            pl.col("taken").sum(), pl.len().alias("n")
+        )
         value, lo, hi = bootstrap(people["taken"].to_numpy(), people["n"].to_numpy().astype(float))
-        found.append({by: key[0], "value": float(value[0]), "lo": float(lo[0]) if len(people) > 4 else None, "hi": float(hi[0]) if len(people) > 4 else None, "n": len(of)})
-    return pl.DataFrame(found, {by: pl.String, "value": pl.Float64, "lo": pl.Float64, "hi": pl.Float64, "n": pl.Int64})
+        found.append(
+            {
+                by: key[0],
+                "value": float(value[0]),
+                "lo": float(lo[0]) if len(people) > 4 else None,
+                "hi": float(hi[0]) if len(people) > 4 else None,
+                "n": len(of),
+            }
+        )
+    return pl.DataFrame(
+        found,
+        {by: pl.String, "value": pl.Float64, "lo": pl.Float64, "hi": pl.Float64, "n": pl.Int64},
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a1ca91
 def quality_panel(
     feedback: Optional[tuple],  # from `read_feedback`
 ) -> Panel:
     "What the lists that were shown are worth."
-    title, missing = "Quality of the lists shown", "Normal would be a share that stays within the interval of the days before."
-    if feedback is None or not len(feedback[0]): return Panel(title, "none", "No list has been shown yet, so nothing can have been taken.", missing)
+    title, missing = (
+        "Quality of the lists shown",
+        "Normal would be a share that stays within the interval of the days before.",
+    )
+    if feedback is None or not len(feedback[0]):
+        return Panel(
+            title, "none", "No list has been shown yet, so nothing can have been taken.", missing
+        )
     lists, events = feedback
     models, days = acceptance_rates(lists, events, "model"), acceptance_rates(lists, events, "day")
-    say = lambda r: f"{r['value']:.1%}" + (f" [{r['lo']:.1%}, {r['hi']:.1%}]" if r["lo"] is not None else "")
-    says = "Something was taken of " + "; ".join(f"{say(r)} of {r['n']:,} lists by {r['model']}" for r in models.rows(named=True)) + "."
-    before = lists.filter(pl.col("time") < lists["time"].max().replace(hour=0, minute=0, treatment=0, microsecond=0))
-    if not len(before): return Panel(title, "none", says, "What is normal can be said after a second day.")
-    usual, today = acceptance_rates(before.with_columns(model=pl.lit("all")), events, "model").row(0, named=True), days.row(-1, named=True)
+
+    def say(r):
+        return f"{r['value']:.1%}" + (
+            f" [{r['lo']:.1%}, {r['hi']:.1%}]" if r["lo"] is not None else ""
+        )
+
+    says = (
+        "Something was taken of "
+        + "; ".join(
+            f"{say(r)} of {r['n']:,} lists by {r['model']}" for r in models.rows(named=True)
+        )
+        + "."
+    )
+    before = lists.filter(
+        pl.col("time") < lists["time"].max().replace(hour=0, minute=0, treatment=0, microsecond=0)
+    )
+    if not len(before):
+        return Panel(title, "none", says, "What is normal can be said after a second day.")
+    usual, today = (
+        acceptance_rates(before.with_columns(model=pl.lit("all")), events, "model").row(
+            0, named=True
+        ),
+        days.row(-1, named=True),
+    )
     fig, ax = plt.subplots(figsize=(5.2, 2.2))
     for x, r in enumerate(days.tail(30).rows(named=True)):
-        if r["lo"] is not None: ax.plot([x, x], [100 * r["lo"], 100 * r["hi"]], color=COLORS["hybrid"], lw=2, alpha=.4)
+        if r["lo"] is not None:
+            ax.plot([x, x], [100 * r["lo"], 100 * r["hi"]], color=COLORS["hybrid"], lw=2, alpha=0.4)
         ax.plot(x, 100 * r["value"], "o", color=COLORS["hybrid"], ms=5)
     ax.axhline(100 * usual["value"], color=COLORS["baseline"], lw=1, ls=":")
     at = np.unique(np.linspace(0, len(days.tail(30)) - 1, 4).round().astype(int))
-    ax.set(ylim=(0, None), ylabel="lists of which\nsomething was taken, %", xticks=at, xticklabels=[days.tail(30)["day"][int(i)][5:] for i in at])
+    ax.set(
+        ylim=(0, None),
+        ylabel="lists of which\nsomething was taken, %",
+        xticks=at,
+        xticklabels=[days.tail(30)["day"][int(i)][5:] for i in at],
+    )
     low = today["hi"] is not None and today["hi"] < usual["value"]
-    return Panel(title, "warn" if low else "ok", says + f" On the last day it was {say(today)}.", f"Normal is an interval that reaches the share of the days before, {say(usual)}; it lies {'below' if low else 'there or above'}.", fig, "The share of lists of which something was taken, a dot a day with its interval, and the mean of the days before.")
+    return Panel(
+        title,
+        "warn" if low else "ok",
+        says + f" On the last day it was {say(today)}.",
+        f"Normal is an interval that reaches the share of the days before, {say(usual)}; it lies {'below' if low else 'there or above'}.",
+        fig,
+        "The share of lists of which something was taken, a dot a day with its interval, and the mean of the days before.",
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a13d6d
 def drift_panels(
@@ -1115,17 +2220,34 @@ def drift_panels(
     log: str = "",  # a newer log, as for `load`; empty: what has been appended
 ) -> list:  # of Panel
     "What comes in and what goes out."
-    now, last = Run(current_run(run.folder)), run.load_splits()[-1].for_final_fit().train["timestamp"].max()
+    now, last = (
+        Run(current_run(run.folder)),
+        run.load_splits()[-1].for_final_fit().train["timestamp"].max(),
+    )
     rows, items = align_events(now.read("interactions.parquet")), now.read("items.parquet")
     if log:
         came = load(log)
-        rows, items = merge_logs(rows, new_rows(align_events(came.interactions), rows)), merge_side_table(items, came.items, "item")
+        rows, items = (
+            merge_logs(rows, new_rows(align_events(came.interactions), rows)),
+            merge_side_table(items, came.items, "item"),
+        )
     try:
-        if last is None: raise UserError("this log has no time, so nothing can be seen to change")
+        if last is None:
+            raise UserError("this log has no time, so nothing can be seen to change")
         found = detect_drift(to_interactions(rows), run.read("items.parquet"), last, items)
-    except UserError as e: found = {"reason": str(e)}
-    outputs = run.read("replay.json") if (run.folder / "replay.json").exists() else {"reason": "the chapter on monitoring has not been run here"}
-    return [drift_panel("Drift of what comes in", found), drift_panel("Drift of what goes out", outputs if "reason" in outputs else outputs["outputs"])]
+    except UserError as e:
+        found = {"reason": str(e)}
+    outputs = (
+        run.read("replay.json")
+        if (run.folder / "replay.json").exists()
+        else {"reason": "the chapter on monitoring has not been run here"}
+    )
+    return [
+        drift_panel("Drift of what comes in", found),
+        drift_panel(
+            "Drift of what goes out", outputs if "reason" in outputs else outputs["outputs"]
+        ),
+    ]
 
 # %% ../nbs/21_monitoring.ipynb #21a1abb6
 def drift_panel(
@@ -1135,38 +2257,104 @@ def drift_panel(
     "Has it changed since training?"
     since = [r for r in results.get("periods", ()) if not r["trained"] and r["line"] is not None]
     normal = f"Normal is a period below the line: of those that are like the past, {results.get('rate', FALSE_ALARM_RATE):.0%} are not, all inputs together. Look where several in a row are above it."
-    picture = (plot_drift_scores(results), "Squares for each input and period, red where unusual; below them the largest of each period and the alarm line.") if since else (None, "")
-    return Panel(title, "none" if not since else "warn" if since[-1]["alarm"] else "ok", describe_drift(results), normal, *picture)
+    picture = (
+        (
+            plot_drift_scores(results),
+            "Squares for each input and period, red where unusual; below them the largest of each period and the alarm line.",
+        )
+        if since
+        else (None, "")
+    )
+    return Panel(
+        title,
+        "none" if not since else "warn" if since[-1]["alarm"] else "ok",
+        describe_drift(results),
+        normal,
+        *picture,
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a1dd38
 def staleness_panel(
     run: Run,  # of the report
 ) -> Panel:
     "How old the model is by now, and how old it may become."
-    found = run.read("replay.json") if (run.folder / "replay.json").exists() else {"reason": "the chapter on monitoring has not been run here"}
+    found = (
+        run.read("replay.json")
+        if (run.folder / "replay.json").exists()
+        else {"reason": "the chapter on monitoring has not been run here"}
+    )
     at = current_run(run.folder)
-    told_of, now = run.read(LIVE_FILE) if at != run.folder else None, Run(at).read("interactions.parquet")["timestamp"].max()
+    told_of, now = (
+        run.read(LIVE_FILE) if at != run.folder else None,
+        Run(at).read("interactions.parquet")["timestamp"].max(),
+    )
     learnt = now if told_of else run.load_splits()[-1].for_final_fit().train["timestamp"].max()
-    says = f"{told_of['appended']:,} events have been appended since the report; the last time {told_of['new']:,} of {told_of['kept']:,} were new and {told_of['late']:,} late." if told_of else "Nothing has been appended since the report."
-    if "reason" in found or learnt is None: return Panel("Age of the models", "none", f"{says} {describe_staleness(found)}", "Normal would be a model younger than the age at which a loss is sure.")
-    unit, lost = found["unit"], next((r["age"] for r in found["ages"] if r["model"] == BACKTEST_MODELS[-1] and r["more_hi"] is not None and r["more_hi"] < 0), None)
+    says = (
+        f"{told_of['appended']:,} events have been appended since the report; the last time {told_of['new']:,} of {told_of['kept']:,} were new and {told_of['late']:,} late."
+        if told_of
+        else "Nothing has been appended since the report."
+    )
+    if "reason" in found or learnt is None:
+        return Panel(
+            "Age of the models",
+            "none",
+            f"{says} {describe_staleness(found)}",
+            "Normal would be a model younger than the age at which a loss is sure.",
+        )
+    unit, lost = (
+        found["unit"],
+        next(
+            (
+                r["age"]
+                for r in found["ages"]
+                if r["model"] == BACKTEST_MODELS[-1]
+                and r["more_hi"] is not None
+                and r["more_hi"] < 0
+            ),
+            None,
+        ),
+    )
     age = (now - learnt).total_seconds() / 86400 / DAYS_PER_UNIT[unit]
     says += f" What is served has learnt up to {learnt:%Y-%m-%d}, and the log goes to {now:%Y-%m-%d}: an age of {age:.1f} {unit}s."
-    normal = f"Normal is a model younger than {lost} {unit}s, the age at which neighbours have surely lost something." if lost else f"No age up to {found['ages'][-1]['age']} {unit}s shows a loss that is sure."
-    return Panel("Age of the models", "warn" if lost and age >= lost else "ok", says, normal, plot_staleness(found["ages"], unit), "Quality along the age of models, with intervals.")
+    normal = (
+        f"Normal is a model younger than {lost} {unit}s, the age at which neighbours have surely lost something."
+        if lost
+        else f"No age up to {found['ages'][-1]['age']} {unit}s shows a loss that is sure."
+    )
+    return Panel(
+        "Age of the models",
+        "warn" if lost and age >= lost else "ok",
+        says,
+        normal,
+        plot_staleness(found["ages"], unit),
+        "Quality along the age of models, with intervals.",
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a156b5
 def experiment_panel(
     run: Run,  # of the report
 ) -> Panel:
     "The last experiment of chapter 20."
-    title, normal = "Experiments", f"Normal are groups as large as they should be (p of {SRM_ALPHA:g} or more), no visit lost, and a decision only where an interval leaves out nought."
-    if not (run.folder / "experiment.json").exists(): return Panel(title, "none", "No experiment has been run here.", normal)
+    title, normal = (
+        "Experiments",
+        f"Normal are groups as large as they should be (p of {SRM_ALPHA:g} or more), no visit lost, and a decision only where an interval leaves out nought.",
+    )
+    if not (run.folder / "experiment.json").exists():
+        return Panel(title, "none", "No experiment has been run here.", normal)
     found = run.read("experiment.json")
     said = describe_experiment(found)
-    if "test" not in found: return Panel(title, "none", said[0], normal)
+    if "test" not in found:
+        return Panel(title, "none", said[0], normal)
     wrong = found["test"]["mismatch"] < SRM_ALPHA or found["lost"] > 0
-    return Panel(title, "warn" if wrong else "ok", f"{' against '.join(found['pair'])}. {said[-1]} {said[0]}", normal, plot_confidence_sequence(found["test"]["way"]), "The difference of the two models with its confidence sequence along the number of people.", arms_table(found["test"]))
+    return Panel(
+        title,
+        "warn" if wrong else "ok",
+        f"{' against '.join(found['pair'])}. {said[-1]} {said[0]}",
+        normal,
+        plot_confidence_sequence(found["test"]["way"]),
+        "The difference of the two models with its confidence sequence along the number of people.",
+        arms_table(found["test"]),
+    )
 
 # %% ../nbs/21_monitoring.ipynb #21a10df9
 def render_panel(
@@ -1179,10 +2367,18 @@ def render_panel(
         figure = fig_to_svg(panel.figure, section_id, panel.alt)
         plt.close(panel.figure)
     if panel.table is not None and len(panel.table):
-        cells = lambda row, tag: "".join(f"<{tag}>{html.escape(str('' if c is None else c))}</{tag}>" for c in row)
+
+        def cells(row, tag):
+            return "".join(
+                f"<{tag}>{html.escape(str('' if c is None else c))}</{tag}>" for c in row
+            )
+
         body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in panel.table.rows())
         table = f'<div class="scroll"><table><tr>{cells(panel.table.columns, "th")}</tr>{body}</table></div>'
-    text = lambda t: html.escape(nbsp_percent(t))
+
+    def text(t):
+        return html.escape(nbsp_percent(t))
+
     return f'<section id="{section_id}" class="{panel.status}"><div class="head"><h2>{text(panel.title)}</h2><span class="state">{STATUS_LABELS[panel.status]}</span></div><p>{text(panel.summary)}</p>{figure}{table}<p class="normal">{text(panel.expected)}</p></section>'
 
 # %% ../nbs/21_monitoring.ipynb #21a1cd79
@@ -1195,13 +2391,44 @@ def dashboard(
 ) -> Path:  # of the page
     "One page that says whether it still works."
     set_theme()
-    kept, path = read_feedback(Path(feedback_dir or run.folder / "service")), Path(output or run.folder / "dashboard.html")
-    health = health_panel(scrape_metrics(metrics)) if metrics else traffic_panel(*(kept or (pl.DataFrame(), pl.DataFrame())))
-    panels = [health, quality_panel(kept), *drift_panels(run, log), staleness_panel(run), experiment_panel(run)]
-    loud, at = [p.title for p in panels if p.status == "warn"], [f"panel-{i}" for i in range(len(panels))]
-    index = "".join(f'<li><a href="#{i}">{html.escape(p.title)}</a> <span class="state {p.status}">{STATUS_LABELS[p.status]}</span></li>' for i, p in zip(at, panels))
-    title = f"{run.data_name}: " + (f"look at {' and '.join(loud).lower()}" if loud else "nothing asks to be looked at")
+    kept, path = (
+        read_feedback(Path(feedback_dir or run.folder / "service")),
+        Path(output or run.folder / "dashboard.html"),
+    )
+    health = (
+        health_panel(scrape_metrics(metrics))
+        if metrics
+        else traffic_panel(*(kept or (pl.DataFrame(), pl.DataFrame())))
+    )
+    panels = [
+        health,
+        quality_panel(kept),
+        *drift_panels(run, log),
+        staleness_panel(run),
+        experiment_panel(run),
+    ]
+    loud, at = (
+        [p.title for p in panels if p.status == "warn"],
+        [f"panel-{i}" for i in range(len(panels))],
+    )
+    index = "".join(
+        f'<li><a href="#{i}">{html.escape(p.title)}</a> <span class="state {p.status}">{STATUS_LABELS[p.status]}</span></li>'
+        for i, p in zip(at, panels)
+    )
+    title = f"{run.data_name}: " + (
+        f"look at {' and '.join(loud).lower()}" if loud else "nothing asks to be looked at"
+    )
     page = Template((files("widedeep_nb") / "static/dashboard.html").read_text(encoding="utf-8"))
     when = f"Made {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC from the run of {run.data_name}, its log{' and a newer one' if log else ''}{', the book of its service' if kept else ''}{' and its measures' if metrics else ''}."
-    with atomic_write(path) as p: p.write_text(page.substitute(name=html.escape(run.data_name), title=html.escape(title), when=html.escape(when), index=index, panels="\n".join(map(render_panel, panels, at))), encoding="utf-8")
+    with atomic_write(path) as p:
+        p.write_text(
+            page.substitute(
+                name=html.escape(run.data_name),
+                title=html.escape(title),
+                when=html.escape(when),
+                index=index,
+                panels="\n".join(map(render_panel, panels, at)),
+            ),
+            encoding="utf-8",
+        )
     return path

@@ -24,10 +24,33 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .comparison import build_leaderboard
-from .content import add_side_features, has_side_features, build_item_features
-from .core import COLORS, History, UserError, Recommender, Run, Split, load_recommender, hash_order, make_recommender, mask_seen, reindex, step, top_k
+from .content import add_side_features, build_item_features, has_side_features
+from widedeep_nb.core import (
+    COLORS,
+    History,
+    Recommender,
+    Run,
+    Split,
+    UserError,
+    hash_order,
+    load_recommender,
+    make_recommender,
+    mask_seen,
+    reindex,
+    step,
+    top_k,
+)
 from .data import synthetic_ground_truth
-from .evaluation import make_eval_task, hit_matrix, ndcg, expected_random_ndcg, eval_ranking, eval_ratings, aggregate, format_ci
+from widedeep_nb.evaluation import (
+    aggregate,
+    eval_ranking,
+    eval_ratings,
+    expected_random_ndcg,
+    format_ci,
+    hit_matrix,
+    make_eval_task,
+    ndcg,
+)
 from .hybrid import COLD_ITEM_COMPONENT
 from .training import NaiveWideDeep
 
@@ -36,7 +59,12 @@ def id_embeddings(
     model: Recommender,  # fitted, with a network
 ) -> list:  # of nn.Embedding, whose last row is the unknown's
     "The tables of its network that have a row for each user or item."
-    return [m for m in model.net.modules() if isinstance(m, nn.Embedding) and m.num_embeddings in (model.n_users + 1, model.n_items + 1)]
+    return [
+        m
+        for m in model.net.modules()
+        if isinstance(m, nn.Embedding)
+        and m.num_embeddings in (model.n_users + 1, model.n_items + 1)
+    ]
 
 
 def with_mean_unknown_row(
@@ -46,15 +74,18 @@ def with_mean_unknown_row(
     other = copy.deepcopy(model)
     other._cache = {}
     with torch.no_grad():
-        for table in id_embeddings(other): table.weight[-1] = table.weight[:-1].mean(0)
+        for table in id_embeddings(other):
+            table.weight[-1] = table.weight[:-1].mean(0)
     return other
 
 # %% ../nbs/13_newcomers.ipynb #84a894e0
 class IdOnlyModel(Recommender):
     "The common recipe: biases plus a network on concatenated embeddings, here with a row for the unknown."
+
     name, predicts_ratings = "id-only", True
 
-    def __init__(self, id_dropout: float, epochs: int, seed: int = 0): self.id_dropout, self.epochs, self.seed = id_dropout, epochs, seed
+    def __init__(self, id_dropout: float, epochs: int, seed: int = 0):
+        self.id_dropout, self.epochs, self.seed = id_dropout, epochs, seed
 
     def _fit(self, split):
         rows = split.train.drop_nulls("rating")
@@ -63,14 +94,21 @@ class IdOnlyModel(Recommender):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.net = NaiveWideDeep(self.n_users + 1, self.n_items + 1)
-            optimiser = torch.optim.Adam(self.net.parameters(), lr=.002)
-            hidden = lambda code, unknown: torch.where(torch.rand(len(code)) < self.id_dropout, unknown, code.long())
+            optimiser = torch.optim.Adam(self.net.parameters(), lr=0.002)
+
+            def hidden(code, unknown):
+                return torch.where(torch.rand(len(code)) < self.id_dropout, unknown, code.long())
+
             for b in (b for _ in range(self.epochs) for b in torch.randperm(len(y)).split(512)):
                 optimiser.zero_grad()
-                nn.functional.mse_loss(self.net(hidden(user[b], self.n_users), hidden(item[b], self.n_items)), y[b] - self.mean).backward()
+                nn.functional.mse_loss(
+                    self.net(hidden(user[b], self.n_users), hidden(item[b], self.n_items)),
+                    y[b] - self.mean,
+                ).backward()
                 optimiser.step()
 
-    def _predict(self, users, items, history): return self.mean + self.net(users.clamp(max=self.n_users), items.clamp(max=self.n_items))
+    def _predict(self, users, items, history):
+        return self.mean + self.net(users.clamp(max=self.n_users), items.clamp(max=self.n_items))
 
 # %% ../nbs/13_newcomers.ipynb #ff725ffb
 EPOCH_GRID = (4, 8, 16)  # over the log, of which validation chooses
@@ -82,10 +120,18 @@ def fit_id_only(
     seed: int = 0,  # of what is random
 ) -> IdOnlyModel:  # fitted as the protocol says
     "Choose the passes on validation, where nothing is hidden with the mean row, then fit."
+
     def cost(epochs):
         model = IdOnlyModel(id_dropout, epochs, seed).fit(split)
-        return eval_ratings(model if id_dropout else with_mean_unknown_row(model), split, "val")["RMSE"].mean()
-    return IdOnlyModel(id_dropout, min(EPOCH_GRID, key=cost) if split.val["rating"].count() else EPOCH_GRID[0], seed).fit(split.for_final_fit())
+        return eval_ratings(model if id_dropout else with_mean_unknown_row(model), split, "val")[
+            "RMSE"
+        ].mean()
+
+    return IdOnlyModel(
+        id_dropout,
+        min(EPOCH_GRID, key=cost) if split.val["rating"].count() else EPOCH_GRID[0],
+        seed,
+    ).fit(split.for_final_fit())
 
 
 def refit_with_best_epochs(
@@ -95,13 +141,20 @@ def refit_with_best_epochs(
 ) -> Recommender:  # fitted as the protocol says
     "Choose the passes on validation, then fit."
     model = make_recommender(name, **settings).fit(split)
-    if split.for_final_fit() is split: return model
+    if split.for_final_fit() is split:
+        return model
     costs = [row["val"] for row in model.loss_curve if row["val"] is not None]
     passes = 1 + int(np.argmin(costs)) if costs else len(model.loss_curve)
-    return make_recommender(name, **settings | {"epochs": passes, "patience": passes}).fit(split.for_final_fit())
+    return make_recommender(name, **settings | {"epochs": passes, "patience": passes}).fit(
+        split.for_final_fit()
+    )
 
 # %% ../nbs/13_newcomers.ipynb #ff725ffa
-UNKNOWN_GROUPS = {"new users": ~pl.col("warm"), "new items": ~pl.col("warm_item"), "either": ~pl.col("warm") | ~pl.col("warm_item")}
+UNKNOWN_GROUPS = {
+    "new users": ~pl.col("warm"),
+    "new items": ~pl.col("warm_item"),
+    "either": ~pl.col("warm") | ~pl.col("warm_item"),
+}
 
 
 def compare_unknown_rows(
@@ -109,16 +162,28 @@ def compare_unknown_rows(
     fit_fn: Callable,  # of the share of ids that are hidden in training: a fitted model
 ) -> dict:  # "learnt", "as drawn" and "mean": tables
     "The same question to a model whose unknown rows were learnt, were not, or are means."
-    learnt, blind = fit_fn(.5), fit_fn(0.)
-    return {"learned": metric_fn(learnt), "random init": metric_fn(blind), "mean": metric_fn(with_mean_unknown_row(blind))}
+    learnt, blind = fit_fn(0.5), fit_fn(0.0)
+    return {
+        "learned": metric_fn(learnt),
+        "random init": metric_fn(blind),
+        "mean": metric_fn(with_mean_unknown_row(blind)),
+    }
 
 
 def concat_over_folds(
     splits: list,  # one a window
     eval_fn: Callable,  # of a split: tables of users or rows by name
-) -> dict:  # name: the tables of all windows, with ids for codes, for codes differ from window to window
+) -> (
+    dict
+):  # name: the tables of all windows, with ids for codes, for codes differ from window to window
     "The same question on every window."
-    each = [{name: table.with_columns(user=split.users["user"].gather(table["user"])) for name, table in eval_fn(split).items()} for split in splits]
+    each = [
+        {
+            name: table.with_columns(user=split.users["user"].gather(table["user"]))
+            for name, table in eval_fn(split).items()
+        }
+        for split in splits
+    ]
     return {name: pl.concat([of[name] for of in each]) for name in each[0]}
 
 
@@ -127,13 +192,38 @@ def compare_with_learned(
     tables: dict,  # from `compare_unknown_rows`
     metric: str,  # its column
     groups: dict,  # name: which rows
-) -> list:  # a dict a group and row: model, of, row, metric, value; and less: learnt minus it, lo, hi
+) -> (
+    list
+):  # a dict a group and row: model, of, row, metric, value; and less: learnt minus it, lo, hi
     "Each kind of row, and what the learnt one is better or worse by."
     found = []
     for row, table in tables.items():
         figures = aggregate([table], [metric], groups).rows(named=True)
-        apart = {r["users"]: r for r in aggregate([tables["learned"]], [metric], groups, reference=[table]).rows(named=True)} if row != "learned" else {}
-        found += [{"model": model_name, "group_name": f["users"], "row": row, "metric": metric, "value": f["value"], "n": f["n"]} | {k: apart.get(f["users"], {}).get(v) for k, v in (("learned_minus_row", "value"), ("lo", "lo"), ("hi", "hi"))} for f in figures]
+        apart = (
+            {
+                r["users"]: r
+                for r in aggregate([tables["learned"]], [metric], groups, reference=[table]).rows(
+                    named=True
+                )
+            }
+            if row != "learned"
+            else {}
+        )
+        found += [
+            {
+                "model": model_name,
+                "group_name": f["users"],
+                "row": row,
+                "metric": metric,
+                "value": f["value"],
+                "n": f["n"],
+            }
+            | {
+                k: apart.get(f["users"], {}).get(v)
+                for k, v in (("learned_minus_row", "value"), ("lo", "lo"), ("hi", "hi"))
+            }
+            for f in figures
+        ]
     return found
 
 # %% ../nbs/13_newcomers.ipynb #d12b5a46
@@ -144,7 +234,9 @@ def truncate_history(
     "What is known of somebody who came a short while ago."
     count = history.indptr.diff().clamp(max=k)
     ptr = torch.cat([count.new_zeros(1), count.cumsum(0)])
-    index = torch.arange(int(ptr[-1])) + torch.repeat_interleave(history.indptr[1:] - count - ptr[:-1], count)
+    index = torch.arange(int(ptr[-1])) + torch.repeat_interleave(
+        history.indptr[1:] - count - ptr[:-1], count
+    )
     return History(ptr, history.item[index], history.rating[index], history.time[index])
 
 # %% ../nbs/13_newcomers.ipynb #5b333936
@@ -165,19 +257,47 @@ def metric_by_n_events(
     event_counts = [k for k in event_counts if k == 0 or (size >= k).sum() >= min_users]
     asked = size >= max(event_counts)
     users, found, items = question.users[asked], [], question.candidates
-    right = question.ground_truth.filter(pl.col("user").is_in(pl.Series(users.numpy()).cast(question.ground_truth["user"].dtype).implode()))
+    right = question.ground_truth.filter(
+        pl.col("user").is_in(
+            pl.Series(users.numpy()).cast(question.ground_truth["user"].dtype).implode()
+        )
+    )
     question = replace(question, users=users, ground_truth=right)
     for name, model in models.items():
         for k in event_counts if len(users) else ():
             lists = []
             for block in users.split(256):
                 had = question.history.select(block)
-                scores = model.scores(torch.full_like(block, len(model.all_users)), truncate_history(had, k), items)
+                scores = model.scores(
+                    torch.full_like(block, len(model.all_users)), truncate_history(had, k), items
+                )
                 column = top_k(mask_seen(scores, had, items), 20)[1]
                 lists.append(torch.where(column < 0, -1, items[column]))
             hits, to_find = hit_matrix(torch.cat(lists), question)
-            found.append(pl.DataFrame({"user": users.numpy(), "NDCG@20": ndcg(hits, to_find, 20).numpy()}).select(pl.lit(name).alias("model"), pl.lit(k).alias("events"), "user", pl.lit(True).alias("warm"), "NDCG@20"))
-    return pl.concat(found) if found else pl.DataFrame(schema={"model": pl.String, "events": pl.Int64, "user": pl.Int64, "warm": pl.Boolean, "NDCG@20": pl.Float64})
+            found.append(
+                pl.DataFrame(
+                    {"user": users.numpy(), "NDCG@20": ndcg(hits, to_find, 20).numpy()}
+                ).select(
+                    pl.lit(name).alias("model"),
+                    pl.lit(k).alias("events"),
+                    "user",
+                    pl.lit(True).alias("warm"),
+                    "NDCG@20",
+                )
+            )
+    return (
+        pl.concat(found)
+        if found
+        else pl.DataFrame(
+            schema={
+                "model": pl.String,
+                "events": pl.Int64,
+                "user": pl.Int64,
+                "warm": pl.Boolean,
+                "NDCG@20": pl.Float64,
+            }
+        )
+    )
 
 # %% ../nbs/13_newcomers.ipynb #9ceeb71b
 def hide_random_items(
@@ -187,9 +307,19 @@ def hide_random_items(
 ) -> Split:  # the same, where nobody has had these products before the test part
     "Take all events of some products out of training."
     known = split.n_train_items
-    gone = hash_order(split.items["item"][:known], seed)[:max(1, round(fraction * known))]
-    kept = lambda rows: rows.filter(~pl.col("item").cast(pl.Int64).is_in(pl.Series(gone.numpy()).implode()))
-    return reindex(replace(split, train=kept(split.train), filtered_out=kept(split.filtered_out), val=kept(split.val)))
+    gone = hash_order(split.items["item"][:known], seed)[: max(1, round(fraction * known))]
+
+    def kept(rows):
+        return rows.filter(~pl.col("item").cast(pl.Int64).is_in(pl.Series(gone.numpy()).implode()))
+
+    return reindex(
+        replace(
+            split,
+            train=kept(split.train),
+            filtered_out=kept(split.filtered_out),
+            val=kept(split.val),
+        )
+    )
 
 # %% ../nbs/13_newcomers.ipynb #dc49c2c0
 def mean_over_seeds(
@@ -200,8 +330,15 @@ def mean_over_seeds(
     n_seeds: int = 5,  # that settle ties
 ) -> pl.DataFrame:  # the table of users of `eval_ranking`
     "NDCG@20 of each user, the mean over lots."
-    tables = [eval_ranking(model, split, "test", (20,), items=items, seed=seed, max_users=max_users).users for seed in range(n_seeds)]
-    return tables[0].with_columns(pl.Series("NDCG@20", np.mean([t["NDCG@20"].to_numpy() for t in tables], axis=0), dtype=pl.Float64))
+    tables = [
+        eval_ranking(model, split, "test", (20,), items=items, seed=seed, max_users=max_users).users
+        for seed in range(n_seeds)
+    ]
+    return tables[0].with_columns(
+        pl.Series(
+            "NDCG@20", np.mean([t["NDCG@20"].to_numpy() for t in tables], axis=0), dtype=pl.Float64
+        )
+    )
 
 # %% ../nbs/13_newcomers.ipynb #d002b642
 def cold_item_results(
@@ -210,9 +347,13 @@ def cold_item_results(
     max_users: int = 0,  # people asked about at most; 0: all
 ) -> dict:  # name: a table of users; "by lot" too
     "What lists of new products only are worth, by model and by chance."
-    found = {name: mean_over_seeds(model, split, "new", max_users) for name, model in models.items()}
+    found = {
+        name: mean_over_seeds(model, split, "new", max_users) for name, model in models.items()
+    }
     some = next(iter(found.values()))
-    chance = expected_random_ndcg(some["n_relevant"].to_numpy(), some["n_candidates"].to_numpy(), 20)
+    chance = expected_random_ndcg(
+        some["n_relevant"].to_numpy(), some["n_candidates"].to_numpy(), 20
+    )
     return found | {"random": some.with_columns(pl.Series("NDCG@20", chance, dtype=pl.Float64))}
 
 
@@ -223,23 +364,46 @@ def summarize_cold_items(
     "Figures with intervals."
     found = []
     for name, table in tables.items():
-        if not len(table): continue
+        if not len(table):
+            continue
         figure = aggregate([table], ["NDCG@20"], {"all": pl.lit(True)}).row(0, named=True)
-        apart = aggregate([table], ["NDCG@20"], {"all": pl.lit(True)}, reference=[tables["kind-popularity"]]).row(0, named=True) if name != "kind-popularity" else {}
-        found.append({"scenario": scenario, "model": name} | {k: figure[k] for k in ("value", "lo", "hi", "n")} | {k: apart.get(v) for k, v in (("difference", "value"), ("difference_lo", "lo"), ("difference_hi", "hi"))})
+        apart = (
+            aggregate(
+                [table], ["NDCG@20"], {"all": pl.lit(True)}, reference=[tables["kind-popularity"]]
+            ).row(0, named=True)
+            if name != "kind-popularity"
+            else {}
+        )
+        found.append(
+            {"scenario": scenario, "model": name}
+            | {k: figure[k] for k in ("value", "lo", "hi", "n")}
+            | {
+                k: apart.get(v)
+                for k, v in (
+                    ("difference", "value"),
+                    ("difference_lo", "lo"),
+                    ("difference_hi", "hi"),
+                )
+            }
+        )
     return found
 
 # %% ../nbs/13_newcomers.ipynb #c9a02a4b
 class Oracle(Recommender):
     "The shop's own taste, where a log was drawn and its truth is known; it may not know how popular a new product will be."
+
     name = "oracle"
 
-    def __init__(self, dataset: str): self.dataset = dataset
+    def __init__(self, dataset: str):
+        self.dataset = dataset
 
-    def _fit(self, split): self.users, self.items = split.users["user"], split.items["item"]
+    def _fit(self, split):
+        self.users, self.items = split.users["user"], split.items["item"]
 
     def _scores(self, users, history, items):
-        match = synthetic_ground_truth(self.dataset, self.users.gather(users.numpy()), self.items.gather(items.numpy()))
+        match = synthetic_ground_truth(
+            self.dataset, self.users.gather(users.numpy()), self.items.gather(items.numpy())
+        )
         return torch.from_numpy(match).float()
 
 
@@ -251,21 +415,56 @@ def eval_cold_items(
     max_users: int = 0,  # people asked about at most; 0: all
 ) -> list:  # from `summarize_cold_items`
     "Both questions about new products, to all that can answer."
-    fits = {"kind-popularity": {}, "content": {}, "content-towers": {"epochs": epochs, "patience": epochs, "seed": run.seed}}
+    fits = {
+        "kind-popularity": {},
+        "content": {},
+        "content-towers": {"epochs": epochs, "patience": epochs, "seed": run.seed},
+    }
+
     def tables(split):
-        models = {name: make_recommender(name, **settings).fit(split) for name, settings in fits.items()}
-        if synthetic_ground_truth(run.manifest["dataset"], pl.Series([], dtype=pl.String), pl.Series([], dtype=pl.String)) is not None: models["oracle"] = Oracle(run.manifest["dataset"]).fit(split)
+        models = {
+            name: make_recommender(name, **settings).fit(split) for name, settings in fits.items()
+        }
+        if (
+            synthetic_ground_truth(
+                run.manifest["dataset"],
+                pl.Series([], dtype=pl.String),
+                pl.Series([], dtype=pl.String),
+            )
+            is not None
+        ):
+            models["oracle"] = Oracle(run.manifest["dataset"]).fit(split)
         return cold_item_results(models, split, max_users)
-    questions = {"new in time": lambda s: s, "hidden at random": lambda s: hide_random_items(s, fraction, run.seed)}
-    return sum([summarize_cold_items(question, concat_over_folds([change(s.for_final_fit()) for s in splits], tables)) for question, change in questions.items()], [])
+
+    questions = {
+        "new in time": lambda s: s,
+        "hidden at random": lambda s: hide_random_items(s, fraction, run.seed),
+    }
+    return sum(
+        [
+            summarize_cold_items(
+                question, concat_over_folds([change(s.for_final_fit()) for s in splits], tables)
+            )
+            for question, change in questions.items()
+        ],
+        [],
+    )
 
 # %% ../nbs/13_newcomers.ipynb #b47719bc
 def side_feature_sources(
     split: Split,  # described
 ) -> list:
     "What can be left out: sources of the sheet, and what is known of people."
-    tags = [s for s in ("category", "brand", "price") if s in split.items.columns and len(build_item_features(split, (s,)).names)]
-    return tags + list(build_item_features(split).vectors) + (["user_features"] if len(split.users.columns) > 1 else [])
+    tags = [
+        s
+        for s in ("category", "brand", "price")
+        if s in split.items.columns and len(build_item_features(split, (s,)).names)
+    ]
+    return (
+        tags
+        + list(build_item_features(split).vectors)
+        + (["user_features"] if len(split.users.columns) > 1 else [])
+    )
 
 
 def source_ablation(
@@ -276,16 +475,45 @@ def source_ablation(
 ) -> list:  # a dict a source and question: source, items ("new", "known"), value, and more: all minus without it, lo, hi
     "Quality with everything and without each source."
     names, found = side_feature_sources(split), []
+
     def tables(sources, traits):
-        model = make_recommender("content-towers", sources=tuple(s for s in sources if s != "user_features") or ("nothing",), traits=traits, epochs=epochs, patience=epochs, seed=seed).fit(split)
-        return {items: mean_over_seeds(model, split, items, max_users, lots) for items, lots in (("new", 5), ("known", 1))}
+        model = make_recommender(
+            "content-towers",
+            sources=tuple(s for s in sources if s != "user_features") or ("nothing",),
+            traits=traits,
+            epochs=epochs,
+            patience=epochs,
+            seed=seed,
+        ).fit(split)
+        return {
+            items: mean_over_seeds(model, split, items, max_users, lots)
+            for items, lots in (("new", 5), ("known", 1))
+        }
+
     whole = tables(names, True)
     for gone in tqdm(["nothing", *names, "everything"], desc="without each source", leave=False):
-        less = whole if gone == "nothing" else tables([], False) if gone == "everything" else tables([n for n in names if n != gone], gone != "user_features")
+        less = (
+            whole
+            if gone == "nothing"
+            else tables([], False)
+            if gone == "everything"
+            else tables([n for n in names if n != gone], gone != "user_features")
+        )
         for items in whole if len(whole["new"]) and len(whole["known"]) else ():
             value = aggregate([less[items]], ["NDCG@20"], {"all": pl.lit(True)})["value"][0]
-            apart = aggregate([whole[items]], ["NDCG@20"], {"all": pl.lit(True)}, reference=[less[items]]).row(0, named=True)
-            found.append({"removed": gone, "items": items, "value": value, "difference": apart["value"], "lo": apart["lo"], "hi": apart["hi"]})
+            apart = aggregate(
+                [whole[items]], ["NDCG@20"], {"all": pl.lit(True)}, reference=[less[items]]
+            ).row(0, named=True)
+            found.append(
+                {
+                    "removed": gone,
+                    "items": items,
+                    "value": value,
+                    "difference": apart["value"],
+                    "lo": apart["lo"],
+                    "hi": apart["hi"],
+                }
+            )
     return found
 
 # %% ../nbs/13_newcomers.ipynb #2dbe4262
@@ -294,11 +522,21 @@ def user_groups(
 ) -> dict:  # name: bool [users], for every group of twenty or more
     "People by how many events they have, and by traits."
     seen = History.from_rows(split.rows_before("test"), len(split.users)).indptr.diff().numpy()
-    edges = [(0, 0, "no events"), (1, 4, "1 to 4"), (5, 9, "5 to 9"), (10, 19, "10 to 19"), (20, 10**9, "20 or more")]
+    edges = [
+        (0, 0, "no events"),
+        (1, 4, "1 to 4"),
+        (5, 9, "5 to 9"),
+        (10, 19, "10 to 19"),
+        (20, 10**9, "20 or more"),
+    ]
     found = {("events", name): (seen >= a) & (seen <= b) for a, b, name in edges}
     for column in split.users.columns[1:]:
         values = split.users[column]
-        if values.dtype == pl.String and values.n_unique() <= 12: found |= {(column, v): (values == v).fill_null(False).to_numpy() for v in sorted(values.drop_nulls().unique())}
+        if values.dtype == pl.String and values.n_unique() <= 12:
+            found |= {
+                (column, v): (values == v).fill_null(False).to_numpy()
+                for v in sorted(values.drop_nulls().unique())
+            }
     return found
 
 
@@ -312,7 +550,17 @@ def metric_by_group(
     for (by, group), mine in groups.items():
         for name, table in tables.items():
             rows = table.filter(pl.Series(mine[table["user"].to_numpy()]))
-            if len(rows) >= min_users: found.append({"by": by, "group": group, "model": name} | {k: v for k, v in aggregate([rows], ["NDCG@20"], {"all": pl.lit(True)}).row(0, named=True).items() if k in ("value", "lo", "hi", "n")})
+            if len(rows) >= min_users:
+                found.append(
+                    {"by": by, "group": group, "model": name}
+                    | {
+                        k: v
+                        for k, v in aggregate([rows], ["NDCG@20"], {"all": pl.lit(True)})
+                        .row(0, named=True)
+                        .items()
+                        if k in ("value", "lo", "hi", "n")
+                    }
+                )
     return found
 
 # %% ../nbs/13_newcomers.ipynb #845aba87
@@ -320,15 +568,28 @@ def item_groups(
     split: Split,  # described
 ) -> dict:  # (by, group): bool [items]
     "Products by how often they were taken, by age, and by how much their seller sells."
-    n, count = len(split.items), np.bincount(split.rows_before("test")["item"].to_numpy(), minlength=len(split.items))
+    n, count = (
+        len(split.items),
+        np.bincount(split.rows_before("test")["item"].to_numpy(), minlength=len(split.items)),
+    )
     order = np.argsort(-count, kind="stable")
     share = np.empty(n)
     share[order] = count[order].cumsum() / max(count.sum(), 1)
-    found = {("popularity", "head: half of all events"): share <= .5, ("popularity", "middle"): (share > .5) & (share <= .9), ("popularity", "tail: the last tenth"): share > .9}
-    born, now = build_item_features(split, ("nothing",)).born[:-1].numpy(), split.rows_before("test")["timestamp"].to_physical().max()
+    found = {
+        ("popularity", "head: half of all events"): share <= 0.5,
+        ("popularity", "middle"): (share > 0.5) & (share <= 0.9),
+        ("popularity", "tail: the last tenth"): share > 0.9,
+    }
+    born, now = (
+        build_item_features(split, ("nothing",)).born[:-1].numpy(),
+        split.rows_before("test")["timestamp"].to_physical().max(),
+    )
     if now and (born > 0).any():
         years = (now - born) / (365.25 * 86_400_000)
-        found |= {("item age", name): (born > 0) & (years > a) & (years <= b) for a, b, name in ((-99, 1, "up to a year"), (1, 3, "1 to 3 years"), (3, 999, "older"))}
+        found |= {
+            ("item age", name): (born > 0) & (years > a) & (years <= b)
+            for a, b, name in ((-99, 1, "up to a year"), (1, 3, "1 to 3 years"), (3, 999, "older"))
+        }
     if "brand" in split.items.columns:
         brand = split.items["brand"].fill_null("").rank("dense").cast(pl.Int64).to_numpy() - 1
         sold = np.bincount(brand, weights=count)
@@ -342,42 +603,141 @@ def item_exposure(
     split: Split,  # described
 ) -> list:  # a dict a group and column: by, group, what, share
     "What share of places each group of products gets, beside its share of what was taken before and was taken next."
-    groups, places = item_groups(split), {"taken before": split.rows_before("test")["item"].to_numpy(), "taken next": split.test["item"].to_numpy()}
-    places |= {f"shown by {name}": rows[rows >= 0].numpy() for name, rows in recommendations.items()}
-    return [{"by": by, "group": group, "what": what, "share": float(mine[of].mean())} for (by, group), mine in groups.items() for what, of in places.items() if len(of)]
+    groups, places = (
+        item_groups(split),
+        {
+            "taken before": split.rows_before("test")["item"].to_numpy(),
+            "taken next": split.test["item"].to_numpy(),
+        },
+    )
+    places |= {
+        f"shown by {name}": rows[rows >= 0].numpy() for name, rows in recommendations.items()
+    }
+    return [
+        {"by": by, "group": group, "what": what, "share": float(mine[of].mean())}
+        for (by, group), mine in groups.items()
+        for what, of in places.items()
+        if len(of)
+    ]
 
 # %% ../nbs/13_newcomers.ipynb #c7a76569
-EXPOSURE_MODELS = ("hybrid", "content-towers", "gru", "recent-popularity", "popularity")  # whose lists are looked at
+EXPOSURE_MODELS = (
+    "hybrid",
+    "content-towers",
+    "gru",
+    "recent-popularity",
+    "popularity",
+)  # whose lists are looked at
 
 
 @step(build_leaderboard)
 def evaluate_cold_start(
     run: Run,  # with fitted models; gets newcomers.json
-    hidden_fraction: float = .2,  # share of the products that are hidden by lot
+    hidden_fraction: float = 0.2,  # share of the products that are hidden by lot
 ):
     "Ask about new people and new products, and who is served."
-    if not 0 < hidden_fraction < 1: raise UserError(f"hidden is a share between 0 and 1, not {hidden_fraction}")
-    splits, plan, most = add_side_features(run), run.read("hybrid.json")["plans"][-1]["plan"], run.read("evaluation.json")["max_users"]
-    split, passes, told_of = splits[-1], plan["epochs"].get(COLD_ITEM_COMPONENT, 8), has_side_features(splits[-1])
+    if not 0 < hidden_fraction < 1:
+        raise UserError(f"hidden is a share between 0 and 1, not {hidden_fraction}")
+    splits, plan, most = (
+        add_side_features(run),
+        run.read("hybrid.json")["plans"][-1]["plan"],
+        run.read("evaluation.json")["max_users"],
+    )
+    split, passes, told_of = (
+        splits[-1],
+        plan["epochs"].get(COLD_ITEM_COMPONENT, 8),
+        has_side_features(splits[-1]),
+    )
     final = split.for_final_fit()
-    models = {name: load_recommender(run.model_folder(name)) for name in EXPOSURE_MODELS if (run.model_folder(name) / "model.json").exists()}
+    models = {
+        name: load_recommender(run.model_folder(name))
+        for name in EXPOSURE_MODELS
+        if (run.model_folder(name) / "model.json").exists()
+    }
+
     def rated():
-        makers = {"id-only": lambda s, hide: fit_id_only(s, hide, run.seed), "wide-deep": lambda s, hide: refit_with_best_epochs("wide-deep", s, id_dropout=hide, embedding_lr=.004, seed=run.seed)}
-        asked = lambda make: concat_over_folds(splits, lambda s: compare_unknown_rows(lambda m: eval_ratings(m, s.for_final_fit(), "test"), lambda hide: make(s, hide)))
-        return sum([compare_with_learned(name, asked(make), "RMSE", UNKNOWN_GROUPS) for name, make in makers.items()], []) if split.has_ratings else []
+        makers = {
+            "id-only": lambda s, hide: fit_id_only(s, hide, run.seed),
+            "wide-deep": lambda s, hide: refit_with_best_epochs(
+                "wide-deep", s, id_dropout=hide, embedding_lr=0.004, seed=run.seed
+            ),
+        }
+
+        def asked(make):
+            return concat_over_folds(
+                splits,
+                lambda s: compare_unknown_rows(
+                    lambda m: eval_ratings(m, s.for_final_fit(), "test"), lambda hide: make(s, hide)
+                ),
+            )
+
+        return (
+            sum(
+                [
+                    compare_with_learned(name, asked(make), "RMSE", UNKNOWN_GROUPS)
+                    for name, make in makers.items()
+                ],
+                [],
+            )
+            if split.has_ratings
+            else []
+        )
+
     def ranked():
-        make = lambda s, hide: refit_with_best_epochs("content-towers", s, id_dropout=hide, seed=run.seed)
+        def make(s, hide):
+            return refit_with_best_epochs("content-towers", s, id_dropout=hide, seed=run.seed)
+
         less = [hide_random_items(s, hidden_fraction, run.seed) for s in splits]
-        return compare_with_learned("content-towers", concat_over_folds(less, lambda s: compare_unknown_rows(lambda m: mean_over_seeds(m, s.for_final_fit(), "new", most), lambda hide: make(s, hide))), "NDCG@20", {"items hidden at random": pl.lit(True)})
+        return compare_with_learned(
+            "content-towers",
+            concat_over_folds(
+                less,
+                lambda s: compare_unknown_rows(
+                    lambda m: mean_over_seeds(m, s.for_final_fit(), "new", most),
+                    lambda hide: make(s, hide),
+                ),
+            ),
+            "NDCG@20",
+            {"items hidden at random": pl.lit(True)},
+        )
+
     def who():
-        asked = {name: eval_ranking(model, final, "test", (20,), max_users=most) for name, model in models.items()}
-        return {"served": metric_by_group({n: a.users for n, a in asked.items()}, user_groups(final)), "exposure": item_exposure({n: a.lists for n, a in asked.items()}, final)}
+        asked = {
+            name: eval_ranking(model, final, "test", (20,), max_users=most)
+            for name, model in models.items()
+        }
+        return {
+            "served": metric_by_group({n: a.users for n, a in asked.items()}, user_groups(final)),
+            "exposure": item_exposure({n: a.lists for n, a in asked.items()}, final),
+        }
+
     def events():
         table = metric_by_n_events(models, final, most=most or 2000)
-        return [{"model": model, "events": k} | {c: row[c] for c in ("value", "lo", "hi", "n")} for (model, k), rows in table.group_by("model", "events", maintain_order=True) for row in aggregate([rows], ["NDCG@20"], {"all": pl.lit(True)}).rows(named=True)]
-    made = {"unknown_rows": run.cached("stars", rated) + (run.cached("lists", ranked) if told_of else []), "events": run.cached("events", events), **run.cached("who", who),
-            "new": run.cached("new", lambda: eval_cold_items(run, splits, hidden_fraction, passes, most)) if told_of else [],
-            "sources": run.cached("sources", lambda: source_ablation(hide_random_items(final, hidden_fraction, run.seed), passes, run.seed, most)) if told_of else []}
+        return [
+            {"model": model, "events": k} | {c: row[c] for c in ("value", "lo", "hi", "n")}
+            for (model, k), rows in table.group_by("model", "events", maintain_order=True)
+            for row in aggregate([rows], ["NDCG@20"], {"all": pl.lit(True)}).rows(named=True)
+        ]
+
+    made = {
+        "unknown_rows": run.cached("stars", rated)
+        + (run.cached("lists", ranked) if told_of else []),
+        "events": run.cached("events", events),
+        **run.cached("who", who),
+        "new": run.cached(
+            "new", lambda: eval_cold_items(run, splits, hidden_fraction, passes, most)
+        )
+        if told_of
+        else [],
+        "sources": run.cached(
+            "sources",
+            lambda: source_ablation(
+                hide_random_items(final, hidden_fraction, run.seed), passes, run.seed, most
+            ),
+        )
+        if told_of
+        else [],
+    }
     run.write("newcomers.json", made | {"hidden_fraction": hidden_fraction})
 
 # %% ../nbs/13_newcomers.ipynb #43297f5f
@@ -386,8 +746,15 @@ def split_by_significance(
     sign: int,  # 1: the more the better, -1: the less
 ) -> tuple:  # rows by what they prove: better, worse, neither
     "Which differences exclude nothing, on which side."
-    sure = lambda r, s: r["lo"] is not None and (r["lo"] > 0 if s > 0 else r["hi"] < 0)
-    return [r for r in rows if sure(r, sign)], [r for r in rows if sure(r, -sign)], [r for r in rows if not sure(r, sign) and not sure(r, -sign)]
+
+    def sure(r, s):
+        return r["lo"] is not None and (r["lo"] > 0 if s > 0 else r["hi"] < 0)
+
+    return (
+        [r for r in rows if sure(r, sign)],
+        [r for r in rows if sure(r, -sign)],
+        [r for r in rows if not sure(r, sign) and not sure(r, -sign)],
+    )
 
 
 def describe_unknown_rows(
@@ -396,10 +763,24 @@ def describe_unknown_rows(
     "What the learnt row is worth."
     said, row = [], lambda r: "the mean" if r["row"] == "mean" else "random init"
     for metric in dict.fromkeys(r["metric"] for r in rows):
-        good, bad, level = split_by_significance([r for r in rows if r["metric"] == metric and r["row"] != "learned"], -1 if metric == "RMSE" else 1)
-        name = lambda of: "; ".join(f"{model}, {', '.join(f'{g} (' + ' and '.join(row(r) for r in of if (r['model'], r['group_name']) == (model, g)) + ')' for g in dict.fromkeys(r['group_name'] for r in of if r['model'] == model))}" for model in dict.fromkeys(r["model"] for r in of))
-        said += [f"In {metric} the learnt row is better than another: {name(good)}." if good else f"In {metric} the learnt row is nowhere surely better."]
-        if bad: said.append(f"It is worse: {name(bad)}.")
+        good, bad, level = split_by_significance(
+            [r for r in rows if r["metric"] == metric and r["row"] != "learned"],
+            -1 if metric == "RMSE" else 1,
+        )
+
+        def name(of):
+            return "; ".join(
+                f"{model}, {', '.join(f'{g} (' + ' and '.join(row(r) for r in of if (r['model'], r['group_name']) == (model, g)) + ')' for g in dict.fromkeys(r['group_name'] for r in of if r['model'] == model))}"
+                for model in dict.fromkeys(r["model"] for r in of)
+            )
+
+        said += [
+            f"In {metric} the learnt row is better than another: {name(good)}."
+            if good
+            else f"In {metric} the learnt row is nowhere surely better."
+        ]
+        if bad:
+            said.append(f"It is worse: {name(bad)}.")
     return " ".join(said) or "This log has no unknowns to ask about."
 
 # %% ../nbs/13_newcomers.ipynb #54fd1138
@@ -409,18 +790,58 @@ def plot_metric_by_n_events(
     "A line a model, along the events that are shown; the hybrid's with its interval."
     fig, ax = plt.subplots(figsize=(5.2, 3.2))
     counts = sorted(rows["events"].unique())
-    colour = lambda m: {"hybrid": COLORS["hybrid"], "content-towers": COLORS["deep"], "gru": COLORS["wide"]}.get(m, COLORS["baseline"])
+
+    def colour(m):
+        return {
+            "hybrid": COLORS["hybrid"],
+            "content-towers": COLORS["deep"],
+            "gru": COLORS["wide"],
+        }.get(m, COLORS["baseline"])
+
     ends = []
     for name in rows["model"].unique(maintain_order=True):
-        mine, x = rows.filter(model=name).sort("events"), [counts.index(k) for k in rows.filter(model=name).sort("events")["events"]]
-        ax.plot(x, mine["value"], "-o", ms=4, color=colour(name), lw=1.8 if name == "hybrid" else 1.2, ls=":" if name == "popularity" else "-")
-        if name == "hybrid": ax.fill_between(x, mine["lo"].fill_null(strategy="zero"), mine["hi"].fill_null(strategy="zero"), color=colour(name), alpha=.12, lw=0)
+        mine, x = (
+            rows.filter(model=name).sort("events"),
+            [counts.index(k) for k in rows.filter(model=name).sort("events")["events"]],
+        )
+        ax.plot(
+            x,
+            mine["value"],
+            "-o",
+            ms=4,
+            color=colour(name),
+            lw=1.8 if name == "hybrid" else 1.2,
+            ls=":" if name == "popularity" else "-",
+        )
+        if name == "hybrid":
+            ax.fill_between(
+                x,
+                mine["lo"].fill_null(strategy="zero"),
+                mine["hi"].fill_null(strategy="zero"),
+                color=colour(name),
+                alpha=0.12,
+                lw=0,
+            )
         ends.append([mine["value"][-1], name])
-    ax.set(xticks=range(len(counts)), xticklabels=counts, xlabel="events shown", ylabel="NDCG@20", ylim=(0, None))
-    gap = ax.get_ylim()[1] * .055
+    ax.set(
+        xticks=range(len(counts)),
+        xticklabels=counts,
+        xlabel="events shown",
+        ylabel="NDCG@20",
+        ylim=(0, None),
+    )
+    gap = ax.get_ylim()[1] * 0.055
     for i, (y, name) in enumerate(sorted(ends)):
         y = y if not i else max(y, last + gap)
-        ax.annotate(name, (len(counts) - 1, y), (7, 0), textcoords="offset points", va="center", color=colour(name), fontsize=9.5)
+        ax.annotate(
+            name,
+            (len(counts) - 1, y),
+            (7, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour(name),
+            fontsize=9.5,
+        )
         last = y
     return fig
 
@@ -432,10 +853,26 @@ def describe_cold_items(
     said = []
     for question in dict.fromkeys(r["scenario"] for r in rows):
         mine = {r["model"]: r for r in rows if r["scenario"] == question}
-        best = max((r for m, r in mine.items() if m in ("content", "content-towers")), key=lambda r: r["value"], default=None)
-        if best is None: continue
-        sure = 0 if best["difference_lo"] is None else int(best["difference_lo"] > 0) - int(best["difference_hi"] < 0)
-        said.append(f"{question.capitalize()}: {best['model']} has {format_ci(best['value'], best['lo'], best['hi'], digits=3)}, {format_ci(best['difference'], best['difference_lo'], best['difference_hi'], '+', 3)} beside kind-popularity" + {1: ", which is beaten.", 0: "; the two are not told apart.", -1: ", which is surely better."}[sure])
+        best = max(
+            (r for m, r in mine.items() if m in ("content", "content-towers")),
+            key=lambda r: r["value"],
+            default=None,
+        )
+        if best is None:
+            continue
+        sure = (
+            0
+            if best["difference_lo"] is None
+            else int(best["difference_lo"] > 0) - int(best["difference_hi"] < 0)
+        )
+        said.append(
+            f"{question.capitalize()}: {best['model']} has {format_ci(best['value'], best['lo'], best['hi'], digits=3)}, {format_ci(best['difference'], best['difference_lo'], best['difference_hi'], '+', 3)} beside kind-popularity"
+            + {
+                1: ", which is beaten.",
+                0: "; the two are not told apart.",
+                -1: ", which is surely better.",
+            }[sure]
+        )
     return " ".join(said) or "There are no new products to ask about."
 
 
@@ -444,15 +881,29 @@ def plot_cold_items(
 ) -> plt.Figure:
     "A panel a question, a dot with its interval a model."
     questions = list(dict.fromkeys(r["scenario"] for r in rows))
-    colour = {"content": COLORS["wide"], "content-towers": COLORS["hybrid"], "oracle": COLORS["ink"]}
-    fig, axes = plt.subplots(len(questions), 1, figsize=(5.2, .6 + 1.35 * len(questions)), squeeze=False)
+    colour = {
+        "content": COLORS["wide"],
+        "content-towers": COLORS["hybrid"],
+        "oracle": COLORS["ink"],
+    }
+    fig, axes = plt.subplots(
+        len(questions), 1, figsize=(5.2, 0.6 + 1.35 * len(questions)), squeeze=False
+    )
     for ax, question in zip(axes[:, 0], questions):
         mine = sorted([r for r in rows if r["scenario"] == question], key=lambda r: r["value"])
         for y, r in enumerate(mine):
             c = colour.get(r["model"], COLORS["baseline"])
-            if r["lo"] is not None: ax.plot([r["lo"], r["hi"]], [y, y], color=c, lw=2.2, alpha=.45, solid_capstyle="round")
+            if r["lo"] is not None:
+                ax.plot(
+                    [r["lo"], r["hi"]], [y, y], color=c, lw=2.2, alpha=0.45, solid_capstyle="round"
+                )
             ax.plot(r["value"], y, "o", color=c, ms=5.5)
-        ax.set(yticks=range(len(mine)), yticklabels=[r["model"] for r in mine], ylim=(-.6, len(mine) - .4), xlim=(0, None))
+        ax.set(
+            yticks=range(len(mine)),
+            yticklabels=[r["model"] for r in mine],
+            ylim=(-0.6, len(mine) - 0.4),
+            xlim=(0, None),
+        )
         ax.set_title(f"{question}: {mine[0]['n']:,} lists", fontsize=10.5)
         ax.tick_params(axis="y", length=0)
     axes[-1, 0].set(xlabel="NDCG@20 among new products only")
@@ -465,10 +916,24 @@ def describe_source_ablation(
     "Which sources are needed."
     said = []
     for items, what in (("new", "hidden items"), ("known", "known items")):
-        mine = [r for r in rows if r["items"] == items and r["removed"] not in ("nothing", "everything")]
+        mine = [
+            r for r in rows if r["items"] == items and r["removed"] not in ("nothing", "everything")
+        ]
         good, bad, level = split_by_significance(mine, 1)
-        name = lambda of: ", ".join(r["removed"] for r in of)
-        if mine: said.append(f"For {what} " + "; ".join(([f"{name(good)} surely add{'s' if len(good) == 1 else ''}"] if good else []) + ([f"without {name(bad)} it would be better"] if bad else []) + ([f"of {name(level)} nothing can be shown"] if level else [])) + ".")
+
+        def name(of):
+            return ", ".join(r["removed"] for r in of)
+
+        if mine:
+            said.append(
+                f"For {what} "
+                + "; ".join(
+                    ([f"{name(good)} surely add{'s' if len(good) == 1 else ''}"] if good else [])
+                    + ([f"without {name(bad)} it would be better"] if bad else [])
+                    + ([f"of {name(level)} nothing can be shown"] if level else [])
+                )
+                + "."
+            )
     return " ".join(said)
 
 # %% ../nbs/13_newcomers.ipynb #fcb7c6d4
@@ -477,19 +942,32 @@ def plot_metric_by_group(
 ) -> plt.Figure:
     "A line a group; the hybrid, and what sells, as dots with intervals."
     groups = rows.select("by", "group", "n").unique(["by", "group"], maintain_order=True)
-    fig, ax = plt.subplots(figsize=(5.2, .8 + .27 * (len(groups) + groups["by"].n_unique())))
+    fig, ax = plt.subplots(figsize=(5.2, 0.8 + 0.27 * (len(groups) + groups["by"].n_unique())))
     y, ticks, by = 0, [], None
     for kind, group, n in groups.rows():
         if kind != by:
-            ax.annotate(kind.replace("_", " "), (0, y), (-6, 0), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="center", weight="bold", fontsize=9.5)
+            ax.annotate(
+                kind.replace("_", " "),
+                (0, y),
+                (-6, 0),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                weight="bold",
+                fontsize=9.5,
+            )
             y, by = y + 1, kind
-        for name, value, lo, hi in rows.filter(by=kind, group=group).select("model", "value", "lo", "hi").rows():
+        for name, value, lo, hi in (
+            rows.filter(by=kind, group=group).select("model", "value", "lo", "hi").rows()
+        ):
             c = COLORS["hybrid" if name == "hybrid" else "baseline"]
-            if lo is not None: ax.plot([lo, hi], [y, y], color=c, lw=2.2, alpha=.4, solid_capstyle="round")
+            if lo is not None:
+                ax.plot([lo, hi], [y, y], color=c, lw=2.2, alpha=0.4, solid_capstyle="round")
             ax.plot(value, y, "o", color=c, ms=5)
         ticks.append((y, f"{group} ({n:,})"))
         y += 1
-    ax.set(ylim=(y - .4, -.6), xlabel="NDCG@20", xlim=(0, None))
+    ax.set(ylim=(y - 0.4, -0.6), xlabel="NDCG@20", xlim=(0, None))
     ax.set_yticks([t for t, _ in ticks], [name for _, name in ticks])
     ax.tick_params(axis="y", length=0)
     return fig
@@ -500,15 +978,39 @@ def plot_exposure(
 ) -> plt.Figure:
     "For each group of products a dot for each column: taken, and shown."
     groups = rows.select("by", "group").unique(maintain_order=True)
-    look = {"taken before": ("|", COLORS["ink"]), "taken next": ("x", COLORS["ink"]), "shown by popularity": ("o", COLORS["baseline"]), "shown by hybrid": ("o", COLORS["hybrid"])}
-    fig, ax = plt.subplots(figsize=(5.2, 1. + .34 * len(groups)))
+    look = {
+        "taken before": ("|", COLORS["ink"]),
+        "taken next": ("x", COLORS["ink"]),
+        "shown by popularity": ("o", COLORS["baseline"]),
+        "shown by hybrid": ("o", COLORS["hybrid"]),
+    }
+    fig, ax = plt.subplots(figsize=(5.2, 1.0 + 0.34 * len(groups)))
     for y, (by, group) in enumerate(groups.rows()):
         for what, share in rows.filter(by=by, group=group).select("what", "share").rows():
-            if what in look: ax.plot(100 * share, y, look[what][0], color=look[what][1], ms=8 if what.startswith("taken") else 6, label=what if not y else None, mew=1.8 if what.startswith("taken") else 0)
-    ax.set(yticks=range(len(groups)), yticklabels=[f"{by}: {group}" if by != "popularity" else group for by, group in groups.rows()], ylim=(len(groups) - .5, -.5), xlabel="share of places, or of events, %", xlim=(-2, None))
+            if what in look:
+                ax.plot(
+                    100 * share,
+                    y,
+                    look[what][0],
+                    color=look[what][1],
+                    ms=8 if what.startswith("taken") else 6,
+                    label=what if not y else None,
+                    mew=1.8 if what.startswith("taken") else 0,
+                )
+    ax.set(
+        yticks=range(len(groups)),
+        yticklabels=[
+            f"{by}: {group}" if by != "popularity" else group for by, group in groups.rows()
+        ],
+        ylim=(len(groups) - 0.5, -0.5),
+        xlabel="share of places, or of events, %",
+        xlim=(-2, None),
+    )
     ax.tick_params(axis="y", length=0)
-    ax.grid(axis="y", lw=.5, alpha=.4)
-    ax.legend(ncols=2, loc="lower left", bbox_to_anchor=(-.4, 1.), handletextpad=.2, columnspacing=1.)
+    ax.grid(axis="y", lw=0.5, alpha=0.4)
+    ax.legend(
+        ncols=2, loc="lower left", bbox_to_anchor=(-0.4, 1.0), handletextpad=0.2, columnspacing=1.0
+    )
     return fig
 
 # %% ../nbs/13_newcomers.ipynb #3348903d
@@ -517,7 +1019,22 @@ def describe_exposure(
 ) -> str:
     "What the hybrid's lists do to the tail and to small sellers, beside what people went on to take."
     of, said = {(g, w): s for g, w, s in rows.select("group", "what", "share").rows()}, []
-    for group, name in (("tail: the last tenth", "the tail of the products"), ("up to a year", "products of at most a year"), ("small: half of the brands", "the smaller half of the brands")):
-        shown, popular, taken = [of.get((group, w)) for w in ("shown by hybrid", "shown by popularity", "taken next")]
-        if shown is not None and taken is not None: said.append(f"{name} get {shown:.1%} of the places" + (f" (popularity gives them {popular:.1%})" if popular is not None else "") + f" and {taken:.1%} of what people went on to take")
-    return ("In the hybrid's lists " + "; ".join(said) + ".") if said else "Nothing can be said of what is shown."
+    for group, name in (
+        ("tail: the last tenth", "the tail of the products"),
+        ("up to a year", "products of at most a year"),
+        ("small: half of the brands", "the smaller half of the brands"),
+    ):
+        shown, popular, taken = [
+            of.get((group, w)) for w in ("shown by hybrid", "shown by popularity", "taken next")
+        ]
+        if shown is not None and taken is not None:
+            said.append(
+                f"{name} get {shown:.1%} of the places"
+                + (f" (popularity gives them {popular:.1%})" if popular is not None else "")
+                + f" and {taken:.1%} of what people went on to take"
+            )
+    return (
+        ("In the hybrid's lists " + "; ".join(said) + ".")
+        if said
+        else "Nothing can be said of what is shown."
+    )

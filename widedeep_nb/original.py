@@ -24,29 +24,67 @@ import torch
 from torch import nn
 
 from .baselines import evaluate_on_test
-from .core import COLORS, PROTOCOLS, History, UserError, Recommender, Run, Split, to_index, min_count_filter, hash_order, make_recommender, pick_device, register, step
-from .evaluation import EvalTask, top_k_lists, bootstrap, metrics_by_seed_and_fold, hit_matrix, paired_bootstrap, precision, eval_ratings, recall, aggregate
+from widedeep_nb.core import (
+    COLORS,
+    PROTOCOLS,
+    History,
+    Recommender,
+    Run,
+    Split,
+    UserError,
+    hash_order,
+    make_recommender,
+    min_count_filter,
+    pick_device,
+    register,
+    step,
+    to_index,
+)
+from widedeep_nb.evaluation import (
+    EvalTask,
+    aggregate,
+    bootstrap,
+    eval_ratings,
+    hit_matrix,
+    metrics_by_seed_and_fold,
+    paired_bootstrap,
+    precision,
+    recall,
+    top_k_lists,
+)
 from .preprocessing import prepare, preprocess, training_events
 from .training import NaiveWideDeep
 
 # %% ../nbs/19_original.ipynb #7309a7a3
 REPORTED = {  # as printed in the original report: its text, and the outputs below its code
-    "RMSE": 1.2450, "Precision@5": .0074, "Recall@5": .0134, "MAP@5": .0063,
-    "training loss": {"first": 1.41, "last": .40}, "val loss": {"first": 1.74, "min_ratings": 1.37},  # mean squared errors
-    "rows": 134_829, "users": 8_352, "items": 3_715,  # left by its filter
+    "RMSE": 1.2450,
+    "Precision@5": 0.0074,
+    "Recall@5": 0.0134,
+    "MAP@5": 0.0063,
+    "training loss": {"first": 1.41, "last": 0.40},
+    "val loss": {"first": 1.74, "min_ratings": 1.37},  # mean squared errors
+    "rows": 134_829,
+    "users": 8_352,
+    "items": 3_715,  # left by its filter
 }
 
 # %% ../nbs/19_original.ipynb #2e7d0527
 def init_original_net(
     n_users: int,  # ids of the whole log, test part included
     n_items: int,  # the same for items
-    bias_init_std: float = 1.,  # standard deviation of biases before training
-    embedding_init_std: float = 1.,  # standard deviation of embeddings before training
-    offset_init: float = 0.,  # the offset before training
+    bias_init_std: float = 1.0,  # standard deviation of biases before training
+    embedding_init_std: float = 1.0,  # standard deviation of embeddings before training
+    offset_init: float = 0.0,  # the offset before training
 ) -> NaiveWideDeep:  # its last user and item stand for ids that no table knows
     "The network before training; another scale changes the scale and no draw."
     net = NaiveWideDeep(n_users + 1, n_items + 1)
-    for table, scale in ((net.user, embedding_init_std), (net.item, embedding_init_std), (net.user_bias, bias_init_std), (net.item_bias, bias_init_std)): table.weight.data *= scale
+    for table, scale in (
+        (net.user, embedding_init_std),
+        (net.item, embedding_init_std),
+        (net.user_bias, bias_init_std),
+        (net.item_bias, bias_init_std),
+    ):
+        table.weight.data *= scale
     net.offset.data += offset_init
     return net
 
@@ -74,24 +112,38 @@ def train_original_epoch(
 @dataclass
 class OriginalWideDeep(Recommender):
     "Wide & Deep as the original trained it, faults included."
+
     epochs: int = 25  # passes; the last one's weights are used
     batch_size: int = 4096  # rows a step
-    lr: float = .002  # of Adam, for all weights alike
-    bias_init_std: float = 1.  # standard deviation of biases before training
-    embedding_init_std: float = 1.  # standard deviation of embeddings before training
-    init_offset_to_mean: bool = False  # start the offset at the mean of the stars? The original starts it at 0
+    lr: float = 0.002  # of Adam, for all weights alike
+    bias_init_std: float = 1.0  # standard deviation of biases before training
+    embedding_init_std: float = 1.0  # standard deviation of embeddings before training
+    init_offset_to_mean: bool = (
+        False  # start the offset at the mean of the stars? The original starts it at 0
+    )
     clip: bool = False  # hold predictions within the range of the stars? The original does not
     seed: int = 0
     predicts_ratings = True
 
     def _fit(self, split):
         device = pick_device()
-        train, watched = [tuple(part.drop_nulls("rating")[c].cast(t).to_torch().to(device) for c, t in (("user", pl.Int64), ("item", pl.Int64), ("rating", pl.Float32)))
-                          for part in (split.train, split.val)]
+        train, watched = [
+            tuple(
+                part.drop_nulls("rating")[c].cast(t).to_torch().to(device)
+                for c, t in (("user", pl.Int64), ("item", pl.Int64), ("rating", pl.Float32))
+            )
+            for part in (split.train, split.val)
+        ]
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            offset = float(train[2].double().mean()) if self.init_offset_to_mean else 0.
-            self.net = init_original_net(len(split.users), len(split.items), self.bias_init_std, self.embedding_init_std, offset).to(device)
+            offset = float(train[2].double().mean()) if self.init_offset_to_mean else 0.0
+            self.net = init_original_net(
+                len(split.users),
+                len(split.items),
+                self.bias_init_std,
+                self.embedding_init_std,
+                offset,
+            ).to(device)
             self._fit_matrix(train, watched)
         self.net.cpu().requires_grad_(False)
 
@@ -99,12 +151,20 @@ class OriginalWideDeep(Recommender):
         optimiser = torch.optim.Adam(self.net.parameters(), lr=self.lr, fused=True)
         self.loss_curve, self.val_predictions, best = [], [], float("inf")
         for epoch in range(1, self.epochs + 1):
-            cost = train_original_epoch(self.net, optimiser, train, torch.randperm(len(train[0]), device=train[0].device), self.batch_size)
-            with torch.no_grad(): predicted = self.net(*val[:2])
+            cost = train_original_epoch(
+                self.net,
+                optimiser,
+                train,
+                torch.randperm(len(train[0]), device=train[0].device),
+                self.batch_size,
+            )
+            with torch.no_grad():
+                predicted = self.net(*val[:2])
             seen = float(nn.functional.mse_loss(predicted, val[2])) if len(predicted) else None
             self.loss_curve.append({"epoch": epoch, "train": cost, "val": seen})
             self.val_predictions.append(predicted.cpu())
-            if seen is None or seen < best: best, self.best_weights = seen or 0, deepcopy(self.net.state_dict())
+            if seen is None or seen < best:
+                best, self.best_weights = seen or 0, deepcopy(self.net.state_dict())
 
 # %% ../nbs/19_original.ipynb #56d7f294
 @torch.no_grad()
@@ -119,27 +179,53 @@ def predict_unclipped(
     return stars.clamp(*self.rating_range) if self.clip else stars
 
 # %% ../nbs/19_original.ipynb #31735217
-def _predict(self, users, items, history): return self.net(*self._rows(users, items))
+def _predict(self, users, items, history):
+    return self.net(*self._rows(users, items))
 
 
 def _rows(self, users, items):
     "Codes that no table knows get the last row."
-    return users.clamp(max=len(self.net.user.weight) - 1), items.clamp(max=len(self.net.item.weight) - 1)
+    return users.clamp(max=len(self.net.user.weight) - 1), items.clamp(
+        max=len(self.net.item.weight) - 1
+    )
 
 
 def _scores(self, users, history, items):
     "As relu(a + b) is max(a, -b) + b, what the person adds goes around the products: one walk over them instead of two, person by person, so that it stays in the processor's cache."
-    (users, items), net, (first, _, second, _, last) = self._rows(users, items), self.net, self.net.mlp
-    of_user, of_item = [table(codes) @ weight.T for table, codes, weight in zip((net.user, net.item), (users, items), first.weight.split(64, 1))]
-    of_item, for_all, scores = of_item + first.bias, (net.item_bias(items) + last.bias + net.offset)[:, 0], torch.empty(len(users), len(items))
-    hidden, inner, weight, weights = torch.empty(of_item.shape), torch.empty(len(items), len(second.bias)), last.weight[0], second.weight.T
+    (users, items), net, (first, _, second, _, last) = (
+        self._rows(users, items),
+        self.net,
+        self.net.mlp,
+    )
+    of_user, of_item = [
+        table(codes) @ weight.T
+        for table, codes, weight in zip(
+            (net.user, net.item), (users, items), first.weight.split(64, 1)
+        )
+    ]
+    of_item, for_all, scores = (
+        of_item + first.bias,
+        (net.item_bias(items) + last.bias + net.offset)[:, 0],
+        torch.empty(len(users), len(items)),
+    )
+    hidden, inner, weight, weights = (
+        torch.empty(of_item.shape),
+        torch.empty(len(items), len(second.bias)),
+        last.weight[0],
+        second.weight.T,
+    )
     for person, shift, found in zip(-of_user, second(of_user), scores):
         torch.addmm(shift, torch.maximum(of_item, person, out=hidden), weights, out=inner).relu_()
         torch.addmv(for_all, inner, weight, out=found)
     return scores.add_(net.user_bias(users))
 
 
-OriginalWideDeep.predict, OriginalWideDeep._predict, OriginalWideDeep._rows, OriginalWideDeep._scores = predict_unclipped, _predict, _rows, _scores
+(
+    OriginalWideDeep.predict,
+    OriginalWideDeep._predict,
+    OriginalWideDeep._rows,
+    OriginalWideDeep._scores,
+) = predict_unclipped, _predict, _rows, _scores
 
 # %% ../nbs/19_original.ipynb #a2ba856e
 def best_epoch_model(
@@ -152,16 +238,23 @@ def best_epoch_model(
     return other
 
 # %% ../nbs/19_original.ipynb #0b7295b8
-def _state(self): return {f"net.{k}": v for k, v in self.net.state_dict().items()}
+def _state(self):
+    return {f"net.{k}": v for k, v in self.net.state_dict().items()}
 
 
 def _restore(self, state):
-    self.net = init_original_net(len(state["net.user.weight"]) - 1, len(state["net.item.weight"]) - 1)
+    self.net = init_original_net(
+        len(state["net.user.weight"]) - 1, len(state["net.item.weight"]) - 1
+    )
     self.net.load_state_dict({k.removeprefix("net."): v for k, v in state.items()})
     self.net.requires_grad_(False)
 
 
-OriginalWideDeep.best_epoch_model, OriginalWideDeep._state, OriginalWideDeep._restore = best_epoch_model, _state, _restore
+OriginalWideDeep.best_epoch_model, OriginalWideDeep._state, OriginalWideDeep._restore = (
+    best_epoch_model,
+    _state,
+    _restore,
+)
 
 # %% ../nbs/19_original.ipynb #0b8318c5
 def filter_users_then_items(
@@ -172,7 +265,10 @@ def filter_users_then_items(
     return rows.filter(min_count_filter(min_ratings, 0)).filter(min_count_filter(0, min_ratings))
 
 
-FILTER_VARIANTS = {"both counted on the raw log": lambda rows, least: rows.filter(min_count_filter(least, least)), "users first, then items": filter_users_then_items}
+FILTER_VARIANTS = {
+    "both counted on the raw log": lambda rows, least: rows.filter(min_count_filter(least, least)),
+    "users first, then items": filter_users_then_items,
+}
 
 # %% ../nbs/19_original.ipynb #04707004
 def dataset_size(rows: pl.DataFrame) -> dict:
@@ -186,9 +282,18 @@ MIN_ROWS = {"rows": 500, "users": 30}  # with less there is nothing to take apar
 def feasible_min_ratings(
     rows: pl.DataFrame,  # all rows that count
     requested: int = 20,  # least ratings of a user and of an item
-) -> int:  # as asked, or the largest of 10, 5, 2, 1 with which every reading of the filter leaves enough
+) -> (
+    int
+):  # as asked, or the largest of 10, 5, 2, 1 with which every reading of the filter leaves enough
     "The filter that this log can bear."
-    fits = lambda least: all(dataset_size(reading(rows, least))[what] >= n for reading in FILTER_VARIANTS.values() for what, n in MIN_ROWS.items())
+
+    def fits(least):
+        return all(
+            dataset_size(reading(rows, least))[what] >= n
+            for reading in FILTER_VARIANTS.values()
+            for what, n in MIN_ROWS.items()
+        )
+
     return next((least for least in (requested, 10, 5, 2) if least <= requested and fits(least)), 1)
 
 # %% ../nbs/19_original.ipynb #a01962f3
@@ -196,7 +301,10 @@ def closest_filter_variant(
     counts: dict,  # reading: rows, users, items
 ) -> str:  # the reading whose counts are nearest to those reported, by the sum of absolute logarithms of their ratios
     "Which reading of the filter fits."
-    far = {name: sum(abs(np.log(found[what] / REPORTED[what])) for what in found) for name, found in counts.items()}
+    far = {
+        name: sum(abs(np.log(found[what] / REPORTED[what])) for what in found)
+        for name, found in counts.items()
+    }
     return min(far, key=far.get)
 
 # %% ../nbs/19_original.ipynb #782bee11
@@ -207,12 +315,17 @@ def python_set_order(
     "The order in which Python walks through a set of the items' codes, given out in alphabetical order as a label encoder does."
     label = torch.from_numpy(item_ids.arg_sort().arg_sort().cast(pl.Int64).to_numpy().copy())
     labels = torch.where(top_k < 0, len(item_ids) + torch.arange(top_k.shape[1]), label[top_k])
-    walk = torch.tensor([list(set(row)) for row in labels.tolist()])  # nobody knows this order but Python
+    walk = torch.tensor(
+        [list(set(row)) for row in labels.tolist()]
+    )  # nobody knows this order but Python
     return (walk[:, :, None] == labels[:, None, :]).long().argmax(2)
 
 # %% ../nbs/19_original.ipynb #f4666c22
-AP_DENOMINATORS = {"min(K, relevant)": lambda hits, relevant: relevant.clamp(1, hits.shape[1]), "relevant": lambda hits, relevant: relevant.clamp(min=1),
-            "hits": lambda hits, relevant: hits.sum(1).clamp(min=1)}
+AP_DENOMINATORS = {
+    "min(K, relevant)": lambda hits, relevant: relevant.clamp(1, hits.shape[1]),
+    "relevant": lambda hits, relevant: relevant.clamp(min=1),
+    "hits": lambda hits, relevant: hits.sum(1).clamp(min=1),
+}
 
 
 def average_precision_variant(
@@ -225,8 +338,16 @@ def average_precision_variant(
     return (at * hits).sum(1) / AP_DENOMINATORS[denominator](hits, n_relevant)
 
 # %% ../nbs/19_original.ipynb #62dc1798
-INIT_VARIANTS = {"as printed": {}, "biases start at 0": {"bias_init_std": 0.}, "+ offset starts at the mean": {"bias_init_std": 0., "init_offset_to_mean": True},
-          "+ embeddings start near 0": {"bias_init_std": 0., "init_offset_to_mean": True, "embedding_init_std": .01}}
+INIT_VARIANTS = {
+    "as printed": {},
+    "biases start at 0": {"bias_init_std": 0.0},
+    "+ offset starts at the mean": {"bias_init_std": 0.0, "init_offset_to_mean": True},
+    "+ embeddings start near 0": {
+        "bias_init_std": 0.0,
+        "init_offset_to_mean": True,
+        "embedding_init_std": 0.01,
+    },
+}
 FIXED_INIT = "+ embeddings start near 0"
 
 
@@ -243,13 +364,18 @@ def select_epochs_on_train(
 ) -> int:  # passes
     "The number of passes that is best for the last training rows, as many as the test part has, when trained on those before."
     n = max(len(split.train) - len(split.test), len(split.train) // 2)
-    curve = OriginalWideDeep(**params).fit(replace(split, train=split.train[:n], val=split.train[n:])).loss_curve
+    curve = (
+        OriginalWideDeep(**params)
+        .fit(replace(split, train=split.train[:n], val=split.train[n:]))
+        .loss_curve
+    )
     return 1 + int(np.argmin([row["val"] for row in curve]))
 
 # %% ../nbs/19_original.ipynb #7cdb89cf
 @dataclass
 class TrainedVariants:
     "All that is trained: lists over the random starts."
+
     split: Split  # of the protocol as-reported
     models: dict  # name of a start: models
     epochs: dict  # "as printed" and the last of the starts: passes that an honest validation part chooses
@@ -257,32 +383,85 @@ class TrainedVariants:
     @classmethod
     def fit(cls, split: Split, seeds: range) -> "TrainedVariants":
         "Train."
-        models = {name: [OriginalWideDeep(seed=s, **how).fit(test_part_as_val(split)) for s in seeds] for name, how in INIT_VARIANTS.items()}
-        return cls(split, models, {name: [select_epochs_on_train(split, seed=s, **INIT_VARIANTS[name]) for s in seeds] for name in ("as printed", FIXED_INIT)})
+        models = {
+            name: [OriginalWideDeep(seed=s, **how).fit(test_part_as_val(split)) for s in seeds]
+            for name, how in INIT_VARIANTS.items()
+        }
+        return cls(
+            split,
+            models,
+            {
+                name: [select_epochs_on_train(split, seed=s, **INIT_VARIANTS[name]) for s in seeds]
+                for name in ("as printed", FIXED_INIT)
+            },
+        )
 
 # %% ../nbs/19_original.ipynb #6dc3cf91
-CUMULATIVE_CHANGES = (*INIT_VARIANTS, "+ epoch chosen honestly", "+ clipped to the stars", "mean", "damped-bias")
-SINGLE_CHANGES = ("biases start at 0", "epoch chosen honestly", "epoch chosen on the test part", "clipped to the stars", "mean where an id is unknown")
-ID_GROUPS = {"all": pl.lit(True), "both known": pl.col("warm") & pl.col("warm_item"), "an id unknown": ~(pl.col("warm") & pl.col("warm_item")),
-          "only the user unknown": ~pl.col("warm") & pl.col("warm_item"), "only the item unknown": pl.col("warm") & ~pl.col("warm_item"), "both unknown": ~pl.col("warm") & ~pl.col("warm_item")}
+CUMULATIVE_CHANGES = (
+    *INIT_VARIANTS,
+    "+ epoch chosen honestly",
+    "+ clipped to the stars",
+    "mean",
+    "damped-bias",
+)
+SINGLE_CHANGES = (
+    "biases start at 0",
+    "epoch chosen honestly",
+    "epoch chosen on the test part",
+    "clipped to the stars",
+    "mean where an id is unknown",
+)
+ID_GROUPS = {
+    "all": pl.lit(True),
+    "both known": pl.col("warm") & pl.col("warm_item"),
+    "an id unknown": ~(pl.col("warm") & pl.col("warm_item")),
+    "only the user unknown": ~pl.col("warm") & pl.col("warm_item"),
+    "only the item unknown": pl.col("warm") & ~pl.col("warm_item"),
+    "both unknown": ~pl.col("warm") & ~pl.col("warm_item"),
+}
 
 
 def predict_variants(
     trained: TrainedVariants,  # trained
 ) -> dict:  # arm: tables of test rows with squared errors, one a random start
     "What is predicted for the test rows, one thing changed at a time."
-    mean, bias = [eval_ratings(make_recommender(name).fit(trained.split), trained.split, "test") for name in ("mean", "damped-bias")]
+    mean, bias = [
+        eval_ratings(make_recommender(name).fit(trained.split), trained.split, "test")
+        for name in ("mean", "damped-bias")
+    ]
     stars = trained.models["as printed"][0].rating_range
-    known, plain = mean.select(ID_GROUPS["both known"]).to_series().to_torch().bool(), mean["predicted"].to_torch().float()
-    table = lambda predicted: mean.with_columns(RMSE=(pl.Series(predicted.double().numpy()) - pl.col("rating")) ** 2)
-    last = {name: [m.val_predictions[-1] for m in models] for name, models in trained.models.items()}
-    chosen = {name: [m.val_predictions[e - 1] for m, e in zip(trained.models[name], epochs)] for name, epochs in trained.epochs.items()}
+    known, plain = (
+        mean.select(ID_GROUPS["both known"]).to_series().to_torch().bool(),
+        mean["predicted"].to_torch().float(),
+    )
+
+    def table(predicted):
+        return mean.with_columns(
+            RMSE=(pl.Series(predicted.double().numpy()) - pl.col("rating")) ** 2
+        )
+
+    last = {
+        name: [m.val_predictions[-1] for m in models] for name, models in trained.models.items()
+    }
+    chosen = {
+        name: [m.val_predictions[e - 1] for m, e in zip(trained.models[name], epochs)]
+        for name, epochs in trained.epochs.items()
+    }
     mended = chosen[FIXED_INIT]
     arms = last | {
-        "epoch chosen honestly": chosen["as printed"], "epoch chosen on the test part": [m.val_predictions[best_val_epoch(m) - 1] for m in trained.models["as printed"]],
-        "clipped to the stars": [p.clamp(*stars) for p in last["as printed"]], "mean where an id is unknown": [torch.where(known, p, plain) for p in last["as printed"]],
-        "+ epoch chosen honestly": mended, "+ clipped to the stars": [p.clamp(*stars) for p in mended]}
-    return {name: [table(p) for p in predicted] for name, predicted in arms.items()} | {"mean": [mean], "damped-bias": [bias]}
+        "epoch chosen honestly": chosen["as printed"],
+        "epoch chosen on the test part": [
+            m.val_predictions[best_val_epoch(m) - 1] for m in trained.models["as printed"]
+        ],
+        "clipped to the stars": [p.clamp(*stars) for p in last["as printed"]],
+        "mean where an id is unknown": [torch.where(known, p, plain) for p in last["as printed"]],
+        "+ epoch chosen honestly": mended,
+        "+ clipped to the stars": [p.clamp(*stars) for p in mended],
+    }
+    return {name: [table(p) for p in predicted] for name, predicted in arms.items()} | {
+        "mean": [mean],
+        "damped-bias": [bias],
+    }
 
 
 def best_val_epoch(
@@ -296,8 +475,17 @@ def rating_results(
     variants: dict,  # from `predict_variants`
 ) -> tuple:  # RMSE by arm and group of rows; differences of each arm to the recipe as printed, on the same rows
     "The steps as figures with intervals over users and random starts."
-    own = [aggregate(frames, ["RMSE"], ID_GROUPS).with_columns(arm=pl.lit(name)) for name, frames in variants.items()]
-    apart = [aggregate(frames, ["RMSE"], ID_GROUPS, reference=variants["as printed"]).with_columns(arm=pl.lit(name)) for name, frames in variants.items() if name != "as printed"]
+    own = [
+        aggregate(frames, ["RMSE"], ID_GROUPS).with_columns(arm=pl.lit(name))
+        for name, frames in variants.items()
+    ]
+    apart = [
+        aggregate(frames, ["RMSE"], ID_GROUPS, reference=variants["as printed"]).with_columns(
+            arm=pl.lit(name)
+        )
+        for name, frames in variants.items()
+        if name != "as printed"
+    ]
     return pl.concat(own).to_dicts(), pl.concat(apart).to_dicts()
 
 # %% ../nbs/19_original.ipynb #661b6e98
@@ -312,9 +500,17 @@ def full_catalog_task(
     right = split.test.select("user", "item").unique().sort("user", "item")
     users = right["user"].unique().sort()
     if 0 < max_users < len(users):
-        users = users.gather(hash_order(split.users["user"].gather(users))[:max_users].numpy()).sort()
+        users = users.gather(
+            hash_order(split.users["user"].gather(users))[:max_users].numpy()
+        ).sort()
         right = right.filter(pl.col("user").is_in(users.implode()))
-    return EvalTask(to_index(users), hash_order(split.items["item"]), right, History.from_rows(split.train, len(split.users)), {})
+    return EvalTask(
+        to_index(users),
+        hash_order(split.items["item"]),
+        right,
+        History.from_rows(split.train, len(split.users)),
+        {},
+    )
 
 # %% ../nbs/19_original.ipynb #6b9af8b9
 def ranking_results(
@@ -329,22 +525,46 @@ def ranking_results(
         lists = top_k_lists(model, split, task, K)
         hits, relevant = hit_matrix(lists, task)
         orders = {"set": hits.gather(1, python_set_order(lists, split.items["item"])), "rank": hits}
-        found.append({f"Precision@{K}": precision(hits, relevant, K), f"Recall@{K}": recall(hits, relevant, K)}
-                     | {f"MAP@{K}, {order} order, over {divisor}": average_precision_variant(h, relevant, divisor) for order, h in orders.items() for divisor in AP_DENOMINATORS})
+        found.append(
+            {
+                f"Precision@{K}": precision(hits, relevant, K),
+                f"Recall@{K}": recall(hits, relevant, K),
+            }
+            | {
+                f"MAP@{K}, {order} order, over {divisor}": average_precision_variant(
+                    h, relevant, divisor
+                )
+                for order, h in orders.items()
+                for divisor in AP_DENOMINATORS
+            }
+        )
     return {metric: np.stack([f[metric].numpy() for f in found]) for metric in found[0]}
 
 # %% ../nbs/19_original.ipynb #d1acf55b
-ORIGINAL_MAP, STANDARD_MAP = f"MAP@{K}, set order, over min(K, relevant)", f"MAP@{K}, rank order, over min(K, relevant)"
+ORIGINAL_MAP, STANDARD_MAP = (
+    f"MAP@{K}, set order, over min(K, relevant)",
+    f"MAP@{K}, rank order, over min(K, relevant)",
+)
 RANKING_VARIANTS = {  # name: whose lists, which MAP
-    "as printed": ("as printed", ORIGINAL_MAP), "in rank order": ("as printed", STANDARD_MAP),
-    "divided by the relevant": ("as printed", ORIGINAL_MAP.replace("min(K, relevant)", "relevant")), "divided by the hits": ("as printed", ORIGINAL_MAP.replace("min(K, relevant)", "hits")),
-    "seen items masked": ("as printed, masked", ORIGINAL_MAP), "at the best epoch": ("best epoch", ORIGINAL_MAP), "rank order and masked": ("as printed, masked", STANDARD_MAP),
-    "popularity": ("popularity", STANDARD_MAP), "popularity, masked": ("popularity, masked", STANDARD_MAP)}
+    "as printed": ("as printed", ORIGINAL_MAP),
+    "in rank order": ("as printed", STANDARD_MAP),
+    "divided by the relevant": ("as printed", ORIGINAL_MAP.replace("min(K, relevant)", "relevant")),
+    "divided by the hits": ("as printed", ORIGINAL_MAP.replace("min(K, relevant)", "hits")),
+    "seen items masked": ("as printed, masked", ORIGINAL_MAP),
+    "at the best epoch": ("best epoch", ORIGINAL_MAP),
+    "rank order and masked": ("as printed, masked", STANDARD_MAP),
+    "popularity": ("popularity", STANDARD_MAP),
+    "popularity, masked": ("popularity, masked", STANDARD_MAP),
+}
 
 
 def reported_metrics(map_metric: str) -> list:
     "Metrics to report, and what `ranking_results` calls them, with one form of MAP."
-    return [(f"Precision@{K}", f"Precision@{K}"), (f"Recall@{K}", f"Recall@{K}"), (f"MAP@{K}", map_metric)]
+    return [
+        (f"Precision@{K}", f"Precision@{K}"),
+        (f"Recall@{K}", f"Recall@{K}"),
+        (f"MAP@{K}", map_metric),
+    ]
 
 
 def interval_record(
@@ -353,21 +573,48 @@ def interval_record(
     values: np.ndarray,  # [starts, users]
 ) -> dict:  # arm, metric, value, lo, hi, n
     "A figure with its interval, as a record."
-    return {"arm": variant, "metric": metric} | {k: float(v[0]) for k, v in zip(("value", "lo", "hi"), bootstrap(values))} | {"n": values.shape[1]}
+    return (
+        {"arm": variant, "metric": metric}
+        | {k: float(v[0]) for k, v in zip(("value", "lo", "hi"), bootstrap(values))}
+        | {"n": values.shape[1]}
+    )
 
 # %% ../nbs/19_original.ipynb #a2b8c8e9
 def evaluate_ranking_variants(
     trained: TrainedVariants,  # trained
     max_users: int = 0,  # how many people are asked about at most, drawn by lot; 0: all
-) -> tuple:  # records: arm, metric, value, lo, hi, n; and the recipe as printed minus popularity in MAP
+) -> (
+    tuple
+):  # records: arm, metric, value, lo, hi, n; and the recipe as printed minus popularity in MAP
     "The steps for the lists, with intervals over users and random starts."
     split, question = trained.split, full_catalog_task(trained.split, max_users)
-    printed, popular = trained.models["as printed"], [make_recommender("popularity").fit(trained.split)]
-    asked = {"as printed": (printed, False), "as printed, masked": (printed, True), "best epoch": ([m.best_epoch_model() for m in printed], False),
-             "popularity": (popular, False), "popularity, masked": (popular, True)}
-    found = {name: ranking_results(models, split, question, masked) for name, (models, masked) in asked.items()}
-    rows = [interval_record(arm, metric, found[lists][own]) for arm, (lists, of_map) in RANKING_VARIANTS.items() for metric, own in reported_metrics(of_map)]
-    return rows, {k: float(v[0]) for k, v in zip(("value", "lo", "hi"), paired_bootstrap(found["as printed"][STANDARD_MAP], found["popularity"][STANDARD_MAP]))}
+    printed, popular = (
+        trained.models["as printed"],
+        [make_recommender("popularity").fit(trained.split)],
+    )
+    asked = {
+        "as printed": (printed, False),
+        "as printed, masked": (printed, True),
+        "best epoch": ([m.best_epoch_model() for m in printed], False),
+        "popularity": (popular, False),
+        "popularity, masked": (popular, True),
+    }
+    found = {
+        name: ranking_results(models, split, question, masked)
+        for name, (models, masked) in asked.items()
+    }
+    rows = [
+        interval_record(arm, metric, found[lists][own])
+        for arm, (lists, of_map) in RANKING_VARIANTS.items()
+        for metric, own in reported_metrics(of_map)
+    ]
+    return rows, {
+        k: float(v[0])
+        for k, v in zip(
+            ("value", "lo", "hi"),
+            paired_bootstrap(found["as printed"][STANDARD_MAP], found["popularity"][STANDARD_MAP]),
+        )
+    }
 
 # %% ../nbs/19_original.ipynb #02744ccc
 def original_split(
@@ -377,7 +624,9 @@ def original_split(
 ) -> Split:
     "The log by one reading of the filter, its last tenth cut off by time."
     log, items, users = [run.read(f"{name}.parquet") for name in ("interactions", "items", "users")]
-    rows = FILTER_VARIANTS[filter_variant](training_events(log).drop("part", strict=False), min_ratings)
+    rows = FILTER_VARIANTS[filter_variant](
+        training_events(log).drop("part", strict=False), min_ratings
+    )
     return prepare(rows, replace(PROTOCOLS["as-reported"], min_user=0, min_item=0), items, users)
 
 # %% ../nbs/19_original.ipynb #1cb4fcfb
@@ -387,10 +636,20 @@ def evaluate_other_filter(
     max_users: int,  # how many people are asked about at most
 ) -> tuple:  # records as those of `rating_results` and of `evaluate_ranking_variants`
     "The recipe as printed, and the floors, where the filter is read the other way."
-    arms = {"as printed": [OriginalWideDeep(seed=s).fit(split) for s in seeds]} | {name: [make_recommender(name).fit(split)] for name in ("mean", "damped-bias")}
-    rated = [aggregate([eval_ratings(m, split, "test") for m in fits], ["RMSE"], {"all": ID_GROUPS["all"]}).with_columns(arm=pl.lit(name)) for name, fits in arms.items()]
+    arms = {"as printed": [OriginalWideDeep(seed=s).fit(split) for s in seeds]} | {
+        name: [make_recommender(name).fit(split)] for name in ("mean", "damped-bias")
+    }
+    rated = [
+        aggregate(
+            [eval_ratings(m, split, "test") for m in fits], ["RMSE"], {"all": ID_GROUPS["all"]}
+        ).with_columns(arm=pl.lit(name))
+        for name, fits in arms.items()
+    ]
     found = ranking_results(arms["as printed"], split, full_catalog_task(split, max_users), False)
-    return pl.concat(rated).to_dicts(), [interval_record("as printed", metric, found[own]) for metric, own in reported_metrics(ORIGINAL_MAP)]
+    return pl.concat(rated).to_dicts(), [
+        interval_record("as printed", metric, found[own])
+        for metric, own in reported_metrics(ORIGINAL_MAP)
+    ]
 
 # %% ../nbs/19_original.ipynb #566accfa
 @step(preprocess)
@@ -402,24 +661,69 @@ def replicate_original(
 ):
     "Train the original's recipe as printed and with one thing changed at a time, and measure each change."
     for name, value in (("seeds", seeds), ("min_ratings", min_ratings)):
-        if value < 1: raise UserError(f"{name} is at least 1, not {value}")
+        if value < 1:
+            raise UserError(f"{name} is at least 1, not {value}")
     rows = training_events(run.read("interactions.parquet"))
-    if rows["rating"].null_count() == len(rows): return run.write("original.json", {"has_ratings": False})
+    if rows["rating"].null_count() == len(rows):
+        return run.write("original.json", {"has_ratings": False})
     starts, used = range(run.seed, run.seed + seeds), feasible_min_ratings(rows, min_ratings)
     first, second = [original_split(run, reading, used) for reading in FILTER_VARIANTS]
     done = TrainedVariants.fit(first, starts)
-    (rating, changes), (lists, versus), (rating_too, lists_too) = rating_results(predict_variants(done)), evaluate_ranking_variants(done, max_users), evaluate_other_filter(second, starts, max_users)
-    run.write("original.json", {
-        "has_ratings": True, "has_timestamps": rows["timestamp"].null_count() < len(rows), "requested_min_ratings": min_ratings, "min_ratings": used, "seeds": seeds,
-        "counts": {name: dataset_size(reading(rows, used)) for name, reading in FILTER_VARIANTS.items()}, "train": len(first.train), "test": len(first.test), "batch": OriginalWideDeep.batch_size,
-        "offset": {name: [float(m.net.offset) for m in models] for name, models in done.models.items()}, "mean_rating": float(first.train["rating"].mean()), "lr": OriginalWideDeep.lr,
-        "losses": [row | {"seed": m.seed} for m in done.models["as printed"] for row in m.loss_curve],
-        "epochs": done.epochs | {"on the test part": [best_val_epoch(m) for m in done.models["as printed"]]},
-        "rating": rating, "changes": changes, "ranking": lists, "versus popularity": versus, "other_filter": {"rating": rating_too, "ranking": lists_too}})
-    judged = evaluate_on_test({(0, m.seed): m for m in done.models["as printed"]}, [first], (None,), max_users)
+    (rating, changes), (lists, versus), (rating_too, lists_too) = (
+        rating_results(predict_variants(done)),
+        evaluate_ranking_variants(done, max_users),
+        evaluate_other_filter(second, starts, max_users),
+    )
+    run.write(
+        "original.json",
+        {
+            "has_ratings": True,
+            "has_timestamps": rows["timestamp"].null_count() < len(rows),
+            "requested_min_ratings": min_ratings,
+            "min_ratings": used,
+            "seeds": seeds,
+            "counts": {
+                name: dataset_size(reading(rows, used)) for name, reading in FILTER_VARIANTS.items()
+            },
+            "train": len(first.train),
+            "test": len(first.test),
+            "batch": OriginalWideDeep.batch_size,
+            "offset": {
+                name: [float(m.net.offset) for m in models] for name, models in done.models.items()
+            },
+            "mean_rating": float(first.train["rating"].mean()),
+            "lr": OriginalWideDeep.lr,
+            "losses": [
+                row | {"seed": m.seed} for m in done.models["as printed"] for row in m.loss_curve
+            ],
+            "epochs": done.epochs
+            | {"on the test part": [best_val_epoch(m) for m in done.models["as printed"]]},
+            "rating": rating,
+            "changes": changes,
+            "ranking": lists,
+            "versus popularity": versus,
+            "other_filter": {"rating": rating_too, "ranking": lists_too},
+        },
+    )
+    judged = evaluate_on_test(
+        {(0, m.seed): m for m in done.models["as printed"]}, [first], (None,), max_users
+    )
     each = [(0, m.seed) for m in done.models["as printed"]]
-    records = pl.concat([judged["shown"].with_columns(task=pl.lit("ranking")), *metrics_by_seed_and_fold(judged["rated"], judged["ranked"], each)], how="diagonal")
-    run.add_metrics(records.with_columns(model=pl.lit("wide-deep-as-reported"), protocol=pl.lit("as-reported"), split=pl.lit("test"), versus=pl.lit(None, pl.String)))
+    records = pl.concat(
+        [
+            judged["shown"].with_columns(task=pl.lit("ranking")),
+            *metrics_by_seed_and_fold(judged["rated"], judged["ranked"], each),
+        ],
+        how="diagonal",
+    )
+    run.add_metrics(
+        records.with_columns(
+            model=pl.lit("wide-deep-as-reported"),
+            protocol=pl.lit("as-reported"),
+            split=pl.lit("test"),
+            versus=pl.lit(None, pl.String),
+        )
+    )
 
 # %% ../nbs/19_original.ipynb #71238b77
 def plot_waterfall(
@@ -431,15 +735,32 @@ def plot_waterfall(
     digits: int = 3,  # decimals of the figures
 ) -> plt.Figure:  # a dot and an interval an arm, its name above it
     "Steps one after the other."
-    fig, ax = plt.subplots(figsize=(5.2, .7 + .5 * len(rows)))
-    if reference is not None: ax.axvline(reference, color=COLORS["baseline"], lw=.8, ls=":")
+    fig, ax = plt.subplots(figsize=(5.2, 0.7 + 0.5 * len(rows)))
+    if reference is not None:
+        ax.axvline(reference, color=COLORS["baseline"], lw=0.8, ls=":")
     for y, (arm, value, lo, hi) in enumerate(rows.select("arm", "value", "lo", "hi").rows()):
         colour = COLORS["alarm" if arm in highlighted else "baseline" if arm in muted else "hybrid"]
-        if lo is not None: ax.plot([lo, hi], [y, y], color=colour, lw=2, solid_capstyle="round")
+        if lo is not None:
+            ax.plot([lo, hi], [y, y], color=colour, lw=2, solid_capstyle="round")
         ax.plot(value, y, "o", color=colour, ms=6)
-        ax.annotate(f"{value:.{digits}f}", (value if hi is None else hi, y), (5, 0), textcoords="offset points", va="center", color=colour)
-        ax.annotate(arm, (0, y), (2, 7), xycoords=ax.get_yaxis_transform(), textcoords="offset points", va="bottom", color=COLORS["ink"])
-    ax.set(yticks=[], ylim=(len(rows) - .5, -.9), xlabel=xlabel)
+        ax.annotate(
+            f"{value:.{digits}f}",
+            (value if hi is None else hi, y),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+        )
+        ax.annotate(
+            arm,
+            (0, y),
+            (2, 7),
+            xycoords=ax.get_yaxis_transform(),
+            textcoords="offset points",
+            va="bottom",
+            color=COLORS["ink"],
+        )
+    ax.set(yticks=[], ylim=(len(rows) - 0.5, -0.9), xlabel=xlabel)
     ax.spines["left"].set_visible(False)
-    ax.margins(x=.12)
+    ax.margins(x=0.12)
     return fig

@@ -31,14 +31,17 @@ def training_events(
     log: pl.DataFrame,  # interactions
 ) -> pl.DataFrame:  # ratings where there are any, else all events
     "The rows to learn from, in the order of the log."
-    return log.filter(pl.col("rating").is_not_null()) if log["rating"].null_count() < len(log) else log
+    return (
+        log.filter(pl.col("rating").is_not_null()) if log["rating"].null_count() < len(log) else log
+    )
 
 
 def sort_by_time(
     log: pl.DataFrame,  # interactions
 ) -> pl.DataFrame:  # oldest first; without timestamps in an order drawn by lot
     "Order by (timestamp, user, item, row): a total order, the same on every engine."
-    if log["timestamp"].n_unique() > 1: return log.sort("timestamp", "user", "item", maintain_order=True)
+    if log["timestamp"].n_unique() > 1:
+        return log.sort("timestamp", "user", "item", maintain_order=True)
     return log[hash_order((log["user"] + "\t" + log["item"]).cast(pl.String)).numpy()]
 
 # %% ../nbs/03_preprocessing.ipynb #fb2834ca
@@ -46,7 +49,11 @@ def drop_undated(
     log: pl.DataFrame,  # interactions
 ) -> pl.DataFrame:  # rows with a time, where any has one
     "Leave out the rows that cannot be put in order."
-    return log.filter(pl.col("timestamp").is_not_null()) if log["timestamp"].null_count() < len(log) else log
+    return (
+        log.filter(pl.col("timestamp").is_not_null())
+        if log["timestamp"].null_count() < len(log)
+        else log
+    )
 
 # %% ../nbs/03_preprocessing.ipynb #b0dd817d
 def k_core(
@@ -64,7 +71,9 @@ def time_split(
     fold_bounds: tuple,  # where train, validation and test end, as shares of the rows
 ) -> list:  # train, validation, test
     "Cut a log in order of time."
-    a, b, c = [round(round(share, 6) * len(rows)) for share in fold_bounds]     # .8 - .1 is not quite .7
+    a, b, c = [
+        round(round(share, 6) * len(rows)) for share in fold_bounds
+    ]  # .8 - .1 is not quite .7
     return [rows[:a], rows[a:b], rows[b:c]]
 
 # %% ../nbs/03_preprocessing.ipynb #685f8484
@@ -80,8 +89,14 @@ def predefined_split(
     rows: pl.DataFrame,  # with a column `part`
 ) -> list:  # train, validation (may be empty), test
     "The parts that the files themselves name."
-    if "part" not in rows.columns: raise UserError("protocol 'given' needs a folder with train.* and test.* files, or a column 'part'")
-    if rows["part"].null_count(): raise UserError(f"{rows['part'].null_count()} rows name no part; each is one of {', '.join(SPLIT_NAMES)}")
+    if "part" not in rows.columns:
+        raise UserError(
+            "protocol 'given' needs a folder with train.* and test.* files, or a column 'part'"
+        )
+    if rows["part"].null_count():
+        raise UserError(
+            f"{rows['part'].null_count()} rows name no part; each is one of {', '.join(SPLIT_NAMES)}"
+        )
     return [rows.filter(pl.col("part") == part).drop("part") for part in SPLIT_NAMES]
 
 # %% ../nbs/03_preprocessing.ipynb #c8d23f3a
@@ -90,21 +105,30 @@ def apply_filter(
     protocol: Protocol,  # says how to count
 ) -> pl.DataFrame:  # the rows that are left
     "The filter of a protocol that counts on the whole log."
-    if protocol.filter_scope == "train": return rows
-    return k_core(rows, protocol.min_user, protocol.min_item) if protocol.filter_scope == "core" else rows.filter(min_count_filter(protocol.min_user, protocol.min_item))
+    if protocol.filter_scope == "train":
+        return rows
+    return (
+        k_core(rows, protocol.min_user, protocol.min_item)
+        if protocol.filter_scope == "core"
+        else rows.filter(min_count_filter(protocol.min_user, protocol.min_item))
+    )
 
 
 def relax_filter_if_sparse(
     train: pl.DataFrame,  # training rows before the filter
     protocol: Protocol,  # whose filter counts training rows
-    min_share: float = .1,  # share of the rows that must remain
+    min_share: float = 0.1,  # share of the rows that must remain
 ) -> Protocol:  # the same, or without its filter
     "On a log so sparse that a filter by training rows would leave next to nothing, do without it."
     left = train.select(min_count_filter(protocol.min_user, protocol.min_item).mean()).item() or 0
     return protocol if left >= min_share else replace(protocol, min_user=1, min_item=1)
 
 # %% ../nbs/03_preprocessing.ipynb #c8ac75a3
-SPLITTERS = {"time": time_split, "leave-one-out": lambda rows, window: leave_one_out_split(rows), "given": lambda rows, window: predefined_split(rows)}
+SPLITTERS = {
+    "time": time_split,
+    "leave-one-out": lambda rows, window: leave_one_out_split(rows),
+    "given": lambda rows, window: predefined_split(rows),
+}
 
 
 def make_split(
@@ -115,14 +139,19 @@ def make_split(
     users: Optional[pl.DataFrame] = None,  # what is known of each user, a row a `user`
 ) -> Split:
     "One cut of a log."
-    train, val, test = SPLITTERS[check_choice(protocol.split_by, SPLITTERS, "cut")](rows, fold_bounds)
+    train, val, test = SPLITTERS[check_choice(protocol.split_by, SPLITTERS, "cut")](
+        rows, fold_bounds
+    )
     aside = train.clear()
     if protocol.filter_scope == "train":
         protocol = relax_filter_if_sparse(train, protocol)
         kept = train.select(min_count_filter(protocol.min_user, protocol.min_item)).to_series()
         train, aside = train.filter(kept), train.filter(~kept)
     for name, part in (("training", train), ("test", test)):
-        if not len(part): raise UserError(f"protocol '{protocol.name}' leaves no {name} rows of the {len(rows):,} that it cuts; give it a log of more rows, or take another protocol")
+        if not len(part):
+            raise UserError(
+                f"protocol '{protocol.name}' leaves no {name} rows of the {len(rows):,} that it cuts; give it a log of more rows, or take another protocol"
+            )
     return Split.from_frames(train, val, test, users, items, protocol, aside)
 
 # %% ../nbs/03_preprocessing.ipynb #d6797657
@@ -131,15 +160,28 @@ def prepare(
     protocol: Union[str, Protocol] = "strict",  # how to filter and cut, by name or as data
     items: Optional[pl.DataFrame] = None,  # what is known of each item, a row an `item`
     users: Optional[pl.DataFrame] = None,  # what is known of each user, a row a `user`
-) -> Union[Split, list]:  # a Split; a list of Splits, oldest first, where the protocol has several windows
+) -> Union[
+    Split, list
+]:  # a Split; a list of Splits, oldest first, where the protocol has several windows
     "From a log to training, validation and test parts."
-    protocol = protocol if isinstance(protocol, Protocol) else PROTOCOLS[check_choice(protocol, PROTOCOLS, "protocol")]
+    protocol = (
+        protocol
+        if isinstance(protocol, Protocol)
+        else PROTOCOLS[check_choice(protocol, PROTOCOLS, "protocol")]
+    )
     counted = training_events(interactions)
     for side in ("user", "item"):
-        if counted[side].n_unique() == 1 < len(counted): raise UserError(f"all {len(counted):,} rows are of one {side}, '{counted[side][0]}'; a recommender needs several to learn from")
-    rows = apply_filter(sort_by_time(counted if protocol.split_by == "given" else drop_undated(counted)), protocol)
+        if counted[side].n_unique() == 1 < len(counted):
+            raise UserError(
+                f"all {len(counted):,} rows are of one {side}, '{counted[side][0]}'; a recommender needs several to learn from"
+            )
+    rows = apply_filter(
+        sort_by_time(counted if protocol.split_by == "given" else drop_undated(counted)), protocol
+    )
     if len(counted) and not len(rows):
-        raise UserError(f"none of {len(counted):,} rows has a user with {protocol.min_user} ratings and an item with {protocol.min_item}, as protocol '{protocol.name}' asks; 'strict' does without a filter where a log is sparse")
+        raise UserError(
+            f"none of {len(counted):,} rows has a user with {protocol.min_user} ratings and an item with {protocol.min_item}, as protocol '{protocol.name}' asks; 'strict' does without a filter where a log is sparse"
+        )
     splits = [make_split(rows, protocol, window, items, users) for window in protocol.folds]
     return splits if len(splits) > 1 else splits[0]
 
@@ -152,10 +194,19 @@ def preprocess(run: Run):
     splits = splits if isinstance(splits, list) else [splits]
     counted = training_events(log)
     run.save_splits(splits)
-    run.write("preprocessing.json", {
-        "rows": len(log), "excluded": len(log) - len(counted), "filter": {k: getattr(splits[-1].protocol, k) for k in ("min_user", "min_item", "filter_scope")},
-        "filtered_out": len(counted) - max(sum(len(getattr(s, p)) for p in SPLIT_NAMES) for s in splits),
-        "parts": [row for i, s in enumerate(splits) for row in split_summary(s, i)]})
+    run.write(
+        "preprocessing.json",
+        {
+            "rows": len(log),
+            "excluded": len(log) - len(counted),
+            "filter": {
+                k: getattr(splits[-1].protocol, k) for k in ("min_user", "min_item", "filter_scope")
+            },
+            "filtered_out": len(counted)
+            - max(sum(len(getattr(s, p)) for p in SPLIT_NAMES) for s in splits),
+            "parts": [row for i, s in enumerate(splits) for row in split_summary(s, i)],
+        },
+    )
 
 # %% ../nbs/03_preprocessing.ipynb #ca6b0594
 def split_summary(
@@ -166,9 +217,23 @@ def split_summary(
     rows = []
     for i, name in enumerate(SPLIT_NAMES):
         part, before = getattr(split, name), split.rows_before(name) if i else split.train.clear()
-        new = {c: part.filter(~pl.col(c).is_in(before[c].unique().implode()))[c] for c in ("user", "item")}
-        rows.append({"cut": fold, "part": name, "rows": len(part), "users": part["user"].n_unique(), "new users": new["user"].n_unique(), "items": part["item"].n_unique(),
-                     "new items": new["item"].n_unique(), "from": part["timestamp"].min(), "to": part["timestamp"].max()})
+        new = {
+            c: part.filter(~pl.col(c).is_in(before[c].unique().implode()))[c]
+            for c in ("user", "item")
+        }
+        rows.append(
+            {
+                "cut": fold,
+                "part": name,
+                "rows": len(part),
+                "users": part["user"].n_unique(),
+                "new users": new["user"].n_unique(),
+                "items": part["item"].n_unique(),
+                "new items": new["item"].n_unique(),
+                "from": part["timestamp"].min(),
+                "to": part["timestamp"].max(),
+            }
+        )
     return rows
 
 # %% ../nbs/03_preprocessing.ipynb #4369cff4
@@ -180,7 +245,15 @@ def coldness_by_part(
     for part in ("val", "test"):
         seen, asked = split.rows_before(part), getattr(split, part)
         user, item = [asked[c].is_in(seen[c].unique().implode()) for c in ("user", "item")]
-        rows.append({"part": part, "both known": (user & item).mean(), "new user": (~user & item).mean(), "new item": (user & ~item).mean(), "both new": (~user & ~item).mean()})
+        rows.append(
+            {
+                "part": part,
+                "both known": (user & item).mean(),
+                "new user": (~user & item).mean(),
+                "new item": (user & ~item).mean(),
+                "both new": (~user & ~item).mean(),
+            }
+        )
     return pl.DataFrame(rows).with_columns(pl.exclude("part").cast(pl.Float64).fill_null(0))
 
 # %% ../nbs/03_preprocessing.ipynb #984a1cea
@@ -194,17 +267,50 @@ def plot_split_timeline(
         end = pl.col("rows").cum_sum().over("cut")
         parts = parts.with_columns((end - pl.col("rows")).alias("from"), end.alias("to"))
         ax.set(xlabel="rows")
-    else: parts = parts.with_columns(pl.col("from", "to").str.to_datetime())
-    follow = (parts["from"] >= parts.select(pl.col("to").shift().over("cut"))["to"]).fill_null(True).all()
+    else:
+        parts = parts.with_columns(pl.col("from", "to").str.to_datetime())
+    follow = (
+        (parts["from"] >= parts.select(pl.col("to").shift().over("cut"))["to"])
+        .fill_null(True)
+        .all()
+    )
     lanes = parts["cut"] if follow else pl.int_range(len(parts), eager=True)
-    tone = {"train": .25, "val": .5, "test": .8}  # of ink: the parts are no models, and have none of their colours
+    tone = {
+        "train": 0.25,
+        "val": 0.5,
+        "test": 0.8,
+    }  # of ink: the parts are no models, and have none of their colours
     for lane, row in zip(lanes, parts.iter_rows(named=True)):
-        ax.barh(lane, row["to"] - row["from"], left=row["from"], color=COLORS["ink"], alpha=tone[row["part"]], height=.6)
-        if lane or not follow: continue
-        where, side, gap = {"train": (row["from"] + (row["to"] - row["from"]) / 2, "center", 0), "val": (row["to"], "right", -2), "test": (row["from"], "left", 2)}[row["part"]]
-        ax.annotate(row["part"], (where, -.35), (gap, 2), textcoords="offset points", ha=side, va="bottom", fontsize=10, weight="bold")
+        ax.barh(
+            lane,
+            row["to"] - row["from"],
+            left=row["from"],
+            color=COLORS["ink"],
+            alpha=tone[row["part"]],
+            height=0.6,
+        )
+        if lane or not follow:
+            continue
+        where, side, gap = {
+            "train": (row["from"] + (row["to"] - row["from"]) / 2, "center", 0),
+            "val": (row["to"], "right", -2),
+            "test": (row["from"], "left", 2),
+        }[row["part"]]
+        ax.annotate(
+            row["part"],
+            (where, -0.35),
+            (gap, 2),
+            textcoords="offset points",
+            ha=side,
+            va="bottom",
+            fontsize=10,
+            weight="bold",
+        )
     ticks = [f"cut {c + 1}" for c in sorted(set(lanes))] if follow else parts["part"].to_list()
-    ax.set(yticks=range(len(ticks)) if len(ticks) > 1 else [], ylim=(max(lanes) + .4, -.9 if follow else -.4))
+    ax.set(
+        yticks=range(len(ticks)) if len(ticks) > 1 else [],
+        ylim=(max(lanes) + 0.4, -0.9 if follow else -0.4),
+    )
     ax.set_yticks(ax.get_yticks(), ticks if len(ticks) > 1 else [])
     ax.tick_params(left=False), ax.spines["left"].set_visible(False)
     return follow
@@ -216,13 +322,37 @@ def plot_coldness(
 ):
     "Who is asked about: a bar for each part, from both known to both new."
     left = np.zeros(len(shares))
-    for name, ink in zip(shares.columns[1:], (.08, .18, .3, .42)):  # the stranger the darker; the text stays readable on all, by day and by night
+    for name, ink in zip(
+        shares.columns[1:], (0.08, 0.18, 0.3, 0.42)
+    ):  # the stranger the darker; the text stays readable on all, by day and by night
         width = shares[name].to_numpy() * 100
-        ax.barh(shares["part"].to_list(), width, left=left, color=COLORS["ink"], alpha=ink, height=.62, label=name)
+        ax.barh(
+            shares["part"].to_list(),
+            width,
+            left=left,
+            color=COLORS["ink"],
+            alpha=ink,
+            height=0.62,
+            label=name,
+        )
         for y in np.flatnonzero(width > 5):
-            ax.annotate(f"{width[y]:.0f} %", (left[y] + width[y] / 2, y), ha="center", va="center", fontsize=9.5)
+            ax.annotate(
+                f"{width[y]:.0f} %",
+                (left[y] + width[y] / 2, y),
+                ha="center",
+                va="center",
+                fontsize=9.5,
+            )
         left += width
-    ax.legend(ncols=4, loc="lower left", bbox_to_anchor=(-.02, .98), handlelength=.8, handleheight=.8, columnspacing=1.2, handletextpad=.4)
+    ax.legend(
+        ncols=4,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 0.98),
+        handlelength=0.8,
+        handleheight=0.8,
+        columnspacing=1.2,
+        handletextpad=0.4,
+    )
     ax.set(xlabel="share of the part's rows, %", xlim=(0, 100)), ax.invert_yaxis()
     ax.tick_params(left=False), ax.spines["left"].set_visible(False)
 
@@ -242,12 +372,15 @@ def damped_bias(
     rating: torch.Tensor,  # float [rows], stars
     n_users: int,  # number of user codes
     n_items: int,  # number of item codes
-    damping: float = 5.,  # ratings without deviation that each user and item is given for free
+    damping: float = 5.0,  # ratings without deviation that each user and item is given for free
     n_iter: int = 10,  # alternations of item and user
 ) -> tuple:  # the mean, user deviations float64 [n_users], item deviations float64 [n_items]
     "Mean, user and item deviations by alternating damped means (Koren, 2010)."
     rating = rating.double()
-    mean, count = rating.mean(), [torch.bincount(c, minlength=n) + damping for c, n in ((user, n_users), (item, n_items))]
+    mean, count = (
+        rating.mean(),
+        [torch.bincount(c, minlength=n) + damping for c, n in ((user, n_users), (item, n_items))],
+    )
     by_user = torch.zeros(n_users, dtype=torch.float64)
     for _ in range(n_iter):
         by_item = group_sum(item, rating - mean - by_user[user], n_items) / count[1]
@@ -276,7 +409,8 @@ def category_codes(
     max_levels: int = 2,  # how many levels of the path to use
 ) -> tuple:  # int64 [items], code 0 for unknown; and the names
     "Which category each item belongs to."
-    if "category" not in items.columns: return torch.zeros(len(items), dtype=torch.int64), ["unknown"]
+    if "category" not in items.columns:
+        return torch.zeros(len(items), dtype=torch.int64), ["unknown"]
     path = items["category"].str.split(" > ").list.head(max_levels).list.join(" > ")
     return label_encode(path, sorted(path.drop_nulls().unique()))
 
@@ -287,8 +421,15 @@ def brand_codes(
     max_brands: int = 255,  # brands that get a code of their own
 ) -> tuple:  # int64 [items], code 0 for all others and the unknown; and the names
     "Which of the frequent brands each item belongs to."
-    if "brand" not in items.columns: return torch.zeros(len(items), dtype=torch.int64), ["unknown"]
-    frequent = items[:n_known_items].drop_nulls("brand").group_by("brand").len().sort("len", "brand", descending=[True, False])
+    if "brand" not in items.columns:
+        return torch.zeros(len(items), dtype=torch.int64), ["unknown"]
+    frequent = (
+        items[:n_known_items]
+        .drop_nulls("brand")
+        .group_by("brand")
+        .len()
+        .sort("len", "brand", descending=[True, False])
+    )
     return label_encode(items["brand"], frequent["brand"][:max_brands].to_list())
 
 # %% ../nbs/03_preprocessing.ipynb #66b5c242
@@ -297,7 +438,13 @@ def label_encode(
     vocabulary: list,  # those that get a code, in its order
 ) -> tuple:  # int64 [rows], code 0 for unknown; and the names with "unknown" in front
     "Names as codes from 1 on."
-    codes = values.replace_strict(vocabulary, range(1, len(vocabulary) + 1), default=0, return_dtype=pl.Int64) if vocabulary else pl.repeat(0, len(values), dtype=pl.Int64, eager=True)
+    codes = (
+        values.replace_strict(
+            vocabulary, range(1, len(vocabulary) + 1), default=0, return_dtype=pl.Int64
+        )
+        if vocabulary
+        else pl.repeat(0, len(values), dtype=pl.Int64, eager=True)
+    )
     return torch.from_numpy(codes.to_numpy().copy()), ["unknown"] + vocabulary
 
 # %% ../nbs/03_preprocessing.ipynb #12d25418
@@ -305,15 +452,32 @@ def log2_bucket(
     count: torch.Tensor,  # how many events
 ) -> torch.Tensor:  # int64: 0, 1, 2, 4, 8, ... events fall into buckets 0, 1, 2, 3, 4, ... 7
     "Activity on a scale of powers of two."
-    return torch.log2(2 * count.double().clamp(min=.5)).long().clamp(max=7)
+    return torch.log2(2 * count.double().clamp(min=0.5)).long().clamp(max=7)
 
 # %% ../nbs/03_preprocessing.ipynb #afd32eeb
 FEATURES = {  # by group: those of the user, of the item, and of the two together
-    "stars": (["deviation", "log events", "spread", "share of top stars"],
-              ["deviation", "log events", "spread", "share of top stars", "recent deviation", "deviation of its category"],
-              ["deviation in the category", "log events in the category"]),
-    "time": (["recency", "frequency"], ["recency", "frequency", "age"], ["recency in the category"]),
-    "brand": ([], ["deviation of its brand"], ["deviation with the brand", "log events with the brand"]),
+    "stars": (
+        ["deviation", "log events", "spread", "share of top stars"],
+        [
+            "deviation",
+            "log events",
+            "spread",
+            "share of top stars",
+            "recent deviation",
+            "deviation of its category",
+        ],
+        ["deviation in the category", "log events in the category"],
+    ),
+    "time": (
+        ["recency", "frequency"],
+        ["recency", "frequency", "age"],
+        ["recency in the category"],
+    ),
+    "brand": (
+        [],
+        ["deviation of its brand"],
+        ["deviation with the brand", "log events with the brand"],
+    ),
     "season": (["sine of the season", "cosine of the season"], [], []),
 }
 
@@ -322,17 +486,24 @@ def feature_names(
     groups: tuple = (),  # of FEATURES, beside "stars"
 ) -> tuple:  # three lists: features of the user, of the item, of both
     "The chosen features, in the order of their columns."
-    for g in groups: check_choice(g, FEATURES, "group of features")
-    return tuple(sum((FEATURES[g][side] for g in FEATURES if g == "stars" or g in groups), []) for side in range(3))
+    for g in groups:
+        check_choice(g, FEATURES, "group of features")
+    return tuple(
+        sum((FEATURES[g][side] for g in FEATURES if g == "stars" or g in groups), [])
+        for side in range(3)
+    )
 
 # %% ../nbs/03_preprocessing.ipynb #67ebce1a
 @dataclass
 class FeatureState:
     "What the log says of items, categories and brands at one moment; an item that it does not know is like row `n_items`."
+
     mean: torch.Tensor  # float64, mean stars
     spread: torch.Tensor  # float64, mean squared residual
     top: torch.Tensor  # float64 [2]: most stars possible, and their share of the ratings
-    clock: torch.Tensor  # int64 [2]: oldest and newest event, milliseconds; 0, 0 where there is no time
+    clock: (
+        torch.Tensor
+    )  # int64 [2]: oldest and newest event, milliseconds; 0, 0 where there is no time
     chosen: torch.Tensor  # bool [4], which groups of FEATURES
     category: torch.Tensor  # int64 [all items], a category for the unknown ones too
     brand: torch.Tensor  # int64 [all items], likewise
@@ -341,7 +512,8 @@ class FeatureState:
     popularity: torch.Tensor  # int64 [n_items + 1], bucket of the number of events
     x_item: torch.Tensor  # float32 [all items, features of an item]
 
-    def has_group(self, group: str) -> bool: return bool(self.chosen[list(FEATURES).index(group)])
+    def has_group(self, group: str) -> bool:
+        return bool(self.chosen[list(FEATURES).index(group)])
 
 # %% ../nbs/03_preprocessing.ipynb #302099f2
 def residual_stats(
@@ -353,7 +525,9 @@ def residual_stats(
 ) -> tuple:  # two float64 [n]
     "Damped mean squared residual and damped share of top stars, by group."
     count = torch.bincount(group, minlength=n_groups) + 5
-    return (group_sum(group, residual ** 2, n_groups) + 5 * prior[0]) / count, (group_sum(group, is_top, n_groups) + 5 * prior[1]) / count
+    return (group_sum(group, residual**2, n_groups) + 5 * prior[0]) / count, (
+        group_sum(group, is_top, n_groups) + 5 * prior[1]
+    ) / count
 
 # %% ../nbs/03_preprocessing.ipynb #8823b6cd
 def age_in_days(
@@ -362,7 +536,12 @@ def age_in_days(
     time: torch.Tensor,  # int64 [events], 0 where there is none
 ) -> torch.Tensor:  # float64 [events]
     "How long before now each event was, at most since the log began; an event without a time is now."
-    return torch.where((time == 0) | (time_range[1] == 0), 0, as_of - time.clamp(min=time_range[0])).double() / DAY_MS
+    return (
+        torch.where(
+            (time == 0) | (time_range[1] == 0), 0, as_of - time.clamp(min=time_range[0])
+        ).double()
+        / DAY_MS
+    )
 
 # %% ../nbs/03_preprocessing.ipynb #4538a634
 def rating_features(
@@ -373,23 +552,40 @@ def rating_features(
     "What the stars of a log say of its items."
     user, item, stars = history.user_index, history.item, ~history.rating.isnan()
     rating = history.rating.nan_to_num(0).double()
-    mean, by_user, deviation = damped_bias(user[stars], item[stars], rating[stars], len(history), n_items) if stars.any() else [torch.zeros(k, dtype=torch.float64) for k in (1, len(history), n_items)]
+    mean, by_user, deviation = (
+        damped_bias(user[stars], item[stars], rating[stars], len(history), n_items)
+        if stars.any()
+        else [torch.zeros(k, dtype=torch.float64) for k in (1, len(history), n_items)]
+    )
     mean = mean.squeeze()
-    own = torch.where(stars, rating - mean - by_user[user], 0.)          # without what the user gives to all
-    residual = torch.where(stars, own - deviation[item], 0.)
+    own = torch.where(
+        stars, rating - mean - by_user[user], 0.0
+    )  # without what the user gives to all
+    residual = torch.where(stars, own - deviation[item], 0.0)
     top = (stars & (rating >= max_rating)).double()
     prior = torch.stack([residual.square().sum(), top.sum()]) / max(int(stars.sum()), 1)
-    weight = torch.exp((history.time - (history.time.max() if len(history.time) else 0)) / YEAR_MS) * stars
+    weight = (
+        torch.exp((history.time - (history.time.max() if len(history.time) else 0)) / YEAR_MS)
+        * stars
+    )
     recent = group_sum(item, weight * own, n_items) / (group_sum(item, weight, n_items) + 2)
-    x = torch.stack([deviation, torch.bincount(item, minlength=n_items).double().log1p(), *residual_stats(item, residual, top, prior, n_items), recent], 1)
-    return mean, prior, deviation, x, torch.where(stars, rating - mean, 0.)
+    x = torch.stack(
+        [
+            deviation,
+            torch.bincount(item, minlength=n_items).double().log1p(),
+            *residual_stats(item, residual, top, prior, n_items),
+            recent,
+        ],
+        1,
+    )
+    return mean, prior, deviation, x, torch.where(stars, rating - mean, 0.0)
 
 # %% ../nbs/03_preprocessing.ipynb #66f83b84
 def build_feature_state(
     history: History,  # the histories of all users up to now
     category: torch.Tensor,  # int64 [all items]
     n_items: int,  # items that it may know: codes below this
-    max_rating: float = 5.,  # most stars possible
+    max_rating: float = 5.0,  # most stars possible
     brand: Optional[torch.Tensor] = None,  # int64 [all items]
     features: tuple = (),  # groups beside "stars"
 ) -> FeatureState:
@@ -397,22 +593,51 @@ def build_feature_state(
     n, brand = n_items + 1, torch.zeros_like(category) if brand is None else brand
     sizes = torch.stack([category.max(), brand.max()]) + 1
     mean, prior, deviation, x, above = rating_features(history, n, max_rating)
-    of_kind = lambda kind, size: (group_sum(kind[history.item], above, size) / (torch.bincount(kind[history.item], minlength=size) + 20))[kind].unsqueeze(1)
+
+    def of_kind(kind, size):
+        return (
+            group_sum(kind[history.item], above, size)
+            / (torch.bincount(kind[history.item], minlength=size) + 20)
+        )[kind].unsqueeze(1)
+
     timed = history.time[history.time != 0]
-    clock = torch.stack([timed.min(), timed.max()]) if len(timed) else torch.zeros(2, dtype=torch.int64)
+    clock = (
+        torch.stack([timed.min(), timed.max()]) if len(timed) else torch.zeros(2, dtype=torch.int64)
+    )
     known = torch.arange(len(category)).clamp(max=n_items)
     columns = [x[known], of_kind(category, int(sizes[0]))]
     if "time" in features:
         days = (clock[1] - clock[0]).double() / DAY_MS
-        columns.append((recency_and_frequency(history.item, age_in_days(clock, clock[1], history.time), days.expand(n).clone()) * (clock[1] != 0))[known])
-    if "brand" in features: columns.append(of_kind(brand, int(sizes[1])) * (sizes[1] > 1))
+        columns.append(
+            (
+                recency_and_frequency(
+                    history.item, age_in_days(clock, clock[1], history.time), days.expand(n).clone()
+                )
+                * (clock[1] != 0)
+            )[known]
+        )
+    if "brand" in features:
+        columns.append(of_kind(brand, int(sizes[1])) * (sizes[1] > 1))
     chosen = torch.tensor([g == "stars" or g in features for g in FEATURES])
-    return FeatureState(mean, prior[0], torch.tensor([max_rating, prior[1]]), clock, chosen, category, brand, sizes, deviation, log2_bucket(torch.bincount(history.item, minlength=n)), torch.cat(columns, 1).float())
+    return FeatureState(
+        mean,
+        prior[0],
+        torch.tensor([max_rating, prior[1]]),
+        clock,
+        chosen,
+        category,
+        brand,
+        sizes,
+        deviation,
+        log2_bucket(torch.bincount(history.item, minlength=n)),
+        torch.cat(columns, 1).float(),
+    )
 
 # %% ../nbs/03_preprocessing.ipynb #ebb2ad56
 @dataclass
 class Batch:
     "What the model sees; leading dimensions broadcast: pairs [n], or a grid of users [n, 1] and items [1, m]."
+
     user: torch.Tensor  # int64, codes; n_users for a stranger
     item: torch.Tensor  # int64, codes; n_items for one it does not know
     category: torch.Tensor  # int64
@@ -425,13 +650,27 @@ class Batch:
 
     def to_tensors(self) -> tuple:
         "Four tensors a row long, codes int64 [rows, 5] and three of numbers: four look-ups a batch instead of nine; lists stay as they are."
-        if self.item.dim() > 1: return tuple(vars(self).values())
-        return torch.stack([self.user, self.item, self.category, self.activity, self.popularity], 1), torch.cat([self.mean[:, None], self.x_user], 1), self.x_item, self.x_cross
+        if self.item.dim() > 1:
+            return tuple(vars(self).values())
+        return (
+            torch.stack([self.user, self.item, self.category, self.activity, self.popularity], 1),
+            torch.cat([self.mean[:, None], self.x_user], 1),
+            self.x_item,
+            self.x_cross,
+        )
 
     @classmethod
-    def from_tensors(cls, codes: torch.Tensor, x_user: torch.Tensor, x_item: torch.Tensor, x_cross: torch.Tensor, *rest: torch.Tensor) -> "Batch":
+    def from_tensors(
+        cls,
+        codes: torch.Tensor,
+        x_user: torch.Tensor,
+        x_item: torch.Tensor,
+        x_cross: torch.Tensor,
+        *rest: torch.Tensor,
+    ) -> "Batch":
         "The inverse of `to_tensors`, for any rows of it; makes views only."
-        if rest: return cls(codes, x_user, x_item, x_cross, *rest)
+        if rest:
+            return cls(codes, x_user, x_item, x_cross, *rest)
         return cls(*codes.unbind(1), x_user[:, 0], x_user[:, 1:], x_item, x_cross)
 
 # %% ../nbs/03_preprocessing.ipynb #2da793ef
@@ -445,7 +684,13 @@ def user_category_features(
     "Damped deviation and log events of each user in each category, or with each brand."
     place = user_index * n_categories + category
     events = torch.bincount(place, minlength=n_users * n_categories)
-    return [f.view(n_users, n_categories) for f in (group_sum(place, residual, n_users * n_categories) / (events + 5), events.double().log1p())]
+    return [
+        f.view(n_users, n_categories)
+        for f in (
+            group_sum(place, residual, n_users * n_categories) / (events + 5),
+            events.double().log1p(),
+        )
+    ]
 
 # %% ../nbs/03_preprocessing.ipynb #580efeae
 def time_features(
@@ -454,13 +699,26 @@ def time_features(
 ) -> tuple:  # recency and frequency float64 [n, 2], recency in each category [n, categories], sine and cosine of the season [n, 2]
     "When a user was last here, how often, and what time of the year it is."
     n, size, owner = len(history), int(feature_state.sizes[0]), history.user_index
-    now = feature_state.clock[1].expand(n).scatter_reduce(0, owner, history.time, "amax") * (feature_state.clock[1] != 0)
-    age, longest = age_in_days(feature_state.clock, now[owner], history.time), (now - feature_state.clock[0]).double() / DAY_MS
+    now = feature_state.clock[1].expand(n).scatter_reduce(0, owner, history.time, "amax") * (
+        feature_state.clock[1] != 0
+    )
+    age, longest = (
+        age_in_days(feature_state.clock, now[owner], history.time),
+        (now - feature_state.clock[0]).double() / DAY_MS,
+    )
     place = owner * size + feature_state.category[history.item]
-    by_category = longest.repeat_interleave(size).scatter_reduce(0, place, age, "amin").log1p().view(n, size)
+    by_category = (
+        longest.repeat_interleave(size).scatter_reduce(0, place, age, "amin").log1p().view(n, size)
+    )
     angle = 2 * torch.pi * (now / YEAR_MS)
-    season = torch.stack([angle.sin(), angle.cos()], 1) * (feature_state.clock[1] - feature_state.clock[0] >= YEAR_MS)
-    return recency_and_frequency(owner, age, longest)[:, :2] * (feature_state.clock[1] != 0), by_category, season
+    season = torch.stack([angle.sin(), angle.cos()], 1) * (
+        feature_state.clock[1] - feature_state.clock[0] >= YEAR_MS
+    )
+    return (
+        recency_and_frequency(owner, age, longest)[:, :2] * (feature_state.clock[1] != 0),
+        by_category,
+        season,
+    )
 
 # %% ../nbs/03_preprocessing.ipynb #9173e092
 def user_features(
@@ -470,19 +728,52 @@ def user_features(
     "What a history says of its user, alone, in each category and with each brand."
     n, owner, (n_category, n_brand) = len(history), history.user_index, feature_state.sizes.tolist()
     stars = ~history.rating.isnan()
-    own = torch.where(stars, history.rating.double() - feature_state.mean - feature_state.deviation[history.item.clamp(max=len(feature_state.deviation) - 1)], 0.)
+    own = torch.where(
+        stars,
+        history.rating.double()
+        - feature_state.mean
+        - feature_state.deviation[history.item.clamp(max=len(feature_state.deviation) - 1)],
+        0.0,
+    )
     count = history.indptr.diff()
     deviation = group_sum(owner, own, n) / (group_sum(owner, stars, n) + 5)
-    residual = torch.where(stars, own - deviation[owner], 0.)
+    residual = torch.where(stars, own - deviation[owner], 0.0)
     top = (stars & (history.rating >= feature_state.top[0])).double()
-    x = [torch.stack([deviation, count.double().log1p(), *residual_stats(owner, residual, top, (feature_state.spread, feature_state.top[1]), n)], 1)]
-    by_category = user_category_features(owner, feature_state.category[history.item], residual, n, n_category)
-    by_brand = [f * (n_brand > 1) for f in user_category_features(owner, feature_state.brand[history.item], residual, n, n_brand)] if feature_state.has_group("brand") else [torch.zeros(n, n_brand, 0)]
+    x = [
+        torch.stack(
+            [
+                deviation,
+                count.double().log1p(),
+                *residual_stats(
+                    owner, residual, top, (feature_state.spread, feature_state.top[1]), n
+                ),
+            ],
+            1,
+        )
+    ]
+    by_category = user_category_features(
+        owner, feature_state.category[history.item], residual, n, n_category
+    )
+    by_brand = (
+        [
+            f * (n_brand > 1)
+            for f in user_category_features(
+                owner, feature_state.brand[history.item], residual, n, n_brand
+            )
+        ]
+        if feature_state.has_group("brand")
+        else [torch.zeros(n, n_brand, 0)]
+    )
     if feature_state.has_group("time") or feature_state.has_group("season"):
         time, recency, season = time_features(feature_state, history)
         x += [time] * feature_state.has_group("time") + [season] * feature_state.has_group("season")
         by_category += [recency] * feature_state.has_group("time")
-    return torch.cat(x, 1).float(), torch.stack(by_category, 2).float(), torch.stack(by_brand, 2).float() if feature_state.has_group("brand") else by_brand[0], log2_bucket(count)
+    return (
+        torch.cat(x, 1).float(),
+        torch.stack(by_category, 2).float(),
+        torch.stack(by_brand, 2).float() if feature_state.has_group("brand") else by_brand[0],
+        log2_bucket(count),
+    )
 
 # %% ../nbs/03_preprocessing.ipynb #0feba722
 def build_batch(
@@ -491,14 +782,27 @@ def build_batch(
     history: History,  # of these n users
     user_index: torch.Tensor,  # int64, which of the n users is asked about: [rows], or [n, 1] for a grid
     items: torch.Tensor,  # int64, about which item: [rows], or [1, m]
-    precomputed: Optional[tuple] = None,  # what `user_features` says of them, where it is known already
+    precomputed: Optional[
+        tuple
+    ] = None,  # what `user_features` says of them, where it is known already
 ) -> Batch:
     "Features of pairs or of a grid, from histories and a snapshot."
     x_user, by_category, by_brand, activity = precomputed or user_features(feature_state, history)
     known, kind = items.clamp(max=len(feature_state.deviation) - 1), feature_state.category[items]
     x_cross = by_category[user_index, kind]
-    if feature_state.has_group("brand"): x_cross = torch.cat([x_cross, by_brand[user_index, feature_state.brand[items]]], -1)
-    return Batch(users[user_index], known, kind, activity[user_index], feature_state.popularity[known], feature_state.mean.float().expand(user_index.shape), x_user[user_index], feature_state.x_item[items], x_cross)
+    if feature_state.has_group("brand"):
+        x_cross = torch.cat([x_cross, by_brand[user_index, feature_state.brand[items]]], -1)
+    return Batch(
+        users[user_index],
+        known,
+        kind,
+        activity[user_index],
+        feature_state.popularity[known],
+        feature_state.mean.float().expand(user_index.shape),
+        x_user[user_index],
+        feature_state.x_item[items],
+        x_cross,
+    )
 
 # %% ../nbs/03_preprocessing.ipynb #9bfa0dc5
 def time_blocks(
@@ -507,24 +811,40 @@ def time_blocks(
     n_users: int,  # codes that training knows
     n_items: int,  # codes that training knows
     n_blocks: int = 40,  # moments at which the past is looked at
-    warm_up: float = .1,  # share of the rows that serves as past only
+    warm_up: float = 0.1,  # share of the rows that serves as past only
     brand: Optional[torch.Tensor] = None,  # int64 [all items]
     features: tuple = (),  # groups beside "stars"
 ):  # yields a block of rows, the log before it, and of `build_batch` the snapshot, users, histories and who is asked about
     "Blocks of training rows, each with what was known before it."
     edges = np.unique(np.linspace(len(rows) * warm_up, len(rows), n_blocks + 1).round().astype(int))
     order = np.argsort(rows["user"].to_numpy(), kind="stable")
-    for a, b in tqdm(list(zip(edges[:-1], edges[1:])), desc="features", leave=False, mininterval=1, delay=5):
-        log, most = History.from_rows(rows[:a], n_users, order[order < a]), float(rows["rating"][:a].max() or 5)
-        users, who = torch.unique(torch.tensor(rows["user"][a:b].to_numpy()).long(), return_inverse=True)
-        yield rows[a:b], log, build_feature_state(log, category, n_items, most, brand, features), users, log.select(users), who
+    for a, b in tqdm(
+        list(zip(edges[:-1], edges[1:])), desc="features", leave=False, mininterval=1, delay=5
+    ):
+        log, most = (
+            History.from_rows(rows[:a], n_users, order[order < a]),
+            float(rows["rating"][:a].max() or 5),
+        )
+        users, who = torch.unique(
+            torch.tensor(rows["user"][a:b].to_numpy()).long(), return_inverse=True
+        )
+        yield (
+            rows[a:b],
+            log,
+            build_feature_state(log, category, n_items, most, brand, features),
+            users,
+            log.select(users),
+            who,
+        )
 
 
 def concat_batches(
     batches: list,  # pairs of Inputs and what is learnt from them
 ) -> tuple:  # the same, one after the other
     "Blocks put together."
-    return Batch(*[torch.cat([getattr(x, k) for x, _ in batches]) for k in Batch.__dataclass_fields__]), torch.cat([y for _, y in batches])
+    return Batch(
+        *[torch.cat([getattr(x, k) for x, _ in batches]) for k in Batch.__dataclass_fields__]
+    ), torch.cat([y for _, y in batches])
 
 
 def pointwise_examples(
@@ -535,12 +855,25 @@ def pointwise_examples(
     n_negatives: int = 0,  # for each row, how many items drawn at random beside it
     seed: int = 0,  # of that draw
     **block_params,  # blocks, warm_up, brand, features: as for `time_blocks`
-) -> tuple:  # Inputs of the later rows; their ratings, or with negatives 1 for a row and 0 for a draw
+) -> (
+    tuple
+):  # Inputs of the later rows; their ratings, or with negatives 1 for a row and 0 for a draw
     "Features of every training row from the rows before it."
     draw, made = torch.Generator().manual_seed(seed), []
-    for block, _, snap, users, history, who in time_blocks(rows, category, n_users, n_items, **block_params):
-        item = torch.cat([torch.tensor(block["item"].to_numpy()).long(), torch.randint(n_items, (len(block) * n_negatives,), generator=draw)])
-        y = torch.tensor(block["rating"].fill_null(float("nan")).to_numpy()) if not n_negatives else (torch.arange(len(item)) < len(block)).float()
+    for block, _, snap, users, history, who in time_blocks(
+        rows, category, n_users, n_items, **block_params
+    ):
+        item = torch.cat(
+            [
+                torch.tensor(block["item"].to_numpy()).long(),
+                torch.randint(n_items, (len(block) * n_negatives,), generator=draw),
+            ]
+        )
+        y = (
+            torch.tensor(block["rating"].fill_null(float("nan")).to_numpy())
+            if not n_negatives
+            else (torch.arange(len(item)) < len(block)).float()
+        )
         made.append((build_batch(snap, users, history, who.repeat(1 + n_negatives), item), y))
     return concat_batches(made)
 
@@ -554,16 +887,25 @@ def sample_negatives(
 ) -> tuple:  # items int64 [rows, 1 + n], the taken one first; log-probabilities float32 [rows, 1 + n] with which each was drawn
     "Beside each item others, and how likely they were."
     n = len(item_counts)
-    if n < 2: raise UserError("a list needs two items to choose between, and this log has one")
+    if n < 2:
+        raise UserError("a list needs two items to choose between, and this log has one")
     if n_negatives < 0:
         others = torch.arange(n - 1).expand(len(positives), -1)
-        others, log_q = others + (others >= positives[:, None]), torch.full(others.shape, -np.log(n - 1))
+        others, log_q = (
+            others + (others >= positives[:, None]),
+            torch.full(others.shape, -np.log(n - 1)),
+        )
     else:
-        q = (1. + item_counts).double() ** alpha / ((1. + item_counts).double() ** alpha).sum()
-        others = torch.multinomial(q, len(positives) * n_negatives, True, generator=generator).view(-1, n_negatives)
-        while (same := others == positives[:, None]).any(): others[same] = torch.multinomial(q, int(same.sum()), True, generator=generator)
+        q = (1.0 + item_counts).double() ** alpha / ((1.0 + item_counts).double() ** alpha).sum()
+        others = torch.multinomial(q, len(positives) * n_negatives, True, generator=generator).view(
+            -1, n_negatives
+        )
+        while (same := others == positives[:, None]).any():
+            others[same] = torch.multinomial(q, int(same.sum()), True, generator=generator)
         log_q = q[others].log() - torch.log1p(-q[positives])[:, None]
-    return torch.cat([positives[:, None], others], 1), torch.cat([torch.zeros(len(positives), 1), log_q.float()], 1)
+    return torch.cat([positives[:, None], others], 1), torch.cat(
+        [torch.zeros(len(positives), 1), log_q.float()], 1
+    )
 
 
 def listwise_examples(
@@ -572,15 +914,23 @@ def listwise_examples(
     n_users: int,  # codes that training knows
     n_items: int,  # codes that training knows
     n_negatives: int,  # for each row, how many items beside it; -1: all
-    alpha: float = 0.,  # as for `sample_negatives`
+    alpha: float = 0.0,  # as for `sample_negatives`
     seed: int = 0,  # of the draw
     row_stride: int = 1,  # lists are made of each so many-th row; the others are past only
     **block_params,  # blocks, warm_up, brand, features: as for `time_blocks`
 ) -> tuple:  # Inputs [rows, 1 or 1 + n] of the later rows; log-probabilities [rows, 1 + n]
     "Features of every training row's item and of others beside it, from the rows before."
     draw, made = torch.Generator().manual_seed(seed), []
-    for block, log, snap, users, history, who in time_blocks(rows, category, n_users, n_items, **block_params):
-        listed, log_q = sample_negatives(torch.tensor(block["item"].to_numpy()).long()[::row_stride], torch.bincount(log.item, minlength=n_items), n_negatives, alpha, draw)
+    for block, log, snap, users, history, who in time_blocks(
+        rows, category, n_users, n_items, **block_params
+    ):
+        listed, log_q = sample_negatives(
+            torch.tensor(block["item"].to_numpy()).long()[::row_stride],
+            torch.bincount(log.item, minlength=n_items),
+            n_negatives,
+            alpha,
+            draw,
+        )
         made.append((build_batch(snap, users, history, who[::row_stride, None], listed), log_q))
     return concat_batches(made)
 
@@ -593,13 +943,26 @@ def spearman_with_ci(
     seed: int = 0,  # of its draws
 ) -> np.ndarray:  # [3, features]: rank correlation and the ends of its 95 % interval; NaN for a feature that never changes
     "Spearman's correlation of each feature with `y`; ranks are given once."
-    ranks = rankdata(torch.column_stack([x, y]).numpy(), axis=0) / len(y) - .5
+    ranks = rankdata(torch.column_stack([x, y]).numpy(), axis=0) / len(y) - 0.5
     a, b, n = ranks[:, :-1], ranks[:, -1:], int(cluster.max()) + 1
     sums = np.zeros((n, 6, a.shape[1]))
-    np.add.at(sums, cluster.numpy(), np.stack([np.broadcast_to(m, a.shape) for m in (np.ones_like(b), a, b, a * a, b * b, a * b)], 1))
+    np.add.at(
+        sums,
+        cluster.numpy(),
+        np.stack(
+            [np.broadcast_to(m, a.shape) for m in (np.ones_like(b), a, b, a * a, b * b, a * b)], 1
+        ),
+    )
     present = sums[:, 0, 0] > 0
-    times = np.random.default_rng(seed).multinomial(present.sum(), np.full(present.sum(), 1 / present.sum()), n_resamples)
-    rows, *means = np.tensordot(np.vstack([np.ones(present.sum()), times]), sums[present], 1).transpose(1, 0, 2)
+    times = np.random.default_rng(seed).multinomial(
+        present.sum(), np.full(present.sum(), 1 / present.sum()), n_resamples
+    )
+    rows, *means = np.tensordot(
+        np.vstack([np.ones(present.sum()), times]), sums[present], 1
+    ).transpose(1, 0, 2)
     a, b, aa, bb, ab = [m / rows for m in means]
-    with np.errstate(invalid="ignore", divide="ignore"): found = (ab - a * b) / np.sqrt(np.where(aa - a * a > 1e-12, aa - a * a, np.nan) * (bb - b * b))
-    return np.stack([found[0], *np.quantile(found[1:], (.025, .975), axis=0)])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = (ab - a * b) / np.sqrt(
+            np.where(aa - a * a > 1e-12, aa - a * a, np.nan) * (bb - b * b)
+        )
+    return np.stack([found[0], *np.quantile(found[1:], (0.025, 0.975), axis=0)])

@@ -19,11 +19,20 @@ import polars as pl
 import torch
 import torch.nn.functional as F
 
-from .core import COLORS, LOSSES, UserError, Run, Split, load_recommender, make_recommender, step
+from .baselines import evaluate_on_test, save_metrics
+from widedeep_nb.core import (
+    COLORS,
+    LOSSES,
+    Run,
+    Split,
+    UserError,
+    load_recommender,
+    make_recommender,
+    step,
+)
+from .evaluation import aggregate, evaluate_wide_deep, format_ci, holm
 from .preprocessing import FEATURES
 from .training import WideDeepRecommender, auto_batch_size
-from .evaluation import holm, evaluate_wide_deep, aggregate, format_ci
-from .baselines import save_metrics, evaluate_on_test
 
 # %% ../nbs/08_ranking.ipynb #f4d3d7bd
 def bpr(
@@ -45,11 +54,18 @@ def bpr_gradient(
 # %% ../nbs/08_ranking.ipynb #b260fe02
 def warp_weight(
     scores: torch.Tensor,  # [rows, 1 + n]
-) -> tuple:  # bool [rows, n]: who comes within the margin of one; float [rows, 1]: what each of them weighs
+) -> (
+    tuple
+):  # bool [rows, n]: who comes within the margin of one; float [rows, 1]: what each of them weighs
     "The cost of a rank, 1 + 1/2 + ... + 1/rank, shared among those who make it up."
     ahead = scores[:, 1:] > scores[:, :1] - 1
     rank = ahead.sum(1, keepdim=True)
-    cost = F.pad((1 / torch.arange(1, ahead.shape[1] + 1, dtype=scores.dtype, device=scores.device)).cumsum(0), (1, 0))
+    cost = F.pad(
+        (1 / torch.arange(1, ahead.shape[1] + 1, dtype=scores.dtype, device=scores.device)).cumsum(
+            0
+        ),
+        (1, 0),
+    )
     return ahead, cost[rank] / rank.clamp(min=1)
 
 
@@ -76,7 +92,9 @@ def target_distribution(
     scores: torch.Tensor,  # [rows, 1 + n]
 ) -> torch.Tensor:  # [rows, 1 + n]: the chance of each to be first if the grades were the scores
     "A list's grades, one for what was taken and nought for the rest, as chances."
-    return torch.softmax(torch.eye(1, scores.shape[1], dtype=scores.dtype, device=scores.device), 1).expand_as(scores)
+    return torch.softmax(
+        torch.eye(1, scores.shape[1], dtype=scores.dtype, device=scores.device), 1
+    ).expand_as(scores)
 
 
 def listnet(
@@ -108,16 +126,24 @@ def full_softmax_gradient(
     log_q: Optional[torch.Tensor] = None,  # not asked for
 ) -> torch.Tensor:  # [rows, 1 + n]
     "The chance that each has; minus one for what was taken."
-    return (torch.softmax(scores, 1) - torch.eye(1, scores.shape[1], dtype=scores.dtype, device=scores.device)) / len(scores)
+    return (
+        torch.softmax(scores, 1)
+        - torch.eye(1, scores.shape[1], dtype=scores.dtype, device=scores.device)
+    ) / len(scores)
 
 # %% ../nbs/08_ranking.ipynb #257b762c
 def logq_corrected(
     scores: torch.Tensor,  # [rows, 1 + n], the taken item in column 0, and n draws
-    log_q: Optional[torch.Tensor] = None,  # [rows, 1 + n], log-probabilities of the draws; None: the columns are all there is
+    log_q: Optional[
+        torch.Tensor
+    ] = None,  # [rows, 1 + n], log-probabilities of the draws; None: the columns are all there is
 ) -> torch.Tensor:  # [rows, 1 + n]
     "Scores less the logarithm of how often each draw was to be expected, so that the sum of their powers is right in the mean."
-    if log_q is None: return scores
-    return torch.cat([scores[:, :1], scores[:, 1:] - log_q[:, 1:] - math.log(scores.shape[1] - 1)], 1)
+    if log_q is None:
+        return scores
+    return torch.cat(
+        [scores[:, :1], scores[:, 1:] - log_q[:, 1:] - math.log(scores.shape[1] - 1)], 1
+    )
 
 
 def sampled_softmax(
@@ -148,12 +174,25 @@ def fit_with_loss(
     "Fit the model with one loss, on the budget of all, and save it."
     started = time.perf_counter()
     every = max(1, round(split.n_train_items / (1 + n_negatives))) if loss == "full-softmax" else 1
-    rows = auto_batch_size(len(split.train)) // 2                     # of the log a step, whatever a row is made of
+    rows = auto_batch_size(len(split.train)) // 2  # of the log a step, whatever a row is made of
     size = rows * (1 + n_negatives) if loss == "logistic" else max(1, rows // every)
-    model = WideDeepRecommender(loss=loss, n_negatives=n_negatives, epochs=epochs, patience=epochs, batch_size=size, row_stride=every, features=tuple(g for g in FEATURES if g != "stars"), **params)
+    model = WideDeepRecommender(
+        loss=loss,
+        n_negatives=n_negatives,
+        epochs=epochs,
+        patience=epochs,
+        batch_size=size,
+        row_stride=every,
+        features=tuple(g for g in FEATURES if g != "stars"),
+        **params,
+    )
     model.checkpoint = checkpoint
     model.fit(split).save(folder)
-    return {"seconds": round(time.perf_counter() - started, 2), "row_stride": every, "curve": model.loss_curve}
+    return {
+        "seconds": round(time.perf_counter() - started, 2),
+        "row_stride": every,
+        "curve": model.loss_curve,
+    }
 
 # %% ../nbs/08_ranking.ipynb #c12f8e3c
 @step(evaluate_wide_deep)
@@ -162,25 +201,69 @@ def compare_losses(
     epochs: int = 5,  # over the data
     seeds: int = 2,  # random starts
     n_negatives: int = 8,  # items drawn beside each row
-    alpha: float = .25,  # in proportion to their popularity to this power
+    alpha: float = 0.25,  # in proportion to their popularity to this power
 ):
     "Train the same model with every loss on the same budget, and judge it on the test part beside popularity."
     for name, value in (("epochs", epochs), ("seeds", seeds), ("n_negatives", n_negatives)):
-        if value < 1: raise UserError(f"{name} is at least 1, not {value}")
-    splits, asked, first = [s.for_final_fit() for s in run.load_splits()], run.read("evaluation.json"), run.seed
+        if value < 1:
+            raise UserError(f"{name} is at least 1, not {value}")
+    splits, asked, first = (
+        [s.for_final_fit() for s in run.load_splits()],
+        run.read("evaluation.json"),
+        run.seed,
+    )
     hybrid = {name: run.read(f"evaluation/{name}.parquet") for name in ("rated", "ranked")}
-    judged = lambda models: evaluate_on_test(models, splits, (None, asked["relevant"]) if splits[-1].has_ratings else (None,), asked["max_users"])
-    save_metrics(run, "popularity", judged({(cut, 0): make_recommender("popularity").fit(s) for cut, s in enumerate(splits)}), hybrid)
-    fits, left_out, each = [], {}, [(cut, seed) for cut in range(len(splits)) for seed in range(seeds)]
+
+    def judged(models):
+        return evaluate_on_test(
+            models,
+            splits,
+            (None, asked["relevant"]) if splits[-1].has_ratings else (None,),
+            asked["max_users"],
+        )
+
+    save_metrics(
+        run,
+        "popularity",
+        judged({(cut, 0): make_recommender("popularity").fit(s) for cut, s in enumerate(splits)}),
+        hybrid,
+    )
+    fits, left_out, each = (
+        [],
+        {},
+        [(cut, seed) for cut in range(len(splits)) for seed in range(seeds)],
+    )
     for loss in LOSSES:
-        place = lambda cut, seed: run.model_folder(f"wide-deep-{loss}", seed, cut)
+
+        def place(cut, seed):
+            return run.model_folder(f"wide-deep-{loss}", seed, cut)
+
         try:
             for cut, seed in each:
                 key = f"{loss}-{cut}-{seed}"
-                fit = run.cached(key, lambda: fit_with_loss(splits[cut], place(cut, seed), run.work_dir / f"{key}.safetensors", loss, n_negatives, epochs, alpha=alpha, seed=first + seed))
+                fit = run.cached(
+                    key,
+                    lambda: fit_with_loss(
+                        splits[cut],
+                        place(cut, seed),
+                        run.work_dir / f"{key}.safetensors",
+                        loss,
+                        n_negatives,
+                        epochs,
+                        alpha=alpha,
+                        seed=first + seed,
+                    ),
+                )
                 fits.append({"loss": loss, "cut": cut, "seed": seed} | fit)
-        except UserError as e: left_out[loss] = str(e)
-        else: save_metrics(run, f"wide-deep-{loss}", judged({(cut, seed): load_recommender(place(cut, seed)) for cut, seed in each}), hybrid)
+        except UserError as e:
+            left_out[loss] = str(e)
+        else:
+            save_metrics(
+                run,
+                f"wide-deep-{loss}",
+                judged({(cut, seed): load_recommender(place(cut, seed)) for cut, seed in each}),
+                hybrid,
+            )
     run.write("ranking.json", {"fits": fits, "excluded": left_out})
 
 # %% ../nbs/08_ranking.ipynb #d10393f3
@@ -189,8 +272,17 @@ def loss_leaderboard(
     metrics: tuple = ("NDCG@20", "Recall@20"),  # the first decides the order
 ) -> pl.DataFrame:  # name, then for each metric value, lo, hi; best first
     "How good each is, over all seeds and windows."
-    found = [aggregate(per_seed_results(t), list(metrics), {"all": pl.lit(True)}).select(pl.lit(name).alias("name"), "metric", "value", "lo", "hi") for name, t in tables.items()]
-    return pl.concat(found).pivot("metric", index="name", values=["value", "lo", "hi"]).sort(f"value_{metrics[0]}", descending=True, maintain_order=True)
+    found = [
+        aggregate(per_seed_results(t), list(metrics), {"all": pl.lit(True)}).select(
+            pl.lit(name).alias("name"), "metric", "value", "lo", "hi"
+        )
+        for name, t in tables.items()
+    ]
+    return (
+        pl.concat(found)
+        .pivot("metric", index="name", values=["value", "lo", "hi"])
+        .sort(f"value_{metrics[0]}", descending=True, maintain_order=True)
+    )
 
 
 def per_seed_results(
@@ -204,11 +296,22 @@ def gap_to_best(
     tables: dict,  # name: from evaluation/
     best: str,  # one of them
     metric: str = "NDCG@20",  # more is better
-) -> pl.DataFrame:  # name, value, lo, hi: the best one minus this one; sure: beyond chance, after Holm's correction
+) -> (
+    pl.DataFrame
+):  # name, value, lo, hi: the best one minus this one; sure: beyond chance, after Holm's correction
     "How far the others are from the best, on the same people."
-    rows = [aggregate(per_seed_results(tables[best]), [metric], {"all": pl.lit(True)}, reference=per_seed_results(t)).select(pl.lit(n).alias("name"), "value", "lo", "hi", "p") for n, t in tables.items() if n != best]
+    rows = [
+        aggregate(
+            per_seed_results(tables[best]),
+            [metric],
+            {"all": pl.lit(True)},
+            reference=per_seed_results(t),
+        ).select(pl.lit(n).alias("name"), "value", "lo", "hi", "p")
+        for n, t in tables.items()
+        if n != best
+    ]
     found = pl.concat(rows)
-    return found.with_columns(sure=pl.Series(holm(found["p"].fill_null(1.).to_numpy()) < .05))
+    return found.with_columns(sure=pl.Series(holm(found["p"].fill_null(1.0).to_numpy()) < 0.05))
 
 # %% ../nbs/08_ranking.ipynb #7cc7acfd
 def plot_loss_comparison(
@@ -217,19 +320,36 @@ def plot_loss_comparison(
     metrics: tuple = ("NDCG@20", "Recall@20"),  # a panel each
 ) -> plt.Figure:
     "A dot and an interval for each loss, a panel for each metric; what is surely below the floor is red."
-    fig, axes = plt.subplots(1, len(metrics), figsize=(5.6, .9 + .27 * len(rows)), sharey=True)
+    fig, axes = plt.subplots(1, len(metrics), figsize=(5.6, 0.9 + 0.27 * len(rows)), sharey=True)
     for ax, metric in zip(axes, metrics):
         line = rows.filter(name=baseline)[f"value_{metric}"]
-        for y, (name, value, lo, hi) in enumerate(rows.select("name", *[f"{c}_{metric}" for c in ("value", "lo", "hi")]).rows()):
+        for y, (name, value, lo, hi) in enumerate(
+            rows.select("name", *[f"{c}_{metric}" for c in ("value", "lo", "hi")]).rows()
+        ):
             low = len(line) and hi is not None and hi < line[0]
             colour = COLORS["baseline" if name == baseline else "alarm" if low else "hybrid"]
-            if lo is not None: ax.plot([lo, hi], [y, y], color=colour, lw=2, solid_capstyle="round")
+            if lo is not None:
+                ax.plot([lo, hi], [y, y], color=colour, lw=2, solid_capstyle="round")
             ax.plot(value, y, "o", color=colour, ms=5)
-            ax.annotate(f"{value:.3f}", (value if hi is None else hi, y), (4, 0), textcoords="offset points", va="center", color=colour, fontsize=9.5)
-        if len(line): ax.axvline(line[0], color=COLORS["baseline"], lw=.8, ls=":")
-        ax.set(yticks=range(len(rows)), yticklabels=rows["name"], ylim=(len(rows) - .4, -.6), xlabel=metric)
+            ax.annotate(
+                f"{value:.3f}",
+                (value if hi is None else hi, y),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                color=colour,
+                fontsize=9.5,
+            )
+        if len(line):
+            ax.axvline(line[0], color=COLORS["baseline"], lw=0.8, ls=":")
+        ax.set(
+            yticks=range(len(rows)),
+            yticklabels=rows["name"],
+            ylim=(len(rows) - 0.4, -0.6),
+            xlabel=metric,
+        )
         ax.tick_params(axis="y", length=0)
-        ax.margins(x=.2)
+        ax.margins(x=0.2)
     return fig
 
 # %% ../nbs/08_ranking.ipynb #78d5c7de
@@ -239,11 +359,33 @@ def describe_losses(
     baseline: str = "popularity",  # what knows nobody
 ) -> str:  # sentences
     "Which loss to take, what it is surely better than, and what it may be as good as."
-    best, beaten, level = rows["name"][0], [n for n, sure in gaps.select("name", "sure").rows() if sure], [n for n, sure in gaps.select("name", "sure").rows() if not sure]
-    names = lambda who: ", ".join(who[:-1]) + " and " + who[-1] if len(who) > 1 else who[0]
-    said = [f"The best lists are those of {best}."] + ([f"It is surely better than {names(beaten)}."] if beaten else []) + ([f"It cannot be told apart from {names(level)}."] if level else [])
-    under = [n for n, sure in zip(rows["name"], rows["name"].is_in(beaten)) if baseline in rows["name"].to_list() and n != baseline and rows["name"].to_list().index(n) > rows["name"].to_list().index(baseline)]
-    if best == baseline: said.append("No loss makes better lists than counting does: on this log the model is not worth its cost for lists.")
-    elif under: said.append(f"Below {baseline}, which knows nobody: {names(under)}.")
-    else: said.append(f"None is below {baseline}, which knows nobody.")
+    best, beaten, level = (
+        rows["name"][0],
+        [n for n, sure in gaps.select("name", "sure").rows() if sure],
+        [n for n, sure in gaps.select("name", "sure").rows() if not sure],
+    )
+
+    def names(who):
+        return ", ".join(who[:-1]) + " and " + who[-1] if len(who) > 1 else who[0]
+
+    said = (
+        [f"The best lists are those of {best}."]
+        + ([f"It is surely better than {names(beaten)}."] if beaten else [])
+        + ([f"It cannot be told apart from {names(level)}."] if level else [])
+    )
+    under = [
+        n
+        for n, sure in zip(rows["name"], rows["name"].is_in(beaten))
+        if baseline in rows["name"].to_list()
+        and n != baseline
+        and rows["name"].to_list().index(n) > rows["name"].to_list().index(baseline)
+    ]
+    if best == baseline:
+        said.append(
+            "No loss makes better lists than counting does: on this log the model is not worth its cost for lists."
+        )
+    elif under:
+        said.append(f"Below {baseline}, which knows nobody: {names(under)}.")
+    else:
+        said.append(f"None is below {baseline}, which knows nobody.")
     return " ".join(said)

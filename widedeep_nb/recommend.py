@@ -26,13 +26,43 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from .baselines import AssociationRules, EASE, ItemKNN, to_csr, neighbors_to_csr
+from .baselines import EASE, AssociationRules, ItemKNN, neighbors_to_csr, to_csr
 from .comparison import build_leaderboard
-from .content import ContentRecommender, truncated_svd, add_side_features, build_item_features, content_space
-from .core import COLORS, History, UserError, Recommender, Run, Split, to_index, resolve_query, encode_ids, load_recommender, hash_order, mask_seen, check_choice, step, top_k
+from widedeep_nb.content import (
+    ContentRecommender,
+    add_side_features,
+    build_item_features,
+    content_space,
+    truncated_svd,
+)
+from widedeep_nb.core import (
+    COLORS,
+    History,
+    Recommender,
+    Run,
+    Split,
+    UserError,
+    check_choice,
+    encode_ids,
+    hash_order,
+    load_recommender,
+    mask_seen,
+    resolve_query,
+    step,
+    to_index,
+    top_k,
+)
 from .data import match_columns, sanitize
-from .evaluation import EvalTask, make_eval_task, hit_matrix, ndcg, aggregate, format_ci
-from .hybrid import RANKING_COMPONENTS, MODEL_KEY, EnsembleRecommender, SparseItemModel, EDLAE, recency_weights, component_probs
+from .evaluation import EvalTask, aggregate, format_ci, hit_matrix, make_eval_task, ndcg
+from widedeep_nb.hybrid import (
+    EDLAE,
+    MODEL_KEY,
+    RANKING_COMPONENTS,
+    EnsembleRecommender,
+    SparseItemModel,
+    component_probs,
+    recency_weights,
+)
 
 # %% ../nbs/14_recommend.ipynb #14a10002
 def _check_rule(
@@ -40,20 +70,33 @@ def _check_rule(
     value,  # as it was given
 ):  # the value, a list as a tuple
     "One entry of the rules, or what is wrong with it."
-    number, shown = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf"), sanitize(repr(value))
-    if name == "in_stock" and not isinstance(value, bool): raise UserError(f"in_stock is true or false, not {shown}")
-    if name in ("min_price", "max_price") and value is not None and not number: raise UserError(f"{name} is a price, a number from 0 on, not {shown}")
-    if name == "max_per_brand" and not (number and int(value) == value): raise UserError(f"most_of_brand is a whole number from 0 on, not {shown}")
-    if name not in ("allowed", "blocked", "excluded_items"): return value
-    if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value): return tuple(value)
+    number, shown = (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and 0 <= value < float("inf"),
+        sanitize(repr(value)),
+    )
+    if name == "in_stock" and not isinstance(value, bool):
+        raise UserError(f"in_stock is true or false, not {shown}")
+    if name in ("min_price", "max_price") and value is not None and not number:
+        raise UserError(f"{name} is a price, a number from 0 on, not {shown}")
+    if name == "max_per_brand" and not (number and int(value) == value):
+        raise UserError(f"most_of_brand is a whole number from 0 on, not {shown}")
+    if name not in ("allowed", "blocked", "excluded_items"):
+        return value
+    if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+        return tuple(value)
     raise UserError(f'{name} is a list of texts, such as ["A", "B"], not {shown}')
 
 
 @dataclass(frozen=True)
 class Rules:
     "What may stand in a list."
+
     in_stock: bool = True  # leave out what is known to be sold out
-    min_price: Optional[float] = None  # price; a product without one is left out where there is a limit
+    min_price: Optional[float] = (
+        None  # price; a product without one is left out where there is a limit
+    )
     max_price: Optional[float] = None  # price
     allowed: tuple = ()  # categories: a level of a product's path, or the path's beginning; empty: all
     blocked: tuple = ()  # categories, likewise
@@ -61,38 +104,67 @@ class Rules:
     max_per_brand: int = 0  # so many of one brand in a list at most; 0: any
 
     def __post_init__(self):
-        for f in fields(self): object.__setattr__(self, f.name, _check_rule(f.name, getattr(self, f.name)))
-        if None not in (self.min_price, self.max_price) and self.min_price > self.max_price: raise UserError(f"the lowest price, {self.min_price:g}, is above the highest, {self.max_price:g}")
+        for f in fields(self):
+            object.__setattr__(self, f.name, _check_rule(f.name, getattr(self, f.name)))
+        if None not in (self.min_price, self.max_price) and self.min_price > self.max_price:
+            raise UserError(
+                f"the lowest price, {self.min_price:g}, is above the highest, {self.max_price:g}"
+            )
 
     @classmethod
     def from_dict(cls, data: dict) -> "Rules":
         "Rules from what a file or a request says."
-        if not isinstance(data, dict): raise UserError(f"rules are names with values, such as {{\"highest\": 20}}, not {sanitize(repr(data))}")
-        return cls(**{check_choice(sanitize(str(name)), [f.name for f in fields(cls)], "rule"): value for name, value in data.items()})
+        if not isinstance(data, dict):
+            raise UserError(
+                f'rules are names with values, such as {{"highest": 20}}, not {sanitize(repr(data))}'
+            )
+        return cls(
+            **{
+                check_choice(sanitize(str(name)), [f.name for f in fields(cls)], "rule"): value
+                for name, value in data.items()
+            }
+        )
 
 # %% ../nbs/14_recommend.ipynb #14a10003
 def read_rules(
     path: Path,  # a JSON or a YAML file
 ) -> Rules:
     "Rules from a file."
-    try: text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e: raise UserError(f"{path} cannot be read ({type(e).__name__})") from None
-    try: given = json.loads(text)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} cannot be read ({type(e).__name__})") from None
+    try:
+        given = json.loads(text)
     except ValueError:
-        try: given = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError): raise UserError(f"{path} is neither JSON nor YAML") from None
+        try:
+            given = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError):
+            raise UserError(f"{path} is neither JSON nor YAML") from None
     return Rules.from_dict(given)
 
 # %% ../nbs/14_recommend.ipynb #14a10006
-OUT_OF_STOCK_WORDS = ("false", "no", "n", "0", "none", "out of stock", "outofstock", "sold out", "unavailable")  # ways to say that nothing is left
+OUT_OF_STOCK_WORDS = (
+    "false",
+    "no",
+    "n",
+    "0",
+    "none",
+    "out of stock",
+    "outofstock",
+    "sold out",
+    "unavailable",
+)  # ways to say that nothing is left
 
 
 def parse_in_stock(
     stock: pl.Series,  # true and false, how many are left, or words
 ) -> pl.Series:  # Boolean, null where nothing is said
     "Which products are in stock."
-    if stock.dtype == pl.Boolean: return stock
-    if stock.dtype.is_numeric(): return stock > 0
+    if stock.dtype == pl.Boolean:
+        return stock
+    if stock.dtype.is_numeric():
+        return stock > 0
     return ~stock.cast(pl.String).str.strip_chars().str.to_lowercase().is_in(OUT_OF_STOCK_WORDS)
 
 
@@ -101,13 +173,45 @@ def align_catalog(
     items: pl.DataFrame,  # the shop's table, a row an `item`
 ) -> pl.DataFrame:  # a row a code; of what is known: title, category, brand as text, price as a number, in_stock true or false
     "The shop's table as lists need it."
-    items = items.rename({theirs: ours for ours, theirs in match_columns(items.columns, {"in_stock": "instock stock"}).items()})
-    table = ids.alias("item").to_frame().join(items.unique("item", keep="first", maintain_order=True), on="item", how="left", maintain_order="left")
-    there = [c for c in ("title", "category", "brand", "price", "in_stock") if c in table.columns and table[c].null_count() < len(table)]
+    items = items.rename(
+        {
+            theirs: ours
+            for ours, theirs in match_columns(items.columns, {"in_stock": "instock stock"}).items()
+        }
+    )
+    table = (
+        ids.alias("item")
+        .to_frame()
+        .join(
+            items.unique("item", keep="first", maintain_order=True),
+            on="item",
+            how="left",
+            maintain_order="left",
+        )
+    )
+    there = [
+        c
+        for c in ("title", "category", "brand", "price", "in_stock")
+        if c in table.columns and table[c].null_count() < len(table)
+    ]
     price = pl.col("price").cast(pl.Float64, strict=False)
-    text = lambda c: pl.col(c).cast(pl.String).str.strip_chars().replace("", None)
-    form = {"price": pl.when(price.is_finite() & (price > 0)).then(price), "in_stock": pl.col("in_stock").map_batches(parse_in_stock, return_dtype=pl.Boolean)}
-    return table.select("item", *[form.get(c, text(c)).alias(c) for c in there], *[c for c in table.columns if c not in ("item", "title", "category", "brand", "price", "in_stock")])
+
+    def text(c):
+        return pl.col(c).cast(pl.String).str.strip_chars().replace("", None)
+
+    form = {
+        "price": pl.when(price.is_finite() & (price > 0)).then(price),
+        "in_stock": pl.col("in_stock").map_batches(parse_in_stock, return_dtype=pl.Boolean),
+    }
+    return table.select(
+        "item",
+        *[form.get(c, text(c)).alias(c) for c in there],
+        *[
+            c
+            for c in table.columns
+            if c not in ("item", "title", "category", "brand", "price", "in_stock")
+        ],
+    )
 
 
 def category_levels(
@@ -115,10 +219,25 @@ def category_levels(
     levels: int = 8,  # of a path
 ) -> pl.DataFrame:  # row, name
     "Every name that a product's category goes by: each level of its path, and each beginning of it."
-    if "category" not in items.columns: return pl.DataFrame(schema={"row": pl.UInt32, "name": pl.String})
-    paths = items.select("category").with_row_index("row").drop_nulls().with_columns(pl.col("category").str.split(" > "))
-    found = [paths.filter(pl.col("category").list.len() >= n).select("row", name=name) for n in range(1, levels + 1) for name in (pl.col("category").list.get(n - 1, null_on_oob=True), pl.col("category").list.head(n).list.join(" > "))]
-    return pl.concat([*found, paths.select("row", name=pl.col("category").list.join(" > "))]).unique(maintain_order=True)
+    if "category" not in items.columns:
+        return pl.DataFrame(schema={"row": pl.UInt32, "name": pl.String})
+    paths = (
+        items.select("category")
+        .with_row_index("row")
+        .drop_nulls()
+        .with_columns(pl.col("category").str.split(" > "))
+    )
+    found = [
+        paths.filter(pl.col("category").list.len() >= n).select("row", name=name)
+        for n in range(1, levels + 1)
+        for name in (
+            pl.col("category").list.get(n - 1, null_on_oob=True),
+            pl.col("category").list.head(n).list.join(" > "),
+        )
+    ]
+    return pl.concat(
+        [*found, paths.select("row", name=pl.col("category").list.join(" > "))]
+    ).unique(maintain_order=True)
 
 # %% ../nbs/14_recommend.ipynb #14a10009
 def allowed_items(
@@ -127,16 +246,31 @@ def allowed_items(
     rules: Rules,  # all but `max_per_brand`
 ) -> torch.Tensor:  # bool [items]
     "Which products the rules leave."
-    for column, asked in (("price", rules.min_price is not None or rules.max_price is not None), ("category", rules.allowed or rules.blocked), ("brand", rules.max_per_brand)):
-        if asked and column not in items.columns: raise UserError(f"no product here has a {column}, so no rule can go by it")
+    for column, asked in (
+        ("price", rules.min_price is not None or rules.max_price is not None),
+        ("category", rules.allowed or rules.blocked),
+        ("brand", rules.max_per_brand),
+    ):
+        if asked and column not in items.columns:
+            raise UserError(f"no product here has a {column}, so no rule can go by it")
     unknown = sorted(set(rules.allowed + rules.blocked) - set(categories["name"]))
-    if unknown: raise UserError(f"no product here is of the category '{sanitize(unknown[0])}'; there are, for example: {', '.join(categories['name'].unique(maintain_order=True)[:5])}")
-    row, of = pl.int_range(pl.len(), dtype=pl.UInt32), lambda names: categories.filter(pl.col("name").is_in(names))["row"].unique().implode()
+    if unknown:
+        raise UserError(
+            f"no product here is of the category '{sanitize(unknown[0])}'; there are, for example: {', '.join(categories['name'].unique(maintain_order=True)[:5])}"
+        )
+    row, of = (
+        pl.int_range(pl.len(), dtype=pl.UInt32),
+        lambda names: categories.filter(pl.col("name").is_in(names))["row"].unique().implode(),
+    )
     left = [~pl.col("item").is_in(rules.excluded_items), ~row.is_in(of(rules.blocked))]
-    if rules.allowed: left.append(row.is_in(of(rules.allowed)))
-    if rules.in_stock and "in_stock" in items.columns: left.append(pl.col("in_stock").fill_null(True))
-    if rules.min_price is not None: left.append((pl.col("price") >= rules.min_price).fill_null(False))
-    if rules.max_price is not None: left.append((pl.col("price") <= rules.max_price).fill_null(False))
+    if rules.allowed:
+        left.append(row.is_in(of(rules.allowed)))
+    if rules.in_stock and "in_stock" in items.columns:
+        left.append(pl.col("in_stock").fill_null(True))
+    if rules.min_price is not None:
+        left.append((pl.col("price") >= rules.min_price).fill_null(False))
+    if rules.max_price is not None:
+        left.append((pl.col("price") <= rules.max_price).fill_null(False))
     return items.select(pl.all_horizontal(left)).to_series().to_torch().bool()
 
 # %% ../nbs/14_recommend.ipynb #14a1000c
@@ -145,15 +279,20 @@ def min_max_scale(
 ) -> torch.Tensor:  # float [n, m], each row from 0 to 1
     "Worth on one scale, so that it can be weighed against similarity."
     there = values > -torch.inf
-    low, high = values.masked_fill(~there, torch.inf).amin(1, keepdim=True), values.amax(1, keepdim=True)
+    low, high = (
+        values.masked_fill(~there, torch.inf).amin(1, keepdim=True),
+        values.amax(1, keepdim=True),
+    )
     return torch.where(there, (values - low) / (high - low).clamp(min=1e-12), -torch.inf)
 
 
 def mmr_select(
     values: torch.Tensor,  # float [n, m], the more the better, ties to the left; -inf: not to be had
     k: int,  # places
-    diversity: float = 0.,  # strength, 0 to 1
-    vectors: Optional[torch.Tensor] = None,  # float [n, m, d], rows of length one or nought; for diversity
+    diversity: float = 0.0,  # strength, 0 to 1
+    vectors: Optional[
+        torch.Tensor
+    ] = None,  # float [n, m, d], rows of length one or nought; for diversity
     brand: Optional[torch.Tensor] = None,  # int64 [n, m], below nought: none
     max_per_brand: int = 0,  # so many of a brand at most; 0: any
 ) -> torch.Tensor:  # int64 [n, k], columns; -1 where nothing is left
@@ -161,15 +300,26 @@ def mmr_select(
     value, near = (min_max_scale(values) if diversity else values.clone()), torch.zeros_like(values)
     rows, count, found = torch.arange(len(values)), torch.zeros_like(values), []
     for _ in range(min(k, values.shape[1])):
-        now = value if not diversity else ((1 - diversity) * value - diversity * near).masked_fill(value == -torch.inf, -torch.inf)
+        now = (
+            value
+            if not diversity
+            else ((1 - diversity) * value - diversity * near).masked_fill(
+                value == -torch.inf, -torch.inf
+            )
+        )
         best = now.argmax(1)
         found.append(torch.where(value[rows, best] > -torch.inf, best, -1))
         value[rows, best] = -torch.inf
-        if diversity: near = torch.maximum(near, torch.einsum("nmd,nd->nm", vectors, vectors[rows, best]))
+        if diversity:
+            near = torch.maximum(near, torch.einsum("nmd,nd->nm", vectors, vectors[rows, best]))
         if max_per_brand:
             count += (brand == brand[rows, best, None]) & (brand >= 0)
             value.masked_fill_(count >= max_per_brand, -torch.inf)
-    return F.pad(torch.stack(found, 1), (0, k - len(found)), value=-1) if found else torch.full((len(values), k), -1)
+    return (
+        F.pad(torch.stack(found, 1), (0, k - len(found)), value=-1)
+        if found
+        else torch.full((len(values), k), -1)
+    )
 
 # %% ../nbs/14_recommend.ipynb #14a1000f
 def similarity_space(
@@ -177,25 +327,67 @@ def similarity_space(
     items: pl.DataFrame,  # from `align_catalog`
 ) -> torch.Tensor:  # float [items, d], rows of length one, or noughts where nothing is known
     "Where products that are alike lie near one another."
-    known = next((m for m in (model, *getattr(model, "models", {}).values()) if isinstance(m, ContentRecommender)), None)
-    if known is not None: return known.space[:len(items)]
+    known = next(
+        (
+            m
+            for m in (model, *getattr(model, "models", {}).values())
+            if isinstance(m, ContentRecommender)
+        ),
+        None,
+    )
+    if known is not None:
+        return known.space[: len(items)]
     log = model.train_history
-    rows = pl.DataFrame({"user": log.user_index.numpy(), "item": log.item.numpy(), "rating": log.rating.numpy(), "timestamp": log.time.numpy()}).with_columns(pl.when(pl.col("timestamp") > 0).then("timestamp").cast(pl.Datetime("ms")).alias("timestamp"))
-    space = content_space(build_item_features(Split(rows, rows.clear(), rows.clear(), rows.clear(), model.user_ids.to_frame(), items)), model.n_items)[:len(items)]
-    return space if space.shape[1] else F.pad(truncated_svd(to_csr(log.to_sparse(model.n_items)).T.tocsr(), model.n_items), (0, 0, 0, len(items) - model.n_items))
+    rows = pl.DataFrame(
+        {
+            "user": log.user_index.numpy(),
+            "item": log.item.numpy(),
+            "rating": log.rating.numpy(),
+            "timestamp": log.time.numpy(),
+        }
+    ).with_columns(
+        pl.when(pl.col("timestamp") > 0)
+        .then("timestamp")
+        .cast(pl.Datetime("ms"))
+        .alias("timestamp")
+    )
+    space = content_space(
+        build_item_features(
+            Split(rows, rows.clear(), rows.clear(), rows.clear(), model.user_ids.to_frame(), items)
+        ),
+        model.n_items,
+    )[: len(items)]
+    return (
+        space
+        if space.shape[1]
+        else F.pad(
+            truncated_svd(to_csr(log.to_sparse(model.n_items)).T.tocsr(), model.n_items),
+            (0, 0, 0, len(items) - model.n_items),
+        )
+    )
 
 # %% ../nbs/14_recommend.ipynb #14a10011
-SORT_ORDERS = {"score": 200, "revenue": 1000}  # what a list is ordered by, and how many of the best by score it is chosen from
+SORT_ORDERS = {
+    "score": 200,
+    "revenue": 1000,
+}  # what a list is ordered by, and how many of the best by score it is chosen from
 
 
 def ranking_value(
     scores: torch.Tensor,  # float [n, m], -inf where there is nothing
-    prices: Optional[torch.Tensor] = None,  # float [n, m], 0 where there is none; None: the order is by score
+    prices: Optional[
+        torch.Tensor
+    ] = None,  # float [n, m], 0 where there is none; None: the order is by score
 ) -> torch.Tensor:  # float [n, m]
     "What a list is ordered by."
-    if prices is None: return scores
+    if prices is None:
+        return scores
     there = scores > -torch.inf
-    chance = torch.where((scores.masked_fill(~there, 0) < 0).any(1, keepdim=True), torch.softmax(scores.double(), 1), scores.double())
+    chance = torch.where(
+        (scores.masked_fill(~there, 0) < 0).any(1, keepdim=True),
+        torch.softmax(scores.double(), 1),
+        scores.double(),
+    )
     return torch.where(there, chance.masked_fill(~there, 0) * prices, -torch.inf)
 
 # %% ../nbs/14_recommend.ipynb #14a10014
@@ -206,7 +398,8 @@ def gather_sparse(
 ) -> torch.Tensor:  # float [e, k]
     "What stands at some places of a large sparse table; scipy's own way looks at the whole table each time."
     part, m = table[row.numpy()], table.shape[1]
-    if not part.nnz: return torch.zeros(column.shape)
+    if not part.nnz:
+        return torch.zeros(column.shape)
     have = np.repeat(np.arange(part.shape[0]), np.diff(part.indptr)) * m + part.indices
     want = np.arange(part.shape[0])[:, None] * m + column.numpy()
     place = np.searchsorted(have, want).clip(max=len(have) - 1)
@@ -217,13 +410,32 @@ def item_weight_matrix(
     model: Recommender,  # fitted, with weights between items
 ) -> sp.csr_array:  # [n_items, n_items], from what one has to what is shown
     "The weights of a sparse model."
-    if isinstance(model, SparseItemModel): table = sp.csr_array((model.weight.numpy(), model.indices.numpy(), model.indptr.numpy()), shape=(model.n_items, model.n_items))
-    else: table = neighbors_to_csr(*((model.neighbors, model.similarities) if isinstance(model, ItemKNN) else (model.consequents, model.strength)), model.n_items)
+    if isinstance(model, SparseItemModel):
+        table = sp.csr_array(
+            (model.weight.numpy(), model.indices.numpy(), model.indptr.numpy()),
+            shape=(model.n_items, model.n_items),
+        )
+    else:
+        table = neighbors_to_csr(
+            *(
+                (model.neighbors, model.similarities)
+                if isinstance(model, ItemKNN)
+                else (model.consequents, model.strength)
+            ),
+            model.n_items,
+        )
     table.sort_indices()
     return table
 
 
-EXPLAINABLE_MODELS = (SparseItemModel, ItemKNN, AssociationRules, EDLAE, EASE, ContentRecommender)  # scores that are sums over events, or the strongest of them
+EXPLAINABLE_MODELS = (
+    SparseItemModel,
+    ItemKNN,
+    AssociationRules,
+    EDLAE,
+    EASE,
+    ContentRecommender,
+)  # scores that are sums over events, or the strongest of them
 
 
 def item_weights(
@@ -232,19 +444,37 @@ def item_weights(
     recommended: torch.Tensor,  # int64 [e, k], codes
 ) -> torch.Tensor:  # float [e, k]
     "The weight from each product that one has to each that is shown."
-    if isinstance(model, ContentRecommender): return torch.einsum("ed,ekd->ek", model.space[owned.clamp(max=len(model.space) - 1)], model.space[recommended])
+    if isinstance(model, ContentRecommender):
+        return torch.einsum(
+            "ed,ekd->ek",
+            model.space[owned.clamp(max=len(model.space) - 1)],
+            model.space[recommended],
+        )
     inside = (owned < model.n_items)[:, None] & (recommended < model.n_items)
-    owned, recommended = owned.clamp(max=model.n_items - 1), recommended.clamp(max=model.n_items - 1)
-    if not isinstance(model, (EDLAE, EASE)): found = gather_sparse(model._cached("weights", lambda: item_weight_matrix(model)), owned, recommended)
-    elif len(top := getattr(model, "top", owned.new_zeros(0))) < model.n_items and isinstance(model, EDLAE):
+    owned, recommended = (
+        owned.clamp(max=model.n_items - 1),
+        recommended.clamp(max=model.n_items - 1),
+    )
+    if not isinstance(model, (EDLAE, EASE)):
+        found = gather_sparse(
+            model._cached("weights", lambda: item_weight_matrix(model)), owned, recommended
+        )
+    elif len(top := getattr(model, "top", owned.new_zeros(0))) < model.n_items and isinstance(
+        model, EDLAE
+    ):
         place = torch.full((model.n_items,), -1).index_put((top,), torch.arange(len(top)))
-        inside, found = inside & (place[owned] >= 0)[:, None] & (place[recommended] >= 0), model.weight[place[owned][:, None], place[recommended]]
-    else: found = model.weight[owned[:, None], recommended]
+        inside, found = (
+            inside & (place[owned] >= 0)[:, None] & (place[recommended] >= 0),
+            model.weight[place[owned][:, None], place[recommended]],
+        )
+    else:
+        found = model.weight[owned[:, None], recommended]
     return torch.where(inside, found, 0)
 
 # %% ../nbs/14_recommend.ipynb #14a10015
 class Contributions(NamedTuple):
     "Who has what, each pair once, and what it adds to the wide scores of a list."
+
     user_index: torch.Tensor  # int64 [pairs]
     event: torch.Tensor  # int64 [pairs], the place of its last event in the history
     contribution: torch.Tensor  # float [pairs, k], to each place of the owner's list
@@ -254,10 +484,19 @@ def explainable_components(
     model: Recommender,  # fitted
 ) -> list:  # (weight, model, name in the hybrid or "", does it forget?)
     "The parts of a model that remember."
-    if isinstance(model, EXPLAINABLE_MODELS): return [(1., model, "", False)]
-    if not isinstance(model, EnsembleRecommender): return []
-    from_plan = lambda name: model.models[MODEL_KEY[name]]
-    return [(weight, from_plan(name), name, RANKING_COMPONENTS[name].recency_weighted) for name, weight in model.plan["ranking"].items() if isinstance(from_plan(name), EXPLAINABLE_MODELS)]
+    if isinstance(model, EXPLAINABLE_MODELS):
+        return [(1.0, model, "", False)]
+    if not isinstance(model, EnsembleRecommender):
+        return []
+
+    def from_plan(name):
+        return model.models[MODEL_KEY[name]]
+
+    return [
+        (weight, from_plan(name), name, RANKING_COMPONENTS[name].recency_weighted)
+        for name, weight in model.plan["ranking"].items()
+        if isinstance(from_plan(name), EXPLAINABLE_MODELS)
+    ]
 
 
 def item_contributions(
@@ -267,15 +506,27 @@ def item_contributions(
 ) -> Contributions:
     "What each product that somebody has adds to each that is shown to them."
     size, users = len(model.all_items) + 1, torch.full((len(history),), len(model.all_users))
-    key, of = (history.user_index * size + history.item.clamp(max=size - 1)).unique(return_inverse=True)
+    key, of = (history.user_index * size + history.item.clamp(max=size - 1)).unique(
+        return_inverse=True
+    )
     owner, item, shown = key // size, key % size, codes.clamp(min=0)
-    event = torch.zeros_like(key).scatter_reduce(0, of, torch.arange(len(of)), "amax", include_self=False)
+    event = torch.zeros_like(key).scatter_reduce(
+        0, of, torch.arange(len(of)), "amax", include_self=False
+    )
     adds = torch.zeros(len(key), codes.shape[1])
     for weight, part, name, fading in explainable_components(model) if len(key) else ():
         n, amount = part.n_items, torch.zeros(len(key))
-        if isinstance(part, ContentRecommender): amount = amount.index_add(0, of, part.event_weight(history.rating))
-        else: amount[item < n] = (recency_weights(history, n) if fading else history.to_sparse(n)).values()
-        given = component_probs(name, part, users, history) if name else part._scores(users, history, torch.arange(n))
+        if isinstance(part, ContentRecommender):
+            amount = amount.index_add(0, of, part.event_weight(history.rating))
+        else:
+            amount[item < n] = (
+                recency_weights(history, n) if fading else history.to_sparse(n)
+            ).values()
+        given = (
+            component_probs(name, part, users, history)
+            if name
+            else part._scores(users, history, torch.arange(n))
+        )
         amount = amount[:, None] * item_weights(part, item, shown[owner])
         whole = torch.zeros(codes.shape).index_add(0, owner, amount)[owner]
         known = (codes >= 0) & (codes < n)
@@ -289,9 +540,14 @@ def is_in_history(
     *histories: Optional[History],  # of the n users
 ) -> torch.Tensor:  # bool [n, m]
     "Which of the products are in somebody's histories."
-    size = 1 + max([int(t.max()) for t in (codes, *[h.item for h in histories if h is not None]) if t.numel()], default=0)
+    size = 1 + max(
+        [int(t.max()) for t in (codes, *[h.item for h in histories if h is not None]) if t.numel()],
+        default=0,
+    )
     rows = torch.arange(len(codes))[:, None] * size
-    return torch.isin(rows + codes, torch.cat([h.user_index * size + h.item for h in histories if h is not None])) & (codes >= 0)
+    return torch.isin(
+        rows + codes, torch.cat([h.user_index * size + h.item for h in histories if h is not None])
+    ) & (codes >= 0)
 
 
 def pad_to_k(
@@ -306,9 +562,14 @@ def pad_to_k(
 def map_codes(
     model: Recommender,  # fitted
     other: Recommender,  # fitted on the same shop
-) -> tuple:  # int64 [users + 1], int64 [items + 1]; the last of each is for one that `model` does not know
+) -> (
+    tuple
+):  # int64 [users + 1], int64 [items + 1]; the last of each is for one that `model` does not know
     "The codes of another model, by those of ours."
-    return tuple(to_index(pl.concat([encode_ids(a, b), pl.Series([len(b)], dtype=pl.Int32)])) for a, b in ((model.all_users, other.all_users), (model.all_items, other.all_items)))
+    return tuple(
+        to_index(pl.concat([encode_ids(a, b), pl.Series([len(b)], dtype=pl.Int32)]))
+        for a, b in ((model.all_users, other.all_users), (model.all_items, other.all_items))
+    )
 
 # %% ../nbs/14_recommend.ipynb #14a1001f
 class RankingPipeline:
@@ -318,38 +579,76 @@ class RankingPipeline:
         self,
         model: Recommender,  # fitted
         items: pl.DataFrame,  # what the shop knows of its products, a row an `item`
-        rating_model: Optional[Recommender] = None,  # predicts stars; default: the model itself, where it does
+        rating_model: Optional[
+            Recommender
+        ] = None,  # predicts stars; default: the model itself, where it does
     ):
         self.model, self.items = model, align_catalog(model.all_items, items)
-        self.rating_model = rating_model if rating_model is not None else model if model.predicts_ratings else None
+        self.rating_model = (
+            rating_model if rating_model is not None else model if model.predicts_ratings else None
+        )
         self.filter_catalog = lru_cache(64)(self._filter_catalog)
 
     categories = cached_property(lambda self: category_levels(self.items))
     space = cached_property(lambda self: similarity_space(self.model, self.items))
-    order = cached_property(lambda self: hash_order(self.model.all_items))  # ties are settled by lot
-    price = cached_property(lambda self: self._column("price", lambda c: c.fill_null(0).cast(pl.Float64)))
-    brand = cached_property(lambda self: self._column("brand", lambda c: encode_ids(c, c.drop_nulls().unique(maintain_order=True)).set(c.is_null(), -1).cast(pl.Int64)))
+    order = cached_property(
+        lambda self: hash_order(self.model.all_items)
+    )  # ties are settled by lot
+    price = cached_property(
+        lambda self: self._column("price", lambda c: c.fill_null(0).cast(pl.Float64))
+    )
+    brand = cached_property(
+        lambda self: self._column(
+            "brand",
+            lambda c: (
+                encode_ids(c, c.drop_nulls().unique(maintain_order=True))
+                .set(c.is_null(), -1)
+                .cast(pl.Int64)
+            ),
+        )
+    )
 
     rating_model_codes = cached_property(lambda self: map_codes(self.model, self.rating_model))
-    mean_rating = cached_property(lambda self: self.model.train_history.rating.nanmean())  # stars: what gets less was not liked
-    item_user_matrix = cached_property(lambda self: to_csr(self.model.train_history.to_sparse(self.model.n_items)).T.tocsr())
+    mean_rating = cached_property(
+        lambda self: self.model.train_history.rating.nanmean()
+    )  # stars: what gets less was not liked
+    item_user_matrix = cached_property(
+        lambda self: to_csr(self.model.train_history.to_sparse(self.model.n_items)).T.tocsr()
+    )
 
     def _column(self, name, form):
-        if name not in self.items.columns: raise UserError(f"no product here has a {name}")
+        if name not in self.items.columns:
+            raise UserError(f"no product here has a {name}")
         return form(self.items[name]).to_torch()
 
     def _filter_catalog(self, rules, candidates):
         "What rules leave, bool [items], and how many places a list of it can have."
-        open_to = torch.zeros(len(self.items), dtype=torch.bool).index_fill(0, self.model.candidate_items(candidates), True) & allowed_items(self.items, self.categories, rules)
-        if not rules.max_per_brand: return open_to, int(open_to.sum())
+        open_to = torch.zeros(len(self.items), dtype=torch.bool).index_fill(
+            0, self.model.candidate_items(candidates), True
+        ) & allowed_items(self.items, self.categories, rules)
+        if not rules.max_per_brand:
+            return open_to, int(open_to.sum())
         brand = self.brand[open_to]
-        return open_to, int((brand < 0).sum() + torch.bincount(brand[brand >= 0]).clamp(max=rules.max_per_brand).sum())
+        return open_to, int(
+            (brand < 0).sum()
+            + torch.bincount(brand[brand >= 0]).clamp(max=rules.max_per_brand).sum()
+        )
 
     def retrieve(self, users, history, m, allowed_mask=None):
         "The first stage, to be replaced by a quicker one: the m best by score, each once; codes int64 [n, at most m], -1 for none, and scores. Asked for as many as there are, it gives all."
-        items = self.order[self.order < self.model.n_items] if allowed_mask is None else self.order[allowed_mask[self.order]]
-        value, column = top_k(mask_seen(self.model.scores(users, history, items), history, items), m)
-        return (torch.where(column < 0, -1, items[column]), value) if len(items) else (torch.full((len(users), 0), -1), value)
+        items = (
+            self.order[self.order < self.model.n_items]
+            if allowed_mask is None
+            else self.order[allowed_mask[self.order]]
+        )
+        value, column = top_k(
+            mask_seen(self.model.scores(users, history, items), history, items), m
+        )
+        return (
+            (torch.where(column < 0, -1, items[column]), value)
+            if len(items)
+            else (torch.full((len(users), 0), -1), value)
+        )
 
 # %% ../nbs/14_recommend.ipynb #14a10018
 def _try_rank(
@@ -365,14 +664,31 @@ def _try_rank(
     excluded: Optional[History],  # what else may not be shown
 ) -> tuple:  # codes int64 [n, k], filled with -1, and scores float [n, k], filled with NaN
     "One attempt at lists."
-    codes, scores = self.retrieve(users, history, m, allowed_mask) if allowed_mask.any() else (users[:, None][:, :0], torch.zeros(len(users), 0))
-    if not codes.shape[1]: return torch.full((len(users), k), -1), torch.full((len(users), k), torch.nan)
+    codes, scores = (
+        self.retrieve(users, history, m, allowed_mask)
+        if allowed_mask.any()
+        else (users[:, None][:, :0], torch.zeros(len(users), 0))
+    )
+    if not codes.shape[1]:
+        return torch.full((len(users), k), -1), torch.full((len(users), k), torch.nan)
     scores = scores.masked_fill((codes < 0) | is_in_history(codes, history, excluded), -torch.inf)
     at = codes.clamp(min=0)
     worth = ranking_value(scores, self.price[at] if order == "revenue" else None)
-    if not diversity and not rules.max_per_brand: place = top_k(worth, k)[1]
-    else: place = mmr_select(worth, k, diversity, self.space[at] if diversity else None, self.brand[at] if rules.max_per_brand else None, rules.max_per_brand)
-    take = lambda of, empty: pad_to_k(of.gather(1, place.clamp(min=0)).masked_fill(place < 0, empty), k, empty)
+    if not diversity and not rules.max_per_brand:
+        place = top_k(worth, k)[1]
+    else:
+        place = mmr_select(
+            worth,
+            k,
+            diversity,
+            self.space[at] if diversity else None,
+            self.brand[at] if rules.max_per_brand else None,
+            rules.max_per_brand,
+        )
+
+    def take(of, empty):
+        return pad_to_k(of.gather(1, place.clamp(min=0)).masked_fill(place < 0, empty), k, empty)
+
     return take(codes, -1), take(scores.float(), torch.nan)
 
 # %% ../nbs/14_recommend.ipynb #14a10020
@@ -383,24 +699,36 @@ def _rank(
     history: Optional[History] = None,  # what they have by now; default: what fit saw
     k: int = 10,  # places of each list
     rules: Rules = Rules(),  # what may be shown
-    diversity: float = 0.,  # strength of maximal marginal relevance, 0 to 1
+    diversity: float = 0.0,  # strength of maximal marginal relevance, 0 to 1
     order: str = "score",  # or "revenue"
     candidates: str = "known",  # products with events, "new" ones without, or "all"
     excluded: Optional[History] = None,  # what else may not be shown to each of them
 ) -> tuple:  # codes int64 [n, k], filled with -1, and scores float [n, k], filled with NaN
     "Lists: never what somebody has, what is barred or against the rules, and nothing twice; short only where nothing is left."
-    if not (isinstance(k, int) and k >= 1): raise UserError(f"a list has at least one place, not {k}")
-    if not 0 <= diversity <= 1: raise UserError(f"diversity is a strength from 0 to 1, not {diversity}")
+    if not (isinstance(k, int) and k >= 1):
+        raise UserError(f"a list has at least one place, not {k}")
+    if not 0 <= diversity <= 1:
+        raise UserError(f"diversity is a strength from 0 to 1, not {diversity}")
     check_choice(order, SORT_ORDERS, "order")
     users, history = self.model._query(users, history)
     open_to, room = self.filter_catalog(rules, candidates)
-    plain, more = order == "score" and not diversity and not rules.max_per_brand, 0 if excluded is None or not len(excluded) else int(excluded.indptr.diff().max())
+    plain, more = (
+        order == "score" and not diversity and not rules.max_per_brand,
+        0 if excluded is None or not len(excluded) else int(excluded.indptr.diff().max()),
+    )
     m = (k if plain else max(SORT_ORDERS[order], 10 * k)) + more
     how = (rules, open_to, diversity, order)
     codes, scores = self._try_rank(users, history, k, m, *how, excluded)
     short = (codes[:, min(k, room) - 1] < 0).nonzero()[:, 0] if room else users[:0]
     if len(short) and m < len(self.items):
-        codes[short], scores[short] = self._try_rank(users[short], history.select(short), k, len(self.items), *how, None if excluded is None else excluded.select(short))
+        codes[short], scores[short] = self._try_rank(
+            users[short],
+            history.select(short),
+            k,
+            len(self.items),
+            *how,
+            None if excluded is None else excluded.select(short),
+        )
     return codes, scores
 
 
@@ -412,11 +740,18 @@ def _top_contribution(
     self: RankingPipeline,
     history: History,  # of n users
     codes: torch.Tensor,  # int64 [n, k], their lists; -1 for none
-) -> torch.Tensor:  # int64 [n, k], the place of an event in `history.item`; -1: no weight speaks for it
+) -> (
+    torch.Tensor
+):  # int64 [n, k], the place of an event in `history.item`; -1: no weight speaks for it
     "The event that speaks most for each product."
     owner, event, adds = item_contributions(self.model, history, codes)
-    most = lambda of, empty: torch.full(codes.shape, empty, dtype=of.dtype).scatter_reduce(0, owner[:, None].expand_as(of), of, "amax")
-    return most(torch.where((adds == most(adds, 0.)[owner]) & (adds > 0), event[:, None], -1), -1)
+
+    def most(of, empty):
+        return torch.full(codes.shape, empty, dtype=of.dtype).scatter_reduce(
+            0, owner[:, None].expand_as(of), of, "amax"
+        )
+
+    return most(torch.where((adds == most(adds, 0.0)[owner]) & (adds > 0), event[:, None], -1), -1)
 
 
 @torch.no_grad()
@@ -429,12 +764,18 @@ def _predict_ratings(
     "The stars that they would give."
     found = torch.full(codes.shape, torch.nan)
     row, place = (codes >= 0).nonzero(as_tuple=True)
-    if self.rating_model is None or not len(row): return found
+    if self.rating_model is None or not len(row):
+        return found
     users, items, had = to_index(users)[row], codes[row, place], history
     if self.rating_model is not self.model:
         of_user, of_item = self.rating_model_codes
         users, items = of_user[users.clamp(max=len(of_user) - 1)], of_item[items]
-        had = History(history.indptr, of_item[history.item.clamp(max=len(of_item) - 1)], history.rating, history.time)
+        had = History(
+            history.indptr,
+            of_item[history.item.clamp(max=len(of_item) - 1)],
+            history.rating,
+            history.time,
+        )
     found[row, place] = self.rating_model.predict(users, items, had.select(row))
     return found
 
@@ -442,29 +783,51 @@ def _predict_ratings(
 RankingPipeline.top_contribution, RankingPipeline.stars = _top_contribution, _predict_ratings
 
 # %% ../nbs/14_recommend.ipynb #14a1001b
-DISPLAY_COLUMNS = ("title", "category", "brand", "price")  # columns that stand beside a listed product, as far as they are there
+DISPLAY_COLUMNS = (
+    "title",
+    "category",
+    "brand",
+    "price",
+)  # columns that stand beside a listed product, as far as they are there
 
 
 def _recommend(
     self: RankingPipeline,
     queries,  # a user id or a list of them; a basket {item id: stars} or a list of baskets
     k: int = 10,  # places of each list
-    history: Optional[History] = None,  # what they have by now; default: what fit saw, or the basket
+    history: Optional[
+        History
+    ] = None,  # what they have by now; default: what fit saw, or the basket
     **options,  # rules, diversity, order, candidates, barred: as for `_rank`
 ) -> pl.DataFrame:  # user, rank, item, score, stars, because (an item), liked (did it get at least the mean of all stars?), title, category, brand, price
     "Lists with all that a shop shows beside them."
     names, users, known = resolve_query(self.model, queries)
     history, (low, high) = known if history is None else history, self.model.rating_range
-    if ((history.rating < low) | (history.rating > high)).any(): raise UserError(f"stars go from {low:g} to {high:g} here")
+    if ((history.rating < low) | (history.rating > high)).any():
+        raise UserError(f"stars go from {low:g} to {high:g} here")
     codes, scores = self.rank(users, history, k, **options)
     row, place = (codes >= 0).nonzero(as_tuple=True)
-    event, ids = self.top_contribution(history, codes)[row, place], pl.concat([self.items["item"], pl.Series([None], dtype=pl.String)])
-    of_event = lambda of, empty: F.pad(of, (0, 1), value=empty)[event]               # of no event, -1, the last one
-    found = {"user": pl.Series(names, dtype=pl.String).gather(row.numpy()), "rank": place.numpy() + 1, "item": ids.gather(codes[row, place].numpy()), "score": scores[row, place].numpy()}
-    if self.rating_model is not None: found["stars"] = self.predict_ratings(users, codes, history)[row, place].numpy()
+    event, ids = (
+        self.top_contribution(history, codes)[row, place],
+        pl.concat([self.items["item"], pl.Series([None], dtype=pl.String)]),
+    )
+
+    def of_event(of, empty):
+        return F.pad(of, (0, 1), value=empty)[event]  # of no event, -1, the last one
+
+    found = {
+        "user": pl.Series(names, dtype=pl.String).gather(row.numpy()),
+        "rank": place.numpy() + 1,
+        "item": ids.gather(codes[row, place].numpy()),
+        "score": scores[row, place].numpy(),
+    }
+    if self.rating_model is not None:
+        found["stars"] = self.predict_ratings(users, codes, history)[row, place].numpy()
     found["because"] = ids.gather(of_event(history.item, len(self.items)).numpy())
     found["liked"] = (of_event(history.rating, torch.nan) >= self.fallback_scores).numpy()
-    about = self.items.select("item", *[c for c in DISPLAY_COLUMNS if c in self.items.columns])[codes[row, place].numpy()]
+    about = self.items.select("item", *[c for c in DISPLAY_COLUMNS if c in self.items.columns])[
+        codes[row, place].numpy()
+    ]
     return pl.DataFrame(found).hstack(about.get_columns()[1:])
 
 
@@ -473,9 +836,24 @@ def explanations(
     items: pl.DataFrame,  # a row an item; with titles, where there are any
 ) -> pl.Series:  # text; empty where there is no reason
     "Why each product is there. What got less than the mean of all stars was not liked: one had it."
-    name = recommendations.select(item="because").join(items.unique("item"), on="item", how="left", maintain_order="left").select(pl.coalesce([c for c in ("title", "item") if c in items.columns])).to_series()
-    verb = pl.when(recommendations["liked"]).then(pl.lit("because you liked ")).otherwise(pl.lit("because you had "))
-    return recommendations.select(pl.when(pl.col("because").is_not_null()).then(verb + name).otherwise(pl.lit(""))).to_series().alias("why")
+    name = (
+        recommendations.select(item="because")
+        .join(items.unique("item"), on="item", how="left", maintain_order="left")
+        .select(pl.coalesce([c for c in ("title", "item") if c in items.columns]))
+        .to_series()
+    )
+    verb = (
+        pl.when(recommendations["liked"])
+        .then(pl.lit("because you liked "))
+        .otherwise(pl.lit("because you had "))
+    )
+    return (
+        recommendations.select(
+            pl.when(pl.col("because").is_not_null()).then(verb + name).otherwise(pl.lit(""))
+        )
+        .to_series()
+        .alias("why")
+    )
 
 # %% ../nbs/14_recommend.ipynb #14a10022
 def _item_similarity(
@@ -484,8 +862,12 @@ def _item_similarity(
 ) -> torch.Tensor:  # float [items], 0 to 1
     "How near every product is: the mean of what is known of both and of who took both, few takers counting little."
     near, n = self.space @ self.space[code], self.model.n_items
-    if code >= n: return near.clamp(0, 1)
-    both, taken = (self.item_user_matrix @ self.item_user_matrix[[code]].T).toarray()[:, 0], self.item_user_matrix.sum(1)
+    if code >= n:
+        return near.clamp(0, 1)
+    both, taken = (
+        (self.item_user_matrix @ self.item_user_matrix[[code]].T).toarray()[:, 0],
+        self.item_user_matrix.sum(1),
+    )
     near[:n] += torch.from_numpy(both / (np.sqrt(taken * taken[code]) + 10)).float()
     return (near / 2).clamp(0, 1)
 
@@ -499,12 +881,25 @@ def _similar_items(
 ) -> pl.DataFrame:  # rank, item, similarity (0 to 1), title, category, brand, price
     "What could stand in the place of a product: alike in what is known of it, and in who took it."
     code = int(encode_ids([item], self.model.all_items)[0])
-    if code == len(self.items): raise UserError(f"{self.model.name} knows no item '{sanitize(item)}'")
+    if code == len(self.items):
+        raise UserError(f"{self.model.name} knows no item '{sanitize(item)}'")
     near, (open_to, _) = self.item_similarity(code), self.filter_catalog(rules, candidates)
-    value, column = top_k(near.masked_fill(~open_to, -torch.inf).index_fill(0, torch.tensor(code), -torch.inf)[self.order][None], k)
+    value, column = top_k(
+        near.masked_fill(~open_to, -torch.inf).index_fill(0, torch.tensor(code), -torch.inf)[
+            self.order
+        ][None],
+        k,
+    )
     codes = self.order[column[0]][column[0] >= 0]
-    about = self.items.select("item", *[c for c in DISPLAY_COLUMNS if c in self.items.columns])[codes.numpy()]
-    return about.select(pl.int_range(1, pl.len() + 1).alias("rank"), "item", pl.Series("similarity", value[0][column[0] >= 0].numpy()), pl.exclude("item"))
+    about = self.items.select("item", *[c for c in DISPLAY_COLUMNS if c in self.items.columns])[
+        codes.numpy()
+    ]
+    return about.select(
+        pl.int_range(1, pl.len() + 1).alias("rank"),
+        "item",
+        pl.Series("similarity", value[0][column[0] >= 0].numpy()),
+        pl.exclude("item"),
+    )
 
 
 def load_pipeline(
@@ -514,12 +909,28 @@ def load_pipeline(
 ) -> RankingPipeline:
     "The shelf of a run; stars come from the model itself, else from wide-deep."
     model, other = model or load_recommender(run.model_folder(name)), run.model_folder("wide-deep")
-    rater = None if model.predicts_ratings or not (other / "model.json").exists() else load_recommender(other)
-    items = run.read("items.parquet") if (run.folder / "items.parquet").exists() else pl.DataFrame(schema={"item": pl.String})
-    return RankingPipeline(model, items, rater if rater is not None and not rater.train_history.rating.isnan().all() else None)
+    rater = (
+        None
+        if model.predicts_ratings or not (other / "model.json").exists()
+        else load_recommender(other)
+    )
+    items = (
+        run.read("items.parquet")
+        if (run.folder / "items.parquet").exists()
+        else pl.DataFrame(schema={"item": pl.String})
+    )
+    return RankingPipeline(
+        model,
+        items,
+        rater if rater is not None and not rater.train_history.rating.isnan().all() else None,
+    )
 
 
-RankingPipeline.item_similarity, RankingPipeline.similar_items, RankingPipeline.recommend = _item_similarity, _similar_items, _recommend
+RankingPipeline.item_similarity, RankingPipeline.similar_items, RankingPipeline.recommend = (
+    _item_similarity,
+    _similar_items,
+    _recommend,
+)
 
 # %% ../nbs/14_recommend.ipynb #14a10027
 def intra_list_diversity(
@@ -530,7 +941,9 @@ def intra_list_diversity(
     points = space[item_lists.clamp(min=0)] * (item_lists >= 0)[:, :, None]
     n, itself = (item_lists >= 0).sum(1).double(), points.square().sum((1, 2)).double()
     pairs = n * (n - 1)
-    return 1 - (points.sum(1).square().sum(1).double() - itself) / pairs.masked_fill(pairs == 0, torch.nan)
+    return 1 - (points.sum(1).square().sum(1).double() - itself) / pairs.masked_fill(
+        pairs == 0, torch.nan
+    )
 
 # %% ../nbs/14_recommend.ipynb #14a10029
 LIST_CUTOFFS = (5, 10, 20)  # places; all but revenue is measured at the last
@@ -542,11 +955,28 @@ def evaluate_variant(
     **options,  # rules, diversity, order: as for `_rank`
 ) -> pl.DataFrame:  # a row a user: user, warm, NDCG@20, Variety@20, Revenue@5, @10 and @20 where there are prices, places
     "What lists are worth to each person."
-    of = [pipeline.rank(users, task.history.select(users), LIST_CUTOFFS[-1], **options)[0] for users in task.users.split(256)] if len(task.users) else []
+    of = (
+        [
+            pipeline.rank(users, task.history.select(users), LIST_CUTOFFS[-1], **options)[0]
+            for users in task.users.split(256)
+        ]
+        if len(task.users)
+        else []
+    )
     lists = torch.cat([torch.zeros(0, LIST_CUTOFFS[-1], dtype=torch.int64), *of])
     hits, to_find = hit_matrix(lists, task)
-    columns = {"user": task.users, "warm": torch.ones(len(lists)).bool(), f"NDCG@{LIST_CUTOFFS[-1]}": ndcg(hits, to_find, LIST_CUTOFFS[-1]), f"Variety@{LIST_CUTOFFS[-1]}": intra_list_diversity(lists, pipeline.space), "slots": (lists >= 0).sum(1).double()}
-    if "price" in pipeline.items.columns: columns |= {f"Revenue@{k}": (pipeline.price[lists.clamp(min=0)] * hits)[:, :k].sum(1) for k in LIST_CUTOFFS}
+    columns = {
+        "user": task.users,
+        "warm": torch.ones(len(lists)).bool(),
+        f"NDCG@{LIST_CUTOFFS[-1]}": ndcg(hits, to_find, LIST_CUTOFFS[-1]),
+        f"Variety@{LIST_CUTOFFS[-1]}": intra_list_diversity(lists, pipeline.space),
+        "slots": (lists >= 0).sum(1).double(),
+    }
+    if "price" in pipeline.items.columns:
+        columns |= {
+            f"Revenue@{k}": (pipeline.price[lists.clamp(min=0)] * hits)[:, :k].sum(1)
+            for k in LIST_CUTOFFS
+        }
     return pl.DataFrame({name: c.numpy() for name, c in columns.items()}).fill_nan(None)
 
 
@@ -557,9 +987,24 @@ def compare_variants(
     first, found = next(iter(variants.values())), []
     metrics = [c for c in first.columns if c not in ("user", "warm")]
     for name, table in variants.items() if len(first) else ():
-        figures, apart = [aggregate([table], metrics, {"all": pl.lit(True)}, reference=versus).rows(named=True) for versus in (None, [first])]
-        more = {r["metric"]: {"difference": r["value"], "difference_lo": r["lo"], "difference_hi": r["hi"]} for r in apart}
-        found += [{"name": name, "n": len(table)} | {k: r[k] for k in ("metric", "value", "lo", "hi")} | more.get(r["metric"], {}) for r in figures]
+        figures, apart = [
+            aggregate([table], metrics, {"all": pl.lit(True)}, reference=versus).rows(named=True)
+            for versus in (None, [first])
+        ]
+        more = {
+            r["metric"]: {
+                "difference": r["value"],
+                "difference_lo": r["lo"],
+                "difference_hi": r["hi"],
+            }
+            for r in apart
+        }
+        found += [
+            {"name": name, "n": len(table)}
+            | {k: r[k] for k in ("metric", "value", "lo", "hi")}
+            | more.get(r["metric"], {})
+            for r in figures
+        ]
     return found
 
 # %% ../nbs/14_recommend.ipynb #14a1002b
@@ -567,17 +1012,25 @@ def example_rules(
     pipeline: RankingPipeline,  # with whatever is known of its products
 ) -> dict:  # what each does: the rules; the first is no rule but the stock's
     "Rules that a shop could have."
-    items, found = pipeline.items[:pipeline.model.n_items], {"none": Rules()}
-    if "in_stock" in items.columns: found["what is sold out too"] = Rules(in_stock=False)
-    if "price" in items.columns: found["at most the median price"] = Rules(max_price=items["price"].median())
-    if "brand" in items.columns: found["two of a brand at most"] = Rules(max_per_brand=2)
+    items, found = pipeline.items[: pipeline.model.n_items], {"none": Rules()}
+    if "in_stock" in items.columns:
+        found["what is sold out too"] = Rules(in_stock=False)
+    if "price" in items.columns:
+        found["at most the median price"] = Rules(max_price=items["price"].median())
+    if "brand" in items.columns:
+        found["two of a brand at most"] = Rules(max_per_brand=2)
     if "category" in items.columns and len(kinds := items["category"].drop_nulls()):
-        kind = kinds.value_counts().sort("count", "category", descending=[True, False])["category"][0]
-        found |= {f"without {kind.split(' > ')[-1]}": Rules(blocked=(kind,)), f"only {kind.split(' > ')[-1]}": Rules(allowed=(kind,))}
+        kind = kinds.value_counts().sort("count", "category", descending=[True, False])["category"][
+            0
+        ]
+        found |= {
+            f"without {kind.split(' > ')[-1]}": Rules(blocked=(kind,)),
+            f"only {kind.split(' > ')[-1]}": Rules(allowed=(kind,)),
+        }
     return found
 
 # %% ../nbs/14_recommend.ipynb #14a1002c
-DIVERSITY_GRID = (0., .1, .2, .3, .4, .5, .6, .7, .8, .9)
+DIVERSITY_GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def explanation_coverage(
@@ -602,35 +1055,95 @@ def evaluate_reranking(
 ):
     "What variety costs in accuracy, what the order by revenue brings, what rules do, and how often there is a reason."
     split = add_side_features(run)[-1].for_final_fit()
-    shelf, question = RankingPipeline(load_recommender(run.model_folder("hybrid")), split.items), make_eval_task(split, "test", max_users=run.read("evaluation.json")["max_users"])
+    shelf, question = (
+        RankingPipeline(load_recommender(run.model_folder("hybrid")), split.items),
+        make_eval_task(split, "test", max_users=run.read("evaluation.json")["max_users"]),
+    )
     plain, rules = evaluate_variant(shelf, question), example_rules(shelf)
-    curve = compare_variants({f"{s:g}": evaluate_variant(shelf, question, diversity=s) if s else plain for s in DIVERSITY_GRID})
-    orders = compare_variants({"score": plain, "revenue": evaluate_variant(shelf, question, order="revenue")}) if "price" in shelf.items.columns else []
-    ruled = compare_variants({name: evaluate_variant(shelf, question, rules=r) if name != "none" else plain for name, r in rules.items()})
-    left = {name: float(shelf.filter_catalog(r, "known")[0].sum() / shelf.model.n_items) for name, r in rules.items()}
-    run.write("lists.json", {"curve": curve, "orders": orders, "rules": ruled, "left": left, "explanations": explanation_coverage(shelf, question)})
+    curve = compare_variants(
+        {
+            f"{s:g}": evaluate_variant(shelf, question, diversity=s) if s else plain
+            for s in DIVERSITY_GRID
+        }
+    )
+    orders = (
+        compare_variants(
+            {"score": plain, "revenue": evaluate_variant(shelf, question, order="revenue")}
+        )
+        if "price" in shelf.items.columns
+        else []
+    )
+    ruled = compare_variants(
+        {
+            name: evaluate_variant(shelf, question, rules=r) if name != "none" else plain
+            for name, r in rules.items()
+        }
+    )
+    left = {
+        name: float(shelf.filter_catalog(r, "known")[0].sum() / shelf.model.n_items)
+        for name, r in rules.items()
+    }
+    run.write(
+        "lists.json",
+        {
+            "curve": curve,
+            "orders": orders,
+            "rules": ruled,
+            "left": left,
+            "explanations": explanation_coverage(shelf, question),
+        },
+    )
 
 # %% ../nbs/14_recommend.ipynb #14a10030
 def plot_diversity_cost(
     rows: pl.DataFrame,  # of lists.json: name, metric, value, more, more_lo, more_hi
 ) -> plt.Figure:
     "Accuracy less that of the plain list, along the variety of the lists; a dot a strength."
-    of = lambda metric: rows.filter(metric=f"{metric}@{LIST_CUTOFFS[-1]}")
+
+    def of(metric):
+        return rows.filter(metric=f"{metric}@{LIST_CUTOFFS[-1]}")
+
     cost, x = of("NDCG"), of("Variety")["value"].to_numpy()
     fig, ax = plt.subplots(figsize=(5.2, 3.2))
-    ax.axhline(0, color=COLORS["baseline"], lw=.8)
+    ax.axhline(0, color=COLORS["baseline"], lw=0.8)
     ax.plot(x, cost["difference"], color=COLORS["hybrid"], lw=1.2)
-    for at, (name, more, lo, hi) in zip(x, cost.select("name", "difference", "difference_lo", "difference_hi").rows()):
+    for at, (name, more, lo, hi) in zip(
+        x, cost.select("name", "difference", "difference_lo", "difference_hi").rows()
+    ):
         red = hi is not None and hi < 0
-        if lo is not None: ax.plot([at, at], [lo, hi], color=COLORS["alarm" if red else "hybrid"], lw=2.2, alpha=.45, solid_capstyle="round")
+        if lo is not None:
+            ax.plot(
+                [at, at],
+                [lo, hi],
+                color=COLORS["alarm" if red else "hybrid"],
+                lw=2.2,
+                alpha=0.45,
+                solid_capstyle="round",
+            )
         ax.plot(at, more, "o", color=COLORS["alarm" if red else "hybrid"], ms=5.5)
     spots = np.c_[x, cost["difference"].to_numpy()]
-    far = np.r_[True, (np.abs(np.diff(spots, axis=0)) > .04 * np.maximum(np.ptp(spots, axis=0), 1e-9)).any(1)]     # those that lie on one another share a label
+    far = np.r_[
+        True,
+        (np.abs(np.diff(spots, axis=0)) > 0.04 * np.maximum(np.ptp(spots, axis=0), 1e-9)).any(1),
+    ]  # those that lie on one another share a label
     for group in np.split(np.arange(len(spots)), np.flatnonzero(far)[1:]):
-        label = cost["name"][int(group[0])] + (f" to {cost['name'][int(group[-1])]}" if len(group) > 1 else "")
+        label = cost["name"][int(group[0])] + (
+            f" to {cost['name'][int(group[-1])]}" if len(group) > 1 else ""
+        )
         right = spots[group[0], 0] < spots[:, 0].mean()
-        ax.annotate(label, spots[group[0]], (6 if right or len(group) == 1 else -6, 5), textcoords="offset points", ha="left" if right or len(group) == 1 else "right", fontsize=9.5, color=COLORS["ink"])
-    ax.set(xlabel=f"variety of a list of {LIST_CUTOFFS[-1]}", ylabel=f"change of NDCG@{LIST_CUTOFFS[-1]}")
+        ax.annotate(
+            label,
+            spots[group[0]],
+            (6 if right or len(group) == 1 else -6, 5),
+            textcoords="offset points",
+            ha="left" if right or len(group) == 1 else "right",
+            fontsize=9.5,
+            color=COLORS["ink"],
+        )
+    ax.set(
+        xlabel=f"variety of a list of {LIST_CUTOFFS[-1]}",
+        ylabel=f"change of NDCG@{LIST_CUTOFFS[-1]}",
+    )
     return fig
 
 
@@ -638,12 +1151,27 @@ def describe_diversity_cost(
     rows: pl.DataFrame,  # of lists.json
 ) -> str:
     "How much variety is to be had, and what it costs."
-    accuracy, spread = [rows.filter(metric=f"{metric}@{LIST_CUTOFFS[-1]}").rows(named=True) for metric in ("NDCG", "Variety")]
-    dear = next((i for i, r in enumerate(accuracy) if r["difference_hi"] is not None and r["difference_hi"] < 0), None)
-    free, gain = (len(accuracy) if dear is None else dear) - 1, lambda i: f"{spread[i]['value'] - spread[0]['value']:+.3f}"
+    accuracy, spread = [
+        rows.filter(metric=f"{metric}@{LIST_CUTOFFS[-1]}").rows(named=True)
+        for metric in ("NDCG", "Variety")
+    ]
+    dear = next(
+        (
+            i
+            for i, r in enumerate(accuracy)
+            if r["difference_hi"] is not None and r["difference_hi"] < 0
+        ),
+        None,
+    )
+    free, gain = (
+        (len(accuracy) if dear is None else dear) - 1,
+        lambda i: f"{spread[i]['value'] - spread[0]['value']:+.3f}",
+    )
     said = f"The plain lists have a variety of {spread[0]['value']:.3f} and an NDCG@{LIST_CUTOFFS[-1]} of {format_ci(*[accuracy[0][c] for c in ('value', 'lo', 'hi')], digits=4)}. "
-    if free: said += f"Up to strength {accuracy[free]['name']} no loss can be shown ({format_ci(*[accuracy[free][c] for c in ('difference', 'difference_lo', 'difference_hi')], '+', 4)}), for {gain(free)} variety. "
-    if dear is not None: said += f"At {accuracy[dear]['name']} accuracy is surely lost: {format_ci(*[accuracy[dear][c] for c in ('difference', 'difference_lo', 'difference_hi')], '+', 4)} for {gain(dear)}; at {accuracy[-1]['name']} it is {format_ci(*[accuracy[-1][c] for c in ('difference', 'difference_lo', 'difference_hi')], '+', 4)} for {gain(-1)}."
+    if free:
+        said += f"Up to strength {accuracy[free]['name']} no loss can be shown ({format_ci(*[accuracy[free][c] for c in ('difference', 'difference_lo', 'difference_hi')], '+', 4)}), for {gain(free)} variety. "
+    if dear is not None:
+        said += f"At {accuracy[dear]['name']} accuracy is surely lost: {format_ci(*[accuracy[dear][c] for c in ('difference', 'difference_lo', 'difference_hi')], '+', 4)} for {gain(dear)}; at {accuracy[-1]['name']} it is {format_ci(*[accuracy[-1][c] for c in ('difference', 'difference_lo', 'difference_hi')], '+', 4)} for {gain(-1)}."
     return said.strip()
 
 # %% ../nbs/14_recommend.ipynb #14a10033
@@ -653,7 +1181,18 @@ def describe_revenue_order(
     "What the order by expected revenue brings, and costs."
     of = {r["metric"]: r for r in rows.filter(name="revenue").rows(named=True)}
     money, good = [of[f"{m}@{LIST_CUTOFFS[-1]}"] for m in ("Revenue", "NDCG")]
-    sure = lambda r: 0 if r["difference_lo"] is None else int(r["difference_lo"] > 0) - int(r["difference_hi"] < 0)
-    said = {1: "The order by expected revenue shows surely more of what is paid", 0: "Whether the order by expected revenue shows more of what is paid cannot be told", -1: "The order by expected revenue shows surely less of what is paid"}[sure(money)]
+
+    def sure(r):
+        return (
+            0
+            if r["difference_lo"] is None
+            else int(r["difference_lo"] > 0) - int(r["difference_hi"] < 0)
+        )
+
+    said = {
+        1: "The order by expected revenue shows surely more of what is paid",
+        0: "Whether the order by expected revenue shows more of what is paid cannot be told",
+        -1: "The order by expected revenue shows surely less of what is paid",
+    }[sure(money)]
     cost = {1: "is surely better", 0: "cannot be told apart", -1: "is surely worse"}[sure(good)]
     return f"{said}: {format_ci(*[money[c] for c in ('difference', 'difference_lo', 'difference_hi')], '+', 2)} a person among {LIST_CUTOFFS[-1]}. Its NDCG@{LIST_CUTOFFS[-1]} {cost}: {format_ci(*[good[c] for c in ('difference', 'difference_lo', 'difference_hi')], '+', 4)}."

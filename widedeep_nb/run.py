@@ -67,19 +67,46 @@ from pygments.formatters import HtmlFormatter
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import widedeep_nb
-from .core import COLORS, DEVICES, METRIC_SCHEMA, PROTOCOLS, UserError, Recommender, Run, fig_to_svg, load_recommender, hash_order, mask_seen, check_choice, open_run, pick_device, display_md, nbsp_percent, top_k, set_theme, package_versions, atomic_write, dataset_slug, encode_ids, History
-from .evaluation import format_ci
-from .recommend import SORT_ORDERS, Rules, load_pipeline, read_rules, explanations
-from .preprocessing import sort_by_time, preprocess, training_events
 from .baselines import ABLATIONS, OWN_MODELS, plot_intervals, pooled_records
+from widedeep_nb.core import (
+    COLORS,
+    DEVICES,
+    METRIC_SCHEMA,
+    PROTOCOLS,
+    History,
+    Recommender,
+    Run,
+    UserError,
+    atomic_write,
+    check_choice,
+    dataset_slug,
+    display_md,
+    encode_ids,
+    fig_to_svg,
+    hash_order,
+    load_recommender,
+    mask_seen,
+    nbsp_percent,
+    open_run,
+    package_versions,
+    pick_device,
+    set_theme,
+    top_k,
+)
 from .data import DATASETS, datasets, fingerprint
+from .evaluation import format_ci
+from .preprocessing import preprocess, sort_by_time, training_events
+from .recommend import SORT_ORDERS, Rules, explanations, load_pipeline, read_rules
 
 # %% ../nbs/17_run.ipynb #fe745034
 def find_notebooks() -> Path:  # the folder nbs/ of a checkout
     "Where the chapters lie."
     places = [Path(widedeep_nb.__file__).parents[1], Path.cwd(), *Path.cwd().parents]
     found = [p / "nbs" for p in places if (p / "nbs" / "00_core.ipynb").exists()]
-    if not found: raise UserError("the chapters are not here; `widedeep run` needs a checkout of the project: clone it and run there")
+    if not found:
+        raise UserError(
+            "the chapters are not here; `widedeep run` needs a checkout of the project: clone it and run there"
+        )
     return found[0]
 
 # %% ../nbs/17_run.ipynb #c474cab7
@@ -101,13 +128,15 @@ def select_chapters(
     for part in selection.split(",") if selection else []:
         ends = [check_choice(end.strip().zfill(2), known, "chapter") for end in part.split("-", 1)]
         chosen |= {n for n in known if ends[0] <= n <= ends[-1]} or {None}
-    if None in chosen: raise UserError(f"chapters '{selection}' end before they begin; known: {', '.join(known)}")
+    if None in chosen:
+        raise UserError(f"chapters '{selection}' end before they begin; known: {', '.join(known)}")
     return [p for p in paths if not selection or p.name[:2] in chosen]
 
 # %% ../nbs/17_run.ipynb #f38393d3
 @dataclass(frozen=True)
 class Parameter:
     "One line of a cell tagged `parameters`."
+
     name: str  # as -p names it
     type: str  # as it is written: int, float, str, bool, or Optional of one of them
     default: object  # its value in the notebook
@@ -123,18 +152,41 @@ def parse_parameters(
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     lines = [n for n in ast.parse(source).body if isinstance(n, ast.AnnAssign)]
-    return [Parameter(n.target.id, ast.unparse(n.annotation), ast.literal_eval(n.value), comments.get(n.end_lineno, ""), chapter) for n in lines]
+    return [
+        Parameter(
+            n.target.id,
+            ast.unparse(n.annotation),
+            ast.literal_eval(n.value),
+            comments.get(n.end_lineno, ""),
+            chapter,
+        )
+        for n in lines
+    ]
 
 # %% ../nbs/17_run.ipynb #14c29faf
 def read_parameters(
     path: Path,  # of a chapter
 ) -> dict:  # name -> Parameter
     "What a chapter declares."
-    cells = [c.source for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    cells = [
+        c.source for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])
+    ]
     return {p.name: p for cell in cells for p in parse_parameters(cell, path.name[:2])}
 
 # %% ../nbs/17_run.ipynb #a43673df
-CASTS = {"int": int, "float": float, "str": str, "bool": lambda t: {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[t.lower()]}
+CASTS = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "bool": lambda t: {
+        "true": True,
+        "yes": True,
+        "1": True,
+        "false": False,
+        "no": False,
+        "0": False,
+    }[t.lower()],
+}
 
 
 def cast_parameter(
@@ -143,11 +195,15 @@ def cast_parameter(
 ):  # the value, of the declared type
     "Read a given value as the type that its parameter declares; not below the least that its comment names."
     kind = parameter.type.removeprefix("Optional[").removesuffix("]").removesuffix(" | None")
-    if kind != parameter.type and text.lower() in ("", "none", "null", "~"): return None
-    try: value = CASTS[kind](text)
-    except (ValueError, KeyError): raise UserError(f"{parameter.name}={text} is no {parameter.type}") from None
+    if kind != parameter.type and text.lower() in ("", "none", "null", "~"):
+        return None
+    try:
+        value = CASTS[kind](text)
+    except (ValueError, KeyError):
+        raise UserError(f"{parameter.name}={text} is no {parameter.type}") from None
     least = re.search(r"at least (\d[\d.]*\d|\d)", parameter.comment)
-    if least and not value >= float(least[1]): raise UserError(f"{parameter.name}={text} is too little; it is at least {least[1]}")
+    if least and not value >= float(least[1]):
+        raise UserError(f"{parameter.name}={text} is too little; it is at least {least[1]}")
     return value
 
 # %% ../nbs/17_run.ipynb #a3ba2291
@@ -156,12 +212,16 @@ def parse_overrides(
     file: Optional[Path] = None,  # YAML with `name: value` lines; -p goes before
 ) -> dict:  # name -> text
     "What the person asked for, not yet checked."
-    try: given = (yaml.load(Path(file).read_text(), yaml.BaseLoader) if file else None) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise UserError(f"{file} cannot be read as YAML ({type(e).__name__})") from None
-    if not isinstance(given, dict) or not all(isinstance(v, str) for v in given.values()): raise UserError(f"{file} must hold lines `name: value`")
+    try:
+        given = (yaml.load(Path(file).read_text(), yaml.BaseLoader) if file else None) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise UserError(f"{file} cannot be read as YAML ({type(e).__name__})") from None
+    if not isinstance(given, dict) or not all(isinstance(v, str) for v in given.values()):
+        raise UserError(f"{file} must hold lines `name: value`")
     for pair in pairs:
         name, equals, value = pair.partition("=")
-        if not equals: raise UserError(f"'-p {pair}' has no value; write -p {pair}=value")
+        if not equals:
+            raise UserError(f"'-p {pair}' has no value; write -p {pair}=value")
         given[name.strip()] = value.strip()
     return given
 
@@ -172,14 +232,28 @@ def resolve_parameters(
 ) -> dict:  # for each chapter, by the stem of its file: name -> value
     "What each chapter is given; refused where a name is unknown or a value does not parse."
     declared = {p.stem: read_parameters(p) for p in paths}
-    lines = [(f"{p.name}: {p.type} = {p.default!r}", p.chapter) for ps in declared.values() for p in ps.values() if p.name != "out"]
+    lines = [
+        (f"{p.name}: {p.type} = {p.default!r}", p.chapter)
+        for ps in declared.values()
+        for p in ps.values()
+        if p.name != "out"
+    ]
     known = {line: ", ".join(c for l, c in lines if l == line) for line, _ in lines}
-    listed = "; ".join(f"{line} (chapter {where})" for line, where in known.items()) or "none in these chapters"
+    listed = (
+        "; ".join(f"{line} (chapter {where})" for line, where in known.items())
+        or "none in these chapters"
+    )
     names = {line.split(":")[0] for line in known}
     for name in overrides:
-        if name not in names: raise UserError(f"unknown parameter '{name}'; known: {listed}")
-    try: return {stem: {n: cast_parameter(ps[n], text) for n, text in overrides.items() if n in ps} for stem, ps in declared.items()}
-    except UserError as e: raise UserError(f"{e}; known: {listed}") from None
+        if name not in names:
+            raise UserError(f"unknown parameter '{name}'; known: {listed}")
+    try:
+        return {
+            stem: {n: cast_parameter(ps[n], text) for n, text in overrides.items() if n in ps}
+            for stem, ps in declared.items()
+        }
+    except UserError as e:
+        raise UserError(f"{e}; known: {listed}") from None
 
 # %% ../nbs/17_run.ipynb #82a102be
 class CurrentInterpreterKernel(AsyncKernelManager):
@@ -189,7 +263,9 @@ class CurrentInterpreterKernel(AsyncKernelManager):
     def kernel_spec(self):
         "How the kernel is started."
         wanted = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONHASHSEED": "0"}
-        return KernelSpec(**get_kernel_dict(), env={k: os.environ.get(k, v) for k, v in wanted.items()})
+        return KernelSpec(
+            **get_kernel_dict(), env={k: os.environ.get(k, v) for k, v in wanted.items()}
+        )
 
     async def start_kernel(self, **kwargs):
         "Start it; what the kernel itself has to say at a sudden end helps nobody (what cells say is in the notebook)."
@@ -201,15 +277,31 @@ def execute_notebook(
     target: Path,  # where the executed one goes; whole, or not at all
     parameters: dict,  # its parameters
     on_cell: Optional[Callable] = None,  # called with `cell` and `cell_index` before each cell
-) -> Optional[papermill.PapermillExecutionError]:  # what went wrong in a cell; the notebook is written then, too
+) -> Optional[
+    papermill.PapermillExecutionError
+]:  # what went wrong in a cell; the notebook is written then, too
     "Run a notebook and keep it with its outputs."
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
-    plain = lambda p: str(p).replace("{", "{{").replace("}", "}}")  # papermill fills in {names} in paths
+
+    def plain(p):
+        return str(p).replace("{", "{{").replace("}", "}}")  # papermill fills in {names} in paths
+
     with atomic_write(target) as temporary:
         try:
-            papermill.execute_notebook(plain(path), plain(temporary), parameters, cwd=path.parent, kernel_name="python3", language="python", kernel_manager_class=CurrentInterpreterKernel,
-                                       progress_bar=False, request_save_on_cell_execute=False, on_cell_start=on_cell or (lambda **_: None))
-        except papermill.PapermillExecutionError as error: return error
+            papermill.execute_notebook(
+                plain(path),
+                plain(temporary),
+                parameters,
+                cwd=path.parent,
+                kernel_name="python3",
+                language="python",
+                kernel_manager_class=CurrentInterpreterKernel,
+                progress_bar=False,
+                request_save_on_cell_execute=False,
+                on_cell_start=on_cell or (lambda **_: None),
+            )
+        except papermill.PapermillExecutionError as error:
+            return error
 
 # %% ../nbs/17_run.ipynb #9d56288e
 def resolve_path(
@@ -217,9 +309,14 @@ def resolve_path(
 ) -> str:  # the same, found from any folder
     "A dataset that a chapter finds, which runs in another folder than the person who named it."
     base = re.match(r"(sqlite:///)([^?]+)(.*)", dataset, re.S)
-    if base: return base[1] + str(Path(base[2]).resolve()) + base[3]
-    if not dataset or dataset.split("?")[0] in DATASETS or "://" in dataset: return dataset
-    if not Path(dataset).expanduser().exists(): raise UserError(f"unknown dataset '{dataset}'; known: {', '.join(DATASETS)}, or the path of a file or folder")
+    if base:
+        return base[1] + str(Path(base[2]).resolve()) + base[3]
+    if not dataset or dataset.split("?")[0] in DATASETS or "://" in dataset:
+        return dataset
+    if not Path(dataset).expanduser().exists():
+        raise UserError(
+            f"unknown dataset '{dataset}'; known: {', '.join(DATASETS)}, or the path of a file or folder"
+        )
     return str(Path(dataset).expanduser().resolve())
 
 # %% ../nbs/17_run.ipynb #6e0bf179
@@ -227,12 +324,17 @@ def default_protocol(
     dataset: str,  # as `resolve_path` gives it
 ) -> str:
     "`given` for a folder that brings its own parts, else `strict`."
-    return "given" if dataset and Path(dataset).is_dir() and any(Path(dataset).glob("train.*")) else "strict"
+    return (
+        "given"
+        if dataset and Path(dataset).is_dir() and any(Path(dataset).glob("train.*"))
+        else "strict"
+    )
 
 # %% ../nbs/17_run.ipynb #35825c8e
 @dataclass(frozen=True)
 class RunPlan:
     "What `widedeep run` is going to do."
+
     folder: Path  # of the run
     settings: dict  # dataset, protocol, seed, parameters
     chapters: list  # paths of the chosen chapters
@@ -257,21 +359,34 @@ def make_run_plan(
     notebooks: str = "",  # folder of the chapters; empty: the checkout's
 ) -> RunPlan:  # nothing has been written yet
     "Check what is asked for."
-    paths_of = lambda name: list_chapters(notebooks or find_notebooks(), name)
+
+    def paths_of(name):
+        return list_chapters(notebooks or find_notebooks(), name)
+
     dataset = resolve_path(dataset)
     folder = Path(out or f"runs/{dataset_slug(dataset or 'demo')}").resolve()
     before = Run(folder).manifest if (folder / "run.json").exists() else {}
-    settings = {"dataset": dataset or before.get("dataset", "demo"), "protocol": protocol or before.get("protocol") or default_protocol(dataset),
-                "seed": before.get("seed", 0) if seed is None else seed}
+    settings = {
+        "dataset": dataset or before.get("dataset", "demo"),
+        "protocol": protocol or before.get("protocol") or default_protocol(dataset),
+        "seed": before.get("seed", 0) if seed is None else seed,
+    }
     check_choice(settings["protocol"], PROTOCOLS, "protocol")
     known = paths_of(settings["dataset"])
-    if not known: raise UserError(f"{notebooks} holds no chapters")
+    if not known:
+        raise UserError(f"{notebooks} holds no chapters")
     chosen = select_chapters(known, chapters)
     declared = {n: p for path in known for n, p in read_parameters(path).items()}
     own = {n for path in chosen for n in read_parameters(path)}
-    kept = {n: str(v) for n, v in before.get("parameters", {}).items() if n in declared and (resume or n not in own)}
+    kept = {
+        n: str(v)
+        for n, v in before.get("parameters", {}).items()
+        if n in declared and (resume or n not in own)
+    }
     wanted = kept | (overrides or {})
-    values = resolve_parameters(chosen, {n: t for n, t in wanted.items() if n in own or n in (overrides or {})})
+    values = resolve_parameters(
+        chosen, {n: t for n, t in wanted.items() if n in own or n in (overrides or {})}
+    )
     settings["parameters"] = {n: cast_parameter(declared[n], text) for n, text in wanted.items()}
     return RunPlan(folder, settings, chosen, values, chosen == known, resume)
 
@@ -280,9 +395,19 @@ def chapter_steps(
     path: Path,  # of a chapter
 ) -> list:  # names of the functions that it makes steps of a run
     "The steps that a chapter defines."
-    cells = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code" and re.match(r"#\|\s*export\b", c.source)]
-    functions = [n for cell in cells for n in ast.parse(cell).body if isinstance(n, ast.FunctionDef)]
-    return [f.name for f in functions if any(ast.unparse(d).startswith("step(") for d in f.decorator_list)]
+    cells = [
+        c.source
+        for c in nbformat.read(path, 4).cells
+        if c.cell_type == "code" and re.match(r"#\|\s*export\b", c.source)
+    ]
+    functions = [
+        n for cell in cells for n in ast.parse(cell).body if isinstance(n, ast.FunctionDef)
+    ]
+    return [
+        f.name
+        for f in functions
+        if any(ast.unparse(d).startswith("step(") for d in f.decorator_list)
+    ]
 
 # %% ../nbs/17_run.ipynb #9b4c8ea0
 def stage_ingest(
@@ -307,7 +432,11 @@ def commit_ingest(
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
     now, read = run.manifest, staged.manifest
-    run.update_manifest(data=read["data"], steps=now["steps"] | read["steps"], hashes=now.get("hashes", {}) | read["hashes"])
+    run.update_manifest(
+        data=read["data"],
+        steps=now["steps"] | read["steps"],
+        hashes=now.get("hashes", {}) | read["hashes"],
+    )
     shutil.rmtree(staged.folder)
 
 # %% ../nbs/17_run.ipynb #d071e9ed
@@ -317,8 +446,12 @@ def remove_partial(
 ):
     "Remove what a run that was killed has left half-written."
     with run.locked():
-        for left in [p for p in run.folder.rglob(".*-*.*") if p.is_file() and ".work" not in p.parts]: left.unlink()
-        if include_work: shutil.rmtree(run.folder / ".work", ignore_errors=True)
+        for left in [
+            p for p in run.folder.rglob(".*-*.*") if p.is_file() and ".work" not in p.parts
+        ]:
+            left.unlink()
+        if include_work:
+            shutil.rmtree(run.folder / ".work", ignore_errors=True)
 
 
 @contextmanager
@@ -329,27 +462,57 @@ def open_locked_run(
     "The plan's run, with its log, which nobody else runs meanwhile; where nothing is resumed, it has forgotten what the chosen chapters did."
     new = not (plan.folder / "run.json").exists()
     run = Run(plan.folder, **plan.settings) if new else Run(plan.folder)
-    try: lock = FileLock(run.folder / ".run.lock", timeout=0).acquire()
-    except Timeout: raise UserError(f"{run.folder} is being run already; wait for that run, or name another folder with --out") from None
+    try:
+        lock = FileLock(run.folder / ".run.lock", timeout=0).acquire()
+    except Timeout:
+        raise UserError(
+            f"{run.folder} is being run already; wait for that run, or name another folder with --out"
+        ) from None
     with lock:
         remove_partial(run, include_work=not plan.resume)
         own = {name for path in plan.chapters for name in [path.stem, *chapter_steps(path)]}
-        keep = lambda entries: entries if plan.resume else {} if plan.all_chapters else {k: v for k, v in entries.items() if k not in own}
-        about = run.manifest | plan.settings | {"versions": package_versions(), "device": pick_device().type}
+
+        def keep(entries):
+            return (
+                entries
+                if plan.resume
+                else {}
+                if plan.all_chapters
+                else {k: v for k, v in entries.items() if k not in own}
+            )
+
+        about = (
+            run.manifest
+            | plan.settings
+            | {"versions": package_versions(), "device": pick_device().type}
+        )
         about |= {name: keep(about[name]) for name in ("steps", "chapters")}
-        beside, same = None, fingerprint(about["dataset"]) in (None, about.get("data", {}).get("sha256"))
+        beside, same = (
+            None,
+            fingerprint(about["dataset"]) in (None, about.get("data", {}).get("sha256")),
+        )
         try:
-            if plan.has_ingest and not (same and preprocess.is_done(about)): beside = stage_ingest(run, plan.settings)
+            if plan.has_ingest and not (same and preprocess.is_done(about)):
+                beside = stage_ingest(run, plan.settings)
         except UserError:
             shutil.rmtree(run.folder if new else run.folder / ".new")
             raise
-        if beside: about["steps"] = {k: v for k, v in about["steps"].items() if k not in ("ingest", "preprocess")}
+        if beside:
+            about["steps"] = {
+                k: v for k, v in about["steps"].items() if k not in ("ingest", "preprocess")
+            }
         run.update_manifest(**about)
         if beside:
             commit_ingest(run, beside)
-            log, seconds = run.read("ingest.json"), sum(run.manifest["steps"][s]["seconds"] for s in ("ingest", "preprocess"))
-            echo(f"{'the log':<28} {seconds:7.1f} s   {log['kept']:,} of {log['rows_read']:,} rows stay")
-        if plan.all_chapters and not plan.resume: (run.folder / "metrics.json").unlink(missing_ok=True)
+            log, seconds = (
+                run.read("ingest.json"),
+                sum(run.manifest["steps"][s]["seconds"] for s in ("ingest", "preprocess")),
+            )
+            echo(
+                f"{'the log':<28} {seconds:7.1f} s   {log['kept']:,} of {log['rows_read']:,} rows stay"
+            )
+        if plan.all_chapters and not plan.resume:
+            (run.folder / "metrics.json").unlink(missing_ok=True)
         yield run
 
 # %% ../nbs/17_run.ipynb #8ae2661d
@@ -360,9 +523,22 @@ def chapter_fingerprint(
 ) -> str:  # changes when anything that the chapter's result depends on does
     "What a chapter would be computed from."
     about = run.manifest
-    before = [c["fingerprint"] for stem, c in sorted(about["chapters"].items()) if stem < path.stem and c["status"] == "done"]
+    before = [
+        c["fingerprint"]
+        for stem, c in sorted(about["chapters"].items())
+        if stem < path.stem and c["status"] == "done"
+    ]
     text = [c.source for c in nbformat.read(path, 4).cells]
-    basis = [about["dataset"], about.get("data"), about["protocol"], about["seed"], about["versions"].get("widedeep_nb"), parameters, text, before]
+    basis = [
+        about["dataset"],
+        about.get("data"),
+        about["protocol"],
+        about["seed"],
+        about["versions"].get("widedeep_nb"),
+        parameters,
+        text,
+        before,
+    ]
     return hashlib.sha256(json.dumps(basis, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 # %% ../nbs/17_run.ipynb #cf8681eb
@@ -373,7 +549,11 @@ def chapter_is_done(
 ) -> bool:  # True: nothing to do
     "Was this chapter finished from the same things?"
     entry = run.manifest["chapters"].get(path.stem, {})
-    return entry.get("status") == "done" and entry["fingerprint"] == current and (run.folder / "notebooks" / path.name).exists()
+    return (
+        entry.get("status") == "done"
+        and entry["fingerprint"] == current
+        and (run.folder / "notebooks" / path.name).exists()
+    )
 
 # %% ../nbs/17_run.ipynb #190923a9
 class ChapterError(RuntimeError):
@@ -385,9 +565,12 @@ def explain_failure(
     notebook: Path,  # the executed notebook
 ) -> Exception:  # a Problem where it was one, else a ChapterFailed
     "What went wrong in a chapter, in a line."
-    if error.ename == "Problem": return UserError(error.evalue)
+    if error.ename == "Problem":
+        return UserError(error.evalue)
     what = f"{error.ename}: {error.evalue}".splitlines()[0]
-    return ChapterError(f"chapter {notebook.stem} failed in cell [{error.exec_count}] ({what}); see {notebook}")
+    return ChapterError(
+        f"chapter {notebook.stem} failed in cell [{error.exec_count}] ({what}); see {notebook}"
+    )
 
 # %% ../nbs/17_run.ipynb #2ff12262
 def run_chapter(
@@ -397,18 +580,51 @@ def run_chapter(
     title: str,  # what the progress bar says
 ):
     "Execute one chapter into notebooks/, and say in run.json how it went."
-    mark, target, started = chapter_fingerprint(run, path, parameters), run.folder / "notebooks" / path.name, time.perf_counter()
-    note = lambda status: run.update_manifest(chapters=run.manifest["chapters"] | {path.stem: {"status": status, "seconds": round(time.perf_counter() - started, 1), "fingerprint": mark}})
+    mark, target, started = (
+        chapter_fingerprint(run, path, parameters),
+        run.folder / "notebooks" / path.name,
+        time.perf_counter(),
+    )
+
+    def note(status):
+        return run.update_manifest(
+            chapters=run.manifest["chapters"]
+            | {
+                path.stem: {
+                    "status": status,
+                    "seconds": round(time.perf_counter() - started, 1),
+                    "fingerprint": mark,
+                }
+            }
+        )
+
     note("started")
-    columns = [TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("cell {task.fields[cell]} of {task.total}"), TimeElapsedColumn()]
+    columns = [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("cell {task.fields[cell]} of {task.total}"),
+        TimeElapsedColumn(),
+    ]
     try:
         with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
             task = bar.add_task(title, total=len(nbformat.read(path, 4).cells) + 1, cell=0)
-            error = execute_notebook(path, target, {"out": str(run.folder)} | parameters, lambda cell, cell_index: bar.update(task, completed=cell_index, cell=cell_index + 1))
-        if error: error = explain_failure(error, target)
-    except DeadKernelError: error = ChapterError(f"chapter {path.stem} failed: its kernel died, perhaps for want of memory")
+            error = execute_notebook(
+                path,
+                target,
+                {"out": str(run.folder)} | parameters,
+                lambda cell, cell_index: bar.update(
+                    task, completed=cell_index, cell=cell_index + 1
+                ),
+            )
+        if error:
+            error = explain_failure(error, target)
+    except DeadKernelError:
+        error = ChapterError(
+            f"chapter {path.stem} failed: its kernel died, perhaps for want of memory"
+        )
     note("failed" if error else "done")
-    if error: raise error
+    if error:
+        raise error
 
 # %% ../nbs/17_run.ipynb #e71fc732
 def run_report(
@@ -419,18 +635,26 @@ def run_report(
     with open_locked_run(plan, echo) as run:
         try:
             for i, path in enumerate(plan.chapters, 1):
-                title, values = f"[{i}/{len(plan.chapters)}] {path.stem.replace('_', ' ', 1)}", plan.values[path.stem]
-                if plan.resume and chapter_is_done(run, path, chapter_fingerprint(run, path, values)):
+                title, values = (
+                    f"[{i}/{len(plan.chapters)}] {path.stem.replace('_', ' ', 1)}",
+                    plan.values[path.stem],
+                )
+                if plan.resume and chapter_is_done(
+                    run, path, chapter_fingerprint(run, path, values)
+                ):
                     echo(f"{title:<28} done before")
                     continue
                 run_chapter(run, path, values, title)
                 echo(f"{title:<28} {run.manifest['chapters'][path.stem]['seconds']:7.1f} s")
-        finally: write_page(run)
+        finally:
+            write_page(run)
     return run
 
 # %% ../nbs/17_run.ipynb #8239514c
 HIDDEN_CELL = re.compile(r"^#\|\s*(hide|default_exp)\b", re.M)
-QUARTO_OPTION = re.compile(r"#\|\s*(?!eval\b)[a-z][\w-]*:\s")  # `#| label: ...` is Quarto's, `#| export` is nbdev's
+QUARTO_OPTION = re.compile(
+    r"#\|\s*(?!eval\b)[a-z][\w-]*:\s"
+)  # `#| label: ...` is Quarto's, `#| export` is nbdev's
 
 
 def visible_cells(
@@ -440,10 +664,16 @@ def visible_cells(
     "The cells of a notebook as a page shows them."
     cells = []
     for cell in copy.deepcopy(nb.cells):
-        if {"injected-parameters", "papermill-error-cell-tag"} & set(cell.metadata.get("tags", [])): continue
+        if {"injected-parameters", "papermill-error-cell-tag"} & set(cell.metadata.get("tags", [])):
+            continue
         if cell.cell_type == "code":
-            if HIDDEN_CELL.search(cell.source): continue
-            cell.source = "".join(l for l in cell.source.splitlines(True) if not l.startswith("#|") or keep_options and QUARTO_OPTION.match(l))
+            if HIDDEN_CELL.search(cell.source):
+                continue
+            cell.source = "".join(
+                l
+                for l in cell.source.splitlines(True)
+                if not l.startswith("#|") or keep_options and QUARTO_OPTION.match(l)
+            )
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         cells.append(cell)
     return cells
@@ -454,8 +684,10 @@ def latex_to_mathml(
     display: str = "inline",  # or "block"
 ) -> str:  # MathML; the formula as it was written where it cannot be read
     "A formula that a browser draws by itself."
-    try: return to_mathml(latex.strip(), display=display)
-    except Exception: return f"<code>{html.escape(latex)}</code>"
+    try:
+        return to_mathml(latex.strip(), display=display)
+    except Exception:
+        return f"<code>{html.escape(latex)}</code>"
 
 # %% ../nbs/17_run.ipynb #3566483b
 def heading_anchor(
@@ -463,23 +695,36 @@ def heading_anchor(
     heading: str,  # its text, HTML allowed
 ) -> str:  # an id that no other chapter has
     "Where a heading is found on the page."
-    return f"{chapter}--" + re.sub(r"\W+", "-", html.unescape(re.sub("<[^>]*>", "", heading)).lower()).strip("-")
+    return f"{chapter}--" + re.sub(
+        r"\W+", "-", html.unescape(re.sub("<[^>]*>", "", heading)).lower()
+    ).strip("-")
 
 # %% ../nbs/17_run.ipynb #7b392553
 class PageRenderer(IPythonRenderer):
     "Markdown for a page that holds several chapters and no outside picture."
+
     chapter = ""  # stem of the chapter's file
 
-    def inline_math(self, body): return latex_to_mathml(body)
-    def block_math(self, body): return latex_to_mathml(body, "block")
-    def latex_environment(self, name, body): return latex_to_mathml(f"\\begin{{{name}}}{body}\\end{{{name}}}", "block")
-    def image(self, text, url, title=None): return "" if re.match("(https?:)?//", url) else super().image(text, url, title)
-    def heading(self, text, level, **_): return f'<h{level + 1} id="{heading_anchor(self.chapter, text)}">{text}</h{level + 1}>\n'
+    def inline_math(self, body):
+        return latex_to_mathml(body)
+
+    def block_math(self, body):
+        return latex_to_mathml(body, "block")
+
+    def latex_environment(self, name, body):
+        return latex_to_mathml(f"\\begin{{{name}}}{body}\\end{{{name}}}", "block")
+
+    def image(self, text, url, title=None):
+        return "" if re.match("(https?:)?//", url) else super().image(text, url, title)
+
+    def heading(self, text, level, **_):
+        return f'<h{level + 1} id="{heading_anchor(self.chapter, text)}">{text}</h{level + 1}>\n'
 
     def link(self, text, url, title=None):
         "A link to another chapter stays on the page; one around a picture that was left out goes with it."
         inside = re.match(r"(\d\d_\w+)\.ipynb(?:#(.*))?$", url)
-        if inside: url = "#" + (heading_anchor(inside[1], inside[2]) if inside[2] else inside[1])
+        if inside:
+            url = "#" + (heading_anchor(inside[1], inside[2]) if inside[2] else inside[1])
         return super().link(text, url, title) if text else ""
 
 # %% ../nbs/17_run.ipynb #d2038114
@@ -488,7 +733,10 @@ CELL_TEMPLATE = """{%- extends 'basic/index.html.j2' -%}
 {% block error %}<pre class="error">{{ output.ename | e }}: {{ output.evalue | e }}</pre>{% endblock %}"""
 
 
-EXTERNAL_TAGS = re.compile(r"<(script|iframe)\b.*?</\1>|<link\b[^>]*>|<img\b[^>]*\ssrc=[\"']?(?:https?:)?//[^>]*>", re.S | re.I)  # what an output might load
+EXTERNAL_TAGS = re.compile(
+    r"<(script|iframe)\b.*?</\1>|<link\b[^>]*>|<img\b[^>]*\ssrc=[\"']?(?:https?:)?//[^>]*>",
+    re.S | re.I,
+)  # what an output might load
 
 
 class PageExporter(HTMLExporter):
@@ -503,7 +751,9 @@ class PageExporter(HTMLExporter):
 
     def from_notebook_node(self, nb, resources=None, **_):
         "As any template does it: HTMLExporter would parse and print the finished page once more, at half of the cost."
-        self.register_filter("highlight_code", Highlight2HTML(pygments_lexer="ipython3", parent=self))
+        self.register_filter(
+            "highlight_code", Highlight2HTML(pygments_lexer="ipython3", parent=self)
+        )
         return TemplateExporter.from_notebook_node(self, nb, resources)
 
 # %% ../nbs/17_run.ipynb #e41ede15
@@ -515,8 +765,12 @@ def merge_code_cells(
     for cell in cells:
         last = joined[-1] if joined else None
         if last is not None and cell.cell_type == last.cell_type == "code" and not last.outputs:
-            last.source, last.outputs = "\n\n".join(filter(None, [last.source.strip("\n"), cell.source.strip("\n")])), cell.outputs
-        else: joined.append(cell)
+            last.source, last.outputs = (
+                "\n\n".join(filter(None, [last.source.strip("\n"), cell.source.strip("\n")])),
+                cell.outputs,
+            )
+        else:
+            joined.append(cell)
     return joined
 
 # %% ../nbs/17_run.ipynb #4bbd5193
@@ -526,13 +780,25 @@ def render_chapter(
     "A chapter as a piece of a page."
     nb = nbformat.read(path, 4)
     nb.cells = merge_code_cells(visible_cells(nb))
-    exporter = PageExporter(extra_loaders=[DictLoader({"folded.html.j2": CELL_TEMPLATE})], template_name="basic", template_file="folded.html.j2",
-                            exclude_input_prompt=True, exclude_output_prompt=True)
-    body = EXTERNAL_TAGS.sub("", exporter.from_notebook_node(nb, resources={"metadata": {"name": path.stem}})[0])
-    return re.sub(r'(\bid="|href="#|url\(#)(?!\d\d_)', rf"\g<1>{path.stem}--", body)  # two chapters may both have a fig-stars
+    exporter = PageExporter(
+        extra_loaders=[DictLoader({"folded.html.j2": CELL_TEMPLATE})],
+        template_name="basic",
+        template_file="folded.html.j2",
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+    )
+    body = EXTERNAL_TAGS.sub(
+        "", exporter.from_notebook_node(nb, resources={"metadata": {"name": path.stem}})[0]
+    )
+    return re.sub(
+        r'(\bid="|href="#|url\(#)(?!\d\d_)', rf"\g<1>{path.stem}--", body
+    )  # two chapters may both have a fig-stars
 
 # %% ../nbs/17_run.ipynb #2202df3c
-MAIN_METRICS = {"NDCG@20": ("ranking", "rank items", "ranks best"), "RMSE": ("rating", "predict stars", "predicts stars best")}
+MAIN_METRICS = {
+    "NDCG@20": ("ranking", "rank items", "ranks best"),
+    "RMSE": ("rating", "predict stars", "predicts stars best"),
+}
 REFERENCE_MODELS = ("hybrid", "wide-deep")
 COMPARISON_CHAPTER = "07"  # the chapter that fills metrics.json
 
@@ -547,10 +813,25 @@ def reference_model(
 def run_metrics(
     run: Run,  # with or without metrics
     metric: str,  # of `MAIN_METRICS`
-) -> pl.DataFrame:  # records of metrics.json: on all test users, over all windows and seeds, best first
+) -> (
+    pl.DataFrame
+):  # records of metrics.json: on all test users, over all windows and seeds, best first
     "The figures that the first screen is made from."
-    picked = dict(metric=metric, task=MAIN_METRICS[metric][0], split="test", users="all", items="all", n_relevant="any", dataset=run.manifest["dataset"], protocol=run.protocol.name)
-    found = run.metrics().filter([pl.col(c) == v for c, v in picked.items()]).filter(pl.col("value").is_finite())
+    picked = dict(
+        metric=metric,
+        task=MAIN_METRICS[metric][0],
+        split="test",
+        users="all",
+        items="all",
+        n_relevant="any",
+        dataset=run.manifest["dataset"],
+        protocol=run.protocol.name,
+    )
+    found = (
+        run.metrics()
+        .filter([pl.col(c) == v for c, v in picked.items()])
+        .filter(pl.col("value").is_finite())
+    )
     return pooled_records(found).sort("value", descending=metric != "RMSE")
 
 # %% ../nbs/17_run.ipynb #fe717ea3
@@ -561,9 +842,13 @@ def is_significant(
     versus: str,  # better than that one?
 ) -> bool:  # True: the interval of the paired difference says so
     "Is one model better than another beyond chance?"
-    rows = results.select("model", "versus", lo=pl.min_horizontal("lo", "hi"), hi=pl.max_horizontal("lo", "hi"))
+    rows = results.select(
+        "model", "versus", lo=pl.min_horizontal("lo", "hi"), hi=pl.max_horizontal("lo", "hi")
+    )
     turned = rows.select(model="versus", versus="model", lo=-pl.col("hi"), hi=-pl.col("lo"))
-    found = pl.concat([rows, turned]).filter((pl.col("model") == model) & (pl.col("versus") == versus))
+    found = pl.concat([rows, turned]).filter(
+        (pl.col("model") == model) & (pl.col("versus") == versus)
+    )
     better = pl.col("hi") < 0 if metric == "RMSE" else pl.col("lo") > 0
     return len(found) > 0 and found.select(better.fill_null(False).all()).item()
 
@@ -574,16 +859,25 @@ def advice(
 ) -> str:  # a sentence; empty where nothing was measured
     "Which model to use for one task, and how sure that is."
     models = results.filter(pl.col("versus").is_null(), ~pl.col("model").is_in(ABLATIONS))
-    if not len(models): return ""
+    if not len(models):
+        return ""
     best, value = models["model"][0], models["value"][0]
     ours = reference_model(models["model"])
     to = f"To {MAIN_METRICS[metric][1]}, use {best} ({metric} {value:.4f})"
     others = [m for m in models["model"] if m not in OWN_MODELS]
     unsure = [m for m in others if not is_significant(results, metric, best, m)]
-    if ours is None: return f"{to}; {REFERENCE_MODELS[-1]} has not been measured."
-    if not others: return f"{to}; no baseline has been measured."
-    if best == ours: return f"{to}: it beats every baseline, by intervals that exclude zero." if not unsure else f"{to}, though it is not surely better than {join_words(unsure)}."
-    if is_significant(results, metric, best, ours): return f"{to}: it beats {ours}, by an interval that excludes zero."
+    if ours is None:
+        return f"{to}; {REFERENCE_MODELS[-1]} has not been measured."
+    if not others:
+        return f"{to}; no baseline has been measured."
+    if best == ours:
+        return (
+            f"{to}: it beats every baseline, by intervals that exclude zero."
+            if not unsure
+            else f"{to}, though it is not surely better than {join_words(unsure)}."
+        )
+    if is_significant(results, metric, best, ours):
+        return f"{to}: it beats {ours}, by an interval that excludes zero."
     return f"{to}: {ours} is no better, and the difference is too close to call."
 
 # %% ../nbs/17_run.ipynb #75d60c07
@@ -596,8 +890,13 @@ def summary_text(
     run: Run,  # with or without metrics
 ) -> str:  # what to do
     "What the run's figures say in words."
-    found = " ".join(filter(None, (advice(run_metrics(run, metric), metric) for metric in MAIN_METRICS)))
-    return found or f"Nothing has been compared yet; chapter {COMPARISON_CHAPTER} does it: widedeep run --out {os.path.relpath(run.folder)} --chapters {COMPARISON_CHAPTER}"
+    found = " ".join(
+        filter(None, (advice(run_metrics(run, metric), metric) for metric in MAIN_METRICS))
+    )
+    return (
+        found
+        or f"Nothing has been compared yet; chapter {COMPARISON_CHAPTER} does it: widedeep run --out {os.path.relpath(run.folder)} --chapters {COMPARISON_CHAPTER}"
+    )
 
 # %% ../nbs/17_run.ipynb #5b0a71e5
 def top_models(
@@ -606,7 +905,11 @@ def top_models(
 ) -> list:  # the same order
     "Those whom a picture has room for: the first, the hybrid, and the floor."
     floor = "popularity" if "popularity" in models else "mean"
-    return [m for place, m in enumerate(models) if place < max_models or m in (reference_model(models), floor)]
+    return [
+        m
+        for place, m in enumerate(models)
+        if place < max_models or m in (reference_model(models), floor)
+    ]
 
 # %% ../nbs/17_run.ipynb #987713a5
 def headline(
@@ -617,9 +920,14 @@ def headline(
     models = results.filter(pl.col("versus").is_null(), ~pl.col("model").is_in(ABLATIONS))["model"]
     best, ours = models[0], reference_model(models)
     others = [m for m in models if m not in OWN_MODELS] if best == ours else [ours]
-    if ours is None or not others: return f"{best} {MAIN_METRICS[metric][2]}"
+    if ours is None or not others:
+        return f"{best} {MAIN_METRICS[metric][2]}"
     sure = all(is_significant(results, metric, best, m) for m in others)
-    return f"{best} {MAIN_METRICS[metric][2]}, " + ("though not surely" if best == ours and not sure else f"{'' if sure else 'not '}surely better than {'every baseline' if best == ours else ours}")
+    return f"{best} {MAIN_METRICS[metric][2]}, " + (
+        "though not surely"
+        if best == ours and not sure
+        else f"{'' if sure else 'not '}surely better than {'every baseline' if best == ours else ours}"
+    )
 
 
 def plot_winners(
@@ -630,10 +938,14 @@ def plot_winners(
     for metric, (task, _, _) in MAIN_METRICS.items():
         figures = run_metrics(run, metric)
         models = figures.filter(pl.col("versus").is_null(), ~pl.col("model").is_in(ABLATIONS))
-        if not len(models): continue
+        if not len(models):
+            continue
         few = models.filter(pl.col("model").is_in(top_models(models["model"].to_list())))
-        fig = plot_intervals(few, f"{metric} on the test part, {'stars, lower' if metric == 'RMSE' else 'higher'} is better")
-        fig.suptitle(headline(figures, metric), x=.01, ha="left", fontsize=11.5, fontweight="bold")
+        fig = plot_intervals(
+            few,
+            f"{metric} on the test part, {'stars, lower' if metric == 'RMSE' else 'higher'} is better",
+        )
+        fig.suptitle(headline(figures, metric), x=0.01, ha="left", fontsize=11.5, fontweight="bold")
         yield task, fig
 
 
@@ -654,25 +966,56 @@ def run_facts(
 ) -> dict:  # name -> text
     "What the report is about, for its first lines."
     about, log = run.manifest, run.folder / "interactions.parquet"
-    known = {"Data": run.data_name + (", a synthetic shop: nobody in it is real" if about["dataset"].startswith("demo") else "")}
+    known = {
+        "Data": run.data_name
+        + (
+            ", a synthetic shop: nobody in it is real"
+            if about["dataset"].startswith("demo")
+            else ""
+        )
+    }
     if log.exists():
-        n, users, items, first, last = pl.scan_parquet(log).select(pl.len(), pl.n_unique("user"), pl.n_unique("item"), pl.min("timestamp").alias("first"), pl.max("timestamp").alias("last")).collect().row(0)
+        n, users, items, first, last = (
+            pl.scan_parquet(log)
+            .select(
+                pl.len(),
+                pl.n_unique("user"),
+                pl.n_unique("item"),
+                pl.min("timestamp").alias("first"),
+                pl.max("timestamp").alias("last"),
+            )
+            .collect()
+            .row(0)
+        )
         known |= {"Rows": f"{n:,}", "Users": f"{users:,}", "Items": f"{items:,}"}
-        if first: known["Years"] = f"{first.year} to {last.year}" if first.year < last.year else str(first.year)
-    return known | {"Protocol": about["protocol"], "Seed": str(about["seed"]), "Device": DEVICES.get(about["device"], about["device"])}
+        if first:
+            known["Years"] = (
+                f"{first.year} to {last.year}" if first.year < last.year else str(first.year)
+            )
+    return known | {
+        "Protocol": about["protocol"],
+        "Seed": str(about["seed"]),
+        "Device": DEVICES.get(about["device"], about["device"]),
+    }
 
 # %% ../nbs/17_run.ipynb #0b2d0678
 def notebook_title(
     path: Path,  # of a notebook
 ) -> str:  # its first heading
     "What a chapter is called."
-    headings = re.findall(r"^# (.+)$", "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"), re.M)
+    headings = re.findall(
+        r"^# (.+)$",
+        "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"),
+        re.M,
+    )
     return headings[0] if headings else path.stem[3:]
 
 # %% ../nbs/17_run.ipynb #26dbe6d6
 LIGHT_CSS = "--ink:#1f2933;--paper:#fff;--quiet:#5c6670;--line:#dde2e7;--tint:#f6f8fa;--link:#0b7285;--alarm:#c92a2a"
 DARK_CSS = "--ink:#e6edf3;--paper:#0f1720;--quiet:#9aa7b4;--line:#2b3744;--tint:#17212c;--link:#3bc9db;--alarm:#ff8787"
-DARK_COLORS = dict(reference_tables="#22b8cf", n_ann_candidates="#9775fa", alarm="#ff8787")  # the colours of figures that are too dark for the night
+DARK_COLORS = dict(
+    reference_tables="#22b8cf", n_ann_candidates="#9775fa", alarm="#ff8787"
+)  # the colours of figures that are too dark for the night
 PAGE_CSS = """
 *{box-sizing:border-box} html{scroll-behavior:smooth;-webkit-text-size-adjust:100%} body{margin:0;color:var(--ink);background:var(--paper);font:1rem/1.6 system-ui,sans-serif}
 a{color:var(--link)} .layout{display:grid;grid-template-columns:minmax(0,44rem);justify-content:center;gap:0 3rem;padding:0 1rem 4rem}
@@ -691,8 +1034,14 @@ table{border-collapse:collapse;font-size:.87rem;font-variant-numeric:tabular-num
 
 def page_css() -> str:
     "All CSS of the page: colours of day and night, of text and of code."
-    light, dark = (HtmlFormatter(style=s).get_style_defs(".highlight") for s in ("default", "github-dark"))
-    bright = "".join(f'svg [style*="{use}: {COLORS[name]}"]{{{use}:{color}!important}}' for name, color in DARK_COLORS.items() for use in ("fill", "stroke"))
+    light, dark = (
+        HtmlFormatter(style=s).get_style_defs(".highlight") for s in ("default", "github-dark")
+    )
+    bright = "".join(
+        f'svg [style*="{use}: {COLORS[name]}"]{{{use}:{color}!important}}'
+        for name, color in DARK_COLORS.items()
+        for use in ("fill", "stroke")
+    )
     return f":root{{{LIGHT_CSS};color-scheme:light dark}}{PAGE_CSS}{light}@media (prefers-color-scheme:dark){{:root{{{DARK_CSS}}}{dark}{bright}}}.highlight,.highlight pre{{background:var(--tint)!important}}"
 
 # %% ../nbs/17_run.ipynb #a654676d
@@ -701,22 +1050,37 @@ def render_page(
 ) -> str:  # one HTML document that loads nothing
     "The report of a run."
     chapters = {stem: entry["status"] for stem, entry in sorted(run.manifest["chapters"].items())}
-    files = {stem: path for stem in chapters if (path := run.folder / "notebooks" / f"{stem}.ipynb").exists()}
-    entries = [f'<li><a href="#{stem}">{stem[:2]} {html.escape(notebook_title(path))}</a>{"" if chapters[stem] == "done" else f" <b>{chapters[stem]}</b>"}</li>' for stem, path in files.items()]
-    bodies = [f'<section id="{stem}">{render_chapter(path)}</section>' for stem, path in files.items()]
+    files = {
+        stem: path
+        for stem in chapters
+        if (path := run.folder / "notebooks" / f"{stem}.ipynb").exists()
+    }
+    entries = [
+        f'<li><a href="#{stem}">{stem[:2]} {html.escape(notebook_title(path))}</a>{"" if chapters[stem] == "done" else f" <b>{chapters[stem]}</b>"}</li>'
+        for stem, path in files.items()
+    ]
+    bodies = [
+        f'<section id="{stem}">{render_chapter(path)}</section>' for stem, path in files.items()
+    ]
     known, name, figure = run_facts(run), html.escape(run.data_name), winners_svg(run)
     lines = "".join(f"<div><dt>{k}</dt><dd>{html.escape(v)}</dd></div>" for k, v in known.items())
-    figure = figure and f"<figure>{figure}<figcaption>The best models on the test part, and the floor, which knows nobody; all users, with 95 % intervals over users.</figcaption></figure>"
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>What recommends best: {name}</title>'
-            f'<style>{page_css()}</style></head><body><div class="layout"><nav aria-label="Chapters"><ol>{"".join(entries)}</ol></nav><main>'
-            f'<header><h1>What recommends best: {name}</h1><dl>{lines}</dl><p class="verdict">{html.escape(summary_text(run))}</p>{figure}</header>{"".join(bodies)}</main></div></body></html>')
+    figure = (
+        figure
+        and f"<figure>{figure}<figcaption>The best models on the test part, and the floor, which knows nobody; all users, with 95 % intervals over users.</figcaption></figure>"
+    )
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>What recommends best: {name}</title>'
+        f'<style>{page_css()}</style></head><body><div class="layout"><nav aria-label="Chapters"><ol>{"".join(entries)}</ol></nav><main>'
+        f'<header><h1>What recommends best: {name}</h1><dl>{lines}</dl><p class="verdict">{html.escape(summary_text(run))}</p>{figure}</header>{"".join(bodies)}</main></div></body></html>'
+    )
 
 # %% ../nbs/17_run.ipynb #e96d7ca6
 def write_page(
     run: Run,  # finished or not
 ) -> Path:  # index.html of the run
     "Write the report's page, whole or not at all."
-    with atomic_write(run.folder / "index.html") as p: p.write_text(render_page(run))
+    with atomic_write(run.folder / "index.html") as p:
+        p.write_text(render_page(run))
     return run.folder / "index.html"
 
 # %% ../nbs/17_run.ipynb #fbc1f924
@@ -725,10 +1089,17 @@ def to_quarto_div(
 ) -> nbformat.NotebookNode:  # the same in Markdown
     "A labelled output as Quarto's cross-reference div."
     about = output.metadata["widedeep"]
-    bare = re.sub(rf"</?figure[^>]*>|<(figcaption|caption)>.*?</\1>| id=\"{about['label']}\"", "", output.data["text/html"], flags=re.S)
+    bare = re.sub(
+        rf"</?figure[^>]*>|<(figcaption|caption)>.*?</\1>| id=\"{about['label']}\"",
+        "",
+        output.data["text/html"],
+        flags=re.S,
+    )
     caption = re.sub(r"([\\`*_{}\[\]<>#|~^$@])", r"\\\1", about["caption"])
     text = f"::: {{#{about['label']}}}\n\n````{{=html}}\n{bare}\n````\n\n{caption}\n\n:::\n"
-    return nbformat.v4.new_output("display_data", {"text/markdown": text}, metadata={"widedeep": about})
+    return nbformat.v4.new_output(
+        "display_data", {"text/markdown": text}, metadata={"widedeep": about}
+    )
 
 
 def site_filter(
@@ -737,7 +1108,10 @@ def site_filter(
     "A notebook in Quarto's terms."
     nb.cells = visible_cells(nb, keep_options=True)
     for cell in nb.cells:
-        if cell.cell_type == "code": cell.outputs = [to_quarto_div(o) if "widedeep" in o.get("metadata", {}) else o for o in cell.outputs]
+        if cell.cell_type == "code":
+            cell.outputs = [
+                to_quarto_div(o) if "widedeep" in o.get("metadata", {}) else o for o in cell.outputs
+            ]
     return nb
 
 # %% ../nbs/17_run.ipynb #fcdc6dbc
@@ -748,11 +1122,16 @@ def copy_outputs(
     include_rows: bool = True,  # also the outputs of cells that show rows of the log?
 ) -> nbformat.NotebookNode:  # the source with the executed one's outputs
     "Copy outputs by cell id."
-    withheld = nbformat.v4.new_output("display_data", {"text/markdown": "*Rows of this log are not published; run the chapter to see them.*"})
+    withheld = nbformat.v4.new_output(
+        "display_data",
+        {"text/markdown": "*Rows of this log are not published; run the chapter to see them.*"},
+    )
     ran = {c.id: c for c in executed.cells}
     for cell in source.cells:
-        if cell.id not in ran or ran[cell.id].source != cell.source: raise UserError("has changed since the run; run it again with --resume")
-        if cell.cell_type != "code": continue
+        if cell.id not in ran or ran[cell.id].source != cell.source:
+            raise UserError("has changed since the run; run it again with --resume")
+        if cell.cell_type != "code":
+            continue
         outputs = json.dumps([o for o in ran[cell.id].outputs if o.get("name") != "stderr"])
         outputs = outputs.replace(json.dumps(str(folder))[1:-1], f"runs/{folder.name}")
         shown = include_rows or "rows" not in cell.metadata.get("tags", [])
@@ -760,7 +1139,18 @@ def copy_outputs(
     return source
 
 # %% ../nbs/17_run.ipynb #9d723137
-PUBLISHED_METRICS = ("RMSE", "MAE", "Precision@5", "Recall@5", "MAP@5", "Recall@20", "NDCG@20", "Coverage@20", "Gini@20", "Novelty@20")
+PUBLISHED_METRICS = (
+    "RMSE",
+    "MAE",
+    "Precision@5",
+    "Recall@5",
+    "MAP@5",
+    "Recall@20",
+    "NDCG@20",
+    "Coverage@20",
+    "Gini@20",
+    "Novelty@20",
+)
 
 
 def collect_results(
@@ -768,13 +1158,37 @@ def collect_results(
 ) -> dict:  # for results/NAME.json
     "The main figures of a run, over all its seeds and windows, and what they were computed with."
     about, log = run.manifest, run.folder / "interactions.parquet"
-    said = {name: run.read(f"{name}.json") if (run.folder / f"{name}.json").exists() else {} for name in ("ingest", "eda", "preprocessing")}
-    of_log = {k: said["ingest"].get(k) for k in ("rows_read", "kept", "users", "items", "dropped", "first", "last", "has_stars")}
-    figures = pooled_records(run.metrics().filter(pl.col("metric").is_in(PUBLISHED_METRICS), protocol=run.protocol.name)).with_columns(dataset=pl.lit(run.data_name))
-    return {"dataset": run.data_name, "rows": pl.scan_parquet(log).select(pl.len()).collect().item() if log.exists() else None} | {k: about[k] for k in ("protocol", "seed", "device", "versions")} | {
-        "log": of_log, "summary": said["eda"].get("summary", {}), "parts": said["preprocessing"].get("parts", []),
-        "seconds": {stem: c["seconds"] for stem, c in sorted(about["chapters"].items())}, "steps": {name: s["seconds"] for name, s in about["steps"].items()},
-        "newcomers": run.read("newcomers.json") if (run.folder / "newcomers.json").exists() else {}, "metrics": figures.to_dicts()}
+    said = {
+        name: run.read(f"{name}.json") if (run.folder / f"{name}.json").exists() else {}
+        for name in ("ingest", "eda", "preprocessing")
+    }
+    of_log = {
+        k: said["ingest"].get(k)
+        for k in ("rows_read", "kept", "users", "items", "dropped", "first", "last", "has_stars")
+    }
+    figures = pooled_records(
+        run.metrics().filter(pl.col("metric").is_in(PUBLISHED_METRICS), protocol=run.protocol.name)
+    ).with_columns(dataset=pl.lit(run.data_name))
+    return (
+        {
+            "dataset": run.data_name,
+            "rows": pl.scan_parquet(log).select(pl.len()).collect().item()
+            if log.exists()
+            else None,
+        }
+        | {k: about[k] for k in ("protocol", "seed", "device", "versions")}
+        | {
+            "log": of_log,
+            "summary": said["eda"].get("summary", {}),
+            "parts": said["preprocessing"].get("parts", []),
+            "seconds": {stem: c["seconds"] for stem, c in sorted(about["chapters"].items())},
+            "steps": {name: s["seconds"] for name, s in about["steps"].items()},
+            "newcomers": run.read("newcomers.json")
+            if (run.folder / "newcomers.json").exists()
+            else {},
+            "metrics": figures.to_dicts(),
+        }
+    )
 
 
 def dump_results(
@@ -782,7 +1196,10 @@ def dump_results(
 ) -> str:  # JSON, a record a line
     "Results as text in which a change is easy to see."
     records = ",\n".join("  " + json.dumps(r) for r in results["metrics"])
-    flat = lambda record: re.sub(r"\s*\n\s*", " ", record[0]).replace("{ ", "{").replace(" }", "}")
+
+    def flat(record):
+        return re.sub(r"\s*\n\s*", " ", record[0]).replace("{ ", "{").replace(" }", "}")
+
     head = re.sub(r"\{[^{}\[\]]*\}", flat, json.dumps(results | {"metrics": []}, indent=1))
     return head.replace('"metrics": []', f'"metrics": [\n{records}\n ]') + "\n"
 
@@ -791,9 +1208,17 @@ def load_results(
     folder: Path,  # results/ of a checkout
 ) -> dict:  # name of the file -> results; real logs first, the demo last; `name` tells several runs on one log apart
     "The figures of all published runs."
-    runs = {f.stem: json.loads(f.read_text()) for f in sorted(Path(folder).glob("*.json"), key=lambda f: (f.stem.startswith("demo"), f.stem))}
+    runs = {
+        f.stem: json.loads(f.read_text())
+        for f in sorted(
+            Path(folder).glob("*.json"), key=lambda f: (f.stem.startswith("demo"), f.stem)
+        )
+    }
     logs = [r["dataset"] for r in runs.values()]
-    return {n: r | {"name": r["dataset"] + f" {r['protocol']}" * (logs.count(r["dataset"]) > 1)} for n, r in runs.items()}
+    return {
+        n: r | {"name": r["dataset"] + f" {r['protocol']}" * (logs.count(r["dataset"]) > 1)}
+        for n, r in runs.items()
+    }
 
 
 def published_metric(
@@ -804,27 +1229,65 @@ def published_metric(
 ) -> pl.DataFrame:  # as `run_metrics`: best first
     "One metric of a published run, for one group."
     picked = dict(metric=metric, split="test", users=users, items=items, n_relevant="any")
-    found = pooled_records(pl.DataFrame(results["metrics"], schema=METRIC_SCHEMA).filter([pl.col(c) == v for c, v in picked.items()]))
-    return found.filter(pl.col("value").is_finite()).sort("value", descending=metric not in ("RMSE", "MAE", "Gini@20"))
+    found = pooled_records(
+        pl.DataFrame(results["metrics"], schema=METRIC_SCHEMA).filter(
+            [pl.col(c) == v for c, v in picked.items()]
+        )
+    )
+    return found.filter(pl.col("value").is_finite()).sort(
+        "value", descending=metric not in ("RMSE", "MAE", "Gini@20")
+    )
 
 # %% ../nbs/17_run.ipynb #e0e4e959
 def readme_table(
     results: dict,  # of one run
 ) -> str:  # Markdown
     "The figures of one run as the README shows them."
-    rows = [r for r in results["metrics"] if (r["split"], r["users"], r["items"], r["relevant"]) == ("test", "all", "all", "any") and r["metric"] in MAIN_METRICS]
+    rows = [
+        r
+        for r in results["metrics"]
+        if (r["split"], r["users"], r["items"], r["relevant"]) == ("test", "all", "all", "any")
+        and r["metric"] in MAIN_METRICS
+    ]
     own = {(r["model"], r["metric"]): r for r in rows if r["versus"] is None}
     ours = reference_model([m for m, _ in own]) or REFERENCE_MODELS[-1]
-    apart = {(r["versus"], r["metric"]): r for r in rows if r["versus"] is not None and r["model"] == ours}
-    orders = [[m for m, _ in sorted(((m, r["value"] * way) for (m, x), r in own.items() if x == metric), key=lambda pair: pair[1])] for metric, way in (("NDCG@20", -1), ("RMSE", 1))]
+    apart = {
+        (r["versus"], r["metric"]): r
+        for r in rows
+        if r["versus"] is not None and r["model"] == ours
+    }
+    orders = [
+        [
+            m
+            for m, _ in sorted(
+                ((m, r["value"] * way) for (m, x), r in own.items() if x == metric),
+                key=lambda pair: pair[1],
+            )
+        ]
+        for metric, way in (("NDCG@20", -1), ("RMSE", 1))
+    ]
     ranked = list(dict.fromkeys(top_models(orders[0]) + top_models(orders[1], 5)))
-    written = lambda r, sign="": format_ci(r["value"], r["lo"], r["hi"], sign) if r else ""
-    lines = [[m] + [written(of.get((m, metric)), sign) for metric in ("RMSE", "NDCG@20") for of, sign in ((own, ""), (apart, "+"))] for m in ranked]
+
+    def written(r, sign=""):
+        return format_ci(r["value"], r["lo"], r["hi"], sign) if r else ""
+
+    lines = [
+        [m]
+        + [
+            written(of.get((m, metric)), sign)
+            for metric in ("RMSE", "NDCG@20")
+            for of, sign in ((own, ""), (apart, "+"))
+        ]
+        for m in ranked
+    ]
     head = ["model", "RMSE", f"{ours} minus it", "NDCG@20", f"{ours} minus it"]
     left = len({m for m, _ in own}) - len(ranked)
     synthetic = " (synthetic)" if results["dataset"] == "demo" else ""
-    return (f"**{results['dataset']}**{synthetic}, protocol `{results['protocol']}`, {results['rows']:,} rows, measured on {DEVICES.get(results['device'], results['device'])}:\n\n"
-            + "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * 5, *lines]) + f"\n\n{left} more in [results](results/)." * (left > 0))
+    return (
+        f"**{results['dataset']}**{synthetic}, protocol `{results['protocol']}`, {results['rows']:,} rows, measured on {DEVICES.get(results['device'], results['device'])}:\n\n"
+        + "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * 5, *lines])
+        + f"\n\n{left} more in [results](results/)." * (left > 0)
+    )
 
 
 def update_readme(
@@ -832,13 +1295,29 @@ def update_readme(
 ):
     "Write tables and pictures of all published runs between the README's marks."
     readme = results.parent / "README.md"
-    if not readme.exists(): return
+    if not readme.exists():
+        return
     runs = load_results(results)
-    text = replace_between(readme.read_text(), "figures", "\n\n".join(map(readme_table, runs.values())))
-    pictures = sorted(p for name in runs for p in results.glob(f"{name}-ra*.png") if not name.startswith("demo"))
-    text = replace_between(text, "picture", "\n".join(f'<img src="results/{p.name}" width="49%" alt="Models with 95 % intervals, {p.stem.replace("-", " ")}; the same figures stand in the table below.">' for p in pictures))
-    if (size := results / "scale" / "cpu.json").exists(): text = replace_between(text, "size", _import_from("scale", "lines_on_size")(json.loads(size.read_text())))
-    with atomic_write(readme) as p: p.write_text(text)
+    text = replace_between(
+        readme.read_text(), "figures", "\n\n".join(map(readme_table, runs.values()))
+    )
+    pictures = sorted(
+        p for name in runs for p in results.glob(f"{name}-ra*.png") if not name.startswith("demo")
+    )
+    text = replace_between(
+        text,
+        "picture",
+        "\n".join(
+            f'<img src="results/{p.name}" width="49%" alt="Models with 95 % intervals, {p.stem.replace("-", " ")}; the same figures stand in the table below.">'
+            for p in pictures
+        ),
+    )
+    if (size := results / "scale" / "cpu.json").exists():
+        text = replace_between(
+            text, "size", _import_from("scale", "lines_on_size")(json.loads(size.read_text()))
+        )
+    with atomic_write(readme) as p:
+        p.write_text(text)
 
 
 def replace_between(
@@ -847,7 +1326,12 @@ def replace_between(
     replacement: str,  # what shall stand between them
 ) -> str:
     "Replace what stands between two marks."
-    return re.sub(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", lambda m: f"{m[1]}{replacement}\n{m[2]}", text, flags=re.S)
+    return re.sub(
+        rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)",
+        lambda m: f"{m[1]}{replacement}\n{m[2]}",
+        text,
+        flags=re.S,
+    )
 
 # %% ../nbs/17_run.ipynb #031367af
 def static_pages(
@@ -863,9 +1347,13 @@ def execute_pages(
     "Make the pages anew from results/, their outputs with them."
     with tempfile.TemporaryDirectory() as folder:
         for path in static_pages(notebooks):
-            if error := execute_notebook(path, Path(folder) / path.name, {}): raise explain_failure(error, path)
-            made = copy_outputs(nbformat.read(path, 4), nbformat.read(Path(folder) / path.name, 4), Path(folder))
-            with atomic_write(path) as p: nbformat.write(made, p)
+            if error := execute_notebook(path, Path(folder) / path.name, {}):
+                raise explain_failure(error, path)
+            made = copy_outputs(
+                nbformat.read(path, 4), nbformat.read(Path(folder) / path.name, 4), Path(folder)
+            )
+            with atomic_write(path) as p:
+                nbformat.write(made, p)
 
 # %% ../nbs/17_run.ipynb #85db4d9e
 def publishable_chapters(
@@ -873,12 +1361,25 @@ def publishable_chapters(
     notebooks: Path,  # nbs/ of the checkout
 ) -> dict:  # path -> notebook to write there
     "The chapters as they are to be published."
-    done, ready = [stem for stem, c in sorted(run.manifest["chapters"].items()) if c["status"] == "done"], {}
-    if not done: raise UserError(f"{run.folder} has no finished chapter to publish; run it first")
+    done, ready = (
+        [stem for stem, c in sorted(run.manifest["chapters"].items()) if c["status"] == "done"],
+        {},
+    )
+    if not done:
+        raise UserError(f"{run.folder} has no finished chapter to publish; run it first")
     made_up = run.manifest["dataset"].split("?")[0] == "demo"
     for path in (Path(notebooks) / f"{stem}.ipynb" for stem in done):
-        try: ready[path] = copy_outputs(nbformat.read(path, 4), nbformat.read(run.folder / "notebooks" / path.name, 4), run.folder, made_up)
-        except (UserError, FileNotFoundError) as e: raise UserError(f"chapter {path.stem} {e if isinstance(e, UserError) else 'is missing'}") from None
+        try:
+            ready[path] = copy_outputs(
+                nbformat.read(path, 4),
+                nbformat.read(run.folder / "notebooks" / path.name, 4),
+                run.folder,
+                made_up,
+            )
+        except (UserError, FileNotFoundError) as e:
+            raise UserError(
+                f"chapter {path.stem} {e if isinstance(e, UserError) else 'is missing'}"
+            ) from None
     return ready
 
 
@@ -887,9 +1388,13 @@ def publish_scale_results(
     folder: Path,  # gets a file named by the device
 ):
     "What large sizes took, where they were measured."
-    if not (run.folder / "scale.json").exists() or not _import_from("scale", "lines_on_size")(found := run.read("scale.json")): return
+    if not (run.folder / "scale.json").exists() or not _import_from("scale", "lines_on_size")(
+        found := run.read("scale.json")
+    ):
+        return
     device = re.sub("[^a-z0-9]+", "-", found["bench"]["machine"]["name"].lower()) or "cpu"
-    with atomic_write(Path(folder) / f"{device}.json") as p: p.write_text(json.dumps(found, indent=1) + "\n")
+    with atomic_write(Path(folder) / f"{device}.json") as p:
+        p.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def publish(
@@ -897,17 +1402,27 @@ def publish(
     notebooks: Path,  # nbs/ of the checkout; results/ lies beside it
 ) -> Path:  # the file of figures
     "Put a run's figures into results/ and what quotes them, and its outputs into the notebooks."
-    ready, target = publishable_chapters(run, notebooks), Path(notebooks).parent / "results" / f"{run.data_name}-{run.protocol.name}.json"
+    ready, target = (
+        publishable_chapters(run, notebooks),
+        Path(notebooks).parent / "results" / f"{run.data_name}-{run.protocol.name}.json",
+    )
     for path, nb in ready.items():
-        with atomic_write(path) as p: nbformat.write(nb, p)
-    with atomic_write(target) as p: p.write_text(dump_results(collect_results(run)))
+        with atomic_write(path) as p:
+            nbformat.write(nb, p)
+    with atomic_write(target) as p:
+        p.write_text(dump_results(collect_results(run)))
     publish_scale_results(run, target.parent / "scale")
     for task, fig in plot_winners(run):
-        with atomic_write(target.with_name(f"{target.stem}-{task}.png")) as p: fig.savefig(p, dpi=200, facecolor="white", bbox_inches="tight")
+        with atomic_write(target.with_name(f"{target.stem}-{task}.png")) as p:
+            fig.savefig(p, dpi=200, facecolor="white", bbox_inches="tight")
         plt.close(fig)
     update_readme(target.parent)
     execute_pages(notebooks)
-    subprocess.run([sys.executable, "-c", "from nbdev.clean import nbdev_clean; nbdev_clean()"], cwd=Path(notebooks).parent, check=True)
+    subprocess.run(
+        [sys.executable, "-c", "from nbdev.clean import nbdev_clean; nbdev_clean()"],
+        cwd=Path(notebooks).parent,
+        check=True,
+    )
     return target
 
 # %% ../nbs/17_run.ipynb #83932e13
@@ -917,9 +1432,18 @@ def load_model(
 ) -> Recommender:  # as it was fitted
     "A fitted model of a run."
     known = sorted(p.parent.name for p in (run.folder / "models").glob("*/model.json"))
-    if not known: raise UserError(f"{run.folder} has no fitted model; run the chapters on training and baselines")
-    best = run_metrics(run, "NDCG@20").filter(pl.col("versus").is_null(), ~pl.col("model").is_in(ABLATIONS))["model"]
-    name = check_choice(name, known, "model") if name else next(m for m in (*best, *REFERENCE_MODELS, *known) if m in known)
+    if not known:
+        raise UserError(
+            f"{run.folder} has no fitted model; run the chapters on training and baselines"
+        )
+    best = run_metrics(run, "NDCG@20").filter(
+        pl.col("versus").is_null(), ~pl.col("model").is_in(ABLATIONS)
+    )["model"]
+    name = (
+        check_choice(name, known, "model")
+        if name
+        else next(m for m in (*best, *REFERENCE_MODELS, *known) if m in known)
+    )
     fitted = load_recommender(run.model_folder(name))
     fitted.name = name
     return fitted
@@ -929,8 +1453,13 @@ def parse_basket(
     text: str,  # ITEM:STARS,ITEM,...
 ) -> dict:  # item -> stars, None where there are none
     "A basket as it is typed."
-    pairs = [re.fullmatch(r"(.+?)(?::(\d+(?:\.\d+)?))?", part.strip()) for part in text.split(",") if part.strip()]
-    if not pairs: raise UserError("the basket is empty; write --basket ITEM:STARS,ITEM,...")
+    pairs = [
+        re.fullmatch(r"(.+?)(?::(\d+(?:\.\d+)?))?", part.strip())
+        for part in text.split(",")
+        if part.strip()
+    ]
+    if not pairs:
+        raise UserError("the basket is empty; write --basket ITEM:STARS,ITEM,...")
     return {m[1]: float(m[2]) if m[2] else None for m in pairs}
 
 # %% ../nbs/17_run.ipynb #fcbd079a
@@ -955,7 +1484,11 @@ def user_rows(
 ) -> pl.DataFrame:  # the user's rows, oldest first
     "What the shop knows of a user by now."
     log = run.folder / "interactions.parquet"
-    return sort_by_time(training_events(pl.read_parquet(log)).filter(user=user)) if user and log.exists() else pl.DataFrame()
+    return (
+        sort_by_time(training_events(pl.read_parquet(log)).filter(user=user))
+        if user and log.exists()
+        else pl.DataFrame()
+    )
 
 
 def to_history(
@@ -963,7 +1496,9 @@ def to_history(
     item_ids: pl.Series,  # ids that the model knows, in order of their codes
 ) -> History:  # of that user
     "A user's rows as a history; items that the model does not know are left out."
-    coded = rows.with_columns(user=pl.lit(0), item=encode_ids(rows["item"], item_ids)).filter(pl.col("item") < len(item_ids))
+    coded = rows.with_columns(user=pl.lit(0), item=encode_ids(rows["item"], item_ids)).filter(
+        pl.col("item") < len(item_ids)
+    )
     return History.from_rows(coded, 1)
 
 # %% ../nbs/17_run.ipynb #b74167ac
@@ -975,23 +1510,45 @@ def recommend_from_run(
     model: str = "",  # name; empty: the one whose lists are best on the test part
     items: str = "known",  # to choose from: those with events, the "new" ones without, or "all"
     rules: str = "",  # a file of rules, JSON or YAML
-    diversity: float = 0.,  # strength, 0 to 1
+    diversity: float = 0.0,  # strength, 0 to 1
     order: str = "score",  # or "revenue"
 ) -> dict:  # model, note (who this is to the model), items: rank, item, title, score, stars and why, as far as they are there
     "A list for a user or a basket."
-    if bool(user) == bool(basket): raise UserError("recommend needs either --user ID or --basket ITEM:STARS,ITEM,...")
+    if bool(user) == bool(basket):
+        raise UserError("recommend needs either --user ID or --basket ITEM:STARS,ITEM,...")
     fitted, things = load_model(run, model), parse_basket(basket) if basket else {}
     unknown, mine = [i for i in things if i not in fitted.all_items], user_rows(run, user)
-    stranger = not len(mine) and user not in fitted.all_users if user else len(unknown) == len(things)
+    stranger = (
+        not len(mine) and user not in fitted.all_users if user else len(unknown) == len(things)
+    )
     instead = "this is what is popular" if items == "known" else "this is what it shows to anybody"
-    note = f"nobody called {user} is in the log; {instead}" if user and stranger else \
-        f"{fitted.name} knows nothing of {join_words(unknown)}" + (f"; {instead}" if stranger else "") if unknown else ""
+    note = (
+        f"nobody called {user} is in the log; {instead}"
+        if user and stranger
+        else f"{fitted.name} knows nothing of {join_words(unknown)}"
+        + (f"; {instead}" if stranger else "")
+        if unknown
+        else ""
+    )
     history = to_history(mine, fitted.all_items) if len(mine) else None
     shelf = load_pipeline(run, model=fitted)
-    if stranger and items == "known": shelf.retrieve = partial(popular_items, fitted)
-    found = shelf.recommend([[]] if stranger else user or things, k, history, rules=read_rules(rules) if rules else Rules(), diversity=diversity, order=order, n_candidates=items)
+    if stranger and items == "known":
+        shelf.retrieve = partial(popular_items, fitted)
+    found = shelf.recommend(
+        [[]] if stranger else user or things,
+        k,
+        history,
+        rules=read_rules(rules) if rules else Rules(),
+        diversity=diversity,
+        order=order,
+        n_candidates=items,
+    )
     found = found.with_columns(explanations(found, shelf.items)).fill_nan(None)
-    columns = [c for c in ("rank", "item", "title", "score", "stars", "price", "because", "why") if c in found.columns]
+    columns = [
+        c
+        for c in ("rank", "item", "title", "score", "stars", "price", "because", "why")
+        if c in found.columns
+    ]
     return {"model": fitted.name, "note": note, "items": found.select(columns).to_dicts()}
 
 # %% ../nbs/17_run.ipynb #91420564
@@ -999,31 +1556,57 @@ def format_table(
     rows: list,  # from `recommend_from_run`
 ) -> list:  # of text: a heading, and a line a product
     "A list in columns."
-    if not rows: return []
-    form = {"rank": "{}", "score": "{:.4f}", "stars": "{:.1f}", "price": "{:.2f}", "item": "{}", "title": "{}", "why": "{}"}
+    if not rows:
+        return []
+    form = {
+        "rank": "{}",
+        "score": "{:.4f}",
+        "stars": "{:.1f}",
+        "price": "{:.2f}",
+        "item": "{}",
+        "title": "{}",
+        "why": "{}",
+    }
     there = {c: f for c, f in form.items() if any(row.get(c) is not None for row in rows)}
-    cells = [[c for c in there]] + [["" if row[c] is None else f.format(row[c]) for c, f in there.items()] for row in rows]
+    cells = [[c for c in there]] + [
+        ["" if row[c] is None else f.format(row[c]) for c, f in there.items()] for row in rows
+    ]
     width = [max(len(row[i]) for row in cells) for i in range(len(there))]
-    return ["  ".join(cell.rjust(w) if c in ("rank", "score", "stars", "price") else cell.ljust(w) for cell, w, c in zip(row, width, there)).rstrip() for row in cells]
+    return [
+        "  ".join(
+            cell.rjust(w) if c in ("rank", "score", "stars", "price") else cell.ljust(w)
+            for cell, w, c in zip(row, width, there)
+        ).rstrip()
+        for row in cells
+    ]
 
 # %% ../nbs/17_run.ipynb #c36f5266
 def bench_recommend(
     repeats: int = 50,  # lists, one after the other; the median counts
     n_items: int = 50_000,  # products of a made-up shop
-    seconds: float = 10.,  # that a load on its service lasts
-    rate: float = 500.,  # requests a second
+    seconds: float = 10.0,  # that a load on its service lasts
+    rate: float = 500.0,  # requests a second
 ) -> dict:  # name -> figure
     "The time from a basket to its list, and a service under load."
     from widedeep_nb.serving import measure_load, synthetic_catalog_run
+
     with tempfile.TemporaryDirectory() as place:
         run, took = synthetic_catalog_run(Path(place) / "shop", n_items), []
-        model, codes = load_recommender(run.model_folder("hybrid")), np.random.default_rng(0).integers(0, n_items, (repeats + 5, 3))
+        model, codes = (
+            load_recommender(run.model_folder("hybrid")),
+            np.random.default_rng(0).integers(0, n_items, (repeats + 5, 3)),
+        )
         for basket in model.all_items.gather(codes.ravel()).reshape(codes.shape).to_list():
             started = time.perf_counter()
             model.recommend([basket], items="all")
             took.append(time.perf_counter() - started)
         load = measure_load(run, seconds, rate)
-    return {f"a basket's list of {n_items:,}, ms": 1000 * float(np.median(took[5:])), f"of {n_items:,}: requests answered a second": load["answered"] / load["seconds"], "99 % of them within, ms": load["p99"], "requests not answered": load["asked"] - load["answered"]}
+    return {
+        f"a basket's list of {n_items:,}, ms": 1000 * float(np.median(took[5:])),
+        f"of {n_items:,}: requests answered a second": load["answered"] / load["seconds"],
+        "99 % of them within, ms": load["p99"],
+        "requests not answered": load["asked"] - load["answered"],
+    }
 
 # %% ../nbs/17_run.ipynb #a6780317
 def bench_two_stages(
@@ -1031,10 +1614,18 @@ def bench_two_stages(
     n_users: int = 300,  # asked about one after another
 ) -> dict:  # name -> figure
     "A list out of very many products: candidates first, then the hybrid."
-    from widedeep_nb.export import synthetic_hybrid, measure_two_stages, latency_percentiles
+    from widedeep_nb.export import latency_percentiles, measure_two_stages, synthetic_hybrid
+
     found = measure_two_stages(synthetic_hybrid(n_items), n_users, min(n_users, 50))
     (half, most), (slow, _) = latency_percentiles(found["two"]), latency_percentiles(found["all"])
-    said = {"half of the lists, ms": half, "99 % of the lists, ms": most, "all products, ms": slow, "recall@10 of the index, %": 100 * min(found["recall"].values()), "places as from all products, %": 100 * found["overlap"], "memory, GB": found["memory"]}
+    said = {
+        "half of the lists, ms": half,
+        "99 % of the lists, ms": most,
+        "all products, ms": slow,
+        "recall@10 of the index, %": 100 * min(found["recall"].values()),
+        "places as from all products, %": 100 * found["overlap"],
+        "memory, GB": found["memory"],
+    }
     return {f"of {n_items:,}: {name}": value for name, value in said.items()}
 
 # %% ../nbs/17_run.ipynb #cb025883
@@ -1045,21 +1636,37 @@ def cli():
 
 # %% ../nbs/17_run.ipynb #604085be
 @cli.command("run")
-@click.option("--dataset", default="", help="A known name, a file, a folder or a database query [demo]")
-@click.option("--protocol", default="", help=f"How results are measured: {', '.join(PROTOCOLS)} [strict; given, where the data comes in parts]")
+@click.option(
+    "--dataset", default="", help="A known name, a file, a folder or a database query [demo]"
+)
+@click.option(
+    "--protocol",
+    default="",
+    help=f"How results are measured: {', '.join(PROTOCOLS)} [strict; given, where the data comes in parts]",
+)
 @click.option("--out", default="", help="The run folder [runs/ and the name of the data]")
 @click.option("--seed", type=int, help="Of all that is random [0]")
 @click.option("--chapters", default="", help="As 00-07, 03 or 00,02,05-07 [all]")
 @click.option("--resume", is_flag=True, help="Leave what is done already, with the same settings")
-@click.option("-p", "pairs", multiple=True, metavar="NAME=VALUE", help="A parameter of the chapters that declare it")
+@click.option(
+    "-p",
+    "pairs",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A parameter of the chapters that declare it",
+)
 @click.option("-f", "file", type=click.Path(), help="Parameters from a YAML file; -p goes before")
 @click.option("--notebooks", default="", hidden=True)
 def run_command(pairs, file, **options):
     "Run the chapters in order and write the report."
     plan = make_run_plan(overrides=parse_overrides(pairs, file), **options)
-    try: run = run_report(plan)
+    try:
+        run = run_report(plan)
     except KeyboardInterrupt:
-        click.echo(f"stopped; go on with: widedeep run --out {os.path.relpath(plan.folder)} --resume", err=True)
+        click.echo(
+            f"stopped; go on with: widedeep run --out {os.path.relpath(plan.folder)} --resume",
+            err=True,
+        )
         raise SystemExit(130) from None
     click.echo(f"{summary_text(run)}\nThe report: {os.path.relpath(run.folder / 'index.html')}")
 
@@ -1068,7 +1675,8 @@ def open_existing_run(
     folder: str,  # as it was typed
 ) -> Run:
     "A run that is there; asking for one never makes one."
-    if not (Path(folder) / "run.json").exists(): raise UserError(f"{folder} is no run folder; make one with: widedeep run --out {folder}")
+    if not (Path(folder) / "run.json").exists():
+        raise UserError(f"{folder} is no run folder; make one with: widedeep run --out {folder}")
     return Run(folder)
 
 # %% ../nbs/17_run.ipynb #77c3a659
@@ -1076,69 +1684,166 @@ def open_existing_run(
 def datasets_command():
     "List the logs that have a name."
     for d in datasets().iter_rows(named=True):
-        size = "here" if d["here"] else f"{d['megabytes']:,} MB to download" if d["megabytes"] else "to download"
+        size = (
+            "here"
+            if d["here"]
+            else f"{d['megabytes']:,} MB to download"
+            if d["megabytes"]
+            else "to download"
+        )
         click.echo(f"{d['name']:<18} {d['rows']:>12,} rows  {size:<22} {d['what']}; {d['licence']}")
 
 # %% ../nbs/17_run.ipynb #da51bb47
 @cli.command("recommend")
 @click.argument("folder", metavar="RUN")
 @click.option("--user", default="", help="An id, as the shop has it")
-@click.option("--basket", default="", metavar="ITEM:STARS,ITEM,...", help="What somebody has, with or without stars")
+@click.option(
+    "--basket",
+    default="",
+    metavar="ITEM:STARS,ITEM,...",
+    help="What somebody has, with or without stars",
+)
 @click.option("-k", default=10, type=click.IntRange(1), help="Length of the list [10]")
-@click.option("--model", default="", help="Name of the model [whose lists are best on the test part]")
-@click.option("--items", default="known", type=click.Choice(["known", "new", "all"]), help="Choose from products with events, from those without, or from all [known]")
-@click.option("--rules", default="", metavar="FILE", help="JSON or YAML: in_stock, lowest, highest, allowed, blocked, without, most_of_brand")
-@click.option("--diversity", default=0., help="From 0, the best ten, to 1, ten as different as can be [0]")
-@click.option("--order", default="score", type=click.Choice(list(SORT_ORDERS)), help="By what is taken most likely, or by what is expected to be paid [score]")
+@click.option(
+    "--model", default="", help="Name of the model [whose lists are best on the test part]"
+)
+@click.option(
+    "--items",
+    default="known",
+    type=click.Choice(["known", "new", "all"]),
+    help="Choose from products with events, from those without, or from all [known]",
+)
+@click.option(
+    "--rules",
+    default="",
+    metavar="FILE",
+    help="JSON or YAML: in_stock, lowest, highest, allowed, blocked, without, most_of_brand",
+)
+@click.option(
+    "--diversity", default=0.0, help="From 0, the best ten, to 1, ten as different as can be [0]"
+)
+@click.option(
+    "--order",
+    default="score",
+    type=click.Choice(list(SORT_ORDERS)),
+    help="By what is taken most likely, or by what is expected to be paid [score]",
+)
 @click.option("--json", "as_json", is_flag=True, help="For programs")
 def recommend_command(folder, as_json, **options):
     "Recommend to a user or for a basket, with a model of RUN."
     found = recommend_from_run(open_existing_run(folder), **options)
-    if as_json: return click.echo(json.dumps(found, indent=1))
-    if found["note"]: click.echo(found["note"], err=True)
-    for line in format_table(found["items"]): click.echo(line)
+    if as_json:
+        return click.echo(json.dumps(found, indent=1))
+    if found["note"]:
+        click.echo(found["note"], err=True)
+    for line in format_table(found["items"]):
+        click.echo(line)
 
 # %% ../nbs/17_run.ipynb #17a0c0d1
 @cli.command("serve")
 @click.argument("folder", metavar="RUN")
-@click.option("--port", default=8000, type=click.IntRange(0, 65535), help="Where to listen; 0: a port that is free [8000]")
-@click.option("--host", default="127.0.0.1", help="On which address; only this machine reaches 127.0.0.1 [127.0.0.1]")
-@click.option("--model", "models", multiple=True, help="A model to serve, may be given again; the first is the default [hybrid, item-knn and popularity, as far as they are there]")
-@click.option("--token", default="", envvar="WIDEDEEP_TOKEN", help="What a writer of feedback must show; better given as WIDEDEEP_TOKEN, for others can read commands [none]")
-@click.option("--explore", default=0., type=click.FloatRange(0), help="Draw lists by lot, at this temperature [0: show the best]")
-@click.option("--wait", default=0., type=click.FloatRange(0, 1), help="Seconds that a question waits for company [0]")
-@click.option("--feedback-dir", default="", help="Folder in which feedback and lists are kept [service/ in RUN]")
-@click.option("--workers", default=1, type=click.IntRange(1, 64), help="Processes that score, each with the models in its memory [1]")
+@click.option(
+    "--port",
+    default=8000,
+    type=click.IntRange(0, 65535),
+    help="Where to listen; 0: a port that is free [8000]",
+)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    help="On which address; only this machine reaches 127.0.0.1 [127.0.0.1]",
+)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help="A model to serve, may be given again; the first is the default [hybrid, item-knn and popularity, as far as they are there]",
+)
+@click.option(
+    "--token",
+    default="",
+    envvar="WIDEDEEP_TOKEN",
+    help="What a writer of feedback must show; better given as WIDEDEEP_TOKEN, for others can read commands [none]",
+)
+@click.option(
+    "--explore",
+    default=0.0,
+    type=click.FloatRange(0),
+    help="Draw lists by lot, at this temperature [0: show the best]",
+)
+@click.option(
+    "--wait",
+    default=0.0,
+    type=click.FloatRange(0, 1),
+    help="Seconds that a question waits for company [0]",
+)
+@click.option(
+    "--feedback-dir",
+    default="",
+    help="Folder in which feedback and lists are kept [service/ in RUN]",
+)
+@click.option(
+    "--workers",
+    default=1,
+    type=click.IntRange(1, 64),
+    help="Processes that score, each with the models in its memory [1]",
+)
 def serve_command(folder, **options):
     "Answer a shop's page with the models of RUN, until stopped."
     from widedeep_nb.serving import serve
-    run = open_existing_run(folder)                                           # events that were appended since are served; what people say stays with the run
-    serve(_import_from("monitoring", "live")(run.folder), echo=click.echo, **options | {"feedback_dir": options["feedback_dir"] or str(run.folder / "service")})
+
+    run = open_existing_run(
+        folder
+    )  # events that were appended since are served; what people say stays with the run
+    serve(
+        _import_from("monitoring", "live")(run.folder),
+        echo=click.echo,
+        **options | {"feedback_dir": options["feedback_dir"] or str(run.folder / "service")},
+    )
 
 
 @cli.command("feedback")
 @click.argument("folder", metavar="RUN")
-@click.option("--out", default="events.parquet", help="Where the log goes, as Parquet [events.parquet]")
-@click.option("--feedback-dir", default="", help="Folder in which feedback was kept [service/ in RUN]")
+@click.option(
+    "--out", default="events.parquet", help="Where the log goes, as Parquet [events.parquet]"
+)
+@click.option(
+    "--feedback-dir", default="", help="Folder in which feedback was kept [service/ in RUN]"
+)
 def feedback_command(folder, out, feedback_dir):
     "What people said to the service of RUN, as a log that can be read like any other."
     from widedeep_nb.serving import write_feedback
-    click.echo(f"{write_feedback(open_existing_run(folder), Path(out), feedback_dir):,} events are in {out}")
+
+    click.echo(
+        f"{write_feedback(open_existing_run(folder), Path(out), feedback_dir):,} events are in {out}"
+    )
 
 # %% ../nbs/17_run.ipynb #ac8dff3c
 @cli.command("export")
 @click.argument("folder", metavar="RUN")
 @click.option("--model", default="", help="Name of the model [hybrid]")
 @click.option("--out", default="", help="A folder for the files [RUN/export]")
-@click.option("--length", default=50, type=click.IntRange(1), help="Events of a basket that are read, the last ones [50]")
+@click.option(
+    "--length",
+    default=50,
+    type=click.IntRange(1),
+    help="Events of a basket that are read, the last ones [50]",
+)
 def export_command(folder, model, out, length):
     "Write a model of RUN as ONNX, and as a page that runs it in a browser."
     from widedeep_nb.export import write_export
+
     run = open_existing_run(folder)
     fitted, target = load_model(run, model or "hybrid"), Path(out) if out else run.folder / "export"
-    if target.exists() and not target.is_dir(): raise UserError(f"{target} is a file; name a folder")
-    items = run.read("items.parquet") if (run.folder / "items.parquet").exists() else pl.DataFrame({"item": fitted.item_ids})
-    for file, size in write_export(fitted, items, target, length, run.data_name).items(): click.echo(f"{size / 1e6:>9,.1f} MB  {os.path.relpath(target / file)}")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file; name a folder")
+    items = (
+        run.read("items.parquet")
+        if (run.folder / "items.parquet").exists()
+        else pl.DataFrame({"item": fitted.item_ids})
+    )
+    for file, size in write_export(fitted, items, target, length, run.data_name).items():
+        click.echo(f"{size / 1e6:>9,.1f} MB  {os.path.relpath(target / file)}")
 
 # %% ../nbs/17_run.ipynb #17a20001
 def _import_from(
@@ -1152,39 +1857,78 @@ def _import_from(
 @cli.command("experiment")
 @click.argument("folder", metavar="RUN")
 @click.option("--treatment", default="hybrid", help="The model that is tried [hybrid]")
-@click.option("--control", default="", help="The model that it is tried against [the best simple one]")
-@click.option("--holdout", default=.1, type=click.FloatRange(0, 1, max_open=True), help="Share of the people who are kept out of all experiments [0.1]")
-@click.option("--max-visits", default=4, type=click.IntRange(1), help="Visits of one person at most [4]")
-@click.option("--max-visitors", default=1500, type=click.IntRange(20), help="People who come by at most [1500]")
+@click.option(
+    "--control", default="", help="The model that it is tried against [the best simple one]"
+)
+@click.option(
+    "--holdout",
+    default=0.1,
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Share of the people who are kept out of all experiments [0.1]",
+)
+@click.option(
+    "--max-visits", default=4, type=click.IntRange(1), help="Visits of one person at most [4]"
+)
+@click.option(
+    "--max-visitors",
+    default=1500,
+    type=click.IntRange(20),
+    help="People who come by at most [1500]",
+)
 def experiment_command(folder, **options):
     "Try one model of RUN against another: simulated shoppers, the real service, a test that is read and reported."
     run = open_existing_run(folder)
     _import_from("experiment", "experiment")(run, **options)
-    for line in _import_from("experiment", "experiment_in_words")(run.read("experiment.json")): click.echo(nbsp_percent(line))
+    for line in _import_from("experiment", "experiment_in_words")(run.read("experiment.json")):
+        click.echo(nbsp_percent(line))
     click.echo(f"The report: {os.path.relpath(run.folder / 'experiment.html')}")
 
 # %% ../nbs/17_run.ipynb #17a20002
 @cli.command("append")
 @click.argument("folder", metavar="RUN")
 @click.argument("log", metavar="LOG")
-@click.option("--epochs", default=2, type=click.IntRange(0), help="Over all events, of models that learn in passes [2]")
-@click.option("--model", "models", multiple=True, help="A model to renew, may be given again [those that a service serves, as far as they are there]")
+@click.option(
+    "--epochs",
+    default=2,
+    type=click.IntRange(0),
+    help="Over all events, of models that learn in passes [2]",
+)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help="A model to renew, may be given again [those that a service serves, as far as they are there]",
+)
 def append_command(folder, log, **options):
     "Take new events in: tables, popularity and features at once, the models of RUN by a warm start."
     told = _import_from("monitoring", "append")(open_existing_run(folder), log, **options)
-    click.echo(f"{told['new']:,} of {told['kept']:,} events are new ({told['repeated']:,} were there, {told['late']:,} are late), with {told['new users']:,} new people and {told['new items']:,} new products; {told['seconds']:.1f} s")
-    click.echo(f"A service of it serves them once it is started anew: widedeep serve {os.path.relpath(folder)}")
+    click.echo(
+        f"{told['new']:,} of {told['kept']:,} events are new ({told['repeated']:,} were there, {told['late']:,} are late), with {told['new users']:,} new people and {told['new items']:,} new products; {told['seconds']:.1f} s"
+    )
+    click.echo(
+        f"A service of it serves them once it is started anew: widedeep serve {os.path.relpath(folder)}"
+    )
 
 
 @cli.command("dashboard")
 @click.argument("folder", metavar="RUN")
 @click.argument("log", metavar="[LOG]", default="")
-@click.option("--metrics", default="", help="Address of the service, or a file with what its /metrics said [its book says what it can]")
-@click.option("--feedback-dir", default="", help="Folder in which feedback and lists were kept [service/ in RUN]")
+@click.option(
+    "--metrics",
+    default="",
+    help="Address of the service, or a file with what its /metrics said [its book says what it can]",
+)
+@click.option(
+    "--feedback-dir",
+    default="",
+    help="Folder in which feedback and lists were kept [service/ in RUN]",
+)
 @click.option("--output", default="", help="Where the page goes [dashboard.html in RUN]")
 def dashboard_command(folder, log, **options):
     "One page that says whether it still works: health, quality, drift, experiments; of RUN and a newer LOG."
-    click.echo(f"The page: {os.path.relpath(_import_from('monitoring', 'dashboard')(open_existing_run(folder), log, **options))}")
+    click.echo(
+        f"The page: {os.path.relpath(_import_from('monitoring', 'dashboard')(open_existing_run(folder), log, **options))}"
+    )
 
 # %% ../nbs/17_run.ipynb #32b8f529
 @cli.command("bench")
@@ -1192,7 +1936,16 @@ def dashboard_command(folder, log, **options):
 def bench_command(as_json):
     "Our training, ranking and preprocessing beside the common ways, in turn on this machine, and how long a basket waits for its list; some minutes."
     found, lists = _import_from("scale", "bench")(), bench_recommend() | bench_two_stages()
-    click.echo(json.dumps(found | {"lists": lists}) if as_json else "\n".join([*_import_from("scale", "told_in_lines")(found), *[f"{k:<46}{v:>14,.1f}" for k, v in lists.items()]]))
+    click.echo(
+        json.dumps(found | {"lists": lists})
+        if as_json
+        else "\n".join(
+            [
+                *_import_from("scale", "told_in_lines")(found),
+                *[f"{k:<46}{v:>14,.1f}" for k, v in lists.items()],
+            ]
+        )
+    )
 
 
 @cli.command("publish")
@@ -1200,7 +1953,9 @@ def bench_command(as_json):
 @click.option("--notebooks", default="", hidden=True)
 def publish_command(folder, notebooks):
     "Put the figures of RUN into results/ and its outputs into nbs/; of rows only those of the demo shop."
-    click.echo(f"{publish(open_existing_run(folder), Path(notebooks or find_notebooks()))} is written, and what quotes it")
+    click.echo(
+        f"{publish(open_existing_run(folder), Path(notebooks or find_notebooks()))} is written, and what quotes it"
+    )
 
 
 @cli.command("site-filter", hidden=True)
@@ -1213,14 +1968,19 @@ def main(
     argv: Optional[list] = None,  # of the command line; default: those of this process
 ):
     "The command `widedeep`."
-    try: cli.main(argv, prog_name="widedeep", standalone_mode=False)
+    try:
+        cli.main(argv, prog_name="widedeep", standalone_mode=False)
     except (UserError, click.ClickException) as e:
-        click.echo(f"error: {e.format_message() if isinstance(e, click.ClickException) else e}", err=True)
+        click.echo(
+            f"error: {e.format_message() if isinstance(e, click.ClickException) else e}", err=True
+        )
         raise SystemExit(2) from None
     except ChapterError as e:
         click.echo(f"error: {e}", err=True)
         raise SystemExit(1) from None
-    except click.Abort: raise SystemExit(130) from None
+    except click.Abort:
+        raise SystemExit(130) from None
 
 # %% ../nbs/17_run.ipynb #e1a2bba8
-if __name__ == "__main__" and __spec__: main()
+if __name__ == "__main__" and __spec__:
+    main()

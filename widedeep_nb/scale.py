@@ -58,19 +58,52 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 # %% ../nbs/22_scale.ipynb #22c0ca06
-from .baselines import to_csr, cosine, top_k_neighbors
-from .core import COLORS, SPLIT_NAMES, PROTOCOLS, DEVICES, History, UserError, Protocol, Run, Split, to_interactions, hash_order, mask_seen, check_choice, pick_device, step, top_k, package_versions, atomic_write
+from .baselines import cosine, to_csr, top_k_neighbors
+from widedeep_nb.core import (
+    COLORS,
+    DEVICES,
+    PROTOCOLS,
+    SPLIT_NAMES,
+    History,
+    Protocol,
+    Run,
+    Split,
+    UserError,
+    atomic_write,
+    check_choice,
+    mask_seen,
+    package_versions,
+    pick_device,
+    step,
+    to_interactions,
+    top_k,
+)
 from .data import DATASETS, ingest_log
-from .evaluation import EvalTask, top_k_lists, eval_ratings, aggregate
+from .evaluation import EvalTask, aggregate, eval_ratings, top_k_lists
 from .model import WideDeepNet
 from .original import OriginalWideDeep, train_original_epoch
-from .preprocessing import Batch, category_codes, build_batch, prepare, preprocess, pointwise_examples, user_features
-from .training import SparseAdamW, NaiveWideDeep, WideDeepRecommender, time_epoch, time_naive_epoch
+from widedeep_nb.preprocessing import (
+    Batch,
+    build_batch,
+    category_codes,
+    pointwise_examples,
+    prepare,
+    preprocess,
+    user_features,
+)
+from widedeep_nb.training import (
+    NaiveWideDeep,
+    SparseAdamW,
+    WideDeepRecommender,
+    time_epoch,
+    time_naive_epoch,
+)
 
 # %% ../nbs/22_scale.ipynb #22a10002
 def cuda_sync():
     "Wait for the device: a GPU is asked, not waited for, and seconds would be of the asking."
-    if torch.cuda.is_available(): torch.cuda.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def time_call(
@@ -87,18 +120,28 @@ def time_call(
 def machine_peak(
     n_repeats: int = 5,  # of each, after a first
     matrix_size: int = 2048,  # of the square matrices
-    n_floats: int = 2 ** 26,  # of the array that is copied
+    n_floats: int = 2**26,  # of the array that is copied
 ) -> dict:  # GFLOP/s of a float32 matrix product, GB/s read and written by a copy, and the threads they had: medians
     "What this machine can do at best."
     a, b = torch.rand(2, matrix_size, matrix_size, device=pick_device())
     x, y = torch.rand(n_floats, device=pick_device()), torch.empty(n_floats, device=pick_device())
-    middle = lambda work: float(np.median([time_call(work) for _ in range(n_repeats + 1)][1:]))
-    return {"GFLOP/s": 2 * matrix_size ** 3 / middle(lambda: torch.mm(a, b)) / 1e9, "GB/s": 2 * 4 * n_floats / middle(lambda: y.copy_(x)) / 1e9, "threads": torch.get_num_threads()}
+
+    def middle(work):
+        return float(np.median([time_call(work) for _ in range(n_repeats + 1)][1:]))
+
+    return {
+        "GFLOP/s": 2 * matrix_size**3 / middle(lambda: torch.mm(a, b)) / 1e9,
+        "GB/s": 2 * 4 * n_floats / middle(lambda: y.copy_(x)) / 1e9,
+        "threads": torch.get_num_threads(),
+    }
 
 # %% ../nbs/22_scale.ipynb #22a10005
 def layer_and_embedding_params(net: nn.Module) -> tuple:
     "The number of weights in its layers, and in its tables of ids."
-    of = lambda kind: sum(p.numel() for m in net.modules() if isinstance(m, kind) for p in m.parameters())
+
+    def of(kind):
+        return sum(p.numel() for m in net.modules() if isinstance(m, kind) for p in m.parameters())
+
     return of(nn.Linear), of(nn.Embedding)
 
 
@@ -128,15 +171,22 @@ def process_memory_gb(
     peak: bool = True,  # at most so far; else now
 ) -> float:  # GB
     "What this process holds; where the system does not say the most so far, what it holds now."
-    if PROC_STATUS.exists(): return int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+)", PROC_STATUS.read_text())[1]) * 1024 / 1e9
+    if PROC_STATUS.exists():
+        return (
+            int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+)", PROC_STATUS.read_text())[1])
+            * 1024
+            / 1e9
+        )
     info = psutil.Process().memory_info()
     return (getattr(info, "peak_wset", info.rss) if peak else info.rss) / 1e9
 
 
 def reset_peak_memory():
     "Begin to count anew what is held at most, where the system can."
-    try: PROC_CLEAR_REFS.write_text("5")
-    except OSError: pass
+    try:
+        PROC_CLEAR_REFS.write_text("5")
+    except OSError:
+        pass
 
 # %% ../nbs/22_scale.ipynb #22a1000a
 TASKS = {}  # name: makes what is to be done, from its settings; that says how many seconds it took, or what else it has to say
@@ -149,7 +199,9 @@ def register_task(
     return lambda make: TASKS.setdefault(name, make)
 
 # %% ../nbs/22_scale.ipynb #22a1000b
-MP_CONTEXT = multiprocessing.get_context("spawn")  # a fork would take the locks of Polars along, and wait for ever
+MP_CONTEXT = multiprocessing.get_context(
+    "spawn"
+)  # a fork would take the locks of Polars along, and wait for ever
 
 
 def run_worker_loop(
@@ -158,15 +210,18 @@ def run_worker_loop(
     "The work of a process: whenever it is told a job, it does it, and says what it took."
     os.environ["TQDM_DISABLE"], made = "1", {}
     while True:
-        try: name, given = pipe.recv()
-        except EOFError: return
+        try:
+            name, given = pipe.recv()
+        except EOFError:
+            return
         try:
             held, key = process_memory_gb(peak=False), json.dumps([name, given])
             made[key] = work, held = made.get(key) or (TASKS[name](**given), held)
             reset_peak_memory()
             told = work()
             pipe.send({"told": told, "peak": process_memory_gb() - held})
-        except Exception as e: pipe.send({"error": f"{type(e).__name__}: {e}"})
+        except Exception as e:
+            pipe.send({"error": f"{type(e).__name__}: {e}"})
 
 
 class BenchProcess:
@@ -174,7 +229,11 @@ class BenchProcess:
 
     def __init__(self):
         self.line, theirs = MP_CONTEXT.Pipe()
-        self.process = MP_CONTEXT.Process(target=importlib.import_module("widedeep_nb.scale").run_worker_loop, args=(theirs,), daemon=True)
+        self.process = MP_CONTEXT.Process(
+            target=importlib.import_module("widedeep_nb.scale").run_worker_loop,
+            args=(theirs,),
+            daemon=True,
+        )
         self.process.start()
         theirs.close()
 
@@ -187,11 +246,14 @@ class BenchProcess:
         try:
             self.line.send((check_choice(name, TASKS, "job"), settings))
             said = self.line.recv()
-        except (EOFError, OSError): said = {"error": "its process has ended, perhaps for want of memory"}
-        if "error" in said: raise UserError(f"{name}: {said['error']}")
+        except (EOFError, OSError):
+            said = {"error": "its process has ended, perhaps for want of memory"}
+        if "error" in said:
+            raise UserError(f"{name}: {said['error']}")
         return said
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
 
     def __exit__(self, *error):
         self.process.kill()
@@ -206,11 +268,19 @@ def uniform_ratings(
 ) -> pl.DataFrame:  # user, item, rating, timestamp
     "A log to measure on: every code as likely as the next."
     draw = np.random.default_rng(0)
-    return pl.DataFrame({"user": draw.integers(0, n_user_ids, n_ratings).astype("int32"), "item": draw.integers(0, n_item_ids, n_ratings).astype("int32"), "rating": draw.integers(1, 6, n_ratings).astype("float32"), "timestamp": np.arange(n_ratings)})
+    return pl.DataFrame(
+        {
+            "user": draw.integers(0, n_user_ids, n_ratings).astype("int32"),
+            "item": draw.integers(0, n_item_ids, n_ratings).astype("int32"),
+            "rating": draw.integers(1, 6, n_ratings).astype("float32"),
+            "timestamp": np.arange(n_ratings),
+        }
+    )
 
 
 @register_task("training: row by row")
-def _naive_training(**size): return lambda: time_naive_epoch(uniform_ratings(**size), size["users"], size["items"])
+def _naive_training(**size):
+    return lambda: time_naive_epoch(uniform_ratings(**size), size["users"], size["items"])
 
 
 @register_task("training: whole arrays, the same network")
@@ -219,19 +289,32 @@ def _array_training(
     **size,  # ratings, users, items
 ):
     "A pass of the original's network over whole arrays."
-    rows, device, net = uniform_ratings(**size), pick_device(), NaiveWideDeep(size["users"], size["items"]).to(pick_device())
-    data = tuple(rows[c].cast(t).to_torch().to(device) for c, t in (("user", pl.Int64), ("item", pl.Int64), ("rating", pl.Float32)))
-    optimiser = torch.optim.Adam(net.parameters(), lr=.002, fused=True)
-    return lambda: time_call(lambda: train_original_epoch(net, optimiser, data, torch.randperm(len(rows), device=device), batch_size))
+    rows, device, net = (
+        uniform_ratings(**size),
+        pick_device(),
+        NaiveWideDeep(size["users"], size["items"]).to(pick_device()),
+    )
+    data = tuple(
+        rows[c].cast(t).to_torch().to(device)
+        for c, t in (("user", pl.Int64), ("item", pl.Int64), ("rating", pl.Float32))
+    )
+    optimiser = torch.optim.Adam(net.parameters(), lr=0.002, fused=True)
+    return lambda: time_call(
+        lambda: train_original_epoch(
+            net, optimiser, data, torch.randperm(len(rows), device=device), batch_size
+        )
+    )
 
 
 @register_task("training: whole arrays, this report's network")
 def _wide_deep_training(**size):
     "A pass of wide-deep, scaled to all rows: the first tenth is past only."
     rows = uniform_ratings(**size)
+
     def once():
         n, seconds, _ = time_epoch(rows, size["users"], size["items"])
         return seconds * len(rows) / n
+
     return once
 
 # %% ../nbs/22_scale.ipynb #22a1000f
@@ -240,11 +323,27 @@ def ranking_bench_task(
     **size,  # ratings, users, items
 ) -> tuple:  # the original's network as a recommender, before training; a split; the question
     "Who is asked, about everything."
-    log = uniform_ratings(**size).with_columns(user=pl.col("user").cast(pl.String), item=pl.col("item").cast(pl.String), timestamp=pl.from_epoch("timestamp", "s"))
+    log = uniform_ratings(**size).with_columns(
+        user=pl.col("user").cast(pl.String),
+        item=pl.col("item").cast(pl.String),
+        timestamp=pl.from_epoch("timestamp", "s"),
+    )
     log = to_interactions(log)
-    split = Split.from_frames(log, log.clear(), log.clear(), protocol=replace(PROTOCOLS["given"], mask_seen=False))
+    split = Split.from_frames(
+        log, log.clear(), log.clear(), protocol=replace(PROTOCOLS["given"], mask_seen=False)
+    )
     users = torch.arange(min(n_users, split.n_train_users))
-    return OriginalWideDeep(epochs=0).fit(split), split, EvalTask(users, torch.arange(split.n_train_items), pl.DataFrame(), History.from_rows(split.train, split.n_train_users), {})
+    return (
+        OriginalWideDeep(epochs=0).fit(split),
+        split,
+        EvalTask(
+            users,
+            torch.arange(split.n_train_items),
+            pl.DataFrame(),
+            History.from_rows(split.train, split.n_train_users),
+            {},
+        ),
+    )
 
 
 @torch.no_grad()
@@ -256,17 +355,21 @@ def naive_top_k(
 ) -> torch.Tensor:  # int64 [n, k]
     "The common loop: one person, every product, the best few; then the next."
     found, items = [], torch.arange(n_items)
-    for user in users.tolist(): found.append(net(torch.full((n_items,), user), items).topk(k).indices)
+    for user in users.tolist():
+        found.append(net(torch.full((n_items,), user), items).topk(k).indices)
     return torch.stack(found)
 
 
-def _seconds_per_user(fn: Callable, n_users: int) -> Callable: return lambda: time_call(fn) / n_users
+def _seconds_per_user(fn: Callable, n_users: int) -> Callable:
+    return lambda: time_call(fn) / n_users
 
 
 @register_task("ranking: person by person")
 def _naive_ranking(**size):
     model, split, question = ranking_bench_task(**size)
-    return _seconds_per_user(lambda: naive_top_k(model.net, question.users, split.n_train_items), len(question.users))
+    return _seconds_per_user(
+        lambda: naive_top_k(model.net, question.users, split.n_train_items), len(question.users)
+    )
 
 
 @register_task("ranking: first layer split")
@@ -275,8 +378,15 @@ def _split_layer_ranking(**size):
     return _seconds_per_user(lambda: top_k_lists(model, split, question, 5), len(question.users))
 
 # %% ../nbs/22_scale.ipynb #22a20002
-N_HASH_BUCKETS = 2 ** 24  # that ids are dealt out to by their hash: some times as many as people, in four bytes
-RAW_CSV_SCHEMA = {"user": pl.String, "item": pl.String, "rating": pl.Float32, "timestamp": pl.Int64}  # a raw file without a header, as Amazon's ratings are; seconds
+N_HASH_BUCKETS = (
+    2**24
+)  # that ids are dealt out to by their hash: some times as many as people, in four bytes
+RAW_CSV_SCHEMA = {
+    "user": pl.String,
+    "item": pl.String,
+    "rating": pl.Float32,
+    "timestamp": pl.Int64,
+}  # a raw file without a header, as Amazon's ratings are; seconds
 
 
 def pandas_preprocessing(
@@ -286,40 +396,70 @@ def pandas_preprocessing(
     "The common recipe, with pandas and LabelEncoder."
     log = pd.read_csv(path, names=list(RAW_CSV_SCHEMA))
     users, items = log["user"].value_counts(), log["item"].value_counts()
-    log = log[log["user"].isin(users[users >= min_count].index) & log["item"].isin(items[items >= min_count].index)].copy()
-    for column in ("user", "item"): log[column] = LabelEncoder().fit_transform(log[column])
+    log = log[
+        log["user"].isin(users[users >= min_count].index)
+        & log["item"].isin(items[items >= min_count].index)
+    ].copy()
+    for column in ("user", "item"):
+        log[column] = LabelEncoder().fit_transform(log[column])
     log["timestamp"] = pd.to_datetime(log["timestamp"], unit="s")
     log = log.sort_values("timestamp")
-    return log[:int(.9 * len(log))], log[int(.9 * len(log)):]
+    return log[: int(0.9 * len(log))], log[int(0.9 * len(log)) :]
 
 # %% ../nbs/22_scale.ipynb #22a20003
 @dataclass
 class Engine:
     "Where tables are read and kept: all that Polars and Spark are told apart by."
+
     folder: Path  # a folder for what is kept
     session: Optional[object] = None  # of Spark; None: Polars
 
     def read_raw_csv(self, path: Path) -> nw.LazyFrame:
         "A raw file without a header; times become milliseconds."
-        how = {"has_header": False, "new_columns": list(RAW_CSV_SCHEMA), "schema_overrides": list(RAW_CSV_SCHEMA.values())} if self.session is None else {"session": self.session, "schema": "user STRING, item STRING, rating FLOAT, timestamp BIGINT"}
-        return nw.scan_csv(str(path), backend="polars" if self.session is None else "pyspark", **how).with_columns(timestamp=nw.col("timestamp") * 1000)
+        how = (
+            {
+                "has_header": False,
+                "new_columns": list(RAW_CSV_SCHEMA),
+                "schema_overrides": list(RAW_CSV_SCHEMA.values()),
+            }
+            if self.session is None
+            else {
+                "session": self.session,
+                "schema": "user STRING, item STRING, rating FLOAT, timestamp BIGINT",
+            }
+        )
+        return nw.scan_csv(
+            str(path), backend="polars" if self.session is None else "pyspark", **how
+        ).with_columns(timestamp=nw.col("timestamp") * 1000)
 
     def read_parquet(self, path: Path) -> nw.LazyFrame:
         "A table in Parquet: a file, or a folder of them."
-        return nw.from_native(pl.scan_parquet(path)) if self.session is None else nw.scan_parquet(str(path), backend="pyspark", session=self.session)
+        return (
+            nw.from_native(pl.scan_parquet(path))
+            if self.session is None
+            else nw.scan_parquet(str(path), backend="pyspark", session=self.session)
+        )
 
     def with_hash_bucket(self, rows: nw.LazyFrame, column: str) -> nw.LazyFrame:
         "The same rows with `heap`: equal ids have equal ones, and few ids share one."
         native = rows.to_native()
-        if self.session is None: return nw.from_native(native.with_columns(heap=(pl.col(column).hash() % N_HASH_BUCKETS).cast(pl.Int32)))
+        if self.session is None:
+            return nw.from_native(
+                native.with_columns(heap=(pl.col(column).hash() % N_HASH_BUCKETS).cast(pl.Int32))
+            )
         from pyspark.sql import functions
-        return nw.from_native(native.withColumn("bucket", (functions.xxhash64(column) % N_HASH_BUCKETS).cast("int")))
+
+        return nw.from_native(
+            native.withColumn("bucket", (functions.xxhash64(column) % N_HASH_BUCKETS).cast("int"))
+        )
 
     def materialize(self, frame: nw.LazyFrame, name: str) -> nw.LazyFrame:
         "Work a table out and put it down; what follows reads it from there."
         path = Path(self.place) / f"{name}.parquet"
-        if self.session is None: frame.sink_parquet(path)
-        else: frame.to_native().write.mode("overwrite").parquet(str(path))
+        if self.session is None:
+            frame.sink_parquet(path)
+        else:
+            frame.to_native().write.mode("overwrite").parquet(str(path))
         return self.read(path)
 
 
@@ -328,11 +468,16 @@ def write_plain_log(
     path: Path,  # where to put it, in Parquet
 ) -> Path:  # the same path: user, item, rating, timestamp as whole milliseconds, which every engine reads alike
     "A validated log in its plainest form."
-    log.select("user", "item", "rating", pl.col("timestamp").dt.epoch("ms")).sink_parquet(path, engine="streaming")
+    log.select("user", "item", "rating", pl.col("timestamp").dt.epoch("ms")).sink_parquet(
+        path, engine="streaming"
+    )
     return path
 
 # %% ../nbs/22_scale.ipynb #22a20004
-SORT_KEYS, MS_PER_DAY = ("timestamp", "user", "item"), 86_400_000  # what rows are in order of; milliseconds
+SORT_KEYS, MS_PER_DAY = (
+    ("timestamp", "user", "item"),
+    86_400_000,
+)  # what rows are in order of; milliseconds
 
 
 def frequent_ids(
@@ -341,7 +486,12 @@ def frequent_ids(
     min_rows: int,  # rows
 ) -> nw.LazyFrame:  # its ids that have so many
     "Who is there often enough."
-    return rows.group_by(column).agg(nw.len().alias("n")).filter(nw.col("n") >= min_rows).select(column)
+    return (
+        rows.group_by(column)
+        .agg(nw.len().alias("n"))
+        .filter(nw.col("n") >= min_rows)
+        .select(column)
+    )
 
 
 def frequent_ids_hashed(
@@ -353,7 +503,10 @@ def frequent_ids_hashed(
     "The same in less memory: whose heap is too small is too rare, and only the others are counted by their text."
     dealt = engine.with_hash_bucket(rows, column)
     heaps = engine.materialize(frequent_ids(dealt, "bucket", min_rows), f"heaps of {column}s")
-    return engine.materialize(frequent_ids(dealt.join(heaps, on="bucket", how="semi"), column, min_rows), f"{column}s that stay")
+    return engine.materialize(
+        frequent_ids(dealt.join(heaps, on="bucket", how="semi"), column, min_rows),
+        f"{column}s that stay",
+    )
 
 
 def count_rows(rows: nw.LazyFrame) -> int:
@@ -370,8 +523,15 @@ def row_at_rank(
     days = dated.group_by("day").agg(nw.len().alias("n")).collect("polars").to_native().sort("day")
     end = days["n"].cast(pl.Int64).cum_sum()
     at = int((end <= rank).sum())
-    if at == len(days): return None
-    of_day = dated.filter(nw.col("day") == days["day"][at]).select(*SORT_KEYS).collect("polars").to_native().sort(*SORT_KEYS)
+    if at == len(days):
+        return None
+    of_day = (
+        dated.filter(nw.col("day") == days["day"][at])
+        .select(*SORT_KEYS)
+        .collect("polars")
+        .to_native()
+        .sort(*SORT_KEYS)
+    )
     return of_day.row(rank - int(end[at] - days["n"][at]))
 
 
@@ -379,7 +539,8 @@ def precedes(
     keys: Optional[tuple],  # of a row
 ) -> nw.Expr:  # true for the rows that come before it
     "The order as a test of each row by itself."
-    if keys is None: return nw.col("timestamp") == nw.col("timestamp")
+    if keys is None:
+        return nw.col("timestamp") == nw.col("timestamp")
     (t, u, i), (time, user, item) = keys, map(nw.col, SORT_KEYS)
     return (time < t) | ((time == t) & ((user < u) | ((user == u) & (item < i))))
 
@@ -390,7 +551,10 @@ def assign_row_numbers(
     engine: Engine,  # keeps the table of ids
 ) -> tuple:  # the same rows with numbers in its place; the table: the id, and its number
     "Ids as their places in the order of all ids."
-    table = engine.materialize(rows.select(column).unique().with_row_index("number", order_by=column), f"numbers of {column}s")
+    table = engine.materialize(
+        rows.select(column).unique().with_row_index("number", order_by=column),
+        f"numbers of {column}s",
+    )
     found = rows.join(table, on=column).drop(column).rename({"number": column})
     return found.with_columns(nw.col(column).cast(nw.Int64)), table
 
@@ -400,14 +564,24 @@ def assign_codes(
     column: str,  # "user" or "item"
     table: nw.LazyFrame,  # from `assign_row_numbers`
     engine: Engine,  # keeps the table of codes
-) -> nw.LazyFrame:  # id, number and code: by the part in which an id first appears, then by rows in it, then by id
+) -> (
+    nw.LazyFrame
+):  # id, number and code: by the part in which an id first appears, then by rows in it, then by id
     "Give each id its code, as `build_vocab` does."
-    group = nw.when(nw.col("part").is_in([1, 3])).then(1).otherwise(nw.col("part"))                       # validation rows, and those set aside
+    group = (
+        nw.when(nw.col("part").is_in([1, 3])).then(1).otherwise(nw.col("part"))
+    )  # validation rows, and those set aside
     counted = rows.with_columns(group=group).group_by(column, "group").agg(nw.len().alias("n"))
     first = counted.group_by(column).agg(nw.col("group").min())
     order = counted.join(first, on=[column, "group"]).with_columns(less=-nw.col("n").cast(nw.Int64))
-    codes = order.with_row_index("code", order_by=["group", "less", column]).select(column, nw.col("code").cast(nw.Int32))
-    named = codes.join(table.with_columns(nw.col("number").cast(nw.Int64)).rename({column: "id"}), left_on=column, right_on="number")
+    codes = order.with_row_index("code", order_by=["group", "less", column]).select(
+        column, nw.col("code").cast(nw.Int32)
+    )
+    named = codes.join(
+        table.with_columns(nw.col("number").cast(nw.Int64)).rename({column: "id"}),
+        left_on=column,
+        right_on="number",
+    )
     return engine.materialize(named.sort("code"), f"codes of {column}s")
 
 # %% ../nbs/22_scale.ipynb #22a20008
@@ -417,14 +591,22 @@ def assign_parts(
 ) -> nw.LazyFrame:  # the same with `part`: 0, 1, 2 for training, validation and test, 3 for training rows that the filter sets aside
     "Cut by time, and filter where the protocol counts training rows."
     n = count_rows(rows)
-    a, b, _ = [precedes(row_at_rank(rows, round(round(share, 6) * n))) for share in protocol.folds[-1]]
+    a, b, _ = [
+        precedes(row_at_rank(rows, round(round(share, 6) * n))) for share in protocol.folds[-1]
+    ]
     rows = rows.with_columns(part=nw.when(a).then(0).otherwise(nw.when(b).then(1).otherwise(2)))
-    if protocol.filter_scope != "train": return rows
+    if protocol.filter_scope != "train":
+        return rows
     train, marked = rows.filter(nw.col("part") == 0), rows
     for column, least in (("user", protocol.min_user), ("item", protocol.min_item)):
-        marked = marked.join(frequent_ids(train, column, least).with_columns(nw.lit(1).alias(f"{column} stays")), on=column, how="left")
+        marked = marked.join(
+            frequent_ids(train, column, least).with_columns(nw.lit(1).alias(f"{column} stays")),
+            on=column,
+            how="left",
+        )
     stays = ~nw.col("user stays").is_null() & ~nw.col("item stays").is_null()
-    if count_rows(marked.filter((nw.col("part") == 0) & stays)) < .1 * count_rows(train): return rows                 # as `relax_filter_if_sparse` has it
+    if count_rows(marked.filter((nw.col("part") == 0) & stays)) < 0.1 * count_rows(train):
+        return rows  # as `relax_filter_if_sparse` has it
     part = nw.when((nw.col("part") == 0) & ~stays).then(3).otherwise(nw.col("part"))
     return marked.with_columns(part=part).drop("user stays", "item stays")
 
@@ -435,21 +617,43 @@ def streaming_split(
     protocol: Protocol = PROTOCOLS["strict"],  # how to filter and cut
 ):
     "From a log of any size to the parts of a split."
-    if protocol.split_by != "time" or protocol.filter_scope == "core": raise UserError(f"protocol '{protocol.name}' is made by `prepare`, in memory; strict, filtered-first and as-reported work at any size")
+    if protocol.split_by != "time" or protocol.filter_scope == "core":
+        raise UserError(
+            f"protocol '{protocol.name}' is made by `prepare`, in memory; strict, filtered-first and as-reported work at any size"
+        )
     rows = rows.filter(~nw.col("timestamp").is_null())
     if protocol.filter_scope == "all":
-        kept = {c: frequent_ids_hashed(engine, rows, c, least) for c, least in (("user", protocol.min_user), ("item", protocol.min_item))}   # one after the other: less memory
-        for column, ids in kept.items(): rows = rows.join(ids, on=column, how="semi")
-    if not count_rows(rows := engine.materialize(rows, "rows")): raise UserError(f"protocol '{protocol.name}' leaves no rows that have a time; take strict, or a log with times")
+        kept = {
+            c: frequent_ids_hashed(engine, rows, c, least)
+            for c, least in (("user", protocol.min_user), ("item", protocol.min_item))
+        }  # one after the other: less memory
+        for column, ids in kept.items():
+            rows = rows.join(ids, on=column, how="semi")
+    if not count_rows(rows := engine.materialize(rows, "rows")):
+        raise UserError(
+            f"protocol '{protocol.name}' leaves no rows that have a time; take strict, or a log with times"
+        )
     (rows, users), tables = assign_row_numbers(rows, "user", engine), {}
     rows, items = assign_row_numbers(rows, "item", engine)
     rows = engine.materialize(assign_parts(engine.materialize(rows, "numbers"), protocol), "placed")
     for column, table in (("user", users), ("item", items)):
         tables[column] = assign_codes(rows, column, table, engine)
-        rows = rows.join(tables[column].select(column, nw.col("code").alias(f"{column} code")), on=column)
-        engine.materialize(tables[column].sort("code").select(nw.col("id").alias(column)), f"{column}s")
-    codes = [nw.col("user code").alias("user"), nw.col("item code").alias("item"), "rating", "timestamp"]
-    for number, part in enumerate((*SPLIT_NAMES, "aside")): engine.materialize(rows.filter(nw.col("part") == number).sort(*SORT_KEYS).select(codes), part)
+        rows = rows.join(
+            tables[column].select(column, nw.col("code").alias(f"{column} code")), on=column
+        )
+        engine.materialize(
+            tables[column].sort("code").select(nw.col("id").alias(column)), f"{column}s"
+        )
+    codes = [
+        nw.col("user code").alias("user"),
+        nw.col("item code").alias("item"),
+        "rating",
+        "timestamp",
+    ]
+    for number, part in enumerate((*SPLIT_NAMES, "aside")):
+        engine.materialize(
+            rows.filter(nw.col("part") == number).sort(*SORT_KEYS).select(codes), part
+        )
 
 # %% ../nbs/22_scale.ipynb #22a20009
 def load_streaming_split(
@@ -457,11 +661,17 @@ def load_streaming_split(
     protocol: Protocol = PROTOCOLS["strict"],  # by which
 ) -> Split:
     "The parts as models take them."
+
     def read(name):
         path = Path(work_dir) / f"{name}.parquet"
         return pl.read_parquet(path / "*.parquet" if path.is_dir() else path)
-    part = lambda name: read(name).with_columns(pl.col("timestamp").cast(pl.Datetime("ms")))
-    return Split(*[part(name) for name in (*SPLIT_NAMES, "aside")], read("users"), read("items"), protocol)
+
+    def part(name):
+        return read(name).with_columns(pl.col("timestamp").cast(pl.Datetime("ms")))
+
+    return Split(
+        *[part(name) for name in (*SPLIT_NAMES, "aside")], read("users"), read("items"), protocol
+    )
 
 # %% ../nbs/22_scale.ipynb #22a2000c
 def write_synthetic_csv(
@@ -473,42 +683,76 @@ def write_synthetic_csv(
 ) -> Path:  # the same path
     "A raw file of any size in little memory: ids in the form of Amazon's, the few that are frequent very frequent."
     draw = np.random.default_rng(0)
-    skewed = lambda n, size, power: (n * draw.random(size) ** power).astype(np.int64)
+
+    def skewed(n, size, power):
+        return (n * draw.random(size) ** power).astype(np.int64)
+
     with atomic_write(path) as p, open(p, "wb") as file:
         for start in range(0, n_rows, block_rows):
             size = min(block_rows, n_rows - start)
-            ids = {"user": ("A", 13, skewed(n_users, size, 1.5) * 3 ** 18 % 10 ** 9), "item": ("B", 9, skewed(n_items, size, 3.) * 3 ** 18 % 10 ** 9)}
-            frame = pl.DataFrame({c: pl.Series(code).cast(pl.String).str.zfill(width).str.replace("^", first) for c, (first, width, code) in ids.items()})
-            frame.with_columns(rating=pl.Series(draw.integers(1, 6, size).astype("float32")), timestamp=pl.Series(9 * 10 ** 8 + draw.integers(0, 5000, size) * 86_400)).write_csv(file, include_header=False)
+            ids = {
+                "user": ("A", 13, skewed(n_users, size, 1.5) * 3**18 % 10**9),
+                "item": ("B", 9, skewed(n_items, size, 3.0) * 3**18 % 10**9),
+            }
+            frame = pl.DataFrame(
+                {
+                    c: pl.Series(code).cast(pl.String).str.zfill(width).str.replace("^", first)
+                    for c, (first, width, code) in ids.items()
+                }
+            )
+            frame.with_columns(
+                rating=pl.Series(draw.integers(1, 6, size).astype("float32")),
+                timestamp=pl.Series(9 * 10**8 + draw.integers(0, 5000, size) * 86_400),
+            ).write_csv(file, include_header=False)
     return path
 
 # %% ../nbs/22_scale.ipynb #22a2000d
 @register_task("preprocessing: pandas and LabelEncoder")
-def _pandas_task(path: str, **_): return lambda: time_call(lambda: pandas_preprocessing(path))
+def _pandas_task(path: str, **_):
+    return lambda: time_call(lambda: pandas_preprocessing(path))
 
 
 @register_task("preprocessing: the same work, streamed")
 def _streamed_task(path: str, work_dir: str):
     "The original's filter and cut, from the raw file to parts on the disk."
     engine = Engine(Path(work_dir))
-    return lambda: time_call(lambda: streaming_split(engine, engine.read_raw_csv(path), PROTOCOLS["as-reported"]))
+    return lambda: time_call(
+        lambda: streaming_split(engine, engine.read_raw_csv(path), PROTOCOLS["as-reported"])
+    )
 
 
 @register_task("preprocessing: every row judged")
 def _validated_task(path: str, work_dir: str):
     "Chapter 01 and then the same: faulty rows counted by reason and dropped, of repeated ratings the last kept."
     engine, log = Engine(Path(work_dir)), Path(work_dir) / "interactions.parquet"
+
     def once():
         ingest_log(path, log)
-        streaming_split(engine, engine.read_parquet(write_plain_log(pl.scan_parquet(log), Path(work_dir) / "log.parquet")), PROTOCOLS["as-reported"])
+        streaming_split(
+            engine,
+            engine.read_parquet(
+                write_plain_log(pl.scan_parquet(log), Path(work_dir) / "log.parquet")
+            ),
+            PROTOCOLS["as-reported"],
+        )
+
     return lambda: time_call(once)
 
 # %% ../nbs/22_scale.ipynb #22a30002
 BENCHMARKS = {  # what is done: the common way, then others
-    "training": ("row by row", "whole arrays, the same network", "whole arrays, this report's network"),
+    "training": (
+        "row by row",
+        "whole arrays, the same network",
+        "whole arrays, this report's network",
+    ),
     "ranking": ("person by person", "first layer split"),
-    "preprocessing": ("pandas and LabelEncoder", "the same work, streamed", "every row judged")}
-UNIT_LABELS = {"training": "a pass", "ranking": "a person", "preprocessing": "a file"}  # what the seconds are of
+    "preprocessing": ("pandas and LabelEncoder", "the same work, streamed", "every row judged"),
+}
+UNIT_LABELS = {
+    "training": "a pass",
+    "ranking": "a person",
+    "preprocessing": "a file",
+}  # what the seconds are of
 
 
 def roofline_for_task(
@@ -521,9 +765,22 @@ def roofline_for_task(
     **_,
 ) -> Optional[float]:  # seconds of a perfect program; None where the work is not in numbers
     "What the machine would need at least for what is measured."
-    if task == "preprocessing": return None
-    if task == "ranking": return roofline_seconds(peak, 2 * items * layer_and_embedding_params(NaiveWideDeep(1, 1).mlp[1:])[0])      # what is left of the network for each pair
-    return roofline_seconds(peak, **epoch_cost(WideDeepNet(users, items, 1) if "report" in implementation else NaiveWideDeep(users, items), ratings, 4096))
+    if task == "preprocessing":
+        return None
+    if task == "ranking":
+        return roofline_seconds(
+            peak, 2 * items * layer_and_embedding_params(NaiveWideDeep(1, 1).mlp[1:])[0]
+        )  # what is left of the network for each pair
+    return roofline_seconds(
+        peak,
+        **epoch_cost(
+            WideDeepNet(users, items, 1)
+            if "report" in implementation
+            else NaiveWideDeep(users, items),
+            ratings,
+            4096,
+        ),
+    )
 
 
 def compare_implementations(
@@ -535,14 +792,39 @@ def compare_implementations(
 ) -> list:  # records: task, way, versus, seconds and memory of both, ratio with lo and hi, share of the ceiling, rounds, and the sizes
     "One task, each way in turn."
     ways, found = dict(zip(BENCHMARKS[task], workers)), []
-    rounds = [{way: w.run_task(f"{task}: {way}", **settings) for way, w in ways.items()} for _ in tqdm(range(n_repeats + 1), desc=task, leave=False)][1:]
-    of = lambda way, what: np.array([r[way][what] for r in rounds])
+    rounds = [
+        {way: w.run_task(f"{task}: {way}", **settings) for way, w in ways.items()}
+        for _ in tqdm(range(n_repeats + 1), desc=task, leave=False)
+    ][1:]
+
+    def of(way, what):
+        return np.array([r[way][what] for r in rounds])
+
     common, *others = BENCHMARKS[task]
     for way in others:
-        ratio, seconds, most = of(common, "told") / of(way, "told"), float(np.median(of(way, "told"))), {w: float(of(w, "peak").max()) for w in (common, way)}
+        ratio, seconds, most = (
+            of(common, "told") / of(way, "told"),
+            float(np.median(of(way, "told"))),
+            {w: float(of(w, "peak").max()) for w in (common, way)},
+        )
         least = roofline_for_task(task, way, peak, **settings)
-        found.append({"task": task, "way": way, "versus": common, "seconds": seconds, "versus seconds": float(np.median(of(common, "told"))), "ratio": float(np.median(ratio)), "lo": float(ratio.min()), "hi": float(ratio.max()),
-                      "memory": most[way], "versus memory": most[common], "share of the ceiling": least and least / seconds, "rounds": n_repeats} | {k: v for k, v in settings.items() if isinstance(v, int)})
+        found.append(
+            {
+                "task": task,
+                "way": way,
+                "versus": common,
+                "seconds": seconds,
+                "versus seconds": float(np.median(of(common, "told"))),
+                "ratio": float(np.median(ratio)),
+                "lo": float(ratio.min()),
+                "hi": float(ratio.max()),
+                "memory": most[way],
+                "versus memory": most[common],
+                "share of the ceiling": least and least / seconds,
+                "rounds": n_repeats,
+            }
+            | {k: v for k, v in settings.items() if isinstance(v, int)}
+        )
     return found
 
 # %% ../nbs/22_scale.ipynb #22a30003
@@ -556,21 +838,60 @@ def bench(
 ) -> dict:  # machine: what it can do; records: from `compare_implementations`
     "Training, ranking and preprocessing beside the common ways, on this machine, in one run."
     size, best = dict(ratings=ratings, users=users, items=items), machine_peak()
-    with tempfile.TemporaryDirectory(prefix="widedeep-bench-") as place, BenchProcess() as one, BenchProcess() as two, BenchProcess() as three:
-        workers, path = [one, two, three], str(write_synthetic_csv(Path(place) / "raw.csv", rows, max(10, rows * 42 // 78), max(10, rows * 476 // 7_800)))
-        found = compare_implementations("training", workers, best, n_repeats, **size) + compare_implementations("ranking", workers, best, n_repeats, n_users=n_users, **size)
-        found += compare_implementations("preprocessing", workers, best, n_repeats, path=path, work_dir=place)
-    for record in found[-len(BENCHMARKS["preprocessing"]) + 1:]: record["rows"] = rows
-    return {"machine": best | {"device": DEVICES.get(pick_device().type, pick_device().type), "memory": psutil.virtual_memory().total / 1e9, "name": torch.cuda.get_device_name() if torch.cuda.is_available() else ""} | package_versions(), "records": found}
+    with (
+        tempfile.TemporaryDirectory(prefix="widedeep-bench-") as place,
+        BenchProcess() as one,
+        BenchProcess() as two,
+        BenchProcess() as three,
+    ):
+        workers, path = (
+            [one, two, three],
+            str(
+                write_synthetic_csv(
+                    Path(place) / "raw.csv",
+                    rows,
+                    max(10, rows * 42 // 78),
+                    max(10, rows * 476 // 7_800),
+                )
+            ),
+        )
+        found = compare_implementations(
+            "training", workers, best, n_repeats, **size
+        ) + compare_implementations("ranking", workers, best, n_repeats, n_users=n_users, **size)
+        found += compare_implementations(
+            "preprocessing", workers, best, n_repeats, path=path, work_dir=place
+        )
+    for record in found[-len(BENCHMARKS["preprocessing"]) + 1 :]:
+        record["rows"] = rows
+    return {
+        "machine": best
+        | {
+            "device": DEVICES.get(pick_device().type, pick_device().type),
+            "memory": psutil.virtual_memory().total / 1e9,
+            "name": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        }
+        | package_versions(),
+        "records": found,
+    }
 
 
 def format_bench(
     results: dict,  # from `bench`
 ) -> list:  # of text
     "A bench as a table for the terminal."
-    share = lambda r: "" if r["share of the ceiling"] is None else f"{r['share of the ceiling']:.0%} of the ceiling"
+
+    def share(r):
+        return (
+            ""
+            if r["share of the ceiling"] is None
+            else f"{r['share of the ceiling']:.0%} of the ceiling"
+        )
+
     head = f"{results['machine']['device']}, {results['machine']['threads']} threads: {results['machine']['GFLOP/s']:,.0f} GFLOP/s, {results['machine']['GB/s']:,.1f} GB/s"
-    return [head] + [f"{r['task']:<14} {r['way']:<36} {r['ratio']:>5.1f} [{r['lo']:.1f}, {r['hi']:.1f}] times as fast as {r['versus']:<24} {r['seconds']:.4g} s {UNIT_LABELS[r['task']]}; memory {r['memory']:.2f} of {r['versus memory']:.2f} GB  {share(r)}" for r in results["records"]]
+    return [head] + [
+        f"{r['task']:<14} {r['way']:<36} {r['ratio']:>5.1f} [{r['lo']:.1f}, {r['hi']:.1f}] times as fast as {r['versus']:<24} {r['seconds']:.4g} s {UNIT_LABELS[r['task']]}; memory {r['memory']:.2f} of {r['versus memory']:.2f} GB  {share(r)}"
+        for r in results["records"]
+    ]
 
 # %% ../nbs/22_scale.ipynb #22a40002
 def embedding_step(
@@ -581,21 +902,25 @@ def embedding_step(
 ) -> Callable:  # takes a step and says how many seconds it took
     "One step of training, as far as ids are concerned."
     tables = [nn.Embedding(n_ids, n, sparse=sparse).to(pick_device()) for n in (1, embedding_dim)]
-    optimiser = SparseAdamW([p for t in tables for p in t.parameters()], lr=.001)
+    optimiser = SparseAdamW([p for t in tables for p in t.parameters()], lr=0.001)
+
     def once():
         batch = torch.randint(n_ids, (batch_size,), device=pick_device())
         optimiser.zero_grad(set_to_none=True)
         sum(t(batch).square().sum() for t in tables).backward()
         optimiser.step()
+
     return lambda: time_call(once)
 
 
 @register_task("large tables: every row moved")
-def _dense_task(**given): return embedding_step(sparse=False, **given)
+def _dense_task(**given):
+    return embedding_step(sparse=False, **given)
 
 
 @register_task("large tables: touched rows moved")
-def _sparse_task(**given): return embedding_step(sparse=True, **given)
+def _sparse_task(**given):
+    return embedding_step(sparse=True, **given)
 
 
 def step_time_by_size(
@@ -603,8 +928,18 @@ def step_time_by_size(
     n_repeats: int = 5,  # steps of each, after a first
 ) -> list:  # a dict a size: ids, dense and lazy, median seconds a step
     "What a step costs, by the number of ids."
-    middle = lambda work: float(np.median([work() for _ in range(n_repeats + 1)][1:]))
-    return [{"ids": n, "dense": middle(embedding_step(n, False)), "lazy": middle(embedding_step(n, True))} for n in sizes]
+
+    def middle(work):
+        return float(np.median([work() for _ in range(n_repeats + 1)][1:]))
+
+    return [
+        {
+            "ids": n,
+            "dense": middle(embedding_step(n, False)),
+            "lazy": middle(embedding_step(n, True)),
+        }
+        for n in sizes
+    ]
 
 # %% ../nbs/22_scale.ipynb #22a40005
 def compare_dense_and_sparse(
@@ -614,12 +949,16 @@ def compare_dense_and_sparse(
 ) -> dict:  # curves: a dict a way, seed and pass; difference: of the RMSE on validation rows, lazy minus dense, with its interval
     "The same model, all of whose tables are moved as a whole, or none."
     curves, rated = [], {"dense": [], "lazy": []}
-    for way, least in (("dense", 2 ** 62), ("lazy", 1)):
+    for way, least in (("dense", 2**62), ("lazy", 1)):
         for seed in range(n_seeds):
-            model = WideDeepRecommender(epochs=epochs, patience=epochs, sparse_update_min_rows=least, seed=seed).fit(split)
+            model = WideDeepRecommender(
+                epochs=epochs, patience=epochs, sparse_update_min_rows=least, seed=seed
+            ).fit(split)
             curves += [row | {"way": way, "seed": seed} for row in model.loss_curve]
-            if model.predicts_ratings and len(split.val): rated[way].append(eval_ratings(model, split))
-    if not rated["lazy"] or not len(rated["lazy"][0]): return {"curves": curves, "difference": None}
+            if model.predicts_ratings and len(split.val):
+                rated[way].append(eval_ratings(model, split))
+    if not rated["lazy"] or not len(rated["lazy"][0]):
+        return {"curves": curves, "difference": None}
     apart = aggregate(rated["lazy"], ["RMSE"], {"all": pl.lit(True)}, reference=rated["dense"])
     return {"curves": curves, "difference": apart.row(0, named=True)}
 
@@ -633,21 +972,53 @@ def resource_estimates(
     "What methods that grow too fast would take on this log."
     seen = split.train.select("user", "item").unique()
     n, m = split.n_train_users, split.n_train_items
-    squares = {c: float((seen.group_by(c).len()["len"].cast(pl.Float64) ** 2).sum()) for c in ("user", "item")}
-    hours = lambda flops: roofline_seconds(peak, flops) / 3600
-    rows = [("a dense user × item table", 4 * n * m, 0., "sparse histories, as in chapter 00"),
-            ("ease: a dense item × item matrix", 24 * m * m, hours(2 * m ** 3), "item-knn, als"),
-            ("item-knn: exact neighbours of items", 12 * 100 * m, squares["user"] / pairs_per_second / 3600, "als, svd"),
-            ("user-knn: exact neighbours of people", 12 * 100 * n, squares["item"] / pairs_per_second / 3600, "item-knn"),
-            ("full-softmax: features of every item for every row", 80 * len(split.train) * m, hours(6 * n_weights * len(split.train) * m), "sampled-softmax"),
-            ("wide-deep: every pair through the network", 0, hours(2 * n_weights * n * m), "a short list first, as below")]
-    return pl.DataFrame([(what, size / 1e9, time, instead) for what, size, time, instead in rows], schema={"what": pl.String, "GB": pl.Float64, "hours": pl.Float64, "instead": pl.String}, orient="row")
+    squares = {
+        c: float((seen.group_by(c).len()["len"].cast(pl.Float64) ** 2).sum())
+        for c in ("user", "item")
+    }
+
+    def hours(flops):
+        return roofline_seconds(peak, flops) / 3600
+
+    rows = [
+        ("a dense user × item table", 4 * n * m, 0.0, "sparse histories, as in chapter 00"),
+        ("ease: a dense item × item matrix", 24 * m * m, hours(2 * m**3), "item-knn, als"),
+        (
+            "item-knn: exact neighbours of items",
+            12 * 100 * m,
+            squares["user"] / pairs_per_second / 3600,
+            "als, svd",
+        ),
+        (
+            "user-knn: exact neighbours of people",
+            12 * 100 * n,
+            squares["item"] / pairs_per_second / 3600,
+            "item-knn",
+        ),
+        (
+            "full-softmax: features of every item for every row",
+            80 * len(split.train) * m,
+            hours(6 * n_weights * len(split.train) * m),
+            "sampled-softmax",
+        ),
+        (
+            "wide-deep: every pair through the network",
+            0,
+            hours(2 * n_weights * n * m),
+            "a short list first, as below",
+        ),
+    ]
+    return pl.DataFrame(
+        [(what, size / 1e9, time, instead) for what, size, time, instead in rows],
+        schema={"what": pl.String, "GB": pl.Float64, "hours": pl.Float64, "instead": pl.String},
+        orient="row",
+    )
 
 
 def infeasible(
     table: pl.DataFrame,  # from `resource_estimates`
     max_memory_gb: float,  # GB that there are
-    max_hours: float = 1.,  # that one would wait
+    max_hours: float = 1.0,  # that one would wait
 ) -> pl.DataFrame:  # the rows that would not end well
     "What is better not begun."
     return table.filter((pl.col("GB") > max_memory_gb) | (pl.col("hours") > max_hours))
@@ -661,7 +1032,9 @@ def score_candidates(
 ) -> torch.Tensor:  # float [n, m]
     "What the network thinks of some products for each person, others for each."
     who, about = torch.arange(len(users))[:, None], user_features(model.feature_state, history)
-    return model.net(build_batch(model.feature_state, users.clamp(max=model.n_users), history, who, items, about))
+    return model.net(
+        build_batch(model.feature_state, users.clamp(max=model.n_users), history, who, items, about)
+    )
 
 
 def recent_items(
@@ -671,33 +1044,66 @@ def recent_items(
 ) -> torch.Tensor:  # int64 [n, most], codes of items, the latest first
     "What each person had last."
     at = history.indptr[1:, None] - 1 - torch.arange(n)
-    return torch.where(at >= history.indptr[:-1, None], F.pad(history.item, (0, 1), value=pad)[at.clamp(min=0)], pad)
+    return torch.where(
+        at >= history.indptr[:-1, None],
+        F.pad(history.item, (0, 1), value=pad)[at.clamp(min=0)],
+        pad,
+    )
 
 # %% ../nbs/22_scale.ipynb #22a5000a
 @dataclass
 class CandidateGenerator:
     "A first stage for a network that scores pairs."
+
     model: WideDeepRecommender  # fitted
     common: torch.Tensor  # int64 [c], codes proposed to everybody
     neighbors: torch.Tensor  # int64 [n_items + 1, k], nearest products; n_items for none
 
     @classmethod
     @torch.no_grad()
-    def from_model(cls, model: WideDeepRecommender, n_common: int = 300, n_neighbors: int = 20, n_probe_users: int = 16) -> "CandidateGenerator":
+    def from_model(
+        cls,
+        model: WideDeepRecommender,
+        n_common: int = 300,
+        n_neighbors: int = 20,
+        n_probe_users: int = 16,
+    ) -> "CandidateGenerator":
         "Propose what the network likes best for some people drawn by lot, and near neighbours."
-        some = torch.from_numpy(np.random.default_rng(0).permutation(model.n_users)[:n_probe_users].copy())
-        worth, have = sum(model.scores(u).sum(0) for u in some.split(4)), to_csr(model.train_history.to_sparse(model.n_items))
-        near, _ = top_k_neighbors(have, min(n_neighbors, model.n_items), cosine(have, have, 10.))
-        return cls(model, top_k(worth[None], n_common)[1][0], F.pad(near, (0, 0, 0, 1), value=model.n_items))
+        some = torch.from_numpy(
+            np.random.default_rng(0).permutation(model.n_users)[:n_probe_users].copy()
+        )
+        worth, have = (
+            sum(model.scores(u).sum(0) for u in some.split(4)),
+            to_csr(model.train_history.to_sparse(model.n_items)),
+        )
+        near, _ = top_k_neighbors(have, min(n_neighbors, model.n_items), cosine(have, have, 10.0))
+        return cls(
+            model,
+            top_k(worth[None], n_common)[1][0],
+            F.pad(near, (0, 0, 0, 1), value=model.n_items),
+        )
 
     @torch.no_grad()
-    def recommend(self, users: torch.Tensor, history: History, k: int = 10, n_recent: int = 10) -> torch.Tensor:
+    def recommend(
+        self, users: torch.Tensor, history: History, k: int = 10, n_recent: int = 10
+    ) -> torch.Tensor:
         "The k best of what is proposed to each user and not had yet: int64 [n, k], codes, -1 where nothing is left."
         n, none = len(users), self.model.n_items
-        proposed = torch.cat([self.common.expand(n, -1), self.neighbors[recent_items(history, n_recent, none)].flatten(1)], 1).sort(1)[0]
+        proposed = torch.cat(
+            [
+                self.common.expand(n, -1),
+                self.neighbors[recent_items(history, n_recent, none)].flatten(1),
+            ],
+            1,
+        ).sort(1)[0]
         again = F.pad(proposed[:, 1:] == proposed[:, :-1], (1, 0))
-        had = torch.isin(torch.arange(n)[:, None] * (none + 1) + proposed, history.user_index * (none + 1) + history.item)
-        scores = score_candidates(self.model, users, history, proposed).masked_fill(again | had | (proposed == none), -torch.inf)
+        had = torch.isin(
+            torch.arange(n)[:, None] * (none + 1) + proposed,
+            history.user_index * (none + 1) + history.item,
+        )
+        scores = score_candidates(self.model, users, history, proposed).masked_fill(
+            again | had | (proposed == none), -torch.inf
+        )
         place = top_k(scores, k)[1]
         return torch.where(place < 0, -1, proposed.gather(1, place.clamp(min=0)))
 
@@ -706,28 +1112,46 @@ def recommend_within(
     model: WideDeepRecommender,  # fitted
     users: torch.Tensor,  # int64 [n], codes
     k: int = 10,  # places
-    max_seconds: float = 600.,  # seconds that one would wait
+    max_seconds: float = 600.0,  # seconds that one would wait
     n_sample: int = 20,  # people who are asked about everything first
 ) -> dict:  # lists int64 [n, k]; exhaustive: was everything looked at?; seconds that it would have taken; found: share of the best k that the short list has, of the sample
     "Lists for many people: of everything where that ends in time, else of a short list."
+
     def of_all(some):
         had, everything = model.train_history.select(some), torch.arange(model.n_items)
         return top_k(mask_seen(model.scores(some, had, everything), had, everything), k)[1]
-    few = users[torch.from_numpy(np.random.default_rng(0).permutation(len(users))[:n_sample].copy())]
-    started, blocks = time.perf_counter(), max(1, 2 ** 24 // model.n_items)
+
+    few = users[
+        torch.from_numpy(np.random.default_rng(0).permutation(len(users))[:n_sample].copy())
+    ]
+    started, blocks = time.perf_counter(), max(1, 2**24 // model.n_items)
     exact = torch.cat([of_all(u) for u in few.split(blocks)])
-    estimate, found = (time.perf_counter() - started) / max(len(few), 1) * len(users), 1.
-    if estimate <= max_seconds: listed = torch.cat([of_all(u) for u in tqdm(users.split(blocks), desc="lists", leave=False, mininterval=1)])
+    estimate, found = (time.perf_counter() - started) / max(len(few), 1) * len(users), 1.0
+    if estimate <= max_seconds:
+        listed = torch.cat(
+            [of_all(u) for u in tqdm(users.split(blocks), desc="lists", leave=False, mininterval=1)]
+        )
     else:
         short = CandidateGenerator.from_model(model)
         among = short.recommend(few, model.train_history.select(few), k)
         found = float((exact[:, :, None] == among[:, None]).any(2)[exact >= 0].float().mean())
-        listed = torch.cat([short.recommend(u, model.train_history.select(u), k) for u in tqdm(users.split(1024), desc="lists", leave=False, mininterval=1)])
-    return {"lists": listed, "exhaustive": estimate <= max_seconds, "seconds": estimate, "found": found}
+        listed = torch.cat(
+            [
+                short.recommend(u, model.train_history.select(u), k)
+                for u in tqdm(users.split(1024), desc="lists", leave=False, mininterval=1)
+            ]
+        )
+    return {
+        "lists": listed,
+        "exhaustive": estimate <= max_seconds,
+        "seconds": estimate,
+        "found": found,
+    }
 
 # %% ../nbs/22_scale.ipynb #22a60002
 class TimedWideDeep(WideDeepRecommender):
     "Takes note of when its features were ready."
+
     def _build(self):
         self.features_ready_at = time.perf_counter()
         return super()._build()
@@ -736,12 +1160,19 @@ class TimedWideDeep(WideDeepRecommender):
 class StageTimer:
     "What each stage took."
 
-    def __init__(self): self.records = []
+    def __init__(self):
+        self.records = []
 
     def record(self, name: str, seconds: float, **details):
         "Write a stage down, and say so."
-        self.records.append({"stage": name, "seconds": round(seconds, 3), "memory": round(process_memory_gb(), 3)} | details)
-        tqdm.write(f"{name:<9} {seconds:>8.1f} s, at most {self.records[-1]['memory']:.2f} GB  {', '.join(f'{k} {v:,}' if isinstance(v, int) else f'{k} {v}' for k, v in details.items())}", file=sys.stderr)
+        self.records.append(
+            {"stage": name, "seconds": round(seconds, 3), "memory": round(process_memory_gb(), 3)}
+            | details
+        )
+        tqdm.write(
+            f"{name:<9} {seconds:>8.1f} s, at most {self.records[-1]['memory']:.2f} GB  {', '.join(f'{k} {v:,}' if isinstance(v, int) else f'{k} {v}' for k, v in details.items())}",
+            file=sys.stderr,
+        )
         reset_peak_memory()
 
     def time_stage(self, name: str, fn: Callable, **details):
@@ -761,15 +1192,23 @@ def write_demo_csv(
 ) -> Path:  # the folder
     "The demo shop as a shop would hand it over: ratings without a header, as Amazon's are, and a table of items."
     module, function = DATASETS["demo"].generator.split(":")
-    drawn, folder = getattr(importlib.import_module(module), function)(n_ratings=n_ratings, seed=seed, views=0), Path(folder)
+    drawn, folder = (
+        getattr(importlib.import_module(module), function)(n_ratings=n_ratings, seed=seed, views=0),
+        Path(folder),
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / "items.parquet") as p: drawn.items.write_parquet(p)
-    with atomic_write(folder / "ratings.csv") as p: drawn.interactions.select("user", "item", "rating", pl.col("timestamp").dt.epoch("s")).write_csv(p, include_header=False)
+    with atomic_write(folder / "items.parquet") as p:
+        drawn.items.write_parquet(p)
+    with atomic_write(folder / "ratings.csv") as p:
+        drawn.interactions.select(
+            "user", "item", "rating", pl.col("timestamp").dt.epoch("s")
+        ).write_csv(p, include_header=False)
     return folder
 
 
 @register_task("draw a shop")
-def _demo_task(folder: str, n_ratings: int, seed: int = 0): return lambda: str(write_demo_csv(Path(folder), n_ratings, seed))
+def _demo_task(folder: str, n_ratings: int, seed: int = 0):
+    return lambda: str(write_demo_csv(Path(folder), n_ratings, seed))
 
 # %% ../nbs/22_scale.ipynb #22a60004
 def run_end_to_end(
@@ -777,33 +1216,68 @@ def run_end_to_end(
     work_dir: Path,  # a folder to work in
     protocol: str = "strict",  # by which to filter and cut
     n_users: int = 100_000,  # who get a list; 0: stop at the split
-    max_seconds: float = 600.,  # seconds that one would wait for all lists
-    min_ratings: Optional[int] = None,  # ratings of a user and of an item who stay; None: as the protocol has it
+    max_seconds: float = 600.0,  # seconds that one would wait for all lists
+    min_ratings: Optional[
+        int
+    ] = None,  # ratings of a user and of an item who stay; None: as the protocol has it
 ) -> list:  # a dict a stage: stage, seconds, memory (GB), and what it gave
     "From a raw file to lists, stage by stage."
-    stages, work_dir, chosen = StageTimer(), Path(work_dir), PROTOCOLS[check_choice(protocol, PROTOCOLS, "protocol")]
-    if min_ratings is not None: chosen = replace(chosen, min_user=min_ratings, min_item=min_ratings)
+    stages, work_dir, chosen = (
+        StageTimer(),
+        Path(work_dir),
+        PROTOCOLS[check_choice(protocol, PROTOCOLS, "protocol")],
+    )
+    if min_ratings is not None:
+        chosen = replace(chosen, min_user=min_ratings, min_item=min_ratings)
     work_dir.mkdir(parents=True, exist_ok=True)
     log, engine = work_dir / "interactions.parquet", Engine(work_dir)
     report, items, _ = stages.time_stage("read", lambda: ingest_log(str(source), log))
     stages.records[-1] |= {k: report[k] for k in ("rows_read", "kept", "users", "items")}
-    stages.time_stage("split", lambda: streaming_split(engine, engine.read_parquet(write_plain_log(pl.scan_parquet(log), work_dir / "log.parquet")), chosen))
-    stages.records[-1]["disk"] = round(sum(f.stat().st_size for f in work_dir.rglob("*") if f.is_file()) / 1e9, 3)
-    if not n_users: return stages.records
+    stages.time_stage(
+        "split",
+        lambda: streaming_split(
+            engine,
+            engine.read_parquet(write_plain_log(pl.scan_parquet(log), work_dir / "log.parquet")),
+            chosen,
+        ),
+    )
+    stages.records[-1]["disk"] = round(
+        sum(f.stat().st_size for f in work_dir.rglob("*") if f.is_file()) / 1e9, 3
+    )
+    if not n_users:
+        return stages.records
     split = load_streaming_split(work_dir, chosen)
-    split = replace(split, items=split.items.join(items, on="item", how="left", maintain_order="left"))
+    split = replace(
+        split, items=split.items.join(items, on="item", how="left", maintain_order="left")
+    )
     model, started = TimedWideDeep(epochs=1, patience=1), time.perf_counter()
     model.fit(split)
-    stages.record("features", model.features_ready_at - started, rows=len(split.train), users=split.n_train_users, items=split.n_train_items)
+    stages.record(
+        "features",
+        model.features_ready_at - started,
+        rows=len(split.train),
+        users=split.n_train_users,
+        items=split.n_train_items,
+    )
     stages.record("a pass", time.perf_counter() - model.features_ready_at)
-    users = torch.from_numpy(np.random.default_rng(0).permutation(split.n_train_users)[:n_users].copy())
-    listed = stages.time_stage("lists", lambda: recommend_within(model, users, max_seconds=max_seconds))
-    stages.records[-1] |= {"people": len(users), "exhaustive": listed["exhaustive"], "would take": listed["seconds"], "found": listed["found"]}
+    users = torch.from_numpy(
+        np.random.default_rng(0).permutation(split.n_train_users)[:n_users].copy()
+    )
+    listed = stages.time_stage(
+        "lists", lambda: recommend_within(model, users, max_seconds=max_seconds)
+    )
+    stages.records[-1] |= {
+        "people": len(users),
+        "exhaustive": listed["exhaustive"],
+        "would take": listed["seconds"],
+        "found": listed["found"],
+    }
     return stages.records
 
 
 @register_task("the whole way")
-def _end_to_end_task(**given): return lambda: run_end_to_end(**given)
+def _end_to_end_task(**given):
+    return lambda: run_end_to_end(**given)
 
 # %% ../nbs/22_scale.ipynb #22a60005
 def large_log_run(
@@ -812,22 +1286,49 @@ def large_log_run(
     protocol: str = "filtered-first",  # by which to filter and cut
 ) -> list:  # from `run_end_to_end`
     "Read, filter and split a log that is as large as there are, in a process of its own."
-    path = write_synthetic_csv(Path(work_dir) / "ratings.csv", n_rows, max(10, n_rows * 183 // 439), max(10, n_rows * 16 // 439))
-    with BenchProcess() as worker: return worker.run_task("the whole way", source=str(path), work_dir=f"{work_dir}/work", protocol=protocol, n_users=0)["told"]
+    path = write_synthetic_csv(
+        Path(work_dir) / "ratings.csv",
+        n_rows,
+        max(10, n_rows * 183 // 439),
+        max(10, n_rows * 16 // 439),
+    )
+    with BenchProcess() as worker:
+        return worker.run_task(
+            "the whole way",
+            source=str(path),
+            work_dir=f"{work_dir}/work",
+            protocol=protocol,
+            n_users=0,
+        )["told"]
 
 # %% ../nbs/22_scale.ipynb #22a70002
 def scaling_runs(
     work_dir: Path,  # a folder to work in
     n_ratings: int,  # rows of the middle size
     n_repeats: int = 3,  # times that each size is gone through, each time in a process of its own that the smallest has warmed up
-    factors: tuple = (.1, 1, 10),  # of the middle size
+    factors: tuple = (0.1, 1, 10),  # of the middle size
     n_users: int = 100_000,  # who get a list, at most
 ) -> list:  # a dict a size, repeat and stage: rows, repeat, and what `run_end_to_end` says
     "The whole way at several sizes, from small to large."
     rows = [int(max(2_000, n_ratings * factor)) for factor in factors]
-    with BenchProcess() as worker: sources, found = {n: worker.run_task("draw a shop", folder=f"{work_dir}/shop of {n}", n_ratings=n)["told"] for n in rows}, []
+    with BenchProcess() as worker:
+        sources, found = (
+            {
+                n: worker.run_task("draw a shop", folder=f"{work_dir}/shop of {n}", n_ratings=n)[
+                    "told"
+                ]
+                for n in rows
+            },
+            [],
+        )
     for repeat in tqdm(range(1, n_repeats + 1), desc="sizes", leave=False):
-        with BenchProcess() as worker: told = [worker.run_task("several sizes", sources={n: sources[n] for n in some}, n_users=n_users)["told"] for some in (rows[:1], rows)][1]
+        with BenchProcess() as worker:
+            told = [
+                worker.run_task(
+                    "several sizes", sources={n: sources[n] for n in some}, n_users=n_users
+                )["told"]
+                for some in (rows[:1], rows)
+            ][1]
         found += [row | {"rows": n, "repeat": repeat} for n, stages in told for row in stages]
     return found
 
@@ -836,16 +1337,36 @@ def scaling_runs(
 def _sizes_task(sources: dict, n_users: int):
     "The whole way for each source, each size in the same manner: nobody is filtered, and a short list is always made; memory is what came on top."
     held = process_memory_gb(peak=False)
-    less = lambda stages: [row | {"memory": max(row["memory"] - held, .001)} for row in stages]
-    return lambda: [(n, less(run_end_to_end(source, f"{source}/work", n_users=n_users, max_seconds=0., min_ratings=1))) for n, source in sources.items()]
+
+    def less(stages):
+        return [row | {"memory": max(row["memory"] - held, 0.001)} for row in stages]
+
+    return lambda: [
+        (
+            n,
+            less(
+                run_end_to_end(
+                    source, f"{source}/work", n_users=n_users, max_seconds=0.0, min_ratings=1
+                )
+            ),
+        )
+        for n, source in sources.items()
+    ]
 
 
 def per_1k_lists(
     rows: pl.DataFrame,  # from `scaling_runs`
-) -> pl.DataFrame:  # the same with the seconds of a thousand lists, for as many are made as there are people
+) -> (
+    pl.DataFrame
+):  # the same with the seconds of a thousand lists, for as many are made as there are people
     "Costs that can be compared over sizes."
     lists = pl.col("stage") == "lists"
-    return rows.with_columns(seconds=pl.when(lists).then(1000 * pl.col("seconds") / pl.col("people")).otherwise("seconds"), stage=pl.when(lists).then(pl.lit("1,000 lists")).otherwise("stage"))
+    return rows.with_columns(
+        seconds=pl.when(lists)
+        .then(1000 * pl.col("seconds") / pl.col("people"))
+        .otherwise("seconds"),
+        stage=pl.when(lists).then(pl.lit("1,000 lists")).otherwise("stage"),
+    )
 
 
 def scaling_exponents(
@@ -853,26 +1374,42 @@ def scaling_exponents(
     column: str = "seconds",  # or "memory"
 ) -> pl.DataFrame:  # stage, exponent, lo, hi: the median, the least and the most over the repeats
     "The slope of each stage's line on logarithmic axes, by least squares."
-    slope = lambda t: np.polyfit(np.log(t["rows"].to_numpy()), np.log(np.maximum(t[column].to_numpy(), 1e-4)), 1)[0]
-    slopes = [(stage, float(slope(t))) for (stage, _), t in rows.group_by("stage", "repeat", maintain_order=True)]
-    return pl.DataFrame(slopes, schema=["stage", "exponent"], orient="row").group_by("stage", maintain_order=True).agg(pl.col("exponent").median(), lo=pl.col("exponent").min(), hi=pl.col("exponent").max())
+
+    def slope(t):
+        return np.polyfit(
+            np.log(t["rows"].to_numpy()), np.log(np.maximum(t[column].to_numpy(), 1e-4)), 1
+        )[0]
+
+    slopes = [
+        (stage, float(slope(t)))
+        for (stage, _), t in rows.group_by("stage", "repeat", maintain_order=True)
+    ]
+    return (
+        pl.DataFrame(slopes, schema=["stage", "exponent"], orient="row")
+        .group_by("stage", maintain_order=True)
+        .agg(pl.col("exponent").median(), lo=pl.col("exponent").min(), hi=pl.col("exponent").max())
+    )
 
 # %% ../nbs/22_scale.ipynb #22a80011
-SEED_BLOCK_ROWS = 2 ** 16  # rows of a table that are drawn from one seed
+SEED_BLOCK_ROWS = 2**16  # rows of a table that are drawn from one seed
 
 
 def init_table_rows(
     out: torch.Tensor,  # float32 [rows, columns], gets them
     first_row: int,  # place of its first row in the table
     seed: int,  # of the table
-    std: float = .01,  # of the weights
+    std: float = 0.01,  # of the weights
 ):
     "Some rows of a table as it starts, the same whoever draws them: each block of rows has a seed of its own."
     end = first_row + len(out)
     for b in range(first_row // SEED_BLOCK_ROWS, -(-end // SEED_BLOCK_ROWS)):
         first, last = max(first_row, b * SEED_BLOCK_ROWS), min(end, (b + 1) * SEED_BLOCK_ROWS)
-        drawn = torch.randn(SEED_BLOCK_ROWS, out.shape[1], generator=torch.Generator().manual_seed(10 ** 6 * seed + b))
-        out[first - first_row:last - first_row] = std * drawn[first - b * SEED_BLOCK_ROWS:last - b * SEED_BLOCK_ROWS]
+        drawn = torch.randn(
+            SEED_BLOCK_ROWS, out.shape[1], generator=torch.Generator().manual_seed(10**6 * seed + b)
+        )
+        out[first - first_row : last - first_row] = (
+            std * drawn[first - b * SEED_BLOCK_ROWS : last - b * SEED_BLOCK_ROWS]
+        )
 
 
 @torch.no_grad()
@@ -883,10 +1420,16 @@ def init_sharded_weights(
     "Let it start: the layers as the small one's, tables at zero or drawn, as the small one's are."
     like, rank, n = reference.state_dict(), dist.get_rank(), dist.get_world_size()
     for number, (name, to) in enumerate(net.state_dict().items()):
-        own, start = local_tensor(to), min(rank * -(-len(to) // n), len(to)) if isinstance(to, DTensor) else 0    # rows are dealt out in equal shares, the last perhaps smaller
-        if to.shape == like[name].shape: own.copy_(like[name][start:start + len(own)])
-        elif like[name].any(): init_table_rows(own, start, number)
-        else: own.zero_()
+        own, start = (
+            local_tensor(to),
+            min(rank * -(-len(to) // n), len(to)) if isinstance(to, DTensor) else 0,
+        )  # rows are dealt out in equal shares, the last perhaps smaller
+        if to.shape == like[name].shape:
+            own.copy_(like[name][start : start + len(own)])
+        elif like[name].any():
+            init_table_rows(own, start, number)
+        else:
+            own.zero_()
 
 # %% ../nbs/22_scale.ipynb #22a80002
 LOSS_RTOL = 1e-4  # of losses, relative: float32 sums in another order, over some passes
@@ -904,12 +1447,29 @@ def shard_model(
 ) -> nn.Module:  # to be trained as if it were alone
     "Share a network out among the processes; of tables that are dealt out none is ever whole."
     n, device = dist.get_world_size(), pick_device()
-    with torch.device("meta"): net = make_net()                                                             # its shape, without memory
-    large = [name for name, m in net.named_modules() if isinstance(m, nn.Embedding) and m.num_embeddings >= 64 * n]
-    if shard_tables: parallelize_module(net, init_device_mesh(device.type, (n,)), {name: RowwiseParallel(input_layouts=Shard(0), output_layouts=Shard(0)) for name in large}, src_data_rank=None)
+    with torch.device("meta"):
+        net = make_net()  # its shape, without memory
+    large = [
+        name
+        for name, m in net.named_modules()
+        if isinstance(m, nn.Embedding) and m.num_embeddings >= 64 * n
+    ]
+    if shard_tables:
+        parallelize_module(
+            net,
+            init_device_mesh(device.type, (n,)),
+            {
+                name: RowwiseParallel(input_layouts=Shard(0), output_layouts=Shard(0))
+                for name in large
+            },
+            src_data_rank=None,
+        )
     init_sharded_weights(net.to_empty(device=device), reference)
     dealt = {name: p for name, p in net.named_parameters() if isinstance(p, DTensor)}
-    for p in dealt.values(): p.register_hook(lambda gradient: gradient / n)                                # each process's loss is a mean over its share
+    for p in dealt.values():
+        p.register_hook(
+            lambda gradient: gradient / n
+        )  # each process's loss is a mean over its share
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, dealt)
     return DistributedDataParallel(net)
 
@@ -919,7 +1479,11 @@ def saved_epochs(
     n_processes: int,  # processes
 ) -> list:  # passes that every process has kept, in order
     "What training can go on from."
-    return sorted(int(f.name.split("-")[1]) for f in Path(folder).glob("pass-*") if all((f / f"{rank}-of-{n_processes}.safetensors").exists() for rank in range(n_processes)))
+    return sorted(
+        int(f.name.split("-")[1])
+        for f in Path(folder).glob("pass-*")
+        if all((f / f"{rank}-of-{n_processes}.safetensors").exists() for rank in range(n_processes))
+    )
 
 
 def checkpoint_tensors(
@@ -927,7 +1491,11 @@ def checkpoint_tensors(
     optimizer: torch.optim.Optimizer,  # of its weights
 ) -> dict:  # name: this process's part
     "All that the next pass depends on."
-    memory = {f"memory/{i}.{k}": local_tensor(v) for i, p in enumerate(net.parameters()) for k, v in optimizer.state[p].items()}
+    memory = {
+        f"memory/{i}.{k}": local_tensor(v)
+        for i, p in enumerate(net.parameters())
+        for k, v in optimizer.state[p].items()
+    }
     return {f"net/{k}": local_tensor(v) for k, v in net.state_dict().items()} | memory
 
 
@@ -940,9 +1508,15 @@ def save_shard(
 ):
     "Keep this process's part, and let go of what is two passes old."
     rank, n = dist.get_rank(), dist.get_world_size()
-    with atomic_write(folder / f"pass-{epoch}" / f"{rank}-of-{n}.safetensors") as p: save_file({k: v.detach().cpu().clone() for k, v in checkpoint_tensors(net, optimizer).items()}, p, {"curve": json.dumps(losses)})
+    with atomic_write(folder / f"pass-{epoch}" / f"{rank}-of-{n}.safetensors") as p:
+        save_file(
+            {k: v.detach().cpu().clone() for k, v in checkpoint_tensors(net, optimizer).items()},
+            p,
+            {"curve": json.dumps(losses)},
+        )
     dist.barrier()
-    if rank == 0: shutil.rmtree(folder / f"pass-{epoch - 2}", ignore_errors=True)
+    if rank == 0:
+        shutil.rmtree(folder / f"pass-{epoch - 2}", ignore_errors=True)
 
 
 def resume(
@@ -952,11 +1526,15 @@ def resume(
 ) -> list:  # losses so far
     "Take up this process's part of the last pass that all have kept."
     n = dist.get_world_size()
-    if not (passes := saved_epochs(folder, n)): return []
-    with safe_open(folder / f"pass-{passes[-1]}" / f"{dist.get_rank()}-of-{n}.safetensors", "pt") as f:
+    if not (passes := saved_epochs(folder, n)):
+        return []
+    with safe_open(
+        folder / f"pass-{passes[-1]}" / f"{dist.get_rank()}-of-{n}.safetensors", "pt"
+    ) as f:
         there = checkpoint_tensors(net, optimizer)
         with torch.no_grad():
-            for k in f.keys(): there[k].copy_(f.get_tensor(k))
+            for k in f.keys():
+                there[k].copy_(f.get_tensor(k))
         return json.loads(f.metadata()["curve"])
 
 # %% ../nbs/22_scale.ipynb #22a80005
@@ -970,9 +1548,18 @@ def write_training_data(
     x, y = pointwise_examples(split.train, category, split.n_train_users, split.n_train_items)
     kept = slice(-max_rows if max_rows else None, None)
     codes, *features = [t[kept] for t in x.to_tensors()]
-    sizes = {"n_users": split.n_train_users, "n_items": split.n_train_items, "n_categories": int(category.max()) + 1}
+    sizes = {
+        "n_users": split.n_train_users,
+        "n_items": split.n_train_items,
+        "n_categories": int(category.max()) + 1,
+    }
     with atomic_write(Path(folder) / "data.safetensors") as p:
-        save_file({"codes": codes.contiguous(), "y": y[kept].contiguous()} | {f"x{i}": f.contiguous() for i, f in enumerate(features)}, p, {"sizes": json.dumps(sizes)})
+        save_file(
+            {"codes": codes.contiguous(), "y": y[kept].contiguous()}
+            | {f"x{i}": f.contiguous() for i, f in enumerate(features)},
+            p,
+            {"sizes": json.dumps(sizes)},
+        )
 
 
 def distributed_batches(
@@ -982,7 +1569,7 @@ def distributed_batches(
 ) -> list:  # int64 tensors: this process's rows of each batch; a multiple of eight rows, so that up to eight processes have equal shares
     "A pass in random order, dealt out."
     rank, n = dist.get_rank(), dist.get_world_size()
-    order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))[:n_rows // 8 * 8]
+    order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))[: n_rows // 8 * 8]
     return [rows.chunk(n)[rank] for rows in order.split(batch_size // 8 * 8)]
 
 # %% ../nbs/22_scale.ipynb #22a80006
@@ -993,7 +1580,7 @@ def train_batches(
     batches: list,  # int64 tensors, rows of each
 ) -> torch.Tensor:  # the mean loss of this process
     "Train on some batches."
-    (*x, y), spent, seen = data, 0., 0
+    (*x, y), spent, seen = data, 0.0, 0
     for rows in batches:
         cost = F.mse_loss(net(Batch.from_tensors(*[t[rows] for t in x])), y[rows])
         optimizer.zero_grad()
@@ -1013,7 +1600,8 @@ def init_optimizer_state(
     start = {k: v.clone() for k, v in checkpoint_tensors(net, optimizer).items()}
     train_batches(net, optimizer, data, batches)
     with torch.no_grad():
-        for k, v in checkpoint_tensors(net, optimizer).items(): v.copy_(start[k]) if k in start else v.zero_()
+        for k, v in checkpoint_tensors(net, optimizer).items():
+            v.copy_(start[k]) if k in start else v.zero_()
 
 # %% ../nbs/22_scale.ipynb #22a8000a
 def train_distributed(
@@ -1021,47 +1609,75 @@ def train_distributed(
     mode: str = "data",  # "data": the whole model in each process; "rows": tables dealt out by rows
     epochs: int = 4,  # over the data
     batch_size: int = 1024,  # rows a step, of all processes together
-    pause: float = 0.,  # seconds after each pass, for those who would stop it
+    pause: float = 0.0,  # seconds after each pass, for those who would stop it
 ) -> list:  # the mean loss of each pass
     "Train as one of the processes of a group."
     n, path, device = dist.get_world_size(), Path(folder) / "data.safetensors", pick_device()
-    with safe_open(path, "pt") as f: sizes, data = json.loads(f.metadata()["sizes"]), [f.get_tensor(k).to(device) for k in ("codes", "x0", "x1", "x2", "y")]
+    with safe_open(path, "pt") as f:
+        sizes, data = (
+            json.loads(f.metadata()["sizes"]),
+            [f.get_tensor(k).to(device) for k in ("codes", "x0", "x1", "x2", "y")],
+        )
     reset_peak_memory()
-    before, like = process_memory_gb(peak=False), dict(n_categories=sizes["n_categories"], dropout=0., id_dropout=0.)
+    before, like = (
+        process_memory_gb(peak=False),
+        dict(n_categories=sizes["n_categories"], dropout=0.0, id_dropout=0.0),
+    )
     torch.manual_seed(0)
-    net = shard_model(lambda: WideDeepNet(sizes["n_users"], sizes["n_items"], **like), WideDeepNet(0, 0, **like), mode == "rows")
+    net = shard_model(
+        lambda: WideDeepNet(sizes["n_users"], sizes["n_items"], **like),
+        WideDeepNet(0, 0, **like),
+        mode == "rows",
+    )
     built = process_memory_gb() - before
-    optimiser = torch.optim.AdamW(net.parameters(), lr=.004, foreach=False)
-    init_optimizer_state(net, optimiser, data, distributed_batches(len(data[-1]), batch_size, 0)[:1])
+    optimiser = torch.optim.AdamW(net.parameters(), lr=0.004, foreach=False)
+    init_optimizer_state(
+        net, optimiser, data, distributed_batches(len(data[-1]), batch_size, 0)[:1]
+    )
     curve = resume(Path(folder) / f"{mode}-{n}", net, optimiser)
     for done in range(len(curve) + 1, epochs + 1):
-        loss = train_batches(net, optimiser, data, distributed_batches(len(data[-1]), batch_size, done))
+        loss = train_batches(
+            net, optimiser, data, distributed_batches(len(data[-1]), batch_size, done)
+        )
         dist.all_reduce(loss)
         curve.append(float(loss / n))
         save_shard(Path(folder) / f"{mode}-{n}", done, net, optimiser, curve)
         time.sleep(pause)
     held = sum(local_tensor(p).numel() for p in net.parameters())
     if dist.get_rank() == 0:
-        with atomic_write(Path(folder) / f"{mode}-{n}.json") as p: p.write_text(json.dumps({"curve": curve, "held": held, "built": built}))
+        with atomic_write(Path(folder) / f"{mode}-{n}.json") as p:
+            p.write_text(json.dumps({"curve": curve, "held": held, "built": built}))
     return curve
 
 # %% ../nbs/22_scale.ipynb #22a80007
 @contextmanager
 def process_group():
     "Be one of the processes that torchrun has started, or alone."
-    store, rank, n = next(rendezvous("env://")) if dist.is_torchelastic_launched() else (dist.HashStore(), 0, 1)
-    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)             # what those said who have died is not to be listened to
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=n)
-    if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    try: yield
-    finally: dist.destroy_process_group()
+    store, rank, n = (
+        next(rendezvous("env://")) if dist.is_torchelastic_launched() else (dist.HashStore(), 0, 1)
+    )
+    store = dist.PrefixStore(
+        f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+    )  # what those said who have died is not to be listened to
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=n
+    )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @register_task("together")
 def _distributed_task(modes: tuple = ("data", "rows"), **given):
     "Train in each way, one after the other."
+
     def once():
-        with process_group(): return [train_distributed(mode=way, **given) for way in modes]
+        with process_group():
+            return [train_distributed(mode=way, **given) for way in modes]
+
     return once
 
 
@@ -1072,8 +1688,25 @@ def launch_torchrun(
     **given,  # ways, passes, batch_size, pause: as for `train_distributed`
 ) -> subprocess.Popen:
     "Start the processes, as on a command line: `launch_torchrun --nproc-per-node 2 -m widedeep_nb.scale together '{...}'`."
-    words = ["--standalone", "--nproc-per-node", str(n_processes), "--max-restarts", str(max_restarts), "-m", "widedeep_nb.scale", "together", json.dumps({"folder": str(folder)} | given)]
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={"OMP_NUM_THREADS": "1"} | os.environ)
+    words = [
+        "--standalone",
+        "--nproc-per-node",
+        str(n_processes),
+        "--max-restarts",
+        str(max_restarts),
+        "-m",
+        "widedeep_nb.scale",
+        "together",
+        json.dumps({"folder": str(folder)} | given),
+    ]
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={"OMP_NUM_THREADS": "1"} | os.environ,
+    )
 
 
 def distributed_curves(
@@ -1082,12 +1715,17 @@ def distributed_curves(
     **given,  # of `train_distributed`
 ) -> list:  # a dict a way and number of processes: way, processes, curve, and of the first process held (weights) and built (GB that building took at most)
     "One process and several, both ways."
-    with BenchProcess() as worker: worker.run_task("together", folder=str(folder), modes=("data",), **given)
+    with BenchProcess() as worker:
+        worker.run_task("together", folder=str(folder), modes=("data",), **given)
     process = launch_torchrun(folder, n_processes, **given)
     said = process.communicate()[1]
     why = re.findall(r"\w+(?:Error|Problem|Exception): .+", said) or ["?"]
-    if process.returncode: raise UserError(f"torchrun ended with {process.returncode}: {why[0]}")
-    return [{"way": way, "processes": n} | json.loads((Path(folder) / f"{way}-{n}.json").read_text()) for way, n in (("data", 1), ("data", n_processes), ("rows", n_processes))]
+    if process.returncode:
+        raise UserError(f"torchrun ended with {process.returncode}: {why[0]}")
+    return [
+        {"way": way, "processes": n} | json.loads((Path(folder) / f"{way}-{n}.json").read_text())
+        for way, n in (("data", 1), ("data", n_processes), ("rows", n_processes))
+    ]
 
 # %% ../nbs/22_scale.ipynb #22a90002
 def has_spark() -> bool:
@@ -1100,24 +1738,39 @@ def spark_session(
     memory: str = "4g",  # of the driver
 ) -> object:  # a session
     "Spark, where it is installed."
-    if not has_spark(): raise UserError("Spark needs pyspark and a Java: pip install 'widedeep_nb[spark]'")
+    if not has_spark():
+        raise UserError("Spark needs pyspark and a Java: pip install 'widedeep_nb[spark]'")
     from pyspark.sql import SparkSession
-    made = SparkSession.builder.master(master).appName("widedeep_nb").config("spark.driver.memory", memory).config("spark.ui.enabled", "false")
-    return made.config("spark.sql.session.timeZone", "UTC").config("spark.sql.shuffle.partitions", str(2 * (os.cpu_count() or 1))).getOrCreate()
+
+    made = (
+        SparkSession.builder.master(master)
+        .appName("widedeep_nb")
+        .config("spark.driver.memory", memory)
+        .config("spark.ui.enabled", "false")
+    )
+    return (
+        made.config("spark.sql.session.timeZone", "UTC")
+        .config("spark.sql.shuffle.partitions", str(2 * (os.cpu_count() or 1)))
+        .getOrCreate()
+    )
 
 # %% ../nbs/22_scale.ipynb #22a90024
 @register_task("split on Polars")
 def _polars_split_task(log: str, work_dir: str, protocol: str = "strict"):
     "A split of a plain log, streamed."
     engine = Engine(Path(work_dir))
-    return lambda: time_call(lambda: streaming_split(engine, engine.read_parquet(log), PROTOCOLS[protocol]))
+    return lambda: time_call(
+        lambda: streaming_split(engine, engine.read_parquet(log), PROTOCOLS[protocol])
+    )
 
 
 @register_task("split on Spark")
 def _spark_split_task(log: str, work_dir: str, protocol: str = "strict", master: str = "local[*]"):
     "The same on Spark."
     engine = Engine(Path(work_dir), spark_session(master))
-    return lambda: time_call(lambda: streaming_split(engine, engine.read_parquet(log), PROTOCOLS[protocol]))
+    return lambda: time_call(
+        lambda: streaming_split(engine, engine.read_parquet(log), PROTOCOLS[protocol])
+    )
 
 
 def compare_engines(
@@ -1130,11 +1783,26 @@ def compare_engines(
     for rows in sizes:
         folder = Path(work_dir) / str(rows)
         folder.mkdir(parents=True, exist_ok=True)
-        raw, log = write_synthetic_csv(folder / "raw.csv", rows, rows // 2, max(10, rows // 16)), folder / "log.parquet"
+        raw, log = (
+            write_synthetic_csv(folder / "raw.csv", rows, rows // 2, max(10, rows // 16)),
+            folder / "log.parquet",
+        )
         Engine(folder).read_raw_csv(raw).unique(["user", "item"]).sink_parquet(log)
         for engine in ("Polars", "Spark"):
-            with BenchProcess() as worker: told = [worker.run_task(f"split on {engine}", log=str(log), work_dir=str(folder)) for _ in range(n_repeats + 1)][1:]
-            found += [{"rows": rows, "engine": engine, "seconds": t["told"], "memory": t["peak"] if engine == "Polars" else None} for t in told]
+            with BenchProcess() as worker:
+                told = [
+                    worker.run_task(f"split on {engine}", log=str(log), work_dir=str(folder))
+                    for _ in range(n_repeats + 1)
+                ][1:]
+            found += [
+                {
+                    "rows": rows,
+                    "engine": engine,
+                    "seconds": t["told"],
+                    "memory": t["peak"] if engine == "Polars" else None,
+                }
+                for t in told
+            ]
     return found
 
 
@@ -1144,13 +1812,25 @@ def crossover_size(
 ) -> dict:  # time: rows from which Spark would be the faster one, inf: never; memory: rows at which Polars would need all memory
     "Where to change over: time drawn on from the two largest sizes on logarithmic axes, memory in proportion to the largest."
     middle = rows.group_by("engine", "rows").agg(pl.col("seconds", "memory").median()).sort("rows")
-    (spark, polars), before, last = [middle.filter(engine=e) for e in ("Spark", "Polars")], *middle["rows"].unique().sort().to_list()[-2:]
-    was, now = np.log(spark["seconds"].to_numpy() / polars["seconds"].to_numpy())[-2:]                     # how many times as long Spark takes
-    time = last if now <= 0 else last * (last / before) ** (now / (was - now)) if now < was else np.inf
+    (spark, polars), before, last = (
+        [middle.filter(engine=e) for e in ("Spark", "Polars")],
+        *middle["rows"].unique().sort().to_list()[-2:],
+    )
+    was, now = np.log(spark["seconds"].to_numpy() / polars["seconds"].to_numpy())[
+        -2:
+    ]  # how many times as long Spark takes
+    time = (
+        last if now <= 0 else last * (last / before) ** (now / (was - now)) if now < was else np.inf
+    )
     return {"time": float(time), "memory": last * memory_gb / polars["memory"][-1]}
 
 # %% ../nbs/22_scale.ipynb #22a90004
-TABLE_SIZES = (4_200, 42_000, 420_000, 4_200_000)  # ids; the last as many as Amazon's log has people
+TABLE_SIZES = (
+    4_200,
+    42_000,
+    420_000,
+    4_200_000,
+)  # ids; the last as many as Amazon's log has people
 
 
 @step(preprocess)
@@ -1164,22 +1844,55 @@ def measure_scale(
     engine_rows: int = 0,  # rows of the largest of three sizes at which Polars is held against Spark; 0: not at all
 ):
     "Time, memory and growth of what this report does, on this machine; and training shared out, on this run's rows."
-    for name, value, least in (("bench_ratings", bench_ratings, 1000), ("bench_rows", bench_rows, 10_000), ("bench_repeats", bench_repeats, 1), ("growth", scaling_rows, 2_000), ("largest", large_log_rows or 1000, 1000), ("engines", engine_rows or 10_000, 10_000)):
-        if value < least: raise UserError(f"{name} is at least {least:,}, not {value:,}")
-    if engine_rows and not has_spark(): raise UserError("engines needs Spark: pip install 'widedeep_nb[spark]', and a Java")
+    for name, value, least in (
+        ("bench_ratings", bench_ratings, 1000),
+        ("bench_rows", bench_rows, 10_000),
+        ("bench_repeats", bench_repeats, 1),
+        ("growth", scaling_rows, 2_000),
+        ("largest", large_log_rows or 1000, 1000),
+        ("engines", engine_rows or 10_000, 10_000),
+    ):
+        if value < least:
+            raise UserError(f"{name} is at least {least:,}, not {value:,}")
+    if engine_rows and not has_spark():
+        raise UserError("engines needs Spark: pip install 'widedeep_nb[spark]', and a Java")
     split = run.load_splits()[-1].for_final_fit()
     with tempfile.TemporaryDirectory(prefix="widedeep-scale-") as place:
+
         def together():
-            if not split.has_ratings: return []
+            if not split.has_ratings:
+                return []
             write_training_data(Path(place), split, 20_000)
             return distributed_curves(Path(place))
-        users, items = max(2, bench_ratings * 8_352 // 134_829), max(2, bench_ratings * 3_715 // 134_829)
-        pieces = {"bench": lambda: bench(bench_repeats, bench_ratings, users, items, min(users, 1_000), bench_rows), "growth": lambda: scaling_runs(Path(place), scaling_rows, min(bench_repeats, 2)),
-                  "largest": lambda: large_log_run(Path(place) / "largest", large_log_rows) if large_log_rows else [],
-                  "engines": lambda: compare_engines(Path(place) / "engines", tuple(engine_rows // n for n in (100, 10, 1))) if engine_rows else [],
-                  "steps": lambda: step_time_by_size(TABLE_SIZES), "lazy": lambda: compare_dense_and_sparse(run.load_splits()[-1]), "together": together,
-                  "needs": lambda: resource_estimates(split, machine_peak()).to_dicts()}
-        done = {name: run.cached(name, make) for name, make in tqdm(pieces.items(), desc="scale", leave=False)}
+
+        users, items = (
+            max(2, bench_ratings * 8_352 // 134_829),
+            max(2, bench_ratings * 3_715 // 134_829),
+        )
+        pieces = {
+            "bench": lambda: bench(
+                bench_repeats, bench_ratings, users, items, min(users, 1_000), bench_rows
+            ),
+            "growth": lambda: scaling_runs(Path(place), scaling_rows, min(bench_repeats, 2)),
+            "largest": lambda: (
+                large_log_run(Path(place) / "largest", large_log_rows) if large_log_rows else []
+            ),
+            "engines": lambda: (
+                compare_engines(
+                    Path(place) / "engines", tuple(engine_rows // n for n in (100, 10, 1))
+                )
+                if engine_rows
+                else []
+            ),
+            "steps": lambda: step_time_by_size(TABLE_SIZES),
+            "lazy": lambda: compare_dense_and_sparse(run.load_splits()[-1]),
+            "together": together,
+            "needs": lambda: resource_estimates(split, machine_peak()).to_dicts(),
+        }
+        done = {
+            name: run.cached(name, make)
+            for name, make in tqdm(pieces.items(), desc="scale", leave=False)
+        }
     run.write("scale.json", done)
 
 # %% ../nbs/22_scale.ipynb #22a90007
@@ -1187,43 +1900,89 @@ def plot_speedups(
     records: pl.DataFrame,  # of a bench
 ) -> plt.Figure:
     "How many times as fast as the common way, with the range over the rounds."
-    fig, ax = plt.subplots(figsize=(5.2, .8 + .62 * len(records)))
+    fig, ax = plt.subplots(figsize=(5.2, 0.8 + 0.62 * len(records)))
     for y, r in enumerate(records.rows(named=True)):
-        ax.plot([1, 1], [y - .14, y + .5], color=COLORS["baseline"], lw=1)                                  # leaves room for the next name
+        ax.plot(
+            [1, 1], [y - 0.14, y + 0.5], color=COLORS["baseline"], lw=1
+        )  # leaves room for the next name
         colour = COLORS["alarm" if r["hi"] < 1 else "hybrid"]
         ax.plot([r["lo"], r["hi"]], [y, y], color=colour, lw=2.2, solid_capstyle="round")
         ax.plot(r["ratio"], y, "o", color=colour, ms=6)
-        ax.annotate(f"{r['ratio']:.1f}", (r["hi"], y), (6, 0), textcoords="offset points", va="center", color=colour)
-        ax.annotate(f"{r['task']}: {r['way']}", (0, y), (2, 8), xycoords=ax.get_yaxis_transform(), textcoords="offset points", va="bottom", fontsize=9.5)
-    ax.set(xscale="log", yticks=[], ylim=(len(records) - .5, -.85), xlabel="times as fast as the common way, log scale")
+        ax.annotate(
+            f"{r['ratio']:.1f}",
+            (r["hi"], y),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+        )
+        ax.annotate(
+            f"{r['task']}: {r['way']}",
+            (0, y),
+            (2, 8),
+            xycoords=ax.get_yaxis_transform(),
+            textcoords="offset points",
+            va="bottom",
+            fontsize=9.5,
+        )
+    ax.set(
+        xscale="log",
+        yticks=[],
+        ylim=(len(records) - 0.5, -0.85),
+        xlabel="times as fast as the common way, log scale",
+    )
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("")
     ax.spines["left"].set_visible(False)
-    ax.margins(x=.15)
+    ax.margins(x=0.15)
     return fig
 
 
 def describe_speedups(records: pl.DataFrame) -> str:
     "What is surely faster than the common way, and what is not."
-    name = lambda r: f"{r['task']} ({r['way']}) {r['ratio']:.1f} times"
+
+    def name(r):
+        return f"{r['task']} ({r['way']}) {r['ratio']:.1f} times"
+
     rows = records.sort("ratio", descending=True).rows(named=True)
-    faster, slower, level = [[name(r) for r in rows if f(r)] for f in (lambda r: r["lo"] > 1, lambda r: r["hi"] < 1, lambda r: r["lo"] <= 1 <= r["hi"])]
-    return " ".join(said + ", ".join(who) + "." for said, who in (("Faster in every round: ", faster), ("Slower in every round: ", slower), ("Not to be told apart: ", level)) if who)
+    faster, slower, level = [
+        [name(r) for r in rows if f(r)]
+        for f in (lambda r: r["lo"] > 1, lambda r: r["hi"] < 1, lambda r: r["lo"] <= 1 <= r["hi"])
+    ]
+    return " ".join(
+        said + ", ".join(who) + "."
+        for said, who in (
+            ("Faster in every round: ", faster),
+            ("Slower in every round: ", slower),
+            ("Not to be told apart: ", level),
+        )
+        if who
+    )
 
 # %% ../nbs/22_scale.ipynb #22a90016
 def stage_summary(
     stages: pl.DataFrame,  # stage, seconds and memory, of one size, perhaps of several repeats
 ) -> pl.DataFrame:  # stage, seconds (median) and GB
     "What each stage took."
-    return stages.group_by("stage", maintain_order=True).agg(pl.col("seconds").median(), GB=pl.col("memory").max())
+    return stages.group_by("stage", maintain_order=True).agg(
+        pl.col("seconds").median(), GB=pl.col("memory").max()
+    )
 
 
 def describe_end_to_end(
     stages: pl.DataFrame,  # of the largest size, from `scaling_runs`
 ) -> str:
     "How far it went, and how long it took."
-    log, lists, took = stages.filter(stage="read").row(0, named=True), stages.filter(stage="lists").row(0, named=True), stage_summary(stages)
-    how = "everything was looked at for them" if lists["exhaustive"] else f"looking at everything for them would take {lists['would take'] / 60:,.0f} minutes, so a short list goes first, which holds {lists['found']:.0%} of the best ten"
+    log, lists, took = (
+        stages.filter(stage="read").row(0, named=True),
+        stages.filter(stage="lists").row(0, named=True),
+        stage_summary(stages),
+    )
+    how = (
+        "everything was looked at for them"
+        if lists["exhaustive"]
+        else f"looking at everything for them would take {lists['would take'] / 60:,.0f} minutes, so a short list goes first, which holds {lists['found']:.0%} of the best ten"
+    )
     return f"{log['rows_read']:,} raw rows of {log['users']:,} people and {log['items']:,} products become lists for {lists['people']:,} people in {took['seconds'].sum() / 60:.1f} minutes, with at most {took['GB'].max():.1f} GB on top of the packages; {how}."
 
 # %% ../nbs/22_scale.ipynb #22a9000a
@@ -1232,37 +1991,73 @@ def plot_scaling(
     column: str = "seconds",  # or "memory"
 ) -> plt.Figure:
     "A line a stage on logarithmic axes, its exponent written at its end; the steepest in red."
-    slopes, fig_ax = scaling_exponents(rows, column).sort("exponent"), plt.subplots(figsize=(5.2, 3.4))
+    slopes, fig_ax = (
+        scaling_exponents(rows, column).sort("exponent"),
+        plt.subplots(figsize=(5.2, 3.4)),
+    )
     fig, ax = fig_ax
-    middle = rows.group_by("stage", "rows").agg(pl.col(column).median(), lo=pl.col(column).min(), hi=pl.col(column).max()).sort("rows")
-    ends = [(middle.filter(stage=s)[column][-1], s, e) for s, e in slopes.select("stage", "exponent").rows()]
+    middle = (
+        rows.group_by("stage", "rows")
+        .agg(pl.col(column).median(), lo=pl.col(column).min(), hi=pl.col(column).max())
+        .sort("rows")
+    )
+    ends = [
+        (middle.filter(stage=s)[column][-1], s, e)
+        for s, e in slopes.select("stage", "exponent").rows()
+    ]
     for stage in slopes["stage"]:
         line, worst = middle.filter(stage=stage), stage == slopes["stage"][-1]
         colour = COLORS["alarm" if worst else "hybrid"]
-        ax.fill_between(line["rows"], line["lo"], line["hi"], color=colour, alpha=.15, lw=0)
+        ax.fill_between(line["rows"], line["lo"], line["hi"], color=colour, alpha=0.15, lw=0)
         ax.plot(line["rows"], line[column], "o-", color=colour, ms=3.5, lw=1.4)
-    ax.set(xscale="log", yscale="log", xlabel="rows of the raw file, log scale", ylabel="seconds, log scale" if column == "seconds" else "most memory, GB, log scale")
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="rows of the raw file, log scale",
+        ylabel="seconds, log scale" if column == "seconds" else "most memory, GB, log scale",
+    )
     low, high, last = ax.get_ylim()[0], ax.get_ylim()[1], rows["rows"].max()
-    told = "125" if high > 10 * low else "123456789"                                                       # first digits of the ticks that are labelled
-    for which in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter): which(lambda y, _: f"{y:g}" if f"{y:e}"[0] in told else "")
-    gap, place = (high / low) ** .075, 0.
-    for end, stage, exponent in sorted(ends):                                                              # labels from below, none on another
+    told = "125" if high > 10 * low else "123456789"  # first digits of the ticks that are labelled
+    for which in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+        which(lambda y, _: f"{y:g}" if f"{y:e}"[0] in told else "")
+    gap, place = (high / low) ** 0.075, 0.0
+    for end, stage, exponent in sorted(ends):  # labels from below, none on another
         place = max(end, place * gap)
-        ax.annotate(f"{stage} {exponent:.2f}", (last, end), (last * 1.25, place), va="center", fontsize=9.5, annotation_clip=False, color=COLORS["alarm" if stage == slopes["stage"][-1] else "hybrid"])
+        ax.annotate(
+            f"{stage} {exponent:.2f}",
+            (last, end),
+            (last * 1.25, place),
+            va="center",
+            fontsize=9.5,
+            annotation_clip=False,
+            color=COLORS["alarm" if stage == slopes["stage"][-1] else "hybrid"],
+        )
     return fig
 
 
-SCALING_EXPLANATIONS = {"read": "rows are read and judged in blocks, but ids and repeated ratings are compared across the whole log", "split": "ids are sorted, which costs a little more than their number",
-       "features": "each of forty blocks of rows looks at all rows before it, so the constant is large, and what is known of millions of people lies in tables that are too large for the processor's caches, so each look-up is dearer", "a pass": "a step costs the same whatever the log's size as long as tables of ids are moved by touched rows, and their mean is taken once a pass",
-       "1,000 lists": "what everybody likes is found by asking a few people about all products, and the rest is as long as the short list"}
+SCALING_EXPLANATIONS = {
+    "read": "rows are read and judged in blocks, but ids and repeated ratings are compared across the whole log",
+    "split": "ids are sorted, which costs a little more than their number",
+    "features": "each of forty blocks of rows looks at all rows before it, so the constant is large, and what is known of millions of people lies in tables that are too large for the processor's caches, so each look-up is dearer",
+    "a pass": "a step costs the same whatever the log's size as long as tables of ids are moved by touched rows, and their mean is taken once a pass",
+    "1,000 lists": "what everybody likes is found by asking a few people about all products, and the rest is as long as the short list",
+}
 
 
 def describe_scaling(slopes: pl.DataFrame) -> str:
     "The exponents, and the worst one explained."
     rows = slopes.sort("exponent", descending=True).rows(named=True)
     worst = rows[0]
-    how = "faster than the rows" if worst["lo"] > 1.1 else "about as the rows" if worst["hi"] >= .9 else "more slowly than the rows, for much of it is constant at these sizes"
-    each = ", ".join(f"{r['stage']} {r['exponent']:.2f} [{r['lo']:.2f}, {r['hi']:.2f}]" for r in rows)
+    how = (
+        "faster than the rows"
+        if worst["lo"] > 1.1
+        else "about as the rows"
+        if worst["hi"] >= 0.9
+        else "more slowly than the rows, for much of it is constant at these sizes"
+    )
+    each = ", ".join(
+        f"{r['stage']} {r['exponent']:.2f} [{r['lo']:.2f}, {r['hi']:.2f}]" for r in rows
+    )
     return f"Exponents: {each}. The steepest, {worst['stage']}, grows {how}: {SCALING_EXPLANATIONS[worst['stage']]}."
 
 # %% ../nbs/22_scale.ipynb #22a9000d
@@ -1274,14 +2069,30 @@ def plot_sparse_updates(
     fig, (cost, learnt) = plt.subplots(1, 2, figsize=(5.2, 2.9))
     for way, colour in (("dense", COLORS["baseline"]), ("lazy", COLORS["hybrid"])):
         cost.plot(steps["ids"], 1000 * steps[way], "o-", color=colour, ms=3.5)
-        cost.annotate(way, (steps["ids"][-1], 1000 * steps[way][-1]), (-4, 6), textcoords="offset points", ha="right", color=colour)
+        cost.annotate(
+            way,
+            (steps["ids"][-1], 1000 * steps[way][-1]),
+            (-4, 6),
+            textcoords="offset points",
+            ha="right",
+            color=colour,
+        )
         for (seed,), line in curves.filter(way=way).group_by("seed", maintain_order=True):
             judged = line["val"].null_count() == 0
-            learnt.plot(line["epoch"], line["val" if judged else "train"], color=colour, lw=2.2 if way == "dense" else 1.1, alpha=.6 if way == "dense" else 1)
+            learnt.plot(
+                line["epoch"],
+                line["val" if judged else "train"],
+                color=colour,
+                lw=2.2 if way == "dense" else 1.1,
+                alpha=0.6 if way == "dense" else 1,
+            )
     cost.set(xscale="log", yscale="log", xlabel="ids, log scale", title="a step, ms")
     cost.yaxis.set_major_formatter("{x:g}")
     learnt.locator_params(axis="x", integer=True)
-    learnt.set(xlabel="passes", title="validation loss" if curves["val"].null_count() == 0 else "training loss")
+    learnt.set(
+        xlabel="passes",
+        title="validation loss" if curves["val"].null_count() == 0 else "training loss",
+    )
     return fig
 
 # %% ../nbs/22_scale.ipynb #22a90019
@@ -1290,10 +2101,23 @@ def plot_engines(
 ) -> plt.Figure:
     "Seconds by rows, a line an engine."
     fig, ax = plt.subplots(figsize=(5.2, 2.8))
-    for (engine,), line in rows.group_by("engine", "rows").agg(pl.col("seconds").median()).sort("rows").group_by("engine", maintain_order=True):
+    for (engine,), line in (
+        rows.group_by("engine", "rows")
+        .agg(pl.col("seconds").median())
+        .sort("rows")
+        .group_by("engine", maintain_order=True)
+    ):
         colour = COLORS["hybrid" if engine == "Polars" else "baseline"]
         ax.plot(line["rows"], line["seconds"], "o-", color=colour, ms=4)
-        ax.annotate(engine, (line["rows"][-1], line["seconds"][-1]), (7, 0), textcoords="offset points", va="center", color=colour, annotation_clip=False)
+        ax.annotate(
+            engine,
+            (line["rows"][-1], line["seconds"][-1]),
+            (7, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            annotation_clip=False,
+        )
     ax.set(xscale="log", yscale="log", xlabel="rows, log scale", ylabel="seconds, log scale")
     ax.yaxis.set_major_formatter("{x:g}")
     return fig
@@ -1301,7 +2125,11 @@ def plot_engines(
 
 def format_row_count(rows: float) -> str:
     "A number of rows that was drawn on, to one digit: it is no more certain than that."
-    return "no number of rows" if rows > 1e13 else f"about {round(rows, -int(np.log10(rows))):,.0f} rows"
+    return (
+        "no number of rows"
+        if rows > 1e13
+        else f"about {round(rows, -int(np.log10(rows))):,.0f} rows"
+    )
 
 
 def describe_engines(
@@ -1312,7 +2140,13 @@ def describe_engines(
     last, over = rows.filter(rows=rows["rows"].max()), crossover_size(rows, memory_gb)
     polars, spark = [float(last.filter(engine=e)["seconds"].median()) for e in ("Polars", "Spark")]
     faster = f"Polars takes {polars:.1f} s and Spark on the same machine {spark:.1f} s"
-    time = "Spark would not overtake it" if over["time"] > 1e13 else f"Spark would overtake it at {format_row_count(over['time'])}" if spark > polars else "Spark has overtaken it"
+    time = (
+        "Spark would not overtake it"
+        if over["time"] > 1e13
+        else f"Spark would overtake it at {format_row_count(over['time'])}"
+        if spark > polars
+        else "Spark has overtaken it"
+    )
     return f"Of {last['rows'][0]:,} rows {faster}. Drawn on from the two largest sizes, {time}; and Polars, which held {last['memory'].max():.1f} GB, would in proportion fill the {memory_gb:.0f} GB of this machine at {format_row_count(over['memory'])}. One machine does below that; beyond it, change over to a cluster."
 
 # %% ../nbs/22_scale.ipynb #22a90022
@@ -1320,15 +2154,25 @@ def readme_size_text(
     results: dict,  # scale.json of a run that measured large sizes, too
 ) -> str:  # Markdown: a laptop, Colab, a cluster; empty where they were not measured
     "What it takes to work on a log as large as Amazon's."
-    if not results.get("largest") or not results.get("engines"): return ""
-    growing, machine = pl.DataFrame(results["growth"], infer_schema_length=None), results["bench"]["machine"]
+    if not results.get("largest") or not results.get("engines"):
+        return ""
+    growing, machine = (
+        pl.DataFrame(results["growth"], infer_schema_length=None),
+        results["bench"]["machine"],
+    )
     stages, read, split = growing.filter(rows=growing["rows"].max()), *results["largest"][:2]
     disk, most = growing["disk"].max(), max(read["memory"], split["memory"])
     at = f"on {machine['device']} with {machine['threads']} threads"
-    return "\n".join([
-        f"- **A laptop**: `widedeep run --dataset electronics-2014 --protocol filtered-first --out runs/amazon`. The log itself is the smaller part. Measured {at}, with one pass of training: {describe_end_to_end(stages)} It takes {disk:.1f} GB on the disk beside the file. {read['rows_read']:,} rows are read, filtered and split in {(read['seconds'] + split['seconds']) / 60:.1f} minutes, with at most {most:.1f} GB. What takes long is to tune and train every model on the rows that the filter leaves; `--chapters 00-07` does less of it.",
-        f"- **Colab**: [one notebook](nbs/run_on_colab.ipynb) runs all of it, in the same memory; take a runtime with a GPU, for training is done on it where there is one.",
-        f"- **A cluster**: `pip install 'widedeep_nb[spark]'`, then `Engine(place, on_spark(\"spark://host:7077\"))` of [chapter 22](nbs/22_scale.ipynb) splits the log there, and `torchrun -m widedeep_nb.scale together` shares training out. One machine with {machine['memory']:.0f} GB is enough for up to {format_row_count(read['rows_read'] * machine['memory'] / most)}, in proportion to that."])
+    return "\n".join(
+        [
+            f"- **A laptop**: `widedeep run --dataset electronics-2014 --protocol filtered-first --out runs/amazon`. The log itself is the smaller part. Measured {at}, with one pass of training: {describe_end_to_end(stages)} It takes {disk:.1f} GB on the disk beside the file. {read['rows_read']:,} rows are read, filtered and split in {(read['seconds'] + split['seconds']) / 60:.1f} minutes, with at most {most:.1f} GB. What takes long is to tune and train every model on the rows that the filter leaves; `--chapters 00-07` does less of it.",
+            f"- **Colab**: [one notebook](nbs/run_on_colab.ipynb) runs all of it, in the same memory; take a runtime with a GPU, for training is done on it where there is one.",
+            f"- **A cluster**: `pip install 'widedeep_nb[spark]'`, then `Engine(place, on_spark(\"spark://host:7077\"))` of [chapter 22](nbs/22_scale.ipynb) splits the log there, and `torchrun -m widedeep_nb.scale together` shares training out. One machine with {machine['memory']:.0f} GB is enough for up to {format_row_count(read['rows_read'] * machine['memory'] / most)}, in proportion to that.",
+        ]
+    )
 
 # %% ../nbs/22_scale.ipynb #22afff01
-if __name__ == "__main__" and __spec__: TASKS[check_choice(sys.argv[1], TASKS, "job")](**json.loads(sys.argv[2]))()  # as torchrun starts it
+if __name__ == "__main__" and __spec__:
+    TASKS[check_choice(sys.argv[1], TASKS, "job")](
+        **json.loads(sys.argv[2])
+    )()  # as torchrun starts it

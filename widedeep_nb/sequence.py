@@ -24,9 +24,30 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from .baselines import RecentPopularity, save_metrics, compare_baselines, paired_differences, evaluate_on_test, val_score
-from .core import COLORS, History, UserError, Recommender, Run, Split, select_columns, load_recommender, hash_order, make_recommender, pick_device, register, step
-from .evaluation import holm, evaluate_wide_deep, eval_ranking, aggregate
+from widedeep_nb.baselines import (
+    RecentPopularity,
+    compare_baselines,
+    evaluate_on_test,
+    paired_differences,
+    save_metrics,
+    val_score,
+)
+from widedeep_nb.core import (
+    COLORS,
+    History,
+    Recommender,
+    Run,
+    Split,
+    UserError,
+    hash_order,
+    load_recommender,
+    make_recommender,
+    pick_device,
+    register,
+    select_columns,
+    step,
+)
+from .evaluation import aggregate, eval_ranking, evaluate_wide_deep, holm
 from .training import select_epochs_and_refit
 
 # %% ../nbs/09_sequence.ipynb #5b297b58
@@ -54,7 +75,7 @@ def shuffle_ties(
     "Put the events of a user that share a moment in an order drawn by lot; those without a time stay where they are."
     owner, time = history.user_index, history.time
     same = (owner[1:] == owner[:-1]) & (time[1:] == time[:-1]) & (time[1:] != 0)
-    moment = F.pad((~same).cumsum(0), (1, 0))[:len(time)]
+    moment = F.pad((~same).cumsum(0), (1, 0))[: len(time)]
     drawn = torch.rand(len(time), generator=torch.Generator().manual_seed(seed))
     order = torch.from_numpy(np.lexsort((drawn.numpy(), moment.numpy())))
     return History(history.indptr, history.item[order], history.rating[order], time[order])
@@ -65,7 +86,9 @@ def as_simultaneous(
     seed: int = 0,  # of the lot
 ) -> History:  # the same events, those of each user shuffled
     "A history as if everything had happened at once."
-    return replace(shuffle_ties(replace(history, time=torch.ones_like(history.time)), seed), time=history.time)
+    return replace(
+        shuffle_ties(replace(history, time=torch.ones_like(history.time)), seed), time=history.time
+    )
 
 # %% ../nbs/09_sequence.ipynb #83d023dc
 class SequenceEncoder(nn.Module):
@@ -74,13 +97,20 @@ class SequenceEncoder(nn.Module):
     def __init__(self, n_items: int, d: int, dropout: float, bias: torch.Tensor):
         super().__init__()
         self.n_items, self.dropout = n_items, nn.Dropout(dropout)
-        self.item = nn.Embedding(n_items + 1, d, padding_idx=n_items)  # the last row stands for nothing and stays 0
-        with torch.no_grad(): self.item.weight[:-1].normal_(std=.05)
+        self.item = nn.Embedding(
+            n_items + 1, d, padding_idx=n_items
+        )  # the last row stands for nothing and stays 0
+        with torch.no_grad():
+            self.item.weight[:-1].normal_(std=0.05)
         self.bias = nn.Parameter(bias.float().clone())
 
     def scores(self, hidden: torch.Tensor, items: Optional[torch.Tensor] = None) -> torch.Tensor:
         "Every item, or some, as what comes next: [positions, items]."
-        table, bias = (self.item.weight[:-1], self.bias) if items is None else (self.item(items), self.bias[items])
+        table, bias = (
+            (self.item.weight[:-1], self.bias)
+            if items is None
+            else (self.item(items), self.bias[items])
+        )
         return hidden @ table.T + bias
 
 # %% ../nbs/09_sequence.ipynb #748286b3
@@ -93,7 +123,8 @@ def next_item_loss(
     before, after = events[:, :-1], events[:, 1:]
     there = after < net.n_items
     hidden, right = net(before)[there], after[there]
-    if not n_negatives: return F.cross_entropy(net.scores(hidden), right)
+    if not n_negatives:
+        return F.cross_entropy(net.scores(hidden), right)
     drawn = torch.randint(net.n_items, (n_negatives,), device=events.device)
     own = (hidden * net.item(right)).sum(1) + net.bias[right]
     others = net.scores(hidden, drawn) + math.log(net.n_items / n_negatives)
@@ -106,7 +137,7 @@ class GRUNet(SequenceEncoder):
 
     def __init__(self, n_items: int, d: int, dropout: float, bias: torch.Tensor, layers: int):
         super().__init__(n_items, d, dropout, bias)
-        self.gru = nn.GRU(d, d, layers, batch_first=True, dropout=dropout if layers > 1 else 0.)
+        self.gru = nn.GRU(d, d, layers, batch_first=True, dropout=dropout if layers > 1 else 0.0)
 
     def forward(self, events: torch.Tensor) -> torch.Tensor:
         return self.dropout(self.gru(self.dropout(self.item(events)))[0])
@@ -117,7 +148,9 @@ def relative_causal_bias(
     length: int,  # events, at most the longest
 ) -> torch.Tensor:  # float [heads, n, n]: who asks, who is asked
     "A learnt number for each distance back, and no look ahead."
-    back = torch.arange(length, device=bias_by_distance.device)[:, None] - torch.arange(length, device=bias_by_distance.device)
+    back = torch.arange(length, device=bias_by_distance.device)[:, None] - torch.arange(
+        length, device=bias_by_distance.device
+    )
     return bias_by_distance[:, back.clamp(min=0)].masked_fill(back < 0, -torch.inf)
 
 # %% ../nbs/09_sequence.ipynb #7a12e7f4
@@ -128,13 +161,17 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.heads, self.dropout = heads, nn.Dropout(dropout)
         self.ask, self.out_proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.ffn = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.ReLU(), nn.Dropout(dropout), nn.Linear(d, d))
+        self.ffn = nn.Sequential(
+            nn.LayerNorm(d), nn.Linear(d, d), nn.ReLU(), nn.Dropout(dropout), nn.Linear(d, d)
+        )
         self.norm = nn.LayerNorm(d)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         n, l, d = x.shape
         q, k, v = self.ask(self.norm(x)).view(n, l, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout.p if self.training else 0.)
+        seen = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=self.dropout.p if self.training else 0.0
+        )
         x = x + self.dropout(self.out_proj(seen.transpose(1, 2).reshape(n, l, d)))
         return x + self.dropout(self.ffn(x))
 
@@ -142,14 +179,27 @@ class TransformerBlock(nn.Module):
 class AttentionNet(SequenceEncoder):
     "A network that looks back at all events at once (Kang and McAuley, 2018)."
 
-    def __init__(self, n_items: int, d: int, dropout: float, bias: torch.Tensor, layers: int, heads: int, length: int):
+    def __init__(
+        self,
+        n_items: int,
+        d: int,
+        dropout: float,
+        bias: torch.Tensor,
+        layers: int,
+        heads: int,
+        length: int,
+    ):
         super().__init__(n_items, d, dropout, bias)
         self.relative_bias = nn.Parameter(torch.zeros(layers, heads, length))
-        self.blocks, self.norm = nn.ModuleList([TransformerBlock(d, heads, dropout) for _ in range(layers)]), nn.LayerNorm(d)
+        self.blocks, self.norm = (
+            nn.ModuleList([TransformerBlock(d, heads, dropout) for _ in range(layers)]),
+            nn.LayerNorm(d),
+        )
 
     def forward(self, events: torch.Tensor) -> torch.Tensor:
         x = self.dropout(self.item(events))
-        for block, back in zip(self.blocks, self.relative_bias): x = block(x, relative_causal_bias(back, events.shape[1]))
+        for block, back in zip(self.blocks, self.relative_bias):
+            x = block(x, relative_causal_bias(back, events.shape[1]))
         return self.norm(x)
 
 # %% ../nbs/09_sequence.ipynb #6be410c9
@@ -158,7 +208,7 @@ def length_batches(
     batch_size: int,  # questions a step, about
 ) -> list:  # int64, rows
     "Every row once, in batches of about as many questions."
-    near = lengths * torch.empty(len(lengths), device=lengths.device).uniform_(.8, 1.25)
+    near = lengths * torch.empty(len(lengths), device=lengths.device).uniform_(0.8, 1.25)
     order = near.argsort()
     step = (lengths[order].cumsum(0) - 1) // batch_size
     parts = order.split(torch.unique_consecutive(step, return_counts=True)[1].tolist())
@@ -175,9 +225,11 @@ def train_epoch(
 ) -> float:  # mean cost of an event
     "Learn from every position of every history."
     net.train()
-    length, total = (events < net.n_items).sum(1) - 1, 0.
-    for rows in length_batches(length, max(1, min(batch_size, max_scores // (n_negatives or net.n_items)))):
-        cost = next_item_loss(net, events[rows, :int(length[rows].max()) + 1], n_negatives)
+    length, total = (events < net.n_items).sum(1) - 1, 0.0
+    for rows in length_batches(
+        length, max(1, min(batch_size, max_scores // (n_negatives or net.n_items)))
+    ):
+        cost = next_item_loss(net, events[rows, : int(length[rows].max()) + 1], n_negatives)
         optimizer.zero_grad(set_to_none=True)
         cost.backward()
         optimizer.step()
@@ -188,24 +240,36 @@ def train_epoch(
 def fit_sequence_model(
     net: SequenceEncoder,  # left on the device, with the best weights
     events: torch.Tensor,  # int64 [n, l], codes, filled up with net.n_items; at least two in each row
-    validate: Optional[Callable] = None,  # says how good the network is now, the more the better, or None; none: make all passes
+    validate: Optional[
+        Callable
+    ] = None,  # says how good the network is now, the more the better, or None; none: make all passes
     epochs: int = 30,  # most passes
     patience: int = 4,  # passes without progress before it stops
-    lr: float = .01,  # learning rate
+    lr: float = 0.01,  # learning rate
     desc: str = "training",  # shown beside the progress bar
     **epoch_options,  # of `train_epoch`
 ) -> list:  # a dict a pass: epoch, train, val
     "Train until validation stops getting better."
     events, curve, best = events.to(pick_device()), [], 0
-    flat = [p for p in net.to(pick_device()).parameters() if p.ndim < 2]      # biases and scales do not decay
-    groups = [{"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": .01}, {"params": flat, "weight_decay": 0.}]
+    flat = [
+        p for p in net.to(pick_device()).parameters() if p.ndim < 2
+    ]  # biases and scales do not decay
+    groups = [
+        {"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": 0.01},
+        {"params": flat, "weight_decay": 0.0},
+    ]
     optimiser, kept = torch.optim.AdamW(groups, lr=lr, fused=True), net.state_dict()
-    for epoch in tqdm(range(1, 1 + epochs * (len(events) > 0)), desc=desc, leave=False, mininterval=1):
+    for epoch in tqdm(
+        range(1, 1 + epochs * (len(events) > 0)), desc=desc, leave=False, mininterval=1
+    ):
         cost = train_epoch(net, optimiser, events, **epoch_options)
-        curve.append({"epoch": epoch, "train": cost, "val": validate() if validate and net.eval() else None})
+        curve.append(
+            {"epoch": epoch, "train": cost, "val": validate() if validate and net.eval() else None}
+        )
         if curve[-1]["val"] is None or not best or curve[-1]["val"] > curve[best - 1]["val"]:
             best, kept = epoch, {k: v.clone() for k, v in net.state_dict().items()}
-        if validate and epoch - best >= patience: break
+        if validate and epoch - best >= patience:
+            break
     net.load_state_dict(kept)
     net.eval()
     return curve
@@ -214,12 +278,20 @@ def fit_sequence_model(
 def holdout_last_events(
     split: Split,  # whose validation part is empty
     seed: int = 0,  # of the lot
-    fraction: float = .1,  # of the users
+    fraction: float = 0.1,  # of the users
 ) -> Split:  # with the last event of some users as validation part
     "Make a validation part from training rows."
-    rows = split.train.select(pl.col("user"), last=pl.int_range(pl.len(), 0, -1).over("user") == 1, several=pl.len().over("user") > 1)
+    rows = split.train.select(
+        pl.col("user"),
+        last=pl.int_range(pl.len(), 0, -1).over("user") == 1,
+        several=pl.len().over("user") > 1,
+    )
     able = rows.filter("several")["user"].unique().sort()
-    drawn = able.gather(hash_order(split.users["user"].gather(able), seed)[:math.ceil(fraction * len(able))].numpy())
+    drawn = able.gather(
+        hash_order(split.users["user"].gather(able), seed)[
+            : math.ceil(fraction * len(able))
+        ].numpy()
+    )
     taken = rows["last"] & rows["user"].is_in(drawn.implode())
     return replace(split, train=split.train.filter(~taken), val=split.train.filter(taken))
 
@@ -227,49 +299,94 @@ def holdout_last_events(
 @dataclass
 class SequenceRecommender(Recommender):
     "Scores what comes next after a history."
+
     embedding: int = 64  # numbers an item
     layers: int = 1  # of the network
-    dropout: float = .3  # share of the numbers that are hidden in training
+    dropout: float = 0.3  # share of the numbers that are hidden in training
     length: int = 50  # events of a history that are read, the last ones
     epochs: int = 30  # most passes over the rows
     patience: int = 4  # passes without progress on validation before it stops; 0: make all passes
     batch_size: int = 0  # events a step; 0: by size
-    lr: float = .01
-    n_negatives: int = 1000  # items drawn to stand for a catalogue larger than `full_softmax_max_items`
+    lr: float = 0.01
+    n_negatives: int = (
+        1000  # items drawn to stand for a catalogue larger than `full_softmax_max_items`
+    )
     full_softmax_max_items: int = 20_000  # largest catalogue that the softmax goes over
     max_val_users: int = 2000  # people whose lists are judged after each pass at most, drawn by lot
     seed: int = 0
     max_items: int = 2_000_000  # largest catalogue
 
     def _fit(self, split):
-        if self.n_items > self.max_items: raise UserError(f"{self.name} would take {16 * self.embedding * self.n_items / 2**30:,.0f} GiB for {self.n_items:,} items (max_items is {self.max_items:,}); use item-knn")
-        self.fallback_scores, judged = RecentPopularity().fit(split).weight, len(split.val) > 0 and self.patience > 0
-        aside = split if len(split.val) or not self.patience else holdout_last_events(split, self.seed)
-        passes = self.epochs if aside is split or not len(aside.val) else replace(self).fit(aside).best_epoch
-        events, count = pad_histories(shuffle_ties(self.train_history, self.seed), self.n_items, self.length + 1)
-        judge = lambda: val_score(self, split, "NDCG@20", self.max_val_users)
+        if self.n_items > self.max_items:
+            raise UserError(
+                f"{self.name} would take {16 * self.embedding * self.n_items / 2**30:,.0f} GiB for {self.n_items:,} items (max_items is {self.max_items:,}); use item-knn"
+            )
+        self.fallback_scores, judged = (
+            RecentPopularity().fit(split).weight,
+            len(split.val) > 0 and self.patience > 0,
+        )
+        aside = (
+            split if len(split.val) or not self.patience else holdout_last_events(split, self.seed)
+        )
+        passes = (
+            self.epochs
+            if aside is split or not len(aside.val)
+            else replace(self).fit(aside).best_epoch
+        )
+        events, count = pad_histories(
+            shuffle_ties(self.train_history, self.seed), self.n_items, self.length + 1
+        )
+
+        def judge():
+            return val_score(self, split, "NDCG@20", self.max_val_users)
+
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.net = self._build()
-            self.loss_curve = fit_sequence_model(self.net, events[count > 1], judge if judged else None, passes, self.patience, self.lr, f"{self.name} (seed {self.seed})",
-                                  batch_size=self.batch_size or min(max(256, len(self.train_history.item) // 16), 2048), n_negatives=self.n_negatives if self.n_items > self.full_softmax_max_items else 0)
+            self.loss_curve = fit_sequence_model(
+                self.net,
+                events[count > 1],
+                judge if judged else None,
+                passes,
+                self.patience,
+                self.lr,
+                f"{self.name} (seed {self.seed})",
+                batch_size=self.batch_size
+                or min(max(256, len(self.train_history.item) // 16), 2048),
+                n_negatives=self.n_negatives if self.n_items > self.full_softmax_max_items else 0,
+            )
         self.net.cpu()
 
     @property
     def best_epoch(self) -> int:
         "The pass whose weights were kept; 0: none was made."
-        return 1 + int(np.argmax([-1 if row["val"] is None else row["val"] for row in self.loss_curve])) if any(row["val"] is not None for row in self.loss_curve) else len(self.loss_curve)
+        return (
+            1
+            + int(np.argmax([-1 if row["val"] is None else row["val"] for row in self.loss_curve]))
+            if any(row["val"] is not None for row in self.loss_curve)
+            else len(self.loss_curve)
+        )
 
 # %% ../nbs/09_sequence.ipynb #d5f67fb4
 def _scores(self, users, history, items):
     events, count = pad_histories(history, self.n_items, self.length)
-    hidden = self.net(events.to(self.net.bias.device))[torch.arange(len(count)), (count - 1).clamp(min=0)]
+    hidden = self.net(events.to(self.net.bias.device))[
+        torch.arange(len(count)), (count - 1).clamp(min=0)
+    ]
     scores = self.net.scores(hidden).cpu()
-    scores = torch.cat([scores, scores.amin(1, keepdim=True) - 1], 1)  # the last column: an item that training has not seen
-    return select_columns(torch.where((count == 0)[:, None], self.fallback_scores, scores), items.clamp(max=self.n_items))
+    scores = torch.cat(
+        [scores, scores.amin(1, keepdim=True) - 1], 1
+    )  # the last column: an item that training has not seen
+    return select_columns(
+        torch.where((count == 0)[:, None], self.fallback_scores, scores),
+        items.clamp(max=self.n_items),
+    )
 
 
-def _state(self): return {"usual": self.fallback_scores} | {f"net.{k}": v for k, v in self.net.state_dict().items()}
+def _state(self):
+    return {"usual": self.fallback_scores} | {
+        f"net.{k}": v for k, v in self.net.state_dict().items()
+    }
 
 
 def _restore(self, state):
@@ -278,25 +395,47 @@ def _restore(self, state):
     self.net.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("net.")})
 
 
-SequenceRecommender._scores, SequenceRecommender._state, SequenceRecommender._restore = _scores, _state, _restore
+SequenceRecommender._scores, SequenceRecommender._state, SequenceRecommender._restore = (
+    _scores,
+    _state,
+    _restore,
+)
 
 # %% ../nbs/09_sequence.ipynb #2e0481ac
 @register("gru")
 @dataclass
 class GRU4Rec(SequenceRecommender):
     "GRU4Rec: a recurrent network over a history, with a softmax over all items (Hidasi et al., 2016)."
-    dropout: float = .5  # share of the numbers that are hidden in training
 
-    def _build(self): return GRUNet(self.n_items, self.embedding, self.dropout, self.fallback_scores[:-1].clamp(min=1e-3).log(), self.layers)
+    dropout: float = 0.5  # share of the numbers that are hidden in training
+
+    def _build(self):
+        return GRUNet(
+            self.n_items,
+            self.embedding,
+            self.dropout,
+            self.fallback_scores[:-1].clamp(min=1e-3).log(),
+            self.layers,
+        )
 
 
 @register("self-attention")
 @dataclass
 class SASRec(SequenceRecommender):
     "SASRec: self-attention over a history, with a softmax over all items (Kang and McAuley, 2018)."
+
     heads: int = 1  # that look back side by side; they share the numbers of an item
 
-    def _build(self): return AttentionNet(self.n_items, self.embedding, self.dropout, self.fallback_scores[:-1].clamp(min=1e-3).log(), self.layers, self.heads, self.length)
+    def _build(self):
+        return AttentionNet(
+            self.n_items,
+            self.embedding,
+            self.dropout,
+            self.fallback_scores[:-1].clamp(min=1e-3).log(),
+            self.layers,
+            self.heads,
+            self.length,
+        )
 
 # %% ../nbs/09_sequence.ipynb #1d2ad68f
 SEQUENCE_MODELS = ("gru", "self-attention")
@@ -311,7 +450,11 @@ def select_epochs(
     "How many passes are best on validation."
     started = time.perf_counter()
     model = make_recommender(name, epochs=epochs, seed=seed).fit(split)
-    return {"epochs": max(model.best_epoch, 1), "seconds": round(time.perf_counter() - started, 2), "curve": model.loss_curve}
+    return {
+        "epochs": max(model.best_epoch, 1),
+        "seconds": round(time.perf_counter() - started, 2),
+        "curve": model.loss_curve,
+    }
 
 
 def fit_sequence_models(
@@ -323,13 +466,33 @@ def fit_sequence_models(
     "Choose the number of passes on every window, then fit from every random start and keep."
     notes = []
     for cut, split in enumerate(run.load_splits()):
-        tried = [run.cached(f"{name}-{cut}-{seed}-choice", lambda: select_epochs(name, split, epochs, run.seed + seed)) for seed in range(min(n_seeds, 2))]
+        tried = [
+            run.cached(
+                f"{name}-{cut}-{seed}-choice",
+                lambda: select_epochs(name, split, epochs, run.seed + seed),
+            )
+            for seed in range(min(n_seeds, 2))
+        ]
         passes = round(sum(t["epochs"] for t in tried) / len(tried))
+
         def fit(seed):
             started = time.perf_counter()
-            make_recommender(name, epochs=passes, patience=0, seed=run.seed + seed).fit(split.for_final_fit()).save(run.model_folder(name, seed, cut))
-            return {"model": name, "cut": cut, "seed": seed, "epochs": passes, "seconds": round(time.perf_counter() - started, 2)}
-        notes += [run.cached(f"{name}-{cut}-{seed}-final", lambda: fit(seed)) | ({"choice": tried[seed]} if seed < len(tried) else {}) for seed in range(min(n_seeds, 3))]
+            make_recommender(name, epochs=passes, patience=0, seed=run.seed + seed).fit(
+                split.for_final_fit()
+            ).save(run.model_folder(name, seed, cut))
+            return {
+                "model": name,
+                "cut": cut,
+                "seed": seed,
+                "epochs": passes,
+                "seconds": round(time.perf_counter() - started, 2),
+            }
+
+        notes += [
+            run.cached(f"{name}-{cut}-{seed}-final", lambda: fit(seed))
+            | ({"choice": tried[seed]} if seed < len(tried) else {})
+            for seed in range(min(n_seeds, 3))
+        ]
     return notes
 
 # %% ../nbs/09_sequence.ipynb #33fc1c6b
@@ -338,9 +501,15 @@ class ShuffledHistory(Recommender):
 
     def __init__(self, model: Recommender, seed: int = 0):
         self.model, self.seed, self.name = model, seed, model.name
-        self.user_ids, self.item_ids, self.train_history, self.rating_range = model.user_ids, model.item_ids, model.train_history, model.rating_range
+        self.user_ids, self.item_ids, self.train_history, self.rating_range = (
+            model.user_ids,
+            model.item_ids,
+            model.train_history,
+            model.rating_range,
+        )
 
-    def _scores(self, users, history, items): return self.model._scores(users, as_simultaneous(history, self.seed), items)
+    def _scores(self, users, history, items):
+        return self.model._scores(users, as_simultaneous(history, self.seed), items)
 
 # %% ../nbs/09_sequence.ipynb #953d5dc9
 def eval_shuffled(
@@ -351,8 +520,18 @@ def eval_shuffled(
     "Judge models on histories out of order, on the test part of every window."
     frames = []
     for (cut, seed), model in models.items():
-        users = eval_ranking(ShuffledHistory(model, seed), splits[cut], "test", (20,), max_users=max_users).users
-        frames.append(users.select(pl.lit(cut, pl.Int64).alias("cut"), pl.lit(seed, pl.Int64).alias("seed"), pl.Series("user", splits[cut].users["user"].gather(users["user"])), "n_seen", "NDCG@20"))
+        users = eval_ranking(
+            ShuffledHistory(model, seed), splits[cut], "test", (20,), max_users=max_users
+        ).users
+        frames.append(
+            users.select(
+                pl.lit(cut, pl.Int64).alias("cut"),
+                pl.lit(seed, pl.Int64).alias("seed"),
+                pl.Series("user", splits[cut].users["user"].gather(users["user"])),
+                "n_seen",
+                "NDCG@20",
+            )
+        )
     return pl.concat(frames)
 
 
@@ -364,16 +543,26 @@ def run_sequence_models(
 ):
     "Fit both models on every window and judge them; writes models, evaluation/, metrics.json and sequence.json."
     for name, value in (("epochs", epochs), ("seeds", seeds)):
-        if value < 1: raise UserError(f"{name} is at least 1, not {value}")
+        if value < 1:
+            raise UserError(f"{name} is at least 1, not {value}")
     splits, asked = [s.for_final_fit() for s in run.load_splits()], run.read("evaluation.json")
     hybrid = {table: run.read(f"evaluation/{table}.parquet") for table in ("rated", "ranked")}
-    relevants, most, fits, left_out = (None, asked["relevant"]) if splits[-1].has_ratings else (None,), asked["most_users"], [], {}
+    relevants, most, fits, left_out = (
+        (None, asked["relevant"]) if splits[-1].has_ratings else (None,),
+        asked["most_users"],
+        [],
+        {},
+    )
     for name in SEQUENCE_MODELS:
-        try: notes = fit_sequence_models(run, name, epochs, seeds)
+        try:
+            notes = fit_sequence_models(run, name, epochs, seeds)
         except UserError as e:
             left_out[name] = str(e)
             continue
-        models = {(f["cut"], f["seed"]): load_recommender(run.model_folder(name, f["seed"], f["cut"])) for f in notes}
+        models = {
+            (f["cut"], f["seed"]): load_recommender(run.model_folder(name, f["seed"], f["cut"]))
+            for f in notes
+        }
         save_metrics(run, name, evaluate_on_test(models, splits, relevants, most), hybrid)
         run.write(f"evaluation/{name}/shuffled.parquet", eval_shuffled(models, splits, most))
         fits += notes
@@ -388,12 +577,23 @@ def order_ablation(
     frames = [run.read(f"evaluation/{name}/{table}.parquet") for table in ("ranked", "shuffled")]
     frames[0] = frames[0].filter(relevant="any", items="all")
     several, each = pl.col("n_seen") > 1, frames[0]["seed"].unique().sort()
-    ours, other = [[f.filter(several, seed=s).select("user", "NDCG@20") for s in each] for f in frames]
+    ours, other = [
+        [f.filter(several, seed=s).select("user", "NDCG@20") for s in each] for f in frames
+    ]
     return aggregate(ours, ["NDCG@20"], {"all": pl.lit(True)}, reference=other)
 
 # %% ../nbs/09_sequence.ipynb #667b7231
-HISTORY_LENGTH_BINS = {name: pl.col("n_seen").is_between(low, high) for name, low, high in
-         (("0", 0, 0), ("1–2", 1, 2), ("3–5", 3, 5), ("6–10", 6, 10), ("11–20", 11, 20), ("21+", 21, 10**9))}
+HISTORY_LENGTH_BINS = {
+    name: pl.col("n_seen").is_between(low, high)
+    for name, low, high in (
+        ("0", 0, 0),
+        ("1–2", 1, 2),
+        ("3–5", 3, 5),
+        ("6–10", 6, 10),
+        ("11–20", 11, 20),
+        ("21+", 21, 10**9),
+    )
+}
 
 
 def metric_by_history_length(
@@ -404,16 +604,36 @@ def metric_by_history_length(
     frames, found = {}, []
     for model, table in results.items():
         kept = table.filter(relevant="any", items="all")
-        frames[model] = [kept.filter(seed=s).select("user", "n_seen", "NDCG@20") for s in kept["seed"].unique().sort()]
+        frames[model] = [
+            kept.filter(seed=s).select("user", "n_seen", "NDCG@20")
+            for s in kept["seed"].unique().sort()
+        ]
     for model, frame in frames.items():
-        own, apart = aggregate(frame, ["NDCG@20"], HISTORY_LENGTH_BINS), aggregate(frame, ["NDCG@20"], HISTORY_LENGTH_BINS, reference=frames[reference])
-        found.append(own.with_columns(model=pl.lit(model), difference=apart["value"], p=apart["p"] if model != reference else pl.lit(1.)))
+        own, apart = (
+            aggregate(frame, ["NDCG@20"], HISTORY_LENGTH_BINS),
+            aggregate(frame, ["NDCG@20"], HISTORY_LENGTH_BINS, reference=frames[reference]),
+        )
+        found.append(
+            own.with_columns(
+                model=pl.lit(model),
+                difference=apart["value"],
+                p=apart["p"] if model != reference else pl.lit(1.0),
+            )
+        )
     rows = pl.concat(found)
     usable = (rows["model"] != reference) & (rows["users"] != "0") & rows["lo"].is_not_null()
     p = np.ones(len(rows))
     p[usable.to_numpy()] = holm(rows.filter(usable)["p"].to_numpy())
-    apart = np.where(p < .05, np.sign(rows["difference"].to_numpy()), 0).astype(int)
-    return rows.select("model", pl.col("users").alias("history_length"), "value", "lo", "hi", "n", pl.Series("direction", apart))
+    apart = np.where(p < 0.05, np.sign(rows["difference"].to_numpy()), 0).astype(int)
+    return rows.select(
+        "model",
+        pl.col("users").alias("history_length"),
+        "value",
+        "lo",
+        "hi",
+        "n",
+        pl.Series("direction", apart),
+    )
 
 # %% ../nbs/09_sequence.ipynb #f463b71f
 def plot_metric_by_history_length(
@@ -421,20 +641,41 @@ def plot_metric_by_history_length(
     reference: str,  # the model that stands in every panel
 ) -> plt.Figure:  # a panel a model
     "Quality against history length, small multiples."
-    names, groups = [m for m in rows["model"].unique(maintain_order=True) if m != reference], [k for k in HISTORY_LENGTH_BINS if k in set(rows["history_length"])]
+    names, groups = (
+        [m for m in rows["model"].unique(maintain_order=True) if m != reference],
+        [k for k in HISTORY_LENGTH_BINS if k in set(rows["history_length"])],
+    )
     fig, axes = plt.subplots(1, len(names), figsize=(5.2, 2.5), sharey=True, squeeze=False)
     for ax, name in zip(axes[0], names):
-        for model, colour, shift in ((reference, COLORS["baseline"], -.08), (name, COLORS["ink"], .08)):
+        for model, colour, shift in (
+            (reference, COLORS["baseline"], -0.08),
+            (name, COLORS["ink"], 0.08),
+        ):
             mine = rows.filter(model=model)
             at = [groups.index(k) + shift for k in mine["history_length"]]
             for x, lo, hi in zip(at, mine["lo"], mine["hi"]):
-                if lo is not None: ax.plot([x, x], [lo, hi], color=colour, lw=1.2, alpha=.6)
+                if lo is not None:
+                    ax.plot([x, x], [lo, hi], color=colour, lw=1.2, alpha=0.6)
             ax.plot(at, mine["value"], "o-", color=colour, ms=3.5, lw=1.2)
-        ax.annotate(name, (.03, 1), xycoords="axes fraction", va="bottom", color=COLORS["ink"], weight="bold", fontsize=10)
+        ax.annotate(
+            name,
+            (0.03, 1),
+            xycoords="axes fraction",
+            va="bottom",
+            color=COLORS["ink"],
+            weight="bold",
+            fontsize=10,
+        )
         ax.set(xticks=range(len(groups)), xticklabels=[k.split("–")[0].rstrip("+") for k in groups])
         ax.tick_params(axis="x", labelsize=9.5)
     first = rows.filter(model=reference)
-    axes[0, 0].annotate(reference.replace("-", " "), (.03, .03), xycoords="axes fraction", color=COLORS["baseline"], fontsize=9.5)
+    axes[0, 0].annotate(
+        reference.replace("-", " "),
+        (0.03, 0.03),
+        xycoords="axes fraction",
+        color=COLORS["baseline"],
+        fontsize=9.5,
+    )
     axes[0, 0].set(ylabel="NDCG@20 on the test part", ylim=(0, None))
     fig.supxlabel("events known of the user, at least", fontsize=10.5, color=COLORS["ink"])
     return fig
@@ -448,8 +689,19 @@ def describe_history_effect(
     "With how many known events a model is better, and with how many worse."
     mine = rows.filter(pl.col("history_length") != "0", model=name)
     better, worse = [mine.filter(apart=sign)["history_length"].to_list() for sign in (1, -1)]
-    on = bool(better) and better == mine["history_length"].to_list()[-len(better):]
-    said = [f"better than {reference} " + (f"from {better[0].split('–')[0].rstrip('+')} known events on" if on else f"with {', '.join(better)} known events")] if better else []
+    on = bool(better) and better == mine["history_length"].to_list()[-len(better) :]
+    said = (
+        [
+            f"better than {reference} "
+            + (
+                f"from {better[0].split('–')[0].rstrip('+')} known events on"
+                if on
+                else f"with {', '.join(better)} known events"
+            )
+        ]
+        if better
+        else []
+    )
     said += [f"worse than {reference} with {', '.join(worse)} known events"] if worse else []
     return " and ".join(said) or f"not told apart from {reference} with any number of events"
 
@@ -457,13 +709,24 @@ def describe_history_effect(
 def baseline_results(
     run: Run,  # with wide-deep measured
     name: str,  # a baseline
-) -> Optional[pl.DataFrame]:  # as evaluation/NAME/ranked.parquet; None where the log does not allow it
+) -> Optional[
+    pl.DataFrame
+]:  # as evaluation/NAME/ranked.parquet; None where the log does not allow it
     "The lists of a baseline: chapter 07's, or those of its default settings."
-    if compare_baselines.is_done(run.manifest): return run.read(path) if (run.folder / (path := f"evaluation/{name}/ranked.parquet")).exists() else None
+    if compare_baselines.is_done(run.manifest):
+        return (
+            run.read(path)
+            if (run.folder / (path := f"evaluation/{name}/ranked.parquet")).exists()
+            else None
+        )
     splits = [s.for_final_fit() for s in run.load_splits()]
-    try: models = {(cut, 0): make_recommender(name).fit(split) for cut, split in enumerate(splits)}
-    except UserError: return None
-    return evaluate_on_test(models, splits, (None,), run.read("evaluation.json")["most_users"])["ranked"]
+    try:
+        models = {(cut, 0): make_recommender(name).fit(split) for cut, split in enumerate(splits)}
+    except UserError:
+        return None
+    return evaluate_on_test(models, splits, (None,), run.read("evaluation.json")["most_users"])[
+        "ranked"
+    ]
 
 # %% ../nbs/09_sequence.ipynb #ea79698c
 ABLATED_FEATURE_GROUPS = ("time", "season")
@@ -475,20 +738,43 @@ def feature_ablation(
     seeds: int = 5,  # random starts; at most two are made
 ):
     "Wide & Deep with recency and season as features, minus without, on the newest window; writes season.json."
-    split, pace, most, found = run.load_splits()[-1], run.read("run.json")["steps"]["train"]["params"], run.read("evaluation.json")["most_users"], []
+    split, pace, most, found = (
+        run.load_splits()[-1],
+        run.read("run.json")["steps"]["train"]["params"],
+        run.read("evaluation.json")["most_users"],
+        [],
+    )
     cut, pace = len(run.load_splits()) - 1, {k: v for k, v in pace.items() if k != "seeds"}
     each = [s for s in run.read("training.json")["seeds"] if s < min(seeds, 2)]
-    plain = {table: run.read(f"evaluation/{table}.parquet").filter(pl.col("cut") == cut, pl.col("seed").is_in(each)) for table in ("rated", "ranked")}
+    plain = {
+        table: run.read(f"evaluation/{table}.parquet").filter(
+            pl.col("cut") == cut, pl.col("seed").is_in(each)
+        )
+        for table in ("rated", "ranked")
+    }
     for group in ABLATED_FEATURE_GROUPS:
         fitted = {}
         for seed in each:
             folder = run.work_dir / f"{group}-{seed}"
-            run.cached(f"{group}-{seed}", lambda: select_epochs_and_refit(split, folder, folder, features=(group,), seed=run.seed + seed, **pace))
+            run.cached(
+                f"{group}-{seed}",
+                lambda: select_epochs_and_refit(
+                    split, folder, folder, features=(group,), seed=run.seed + seed, **pace
+                ),
+            )
             fitted[cut, seed] = load_recommender(folder)
         judged = evaluate_on_test(fitted, [None] * cut + [split.for_final_fit()], (None,), most)
-        apart = paired_differences(judged, plain).filter(pl.col("metric").is_in(["RMSE", "NDCG@20"]), users="all", items="all", relevant="any")
-        found += apart.select(pl.lit(group).alias("group"), "task", "metric", "value", "lo", "hi", "n").to_dicts()
-    days = (split.train["timestamp"].max() - split.train["timestamp"].min()).days if split.train["timestamp"].null_count() < len(split.train) else None
+        apart = paired_differences(judged, plain).filter(
+            pl.col("metric").is_in(["RMSE", "NDCG@20"]), users="all", items="all", relevant="any"
+        )
+        found += apart.select(
+            pl.lit(group).alias("group"), "task", "metric", "value", "lo", "hi", "n"
+        ).to_dicts()
+    days = (
+        (split.train["timestamp"].max() - split.train["timestamp"].min()).days
+        if split.train["timestamp"].null_count() < len(split.train)
+        else None
+    )
     run.write("season.json", {"days": days, "seeds": each, "figures": found})
 
 # %% ../nbs/09_sequence.ipynb #c0449897

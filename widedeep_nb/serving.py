@@ -71,31 +71,56 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .comparison import build_leaderboard
 from .content import add_catalog
-from .core import COLORS, PROTOCOLS, History, UserError, Run, Split, to_index, to_interactions, encode_ids, make_recommender, check_choice, step, package_versions, atomic_write
+from widedeep_nb.core import (
+    COLORS,
+    PROTOCOLS,
+    History,
+    Run,
+    Split,
+    UserError,
+    atomic_write,
+    check_choice,
+    encode_ids,
+    make_recommender,
+    package_versions,
+    step,
+    to_index,
+    to_interactions,
+)
 from .data import load
 from .hybrid import EnsembleRecommender
 from .preprocessing import sort_by_time, training_events
-from .recommend import Rules, RankingPipeline, align_catalog, load_pipeline
+from .recommend import RankingPipeline, Rules, align_catalog, load_pipeline
 
 # %% ../nbs/16_serving.ipynb #16a10002
-LIMITS = {"k": 100, "basket": 200, "text": 200, "body": 2 ** 16, "waiting": 2000, "connections": 800}  # what a request, and all of them together, may be
+LIMITS = {
+    "k": 100,
+    "basket": 200,
+    "text": 200,
+    "body": 2**16,
+    "waiting": 2000,
+    "connections": 800,
+}  # what a request, and all of them together, may be
 ShortText = Annotated[str, Field(min_length=1, max_length=LIMITS["text"])]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class StrictModel(BaseModel):
     "What comes from outside: nothing that has no name here."
+
     model_config = ConfigDict(extra="forbid")
 
 
 class BasketItem(StrictModel):
     "A product in a basket."
+
     item: ShortText
     rating: Optional[FiniteFloat] = None
 
 
 class RulesIn(StrictModel):
     "The rules of `recommend.Rules`."
+
     in_stock: bool = True
     lowest: Optional[FiniteFloat] = None
     highest: Optional[FiniteFloat] = None
@@ -107,23 +132,31 @@ class RulesIn(StrictModel):
 # %% ../nbs/16_serving.ipynb #16a10003
 class RecommendRequest(StrictModel):
     "Who wants a list, and what kind of list."
+
     user: Optional[ShortText] = None
     basket: list[BasketItem] = Field(default_factory=list, max_length=LIMITS["basket"])
     not_for_me: list[ShortText] = Field(default_factory=list, max_length=LIMITS["basket"])
     k: int = Field(10, ge=1, le=LIMITS["k"])
     model: Optional[ShortText] = None
-    diversity: float = Field(0., ge=0, le=1)
+    diversity: float = Field(0.0, ge=0, le=1)
     order: Literal["score", "revenue"] = "score"
     candidates: Literal["known", "new", "all"] = "known"
     rules: RulesIn = Field(default_factory=RulesIn)
     explore: Optional[bool] = None
 
 
-POSITIVE_EVENTS = ("click", "cart", "purchase", "more", "rating")  # feedback that is history at once; "less" bars the product, "view" is only kept
+POSITIVE_EVENTS = (
+    "click",
+    "cart",
+    "purchase",
+    "more",
+    "rating",
+)  # feedback that is history at once; "less" bars the product, "view" is only kept
 
 
 class FeedbackEvent(StrictModel):
     "What somebody did with a product."
+
     key: ShortText
     user: ShortText
     item: ShortText
@@ -133,12 +166,14 @@ class FeedbackEvent(StrictModel):
 
     @model_validator(mode="after")
     def stars_with_ratings(self):
-        if (self.event == "rating") != (self.rating is not None): raise ValueError("a rating has stars, and nothing else has")
+        if (self.event == "rating") != (self.rating is not None):
+            raise ValueError("a rating has stars, and nothing else has")
         return self
 
 # %% ../nbs/16_serving.ipynb #16a10004
 class Item(BaseModel):
     "What is known of a product."
+
     item: str
     title: Optional[str] = None
     category: Optional[str] = None
@@ -149,6 +184,7 @@ class Item(BaseModel):
 
 class Explanation(BaseModel):
     "The product that speaks most for another."
+
     item: str
     title: Optional[str] = None
     liked: Optional[bool] = None  # did it get at least the mean of all stars? null: it got none
@@ -156,6 +192,7 @@ class Explanation(BaseModel):
 
 class RankedItem(Item):
     "A product in a list."
+
     rank: int
     score: float
     stars: Optional[float] = None
@@ -165,6 +202,7 @@ class RankedItem(Item):
 
 class RecommendResponse(BaseModel):
     "A list for somebody."
+
     list: str
     model: str
     user: Optional[str] = None
@@ -174,18 +212,21 @@ class RecommendResponse(BaseModel):
 
 class SimilarItem(Item):
     "A product that goes with another."
+
     rank: int
     similarity: float
 
 
 class SimilarResponse(BaseModel):
     "A product and those that go with it."
+
     item: Item
     items: list[SimilarItem]
 
 # %% ../nbs/16_serving.ipynb #16a10005
 class HistoryEvent(BaseModel):
     "Something that somebody did."
+
     product: Item
     rating: Optional[float] = None
     event: Optional[str] = None
@@ -194,39 +235,46 @@ class HistoryEvent(BaseModel):
 
 class HistoryResponse(BaseModel):
     "What somebody did, the newest first."
+
     user: str
     events: list[HistoryEvent]
 
 
 class UserSummary(BaseModel):
     "Somebody whom the shop knows."
+
     user: str
     events: int
 
 
 class UserList(BaseModel):
     "Some of those whom the shop knows."
+
     users: list[UserSummary]
 
 
 class ItemList(BaseModel):
     "Some products."
+
     items: list[Item]
 
 
 class FeedbackAck(BaseModel):
     "An event that is on the disk."
+
     key: str
     new: bool
 
 
 class ErrorResponse(BaseModel):
     "What is wrong, in one line."
+
     error: str
 
 # %% ../nbs/16_serving.ipynb #16a10006
 class ServiceInfo(BaseModel):
     "What is served."
+
     dataset: str
     models: list[str]
     default: str
@@ -240,6 +288,7 @@ class ServiceInfo(BaseModel):
 
 class HealthResponse(BaseModel):
     "How the service is."
+
     status: Literal["ok", "changed", "cannot write"]
     note: str
     models: list[str]
@@ -249,13 +298,27 @@ class HealthResponse(BaseModel):
 # %% ../nbs/16_serving.ipynb #16a10009
 def pl_probabilities(
     scores: np.ndarray,  # float [n, m], of a pool; -inf where there is nothing
-    temperature: float = 1.,  # the higher, the more alike all weights
-    floor: float = .05,  # share of the weight that is dealt out evenly
+    temperature: float = 1.0,  # the higher, the more alike all weights
+    floor: float = 0.05,  # share of the weight that is dealt out evenly
 ) -> np.ndarray:  # float64 [n, m], each row sums to one; nought where there is nothing
     "Chances of the first place: of shares in proportion to themselves, of scores that may be negative by a softmax."
-    there, scores = np.isfinite(scores), np.where(np.isfinite(scores), scores, 0.).astype(np.float64)
-    logit = np.where((scores < 0).any(1, keepdims=True), scores, np.log(np.maximum(scores, 1e-30))) / temperature
-    weight = np.where(there, np.exp(np.minimum(logit - np.where(there, logit, -np.inf).max(1, keepdims=True, initial=-1e300), 0)), 0.)
+    there, scores = (
+        np.isfinite(scores),
+        np.where(np.isfinite(scores), scores, 0.0).astype(np.float64),
+    )
+    logit = (
+        np.where((scores < 0).any(1, keepdims=True), scores, np.log(np.maximum(scores, 1e-30)))
+        / temperature
+    )
+    weight = np.where(
+        there,
+        np.exp(
+            np.minimum(
+                logit - np.where(there, logit, -np.inf).max(1, keepdims=True, initial=-1e300), 0
+            )
+        ),
+        0.0,
+    )
     even = there / np.maximum(there.sum(1, keepdims=True), 1)
     return (1 - floor) * weight / np.maximum(weight.sum(1, keepdims=True), 1e-300) + floor * even
 
@@ -266,12 +329,17 @@ def sample_plackett_luce(
     rng: np.random.Generator,  # where the noise comes from
 ) -> tuple:  # int64 [n, k]: columns, -1 where nothing is left; float [n, k]: the chance of each place, given those above it
     "Lists by Plackett and Luce, with their propensities."
-    with np.errstate(divide="ignore"): noisy = np.log(weights) + rng.gumbel(size=weights.shape)
+    with np.errstate(divide="ignore"):
+        noisy = np.log(weights) + rng.gumbel(size=weights.shape)
     order = np.argsort(-noisy, axis=1)
     sorted_ = np.take_along_axis(weights, order, 1)
-    left = sorted_[:, ::-1].cumsum(1)[:, ::-1]                          # of this place and all below it, the small ones added first
+    left = sorted_[:, ::-1].cumsum(1)[
+        :, ::-1
+    ]  # of this place and all below it, the small ones added first
     there = sorted_[:, :k] > 0
-    return np.where(there, order[:, :k], -1), np.where(there, sorted_[:, :k] / np.where(left > 0, left, 1)[:, :k], 1.)
+    return np.where(there, order[:, :k], -1), np.where(
+        there, sorted_[:, :k] / np.where(left > 0, left, 1)[:, :k], 1.0
+    )
 
 # %% ../nbs/16_serving.ipynb #16a1000d
 STORE_SCHEMA = """
@@ -300,14 +368,17 @@ def connect_store(
 def drain(
     waiting: queue.SimpleQueue,  # what waits
     max_size: int,  # taken at a time
-    wait: float = 0.,  # seconds that the first one waits for company
+    wait: float = 0.0,  # seconds that the first one waits for company
 ) -> list:  # at least one, None at the end of all
     "Wait for something, then take all that is there."
     found = [waiting.get()]
-    if wait: time.sleep(wait)
+    if wait:
+        time.sleep(wait)
     while len(found) < max_size and found[-1] is not None:
-        try: found.append(waiting.get_nowait())
-        except queue.Empty: break
+        try:
+            found.append(waiting.get_nowait())
+        except queue.Empty:
+            break
     return found
 
 # %% ../nbs/16_serving.ipynb #16a1000e
@@ -330,25 +401,41 @@ class FeedbackStore:
 
     def log_impressions(self, lists: list):
         "Write lists down, rows of the table `recommend_batch`."
-        if self.line.qsize() < LIMITS["waiting"]: self.line.put((lists, None))
-        else: self.dropped += len(lists)
+        if self.line.qsize() < LIMITS["waiting"]:
+            self.line.put((lists, None))
+        else:
+            self.dropped += len(lists)
 
     def events_for(self, users: list) -> list:
         "The last events of some users, oldest first: user, item, event, rating, time."
-        return self.read_connection.execute(SELECT_USER_EVENTS.format(", ".join(["(?)"] * len(users))), users).fetchall() if users else []
+        return (
+            self.read_connection.execute(
+                SELECT_USER_EVENTS.format(", ".join(["(?)"] * len(users))), users
+            ).fetchall()
+            if users
+            else []
+        )
 
     def close(self):
         "Write what waits, then stop."
         self.line.put(None)
         self.thread.join()
-        for base in (self.base, self.read_connection): base.close()
+        for base in (self.base, self.read_connection):
+            base.close()
 
 # %% ../nbs/16_serving.ipynb #16a1000f
 def _insert_event(self: FeedbackStore, event: FeedbackEvent, now: int) -> bool:
     "Is this event new?"
     row = (event.key, now, event.user, event.item, event.event, event.rating, event.list)
-    if self.base.execute(INSERT_EVENT, row).rowcount: return True
-    if self.base.execute("SELECT user, item, event, rating, list FROM events WHERE key = ?", [event.key]).fetchone() != row[2:]: raise HTTPException(409, "another event has this key; give each event a key of its own")
+    if self.base.execute(INSERT_EVENT, row).rowcount:
+        return True
+    if (
+        self.base.execute(
+            "SELECT user, item, event, rating, list FROM events WHERE key = ?", [event.key]
+        ).fetchone()
+        != row[2:]
+    ):
+        raise HTTPException(409, "another event has this key; give each event a key of its own")
     return False
 
 
@@ -358,25 +445,46 @@ def _commit(self: FeedbackStore, batch: list):
     try:
         self.base.execute("BEGIN IMMEDIATE")
         for what, done in batch:
-            try: answers.append(self._insert_event(what, now) if done else self.base.executemany(INSERT_LIST, what))
-            except HTTPException as e: answers.append(e)
+            try:
+                answers.append(
+                    self._insert_event(what, now)
+                    if done
+                    else self.base.executemany(INSERT_LIST, what)
+                )
+            except HTTPException as e:
+                answers.append(e)
         self.base.execute("COMMIT")
         self.last_error = ""
     except sqlite3.Error as e:
-        if self.base.in_transaction: self.base.execute("ROLLBACK")
-        self.last_error, self.dropped = str(e), self.dropped + sum(len(what) for what, done in batch if not done)
-        answers = [HTTPException(507, f"this is not kept, for it cannot be written ({e}); send it again when there is room")] * len(batch)
+        if self.base.in_transaction:
+            self.base.execute("ROLLBACK")
+        self.last_error, self.dropped = (
+            str(e),
+            self.dropped + sum(len(what) for what, done in batch if not done),
+        )
+        answers = [
+            HTTPException(
+                507,
+                f"this is not kept, for it cannot be written ({e}); send it again when there is room",
+            )
+        ] * len(batch)
     for (_, done), answer in zip(batch, answers):
-        if done: (done.set_exception if isinstance(answer, Exception) else done.set_result)(answer)
+        if done:
+            (done.set_exception if isinstance(answer, Exception) else done.set_result)(answer)
 
 
 def _write(self: FeedbackStore):
     while (batch := drain(self.line, 1000))[0] is not None:
         self._commit([b for b in batch if b])
-        if batch[-1] is None: break
+        if batch[-1] is None:
+            break
 
 
-FeedbackStore._insert_event, FeedbackStore._commit, FeedbackStore._write = _insert_event, _commit, _write
+FeedbackStore._insert_event, FeedbackStore._commit, FeedbackStore._write = (
+    _insert_event,
+    _commit,
+    _write,
+)
 
 # %% ../nbs/16_serving.ipynb #16a1004b
 def batch_with_fallback(
@@ -384,8 +492,10 @@ def batch_with_fallback(
     jobs: list,  # of whatever kind
 ) -> list:  # an answer or an exception each
     "Answer together; where that fails, one by one, so that one bad question spoils no other."
-    try: return answer(jobs)
-    except Exception as e: return [e] if len(jobs) == 1 else [batch_with_fallback(answer, [q])[0] for q in jobs]
+    try:
+        return answer(jobs)
+    except Exception as e:
+        return [e] if len(jobs) == 1 else [batch_with_fallback(answer, [q])[0] for q in jobs]
 
 
 def resolve_futures(
@@ -393,7 +503,8 @@ def resolve_futures(
 ):
     "Tell those who wait, unless they have gone."
     for future, answer in pairs:
-        if not future.done(): (future.set_exception if isinstance(answer, Exception) else future.set_result)(answer)
+        if not future.done():
+            (future.set_exception if isinstance(answer, Exception) else future.set_result)(answer)
 
 # %% ../nbs/16_serving.ipynb #16a10013
 class BatchQueue:
@@ -403,17 +514,28 @@ class BatchQueue:
         self,
         answer: Callable,  # of a list of questions: a list of answers; one that is an exception is raised where it was asked
         max_size: int = 32,  # questions taken at a time
-        wait: float = 0.,  # seconds that the first one waits for company
+        wait: float = 0.0,  # seconds that the first one waits for company
         on_batch: Callable = lambda size: None,  # told the size of each batch
         n_threads: int = 1,  # batches that are answered at a time
     ):
-        self.answer, self.most, self.wait, self.seen, self.line = answer, max_size, wait, on_batch, queue.SimpleQueue()
-        self.threads = [threading.Thread(target=self._work, name=f"scores {n}", daemon=True) for n in range(n_threads)]
-        for thread in self.threads: thread.start()
+        self.answer, self.most, self.wait, self.seen, self.line = (
+            answer,
+            max_size,
+            wait,
+            on_batch,
+            queue.SimpleQueue(),
+        )
+        self.threads = [
+            threading.Thread(target=self._work, name=f"scores {n}", daemon=True)
+            for n in range(n_threads)
+        ]
+        for thread in self.threads:
+            thread.start()
 
     async def submit(self, job):
         "Wait in line for an answer."
-        if self.line.qsize() >= LIMITS["waiting"]: raise HTTPException(503, "too many are waiting; ask again in a moment")
+        if self.line.qsize() >= LIMITS["waiting"]:
+            raise HTTPException(503, "too many are waiting; ask again in a moment")
         loop = asyncio.get_running_loop()
         answer = loop.create_future()
         self.line.put((job, answer, loop))
@@ -421,23 +543,30 @@ class BatchQueue:
 
     def close(self):
         "Answer what waits, then stop."
-        for _ in self.threads: self.line.put(None)
-        for thread in self.threads: thread.join()
+        for _ in self.threads:
+            self.line.put(None)
+        for thread in self.threads:
+            thread.join()
 
     def _work(self):
         while (batch := drain(self.line, self.most, self.wait))[0] is not None:
             asked = [b for b in batch if b]
             self.seen(len(asked))
             answers = batch_with_fallback(self.answer, [question for question, _, _ in asked])
-            for loop in {loop for _, _, loop in asked}: loop.call_soon_threadsafe(resolve_futures, [(f, a) for (_, f, l), a in zip(asked, answers) if l is loop])
-            if batch[-1] is None: break
+            for loop in {loop for _, _, loop in asked}:
+                loop.call_soon_threadsafe(
+                    resolve_futures, [(f, a) for (_, f, l), a in zip(asked, answers) if l is loop]
+                )
+            if batch[-1] is None:
+                break
 
 # %% ../nbs/16_serving.ipynb #16a10042
 def run_async(
     coroutine,  # a coroutine
 ):  # what it returns
     "Run a coroutine in a thread of its own: a notebook has a loop of its own already."
-    with ThreadPoolExecutor(1) as pool: return pool.submit(asyncio.run, coroutine).result()
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
 
 # %% ../nbs/16_serving.ipynb #16a10016
 ITEM_FIELDS = tuple(Item.model_fields)
@@ -454,16 +583,47 @@ class CatalogIndex:
         models: list,  # fitted: those who know more products
     ):
         rows = sort_by_time(training_events(interactions))
-        ids = lambda column, *more: pl.concat([s.cast(pl.String).rename(column) for s in more]).unique(maintain_order=True)
-        table = align_catalog(ids("item", *[m.all_items for m in models], rows["item"], items["item"]), items)
-        self.products = table.with_columns(pl.lit(None, pl.Boolean if c == "in_stock" else pl.Float64 if c == "price" else pl.String).alias(c) for c in ITEM_FIELDS if c not in table.columns).select(ITEM_FIELDS)
+
+        def ids(column, *more):
+            return pl.concat([s.cast(pl.String).rename(column) for s in more]).unique(
+                maintain_order=True
+            )
+
+        table = align_catalog(
+            ids("item", *[m.all_items for m in models], rows["item"], items["item"]), items
+        )
+        self.products = table.with_columns(
+            pl.lit(
+                None, pl.Boolean if c == "in_stock" else pl.Float64 if c == "price" else pl.String
+            ).alias(c)
+            for c in ITEM_FIELDS
+            if c not in table.columns
+        ).select(ITEM_FIELDS)
         self.rows = self.products.to_dicts()
-        self.users = ids("user", rows["user"], users["user"] if "user" in users.columns else rows["user"])
-        self.item, self.user = [dict(zip(s, range(len(s)))) for s in (self.products["item"], self.users)]
-        rows = rows.with_columns(user=encode_ids(rows["user"], self.users), item=encode_ids(rows["item"], self.products["item"])).sort("user", maintain_order=True)
+        self.users = ids(
+            "user", rows["user"], users["user"] if "user" in users.columns else rows["user"]
+        )
+        self.item, self.user = [
+            dict(zip(s, range(len(s)))) for s in (self.products["item"], self.users)
+        ]
+        rows = rows.with_columns(
+            user=encode_ids(rows["user"], self.users),
+            item=encode_ids(rows["item"], self.products["item"]),
+        ).sort("user", maintain_order=True)
         self.train_history = History.from_rows(rows, len(self.users))
-        self.event = rows["event"].cast(pl.String) if "event" in rows.columns else rows.select(pl.when(pl.col("rating").is_not_null()).then(pl.lit("rating")).alias("event"))["event"]
-        self.search_text = self.products.select(pl.concat_str([pl.col(c).fill_null("") for c in ("title", "item", "category", "brand")], separator="\n").str.to_lowercase())["title"]
+        self.event = (
+            rows["event"].cast(pl.String)
+            if "event" in rows.columns
+            else rows.select(
+                pl.when(pl.col("rating").is_not_null()).then(pl.lit("rating")).alias("event")
+            )["event"]
+        )
+        self.search_text = self.products.select(
+            pl.concat_str(
+                [pl.col(c).fill_null("") for c in ("title", "item", "category", "brand")],
+                separator="\n",
+            ).str.to_lowercase()
+        )["title"]
 
     def user_rows(self, users: list) -> torch.Tensor:
         "Rows of the log; one behind the last for who is not in it."
@@ -479,14 +639,21 @@ def concat_histories(
 ) -> History:  # events of one person in the order in which they were given
     "A history from events of whomever."
     order = torch.argsort(user, stable=True)
-    return History(torch.searchsorted(user[order], torch.arange(n_users + 1)), item[order], rating[order], time[order])
+    return History(
+        torch.searchsorted(user[order], torch.arange(n_users + 1)),
+        item[order],
+        rating[order],
+        time[order],
+    )
 
 
 def rows_to_tensors(
     rows: list,  # (owner, item, rating or None, time)
 ) -> tuple:  # four tensors
     "Rows as tensors."
-    table = np.array([(o, i, np.nan if r is None else r, t) for o, i, r, t in rows], dtype=np.float64).reshape(-1, 4)
+    table = np.array(
+        [(o, i, np.nan if r is None else r, t) for o, i, r, t in rows], dtype=np.float64
+    ).reshape(-1, 4)
     owner, item, rating, time = torch.from_numpy(table).T
     return owner.long(), item.long(), rating.float(), time.long()
 
@@ -497,7 +664,20 @@ def append_events(
     new_rows: list,  # what came later: (owner, item, rating or None, time)
 ) -> History:
     "A history that goes on."
-    return concat_histories(n_users, *[torch.cat(pair) for pair in zip((history.user_index, history.item, history.rating, history.time), rows_to_tensors(new_rows))]) if new_rows else history
+    return (
+        concat_histories(
+            n_users,
+            *[
+                torch.cat(pair)
+                for pair in zip(
+                    (history.user_index, history.item, history.rating, history.time),
+                    rows_to_tensors(new_rows),
+                )
+            ],
+        )
+        if new_rows
+        else history
+    )
 
 # %% ../nbs/16_serving.ipynb #16a1001a
 class RecommendService:
@@ -509,25 +689,50 @@ class RecommendService:
         catalog: CatalogIndex,  # of the shop
         store: FeedbackStore,  # where feedback and lists are kept
         dataset: str = "",  # its name
-        explore: float = 0.,  # temperature of lists that are drawn; 0: lists are drawn only where that is asked for
+        explore: float = 0.0,  # temperature of lists that are drawn; 0: lists are drawn only where that is asked for
         seed: Optional[int] = None,  # of what is drawn
         **queue_options,  # `most`, `wait` and `seen` of the line
     ):
-        self.pipelines, self.catalog, self.store, self.dataset, self.explore = pipelines, catalog, store, dataset, explore
-        self.default, self.rng, self.changed_files = next(iter(pipelines)), np.random.default_rng(seed), lambda: ""
-        self.rating_range, self.predicts_ratings = {name: s.model.rating_range for name, s in pipelines.items()}, any(s.rating_model is not None for s in pipelines.values())
+        self.pipelines, self.catalog, self.store, self.dataset, self.explore = (
+            pipelines,
+            catalog,
+            store,
+            dataset,
+            explore,
+        )
+        self.default, self.rng, self.changed_files = (
+            next(iter(pipelines)),
+            np.random.default_rng(seed),
+            lambda: "",
+        )
+        self.rating_range, self.predicts_ratings = (
+            {name: s.model.rating_range for name, s in pipelines.items()},
+            any(s.rating_model is not None for s in pipelines.values()),
+        )
         item, user = catalog.products["item"], catalog.users
-        self.to_model = {name: (to_index(encode_ids(user, s.model.all_users)), to_index(encode_ids(item, s.model.all_items))) for name, s in pipelines.items()}
-        self.from_model = {name: to_index(encode_ids(s.model.all_items, item)) for name, s in pipelines.items()}
+        self.to_model = {
+            name: (
+                to_index(encode_ids(user, s.model.all_users)),
+                to_index(encode_ids(item, s.model.all_items)),
+            )
+            for name, s in pipelines.items()
+        }
+        self.from_model = {
+            name: to_index(encode_ids(s.model.all_items, item)) for name, s in pipelines.items()
+        }
         self.line = BatchQueue(self.answer, **queue_options)
 
     def answer(self, jobs: list) -> list:
         "Answers to questions of all kinds: those of one kind together."
         kinds, answers = {}, [None] * len(jobs)
-        for place, question in enumerate(jobs): kinds.setdefault(question.batch_key(), []).append(place)
+        for place, question in enumerate(jobs):
+            kinds.setdefault(question.batch_key(), []).append(place)
         for places in kinds.values():
-            found = batch_with_fallback(lambda of: of[0].execute(self, of), [jobs[p] for p in places])
-            for place, answer in zip(places, found): answers[place] = answer
+            found = batch_with_fallback(
+                lambda of: of[0].execute(self, of), [jobs[p] for p in places]
+            )
+            for place, answer in zip(places, found):
+                answers[place] = answer
         return answers
 
     def close(self):
@@ -543,12 +748,23 @@ def query_histories(
     "What is known by now of those who ask."
     n, item, users = len(requests), self.catalog.item, [a.user for a in requests]
     said, had, barred = {}, [], []
-    for user, *event in self.store.events_for([u for u in dict.fromkeys(users) if u]): said.setdefault(user, []).append(event)
+    for user, *event in self.store.events_for([u for u in dict.fromkeys(users) if u]):
+        said.setdefault(user, []).append(event)
     for owner, a in enumerate(requests):
-        mine = [(owner, item[i], rating, at, event) for i, event, rating, at in said.get(a.user, ()) if i in item]
-        had += [row[:4] for row in mine if row[4] in POSITIVE_EVENTS] + [(owner, item[h.item], h.rating, 0) for h in a.basket if h.item in item]
-        barred += [row[:4] for row in mine if row[4] == "less"] + [(owner, item[i], None, 0) for i in a.not_for_me if i in item]
-    return append_events(n, self.catalog.train_history.select(self.catalog.user_rows(users)), had), concat_histories(n, *rows_to_tensors(barred))
+        mine = [
+            (owner, item[i], rating, at, event)
+            for i, event, rating, at in said.get(a.user, ())
+            if i in item
+        ]
+        had += [row[:4] for row in mine if row[4] in POSITIVE_EVENTS] + [
+            (owner, item[h.item], h.rating, 0) for h in a.basket if h.item in item
+        ]
+        barred += [row[:4] for row in mine if row[4] == "less"] + [
+            (owner, item[i], None, 0) for i in a.not_for_me if i in item
+        ]
+    return append_events(
+        n, self.catalog.train_history.select(self.catalog.user_rows(users)), had
+    ), concat_histories(n, *rows_to_tensors(barred))
 
 
 def to_model_history(
@@ -559,33 +775,53 @@ def to_model_history(
     "A history as a model reads it."
     code = self.to_model[name][1][history.item]
     kept = code < len(self.from_model[name])
-    return concat_histories(len(history), history.user_index[kept], code[kept], history.rating[kept], history.time[kept])
+    return concat_histories(
+        len(history), history.user_index[kept], code[kept], history.rating[kept], history.time[kept]
+    )
 
 
-RecommendService.query_histories, RecommendService.to_model_history = query_histories, to_model_history
+RecommendService.query_histories, RecommendService.to_model_history = (
+    query_histories,
+    to_model_history,
+)
 
 # %% ../nbs/16_serving.ipynb #16a1001c
 class RecommendJob(NamedTuple):
     "A question for a list, in line."
+
     asked: RecommendRequest
     model: str
     rules: Rules
     temperature: float  # of a list that is drawn; 0: the best one
 
-    def batch_key(self): return (RecommendJob, self.model, self.rules, self.temperature, self.asked.k, self.asked.diversity, self.asked.order, self.asked.candidates)
+    def batch_key(self):
+        return (
+            RecommendJob,
+            self.model,
+            self.rules,
+            self.temperature,
+            self.asked.k,
+            self.asked.diversity,
+            self.asked.order,
+            self.asked.candidates,
+        )
 
-    def execute(self, service, questions): return service.recommend_batch(questions)
+    def execute(self, service, questions):
+        return service.recommend_batch(questions)
 
 
 class SimilarJob(NamedTuple):
     "A question for similar products, in line."
+
     item: str
     k: int
     model: str
 
-    def batch_key(self): return self
+    def batch_key(self):
+        return self
 
-    def execute(self, service, questions): return [service.find_similar(*self)] * len(questions)
+    def execute(self, service, questions):
+        return [service.find_similar(*self)] * len(questions)
 
 
 def find_similar(
@@ -598,7 +834,10 @@ def find_similar(
     found = self.pipelines[model].similar_items(item, k)
     rows = [self.catalog.item[i] for i in found["item"]]
     table = self.catalog.products[rows].with_columns(found["rank"], found["similarity"])
-    return {"item": self.catalog.products.row(self.catalog.item[item], named=True), "items": table.to_dicts()}
+    return {
+        "item": self.catalog.products.row(self.catalog.item[item], named=True),
+        "items": table.to_dicts(),
+    }
 
 # %% ../nbs/16_serving.ipynb #16a1001d
 MIN_POOL = 50  # products that a list is drawn from, at least
@@ -613,14 +852,28 @@ def _rank(
 ) -> tuple:  # int64 [n, k]: codes, -1 where nothing is left; float [n, k]: scores; float [n, k]: propensities
     "The best list, or one that is drawn."
     asked, k = job.asked, job.asked.k
-    how = dict(rules=job.rules, diversity=asked.diversity, order=asked.order, n_candidates=asked.candidates, barred=barred)
+    how = dict(
+        rules=job.rules,
+        diversity=asked.diversity,
+        order=asked.order,
+        n_candidates=asked.candidates,
+        barred=barred,
+    )
     if not job.temperature:
         codes, scores = self.pipelines[job.model].rank(users, history, k, **how)
         return codes, scores, torch.ones(codes.shape)
     codes, scores = self.pipelines[job.model].rank(users, history, max(MIN_POOL, 2 * k), **how)
-    place, chance = sample_plackett_luce(pl_probabilities(scores.masked_fill(codes < 0, -torch.inf).numpy(), job.temperature), k, self.rng)
+    place, chance = sample_plackett_luce(
+        pl_probabilities(scores.masked_fill(codes < 0, -torch.inf).numpy(), job.temperature),
+        k,
+        self.rng,
+    )
     place, chance = torch.from_numpy(place), torch.from_numpy(chance)
-    return codes.gather(1, place.clamp(min=0)).masked_fill(place < 0, -1), scores.gather(1, place.clamp(min=0)), chance
+    return (
+        codes.gather(1, place.clamp(min=0)).masked_fill(place < 0, -1),
+        scores.gather(1, place.clamp(min=0)),
+        chance,
+    )
 
 
 def serialize_items(
@@ -633,10 +886,33 @@ def serialize_items(
 ) -> list:  # for each of the n a list of dicts, as `RankedItem`
     "Lists with what is known of each product."
     rows, of, names = self.catalog.rows, self.from_model[model], ("rank", "because", *columns)
-    there, values = codes >= 0, [torch.where(c.isnan(), -1e300, c.double()) for c in columns.values()]
-    because = [{"item": rows[r]["item"], "title": rows[r]["title"], "liked": None if yes != yes else yes > 0} if r >= 0 else None for r, yes in zip(explained_by[there].tolist(), liked[there].tolist())]
-    number = lambda v: None if v == -1e300 else v
-    found = [{**rows[r], **dict(zip(names, (place + 1, why, *map(number, more))))} for r, place, why, *more in zip(of[codes[there]].tolist(), there.nonzero()[:, 1].tolist(), because, *[v[there].tolist() for v in values])]
+    there, values = (
+        codes >= 0,
+        [torch.where(c.isnan(), -1e300, c.double()) for c in columns.values()],
+    )
+    because = [
+        {
+            "item": rows[r]["item"],
+            "title": rows[r]["title"],
+            "liked": None if yes != yes else yes > 0,
+        }
+        if r >= 0
+        else None
+        for r, yes in zip(explained_by[there].tolist(), liked[there].tolist())
+    ]
+
+    def number(v):
+        return None if v == -1e300 else v
+
+    found = [
+        {**rows[r], **dict(zip(names, (place + 1, why, *map(number, more))))}
+        for r, place, why, *more in zip(
+            of[codes[there]].tolist(),
+            there.nonzero()[:, 1].tolist(),
+            because,
+            *[v[there].tolist() for v in values],
+        )
+    ]
     ends = there.sum(1).cumsum(0).tolist()
     return [found[a:b] for a, b in zip([0, *ends], ends)]
 
@@ -653,18 +929,58 @@ def recommend_batch(
     users = to_user[self.catalog.user_rows([a.user for a in asked])]
     codes, scores, chance = self._rank(first, users, had, barred)
     event = shelf.top_contribution(had, codes)
-    reason = torch.where(event < 0, -1, self.from_model[first.model][had.item[event.clamp(min=0)]]) if len(had.item) else event
-    stars = torch.cat([had.rating, torch.tensor([torch.nan])])[event]                            # of no event, -1, none
+    reason = (
+        torch.where(event < 0, -1, self.from_model[first.model][had.item[event.clamp(min=0)]])
+        if len(had.item)
+        else event
+    )
+    stars = torch.cat([had.rating, torch.tensor([torch.nan])])[event]  # of no event, -1, none
     liked = torch.where(stars.isnan(), torch.nan, (stars >= shelf.mean_rating).float())
-    found = self.told(first.model, codes, {"score": scores, "stars": shelf.predict_ratings(users, codes, had), "propensity": chance}, reason, liked)
+    found = self.told(
+        first.model,
+        codes,
+        {"score": scores, "stars": shelf.predict_ratings(users, codes, had), "propensity": chance},
+        reason,
+        liked,
+    )
     now = time.time_ns() // 1_000_000
-    answers = [{"list": f"{now:012x}{secrets.token_hex(5)}", "model": first.model, "user": a.user, "explored": first.temperature > 0, "items": items} for a, items in zip(asked, found)]
-    text = lambda a, name: orjson.dumps([i[name] for i in a["items"]]).decode()
-    self.store.log_impressions([(a["list"], now, a["user"], a["model"], a["explored"], text(a, "item"), text(a, "propensity")) for a in answers])
+    answers = [
+        {
+            "list": f"{now:012x}{secrets.token_hex(5)}",
+            "model": first.model,
+            "user": a.user,
+            "explored": first.temperature > 0,
+            "items": items,
+        }
+        for a, items in zip(asked, found)
+    ]
+
+    def text(a, name):
+        return orjson.dumps([i[name] for i in a["items"]]).decode()
+
+    self.store.log_impressions(
+        [
+            (
+                a["list"],
+                now,
+                a["user"],
+                a["model"],
+                a["explored"],
+                text(a, "item"),
+                text(a, "propensity"),
+            )
+            for a in answers
+        ]
+    )
     return answers
 
 
-RecommendService.find_similar, RecommendService._rank, RecommendService.told, RecommendService.recommend_batch = find_similar, _rank, serialize_items, recommend_batch
+(
+    RecommendService.find_similar,
+    RecommendService._rank,
+    RecommendService.told,
+    RecommendService.recommend_batch,
+) = find_similar, _rank, serialize_items, recommend_batch
 
 # %% ../nbs/16_serving.ipynb #16a10020
 def resolve_model(
@@ -672,7 +988,10 @@ def resolve_model(
     name: Optional[str],  # of a model; None: the default
 ) -> str:
     "The model that is asked for."
-    if name is not None and name not in self.pipelines: raise HTTPException(404, f"no model is called that here; there are: {', '.join(self.pipelines)}")
+    if name is not None and name not in self.pipelines:
+        raise HTTPException(
+            404, f"no model is called that here; there are: {', '.join(self.pipelines)}"
+        )
     return name or self.default
 
 
@@ -691,7 +1010,8 @@ def check_ratings(
 ):
     "Refuse stars beyond those that the model knows."
     low, high = self.rating_range[name]
-    if any(r is not None and not low <= r <= high for r in ratings): raise HTTPException(422, f"stars go from {low:g} to {high:g} here")
+    if any(r is not None and not low <= r <= high for r in ratings):
+        raise HTTPException(422, f"stars go from {low:g} to {high:g} here")
 
 
 def parse_request(
@@ -700,16 +1020,35 @@ def parse_request(
 ) -> RecommendJob:
     "A question that can be answered, or what is wrong with it."
     model = self.chosen(request.model)
-    if request.user is not None and not self.is_known(request.user): raise HTTPException(404, "nobody of that id is known here; leave the user out, or give a basket")
+    if request.user is not None and not self.is_known(request.user):
+        raise HTTPException(
+            404, "nobody of that id is known here; leave the user out, or give a basket"
+        )
     self.check_ratings(model, *[h.rating for h in request.basket])
     drawn = self.explore > 0 if request.explore is None else request.explore
-    return RecommendJob(request, model, Rules.from_dict(request.rules.model_dump()) if request.rules.model_fields_set else Rules(), (self.explore or 1.) if drawn else 0.)
+    return RecommendJob(
+        request,
+        model,
+        Rules.from_dict(request.rules.model_dump()) if request.rules.model_fields_set else Rules(),
+        (self.explore or 1.0) if drawn else 0.0,
+    )
 
 
-RecommendService.chosen, RecommendService.is_known, RecommendService.check_ratings, RecommendService.parse_request = resolve_model, is_known, check_ratings, parse_request
+(
+    RecommendService.chosen,
+    RecommendService.is_known,
+    RecommendService.check_ratings,
+    RecommendService.parse_request,
+) = resolve_model, is_known, check_ratings, parse_request
 
 # %% ../nbs/16_serving.ipynb #16a10022
-SECURITY_HEADERS = {"content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'", "x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cross-origin-resource-policy": "same-origin", "cache-control": "no-store"}
+SECURITY_HEADERS = {
+    "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 logger = logging.getLogger("widedeep.serving")
 
@@ -721,51 +1060,81 @@ class ServiceMetrics:
         self.registry = CollectorRegistry()
         of = {"registry": self.registry, "namespace": "widedeep"}
         self.requests = Counter("requests", "Requests by path and status", ["path", "status"], **of)
-        self.seconds = Histogram("seconds", "Seconds to an answer by path", ["path"], buckets=(.002, .005, .01, .02, .03, .05, .075, .1, .2, .5, 1, 2, 5), **of)
-        self.batch = Histogram("batch_size", "Questions answered together", buckets=(1, 2, 4, 8, 16, 32, 64), **of)
-        self.waiting, self.dropped = Gauge("waiting", "Questions in line", **of), Gauge("lists_lost", "Lists that could not be written down", **of)
+        self.seconds = Histogram(
+            "seconds",
+            "Seconds to an answer by path",
+            ["path"],
+            buckets=(0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5),
+            **of,
+        )
+        self.batch = Histogram(
+            "batch_size", "Questions answered together", buckets=(1, 2, 4, 8, 16, 32, 64), **of
+        )
+        self.waiting, self.dropped = (
+            Gauge("waiting", "Questions in line", **of),
+            Gauge("lists_lost", "Lists that could not be written down", **of),
+        )
         self.feedback = Counter("feedback", "Events that are kept, by kind", ["event", "new"], **of)
-        self.basket = Counter("basket_items", "Products in baskets, by whether they are known", ["known"], **of)
+        self.basket = Counter(
+            "basket_items", "Products in baskets, by whether they are known", ["known"], **of
+        )
         self.age = Gauge("model_age_seconds", "Seconds since a model was written", ["model"], **of)
 
 # %% ../nbs/16_serving.ipynb #16a10023
 class SecurityMiddleware:
     "What every request passes."
 
-    def __init__(self, app: Callable, service_metrics: ServiceMetrics, hosts: tuple): self.app, self.service_metrics, self.hosts = app, service_metrics, hosts
+    def __init__(self, app: Callable, service_metrics: ServiceMetrics, hosts: tuple):
+        self.app, self.service_metrics, self.hosts = app, service_metrics, hosts
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable):
-        if scope["type"] != "http": return await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
         begun, status, size = time.perf_counter(), 0, 0
 
         async def out(message):
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], *[(k.encode(), v.encode()) for k, v in SECURITY_HEADERS.items()]]
+                message["headers"] = [
+                    *message["headers"],
+                    *[(k.encode(), v.encode()) for k, v in SECURITY_HEADERS.items()],
+                ]
             await send(message)
 
         async def bounded():
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > LIMITS["body"]: raise HTTPException(413, f"a body has at most {LIMITS['body']:,} bytes")
+            if size > LIMITS["body"]:
+                raise HTTPException(413, f"a body has at most {LIMITS['body']:,} bytes")
             return message
+
         try:
             refused = self.check_request({k: v.decode("latin-1") for k, v in scope["headers"]})
             await (refused(scope, receive, out) if refused else self.app(scope, bounded, out))
         except Exception:
             logger.exception("an error on %s %s", scope["method"], ascii(scope["path"]))
-            if not status: await error_response(500, "something is wrong here; it has been noted")(scope, receive, out)
+            if not status:
+                await error_response(500, "something is wrong here; it has been noted")(
+                    scope, receive, out
+                )
         path = getattr(scope.get("route"), "path", "other")
         self.service_metrics.requests.labels(path, status).inc()
         self.service_metrics.seconds.labels(path).observe(time.perf_counter() - begun)
 
     def check_request(self, headers: dict) -> Optional[Response]:
         "What is refused before it is read."
-        host, length = headers.get(b"host", "").rsplit(":", 1 - headers.get(b"host", "").endswith("]"))[0].strip("[]"), headers.get(b"content-length", "0")
-        if self.hosts and host not in self.hosts: return error_response(400, "this service does not go by that name")
-        if not length.isdecimal() or int(length[:20]) > LIMITS["body"]: return error_response(413, f"a body has at most {LIMITS['body']:,} bytes")
+        host, length = (
+            headers.get(b"host", "")
+            .rsplit(":", 1 - headers.get(b"host", "").endswith("]"))[0]
+            .strip("[]"),
+            headers.get(b"content-length", "0"),
+        )
+        if self.hosts and host not in self.hosts:
+            return error_response(400, "this service does not go by that name")
+        if not length.isdecimal() or int(length[:20]) > LIMITS["body"]:
+            return error_response(413, f"a body has at most {LIMITS['body']:,} bytes")
 
 
 def error_response(
@@ -780,7 +1149,10 @@ def validation_message(
     error: RequestValidationError,  # what pydantic found
 ) -> str:
     "What does not fit, and where; at most three things."
-    found = [f"{'.'.join(str(p) for p in e['loc'][1:]) or e['loc'][0]}: {e['msg']}" for e in error.errors()[:3]]
+    found = [
+        f"{'.'.join(str(p) for p in e['loc'][1:]) or e['loc'][0]}: {e['msg']}"
+        for e in error.errors()[:3]
+    ]
     return "; ".join(found)[:500]
 
 
@@ -788,11 +1160,14 @@ def add_error_handlers(
     app: FastAPI,  # gets handlers
 ):
     "Every error in the same form."
+
     @app.exception_handler(RequestValidationError)
-    async def unfit(request, error): return error_response(422, validation_message(error))
+    async def unfit(request, error):
+        return error_response(422, validation_message(error))
 
     @app.exception_handler(UserError)
-    async def problem(request, error): return error_response(422, error)
+    async def problem(request, error):
+        return error_response(422, error)
 
     @app.exception_handler(AnyHTTPException)
     async def refused(request, error):
@@ -814,17 +1189,36 @@ def add_recommend_routes(
     service_metrics: ServiceMetrics,  # that count
 ):
     "Lists, and similar products."
-    @app.post("/api/recommend", response_model=RecommendResponse, responses=error_responses(404), summary="A list for a user, a basket, or anybody")
+
+    @app.post(
+        "/api/recommend",
+        response_model=RecommendResponse,
+        responses=error_responses(404),
+        summary="A list for a user, a basket, or anybody",
+    )
     async def recommend(asked: RecommendRequest):
         question = service.parse_request(asked)
-        for h in asked.basket: service_metrics.basket.labels("yes" if h.item in service.catalog.item else "no").inc()
-        return Response(orjson.dumps(await service.line.submit(question)), media_type="application/json")       # already of that form, as the tests assure
+        for h in asked.basket:
+            service_metrics.basket.labels("yes" if h.item in service.catalog.item else "no").inc()
+        return Response(
+            orjson.dumps(await service.line.submit(question)), media_type="application/json"
+        )  # already of that form, as the tests assure
 
-    @app.get("/api/similar", response_model=SimilarResponse, responses=error_responses(404), summary="What goes with a product")
-    async def similar(item: ShortText, k: Annotated[int, Query(ge=1, le=LIMITS["k"])] = 10, model: Optional[ShortText] = None):
+    @app.get(
+        "/api/similar",
+        response_model=SimilarResponse,
+        responses=error_responses(404),
+        summary="What goes with a product",
+    )
+    async def similar(
+        item: ShortText,
+        k: Annotated[int, Query(ge=1, le=LIMITS["k"])] = 10,
+        model: Optional[ShortText] = None,
+    ):
         name = service.chosen(model)
         row = service.catalog.item.get(item)
-        if row is None or service.to_model[name][1][row] == len(service.from_model[name]): raise HTTPException(404, f"{name} knows no item of that id")
+        if row is None or service.to_model[name][1][row] == len(service.from_model[name]):
+            raise HTTPException(404, f"{name} knows no item of that id")
         return await service.line.submit(SimilarJob(item, k, name))
 
 # %% ../nbs/16_serving.ipynb #16a10026
@@ -837,8 +1231,16 @@ def category_prefixes(
     max_count: int = 200,  # those with the most products
 ) -> list:  # sorted
     "What a shelf can be narrowed to: paths of categories, and where they begin."
-    paths = pl.DataFrame({"path": categories}).drop_nulls().with_columns(pl.col("path").str.split(" > "))
-    found = paths.select(pl.concat_list([pl.col("path").list.head(n).list.join(" > ") for n in (1, 2, 3)]).list.unique().alias("path")).explode("path")
+    paths = (
+        pl.DataFrame({"path": categories})
+        .drop_nulls()
+        .with_columns(pl.col("path").str.split(" > "))
+    )
+    found = paths.select(
+        pl.concat_list([pl.col("path").list.head(n).list.join(" > ") for n in (1, 2, 3)])
+        .list.unique()
+        .alias("path")
+    ).explode("path")
     return sorted(found["path"].value_counts().top_k(max_count, by="count")["path"])
 
 
@@ -852,20 +1254,54 @@ def add_catalog_routes(
 
     @app.get("/api/about", response_model=ServiceInfo, summary="What is served")
     def about():
-        return {"dataset": service.dataset, "models": list(service.pipelines), "default": service.default, "items": len(known.products), "users": len(known.users), "categories": category_prefixes(known.products["category"]),
-                "stars": service.predicts_ratings, "prices": known.products["price"].null_count() < len(known.products), "writing": write_access}
+        return {
+            "dataset": service.dataset,
+            "models": list(service.pipelines),
+            "default": service.default,
+            "items": len(known.products),
+            "users": len(known.users),
+            "categories": category_prefixes(known.products["category"]),
+            "stars": service.predicts_ratings,
+            "prices": known.products["price"].null_count() < len(known.products),
+            "writing": write_access,
+        }
 
-    @app.get("/api/users", response_model=UserList, responses=error_responses(), summary="People whose id holds a text")
-    def users(search: SearchQuery = "", limit: Limit = 20): return {"users": service.find_users(search, limit)}
+    @app.get(
+        "/api/users",
+        response_model=UserList,
+        responses=error_responses(),
+        summary="People whose id holds a text",
+    )
+    def users(search: SearchQuery = "", limit: Limit = 20):
+        return {"users": service.find_users(search, limit)}
 
-    @app.get("/api/items", response_model=ItemList, responses=error_responses(), summary="Products in which every word occurs")
+    @app.get(
+        "/api/items",
+        response_model=ItemList,
+        responses=error_responses(),
+        summary="Products in which every word occurs",
+    )
     def items(search: SearchQuery = "", limit: Limit = 20):
-        holds = pl.all_horizontal(pl.lit(True), *[known.search_text.to_frame().select(pl.nth(0).str.contains(w, literal=True)).to_series() for w in search.lower().split()])
+        holds = pl.all_horizontal(
+            pl.lit(True),
+            *[
+                known.search_text.to_frame()
+                .select(pl.nth(0).str.contains(w, literal=True))
+                .to_series()
+                for w in search.lower().split()
+            ],
+        )
         return {"items": known.products.filter(holds).head(limit).to_dicts()}
 
-    @app.get("/api/history", response_model=HistoryResponse, responses=error_responses(404), summary="What somebody did, the newest first")
+    @app.get(
+        "/api/history",
+        response_model=HistoryResponse,
+        responses=error_responses(404),
+        summary="What somebody did, the newest first",
+    )
     def history(user: ShortText, limit: Limit = 50):
-        if not service.is_known(user): raise HTTPException(404, "nobody of that id is known here")
+        if not service.is_known(user):
+            raise HTTPException(404, "nobody of that id is known here")
         return {"user": user, "events": service.user_history(user, limit)}
 
 # %% ../nbs/16_serving.ipynb #16a10027
@@ -875,12 +1311,27 @@ def find_users(
     limit: int,  # so many at most
 ) -> list:  # dicts, as `UserSummary`
     "Some people, those with the most events first."
-    ours = pl.DataFrame({"user": self.catalog.users, "events": self.catalog.train_history.indptr.diff().numpy()}).filter(pl.col("user").str.to_lowercase().str.contains(search.lower(), literal=True)).top_k(limit, by="events")
+    ours = (
+        pl.DataFrame(
+            {"user": self.catalog.users, "events": self.catalog.train_history.indptr.diff().numpy()}
+        )
+        .filter(pl.col("user").str.to_lowercase().str.contains(search.lower(), literal=True))
+        .top_k(limit, by="events")
+    )
     names = ours["user"].to_list()
     with closing(connect_store(self.store.path)) as base:
-        said = dict(base.execute(f"SELECT user, count(*) FROM events WHERE instr(lower(user), ?) OR user IN ({', '.join('?' * len(names))}) GROUP BY user ORDER BY count(*) DESC LIMIT ?", [search.lower(), *names, 2 * limit]))
-    both = {user: said.get(user, 0) + events for user, events in ours.rows()} | {user: n for user, n in said.items() if user not in self.catalog.user}
-    return [{"user": user, "events": n} for user, n in sorted(both.items(), key=lambda p: -p[1])[:limit]]
+        said = dict(
+            base.execute(
+                f"SELECT user, count(*) FROM events WHERE instr(lower(user), ?) OR user IN ({', '.join('?' * len(names))}) GROUP BY user ORDER BY count(*) DESC LIMIT ?",
+                [search.lower(), *names, 2 * limit],
+            )
+        )
+    both = {user: said.get(user, 0) + events for user, events in ours.rows()} | {
+        user: n for user, n in said.items() if user not in self.catalog.user
+    }
+    return [
+        {"user": user, "events": n} for user, n in sorted(both.items(), key=lambda p: -p[1])[:limit]
+    ]
 
 
 def user_history(
@@ -889,14 +1340,39 @@ def user_history(
     limit: int,  # so many at most
 ) -> list:  # dicts, as `HistoryEvent`
     "What somebody did, the newest first, what they said here before what the log says."
-    said = [(self.catalog.item.get(item), rating, event, at) for _, item, event, rating, at in self.store.events_for([user])]
+    said = [
+        (self.catalog.item.get(item), rating, event, at)
+        for _, item, event, rating, at in self.store.events_for([user])
+    ]
     row = int(self.catalog.user_rows([user])[0])
     mine = self.catalog.train_history.select(torch.tensor([row]))
     start = int(self.catalog.train_history.indptr[row]) if len(mine.item) else 0
-    rows = list(zip(mine.item.tolist(), mine.rating.tolist(), self.catalog.event[start:start + len(mine.item)].to_list(), mine.time.tolist())) + [s for s in said if s[0] is not None]
+    rows = list(
+        zip(
+            mine.item.tolist(),
+            mine.rating.tolist(),
+            self.catalog.event[start : start + len(mine.item)].to_list(),
+            mine.time.tolist(),
+        )
+    ) + [s for s in said if s[0] is not None]
     products = self.catalog.products[[r[0] for r in rows[-limit:]]].to_dicts() if rows else []
-    when = lambda at: datetime.fromtimestamp(at / 1000, timezone.utc).isoformat(timespec="seconds") if at else None
-    return [{"product": p, "rating": None if rating != rating else rating, "event": event, "time": when(at)} for p, (_, rating, event, at) in zip(products[::-1], rows[-limit:][::-1])]
+
+    def when(at):
+        return (
+            datetime.fromtimestamp(at / 1000, timezone.utc).isoformat(timespec="seconds")
+            if at
+            else None
+        )
+
+    return [
+        {
+            "product": p,
+            "rating": None if rating != rating else rating,
+            "event": event,
+            "time": when(at),
+        }
+        for p, (_, rating, event, at) in zip(products[::-1], rows[-limit:][::-1])
+    ]
 
 
 RecommendService.find_users, RecommendService.user_history = find_users, user_history
@@ -909,15 +1385,29 @@ def add_feedback_routes(
     token: str,  # that a writer must show; empty: none
 ):
     "Feedback."
+
     def may_write(authorization: Annotated[Optional[str], Header(max_length=1000)] = None):
         given = (authorization or "").removeprefix("Bearer ")
-        if token and not hmac.compare_digest(given.encode("latin-1"), token.encode()): raise HTTPException(401, "writing needs the token of this service: Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"})
+        if token and not hmac.compare_digest(given.encode("latin-1"), token.encode()):
+            raise HTTPException(
+                401,
+                "writing needs the token of this service: Authorization: Bearer TOKEN",
+                {"www-authenticate": "Bearer"},
+            )
 
-    @app.post("/api/feedback", response_model=FeedbackAck, responses=error_responses(401, 404, 409, 507) | {201: {"model": FeedbackAck}}, dependencies=[Depends(may_write)], summary="What somebody did with a product; answered when it is on the disk")
+    @app.post(
+        "/api/feedback",
+        response_model=FeedbackAck,
+        responses=error_responses(401, 404, 409, 507) | {201: {"model": FeedbackAck}},
+        dependencies=[Depends(may_write)],
+        summary="What somebody did with a product; answered when it is on the disk",
+    )
     async def feedback(said: FeedbackEvent, response: Response):
-        if said.item not in service.catalog.item: raise HTTPException(404, "no item of that id is known here")
+        if said.item not in service.catalog.item:
+            raise HTTPException(404, "no item of that id is known here")
         service.check_ratings(service.default, said.rating)
-        if service.store.line.qsize() >= LIMITS["waiting"]: raise HTTPException(503, "too much waits to be written; send it again in a moment")
+        if service.store.line.qsize() >= LIMITS["waiting"]:
+            raise HTTPException(503, "too much waits to be written; send it again in a moment")
         new = await asyncio.wrap_future(service.store.add_event(said))
         service_metrics.feedback.labels(said.event, "yes" if new else "no").inc()
         response.status_code = 201 if new else 200
@@ -930,33 +1420,73 @@ def add_health_routes(
     service_metrics: ServiceMetrics,  # that count
 ):
     "Health and measures."
+
     @app.get("/health", response_model=HealthResponse, summary="How the service is")
     def health():
         changed, trouble = service.changed_files(), service.store.last_error
-        note = "; ".join([changed] * bool(changed) + [f"feedback cannot be written: {trouble}"] * bool(trouble))
-        return {"status": "cannot write" if trouble else "changed" if changed else "ok", "note": note, "models": list(service.pipelines), "waiting": service.line.line.qsize(), "lists_lost": service.store.dropped}
+        note = "; ".join(
+            [changed] * bool(changed) + [f"feedback cannot be written: {trouble}"] * bool(trouble)
+        )
+        return {
+            "status": "cannot write" if trouble else "changed" if changed else "ok",
+            "note": note,
+            "models": list(service.pipelines),
+            "waiting": service.line.line.qsize(),
+            "lists_lost": service.store.dropped,
+        }
 
-    @app.get("/metrics", response_class=PlainTextResponse, summary="Measures, as Prometheus reads them")
+    @app.get(
+        "/metrics", response_class=PlainTextResponse, summary="Measures, as Prometheus reads them"
+    )
     def metrics():
         service_metrics.waiting.set(service.line.line.qsize())
         service_metrics.dropped.set(service.store.dropped)
-        for name, made in service.fitted_at.items(): service_metrics.age.labels(name).set(time.time() - made)
-        return PlainTextResponse(generate_latest(service_metrics.registry), media_type="text/plain; version=0.0.4")
+        for name, made in service.fitted_at.items():
+            service_metrics.age.labels(name).set(time.time() - made)
+        return PlainTextResponse(
+            generate_latest(service_metrics.registry), media_type="text/plain; version=0.0.4"
+        )
 
 # %% ../nbs/16_serving.ipynb #16a1002a
 STATIC_FILES = {"/": "shop.html", "/static/shop.css": "shop.css", "/static/shop.js": "shop.js"}
-CONTENT_TYPES = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
+CONTENT_TYPES = {
+    "html": "text/html; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+}
 
 
 def render_api_docs(
     api: dict,  # OpenAPI
 ) -> str:  # HTML
     "A page that says what can be asked."
-    rows = [(path, method.upper(), what.get("summary", ""), ", ".join(p["name"] for p in what.get("parameters", ())) or what.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {}).get("$ref", "").split("/")[-1])
-            for path, methods in api["paths"].items() for method, what in methods.items()]
-    line = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-    body = "".join([line(("path", "method", "what", "asked with"), "th"), *[line(r, "td") for r in rows]])
-    forms = "".join(f"<h2>{html.escape(name)}</h2><pre>{html.escape(json.dumps(form, indent=1))}</pre>" for name, form in api["components"]["schemas"].items())
+    rows = [
+        (
+            path,
+            method.upper(),
+            what.get("summary", ""),
+            ", ".join(p["name"] for p in what.get("parameters", ()))
+            or what.get("requestBody", {})
+            .get("content", {})
+            .get("application/json", {})
+            .get("schema", {})
+            .get("$ref", "")
+            .split("/")[-1],
+        )
+        for path, methods in api["paths"].items()
+        for method, what in methods.items()
+    ]
+
+    def line(cells, tag):
+        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+    body = "".join(
+        [line(("path", "method", "what", "asked with"), "th"), *[line(r, "td") for r in rows]]
+    )
+    forms = "".join(
+        f"<h2>{html.escape(name)}</h2><pre>{html.escape(json.dumps(form, indent=1))}</pre>"
+        for name, form in api["components"]["schemas"].items()
+    )
     return f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark"><title>{html.escape(api["info"]["title"])}</title><h1>{html.escape(api["info"]["title"])}</h1><p><a href="/openapi.json">openapi.json</a></p><table>{body}</table>{forms}</html>'
 
 
@@ -964,26 +1494,50 @@ def add_static_routes(
     app: FastAPI,  # gets endpoints
 ):
     "The shop's page, and a page about the service."
+
     def serve(path, name):
-        app.add_api_route(path, lambda: Response((files("widedeep_nb") / "static" / name).read_bytes(), media_type=CONTENT_TYPES[name.split(".")[-1]]), include_in_schema=False)
-    for path, name in STATIC_FILES.items(): serve(path, name)
+        app.add_api_route(
+            path,
+            lambda: Response(
+                (files("widedeep_nb") / "static" / name).read_bytes(),
+                media_type=CONTENT_TYPES[name.split(".")[-1]],
+            ),
+            include_in_schema=False,
+        )
+
+    for path, name in STATIC_FILES.items():
+        serve(path, name)
 
     @app.get("/docs", include_in_schema=False)
-    def docs(): return HTMLResponse(render_api_docs(app.openapi()))
+    def docs():
+        return HTMLResponse(render_api_docs(app.openapi()))
 
 # %% ../nbs/16_serving.ipynb #16a1002b
 def make_app(
     service: RecommendService,  # what is asked
     token: str = "",  # that a writer must show; empty: none
     hosts: tuple = (),  # names that it goes by; empty: any
-    service_metrics: Optional[ServiceMetrics] = None,  # what the shop's line tells the sizes of its batches
+    service_metrics: Optional[
+        ServiceMetrics
+    ] = None,  # what the shop's line tells the sizes of its batches
 ) -> FastAPI:
     "The service, to be run by an ASGI server."
+
     @asynccontextmanager
     async def life(app):
         yield
         service.close()
-    app, service_metrics = FastAPI(title=f"Recommendations for {service.dataset or 'a shop'}", version=package_versions().get("widedeep_nb", "0"), docs_url=None, redoc_url=None, lifespan=life), service_metrics or ServiceMetrics()
+
+    app, service_metrics = (
+        FastAPI(
+            title=f"Recommendations for {service.dataset or 'a shop'}",
+            version=package_versions().get("widedeep_nb", "0"),
+            docs_url=None,
+            redoc_url=None,
+            lifespan=life,
+        ),
+        service_metrics or ServiceMetrics(),
+    )
     app.add_middleware(SecurityMiddleware, meters=service_metrics, hosts=hosts)
     add_error_handlers(app)
     add_recommend_routes(app, service, service_metrics)
@@ -1003,11 +1557,20 @@ class VerifiedRun(Run):
 
     def read(self, name: str):
         "A table of the run, or a file in JSON."
-        if not name.endswith(".parquet"): return super().read(name)
-        if name not in self._run_json.get("hashes", {}): raise UserError(f"{self.folder / name} has no hash in run.json; run it again, so that it can be checked")
-        try: raw = (self.folder / name).read_bytes()
-        except OSError as e: raise UserError(f"{self.folder / name} cannot be read ({e.strerror}); run it again") from None
-        if hashlib.sha256(raw).hexdigest() != self._run_json["hashes"][name]: raise UserError(f"{self.folder / name} is not what was written; run it again")
+        if not name.endswith(".parquet"):
+            return super().read(name)
+        if name not in self._run_json.get("hashes", {}):
+            raise UserError(
+                f"{self.folder / name} has no hash in run.json; run it again, so that it can be checked"
+            )
+        try:
+            raw = (self.folder / name).read_bytes()
+        except OSError as e:
+            raise UserError(
+                f"{self.folder / name} cannot be read ({e.strerror}); run it again"
+            ) from None
+        if hashlib.sha256(raw).hexdigest() != self._run_json["hashes"][name]:
+            raise UserError(f"{self.folder / name} is not what was written; run it again")
         return pl.read_parquet(io.BytesIO(raw))
 
 
@@ -1019,7 +1582,10 @@ def file_stats(
     paths: list,  # of files
 ) -> dict:  # path: what tells one state of a file from another
     "How files look now, without reading them."
-    look = lambda s: (s.st_ino, s.st_size, s.st_mtime_ns)
+
+    def look(s):
+        return (s.st_ino, s.st_size, s.st_mtime_ns)
+
     return {p: look(p.stat()) if p.exists() else None for p in paths}
 
 # %% ../nbs/16_serving.ipynb #16a1004a
@@ -1030,8 +1596,12 @@ def use_two_stage_if_large(
     pipeline: RankingPipeline,  # as it was opened
 ) -> RankingPipeline:  # the same
     "A shelf that is quick enough for its size."
-    if isinstance(pipeline.model, EnsembleRecommender) and pipeline.model.n_items >= TWO_STAGE_MIN_ITEMS:
+    if (
+        isinstance(pipeline.model, EnsembleRecommender)
+        and pipeline.model.n_items >= TWO_STAGE_MIN_ITEMS
+    ):
         from widedeep_nb.export import TwoStageRetriever
+
         pipeline.retrieve = TwoStageRetriever(pipeline.model).retrieve
     return pipeline
 
@@ -1039,27 +1609,55 @@ def use_two_stage_if_large(
 def open_service(
     folder: Path,  # of a run
     models: tuple = (),  # names; the first one is the default; empty: those of SERVED that are there
-    explore: float = 0.,  # temperature of lists that are drawn; 0: only where that is asked for
+    explore: float = 0.0,  # temperature of lists that are drawn; 0: only where that is asked for
     feedback_dir: str = "",  # folder of what people say; empty: service/ of the run
     **queue_options,  # `seed`; `most`, `wait`, `seen` and `threads` of the line
 ) -> RecommendService:
     "A run, checked and ready to be asked."
     run = VerifiedRun(folder)
     there = sorted(p.parent.name for p in (run.folder / "models").glob("*/model.json"))
-    if not there: raise UserError(f"{folder} has no fitted model; run the chapters on training and baselines")
-    names = [check_choice(name, there, "model") for name in dict.fromkeys(models)] or [m for m in DEFAULT_MODELS if m in there] or there[:1]
-    files = [run.folder / name for name in REQUIRED_FILES] + [run.model_folder(m) / f for m in names for f in ("model.json", "model.safetensors")]
+    if not there:
+        raise UserError(f"{folder} has no fitted model; run the chapters on training and baselines")
+    names = (
+        [check_choice(name, there, "model") for name in dict.fromkeys(models)]
+        or [m for m in DEFAULT_MODELS if m in there]
+        or there[:1]
+    )
+    files = [run.folder / name for name in REQUIRED_FILES] + [
+        run.model_folder(m) / f for m in names for f in ("model.json", "model.safetensors")
+    ]
     before = file_stats(files)
     shelves = {name: use_two_stage_if_large(load_pipeline(run, name)) for name in names}
-    known = CatalogIndex(run.read("interactions.parquet"), run.read("items.parquet"), run.read("users.parquet"), [s.model for s in shelves.values()])
-    if file_stats(files) != before: raise UserError(f"{folder} was being written while it was read; start again when that is done")
-    for shelf in shelves.values(): shelf.recommend([[shelf.model.item_ids[0]]], 1)            # what is made once is made before anybody asks
+    known = CatalogIndex(
+        run.read("interactions.parquet"),
+        run.read("items.parquet"),
+        run.read("users.parquet"),
+        [s.model for s in shelves.values()],
+    )
+    if file_stats(files) != before:
+        raise UserError(
+            f"{folder} was being written while it was read; start again when that is done"
+        )
+    for shelf in shelves.values():
+        shelf.recommend(
+            [[shelf.model.item_ids[0]]], 1
+        )  # what is made once is made before anybody asks
     place = Path(feedback_dir or run.folder / "service") / "feedback.sqlite"
-    try: kept = FeedbackStore(place)
-    except (OSError, sqlite3.Error) as e: raise UserError(f"{place} cannot be written ({getattr(e, 'strerror', None) or e}); name another folder with --book") from None
+    try:
+        kept = FeedbackStore(place)
+    except (OSError, sqlite3.Error) as e:
+        raise UserError(
+            f"{place} cannot be written ({getattr(e, 'strerror', None) or e}); name another folder with --book"
+        ) from None
     shop = RecommendService(shelves, known, kept, run.data_name, explore, **queue_options)
-    shop.fitted_at = {name: (run.model_folder(name) / "model.safetensors").stat().st_mtime for name in names}
-    shop.changed_files = lambda: "; ".join(f"{p.relative_to(run.folder)} is not what it was; the service goes on with what it read at its start" for p, look in file_stats(files).items() if look != before[p])
+    shop.fitted_at = {
+        name: (run.model_folder(name) / "model.safetensors").stat().st_mtime for name in names
+    }
+    shop.changed_files = lambda: "; ".join(
+        f"{p.relative_to(run.folder)} is not what it was; the service goes on with what it read at its start"
+        for p, look in file_stats(files).items()
+        if look != before[p]
+    )
     return shop
 
 # %% ../nbs/16_serving.ipynb #16a1004d
@@ -1074,18 +1672,24 @@ def worker_main(
     *open_args,  # as for `open_service`: the folder of a run, models, explore, book
 ):
     "The work of the process that scores."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                                       # Ctrl-C reaches both; the first process tells this one when it is time
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches both; the first process tells this one when it is time
     torch.set_num_threads(1)
-    try: shop = open_service(*open_args)
-    except (UserError, OSError): return                                                   # the first process finds and says the same
+    try:
+        shop = open_service(*open_args)
+    except (UserError, OSError):
+        return  # the first process finds and says the same
     freeze_gc()
     try:
         connection.send(None)
         while (questions := connection.recv()) is not None:
             answers, (lost, shop.store.dropped) = shop.answer(questions), (shop.store.dropped, 0)
             connection.send((answers, lost))
-    except (EOFError, OSError): pass                                                    # the first process has gone
-    finally: shop.close()
+    except (EOFError, OSError):
+        pass  # the first process has gone
+    finally:
+        shop.close()
 
 # %% ../nbs/16_serving.ipynb #16a1004e
 class WorkerPool:
@@ -1096,28 +1700,51 @@ class WorkerPool:
         n_workers: int,  # of processes
         *open_args,  # as for `open_service`: the folder of a run, models, explore, book
     ):
-        new, self.failed, self.idle, self.processes = multiprocessing.get_context("spawn"), False, queue.SimpleQueue(), []
+        new, self.failed, self.idle, self.processes = (
+            multiprocessing.get_context("spawn"),
+            False,
+            queue.SimpleQueue(),
+            [],
+        )
         for _ in range(n_workers):
             pipe, there = new.Pipe()
-            self.processes.append((new.Process(target=worker_main, args=(there, *open_args), name="scores", daemon=True), pipe))
+            self.processes.append(
+                (
+                    new.Process(
+                        target=worker_main, args=(there, *open_args), name="scores", daemon=True
+                    ),
+                    pipe,
+                )
+            )
             self.processes[-1][0].start()
             there.close()
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
 
     def __exit__(self, *error):
         for process, pipe in self.processes:
-            with suppress(OSError): pipe.send(None)
+            with suppress(OSError):
+                pipe.send(None)
             process.join(0 if error[0] else 5)
             process.kill()
 
     def attach(self, service: RecommendService, stop: Callable):
         "Answer the questions in its line, instead of it; its models are let go."
         for _, pipe in self.processes:
-            try: pipe.recv()
-            except EOFError: raise UserError("a process that scores did not start; is there memory for it?") from None
+            try:
+                pipe.recv()
+            except EOFError:
+                raise UserError(
+                    "a process that scores did not start; is there memory for it?"
+                ) from None
             self.idle.put(pipe)
-        self.shop, self.stop, service.pipelines, service.line.answer = service, stop, dict.fromkeys(service.pipelines), self
+        self.shop, self.stop, service.pipelines, service.line.answer = (
+            service,
+            stop,
+            dict.fromkeys(service.pipelines),
+            self,
+        )
 
     def __call__(self, jobs: list) -> list:
         pipe = self.idle.get()
@@ -1129,30 +1756,37 @@ class WorkerPool:
         except (EOFError, OSError):
             self.failed = True
             self.stop()
-            return [HTTPException(503, "the service is stopping; ask again in a moment")] * len(jobs)
-        finally: self.idle.put(pipe)
+            return [HTTPException(503, "the service is stopping; ask again in a moment")] * len(
+                jobs
+            )
+        finally:
+            self.idle.put(pipe)
 
 # %% ../nbs/16_serving.ipynb #16a10030
 class TimeoutProtocol(HttpToolsProtocol):
     "A connection that ends where a request does not come whole in time."
-    patience, max_head_bytes = 10., 2 ** 14  # seconds; bytes of a head
+
+    patience, max_head_bytes = 10.0, 2**14  # seconds; bytes of a head
     timer, in_head, head = None, True, 0
 
     def connection_made(self, transport):
         super().connection_made(transport)
         self._hurry()
 
-    def _hurry(self): self.timer = self.timer or self.loop.call_later(self.patience, self.transport.abort)
+    def _hurry(self):
+        self.timer = self.timer or self.loop.call_later(self.patience, self.transport.abort)
 
     def _rest(self):
-        if self.timer: self.timer.cancel()
+        if self.timer:
+            self.timer.cancel()
         self.timer, self.head = None, 0
 
     def data_received(self, data):
         self._hurry()
         super().data_received(data)
         self.head += len(data) if self.timer and self.in_head else 0
-        if self.head > self.max_head_bytes: self.transport.abort()
+        if self.head > self.max_head_bytes:
+            self.transport.abort()
 
     def on_message_begin(self):
         self.in_head = True
@@ -1177,8 +1811,14 @@ def bind_socket(
     port: int,  # 0: one that is free
 ) -> socket.socket:
     "A socket, or why there is none."
-    try: return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
-    except (OSError, OverflowError) as e: raise UserError(f"cannot listen on {host}, port {port} ({getattr(e, 'strerror', None) or e}); name another --port or --host") from None
+    try:
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+        )
+    except (OSError, OverflowError) as e:
+        raise UserError(
+            f"cannot listen on {host}, port {port} ({getattr(e, 'strerror', None) or e}); name another --port or --host"
+        ) from None
 
 
 def serve(
@@ -1187,8 +1827,8 @@ def serve(
     host: str = "127.0.0.1",  # to listen on; others than this machine reach it only where that is said
     models: tuple = (),  # names; the first one is the default; empty: those of SERVED that are there
     token: str = "",  # that a writer must show; empty: none
-    explore: float = 0.,  # temperature of lists that are drawn; 0: only where that is asked for
-    wait: float = 0.,  # seconds that a question waits for company
+    explore: float = 0.0,  # temperature of lists that are drawn; 0: only where that is asked for
+    wait: float = 0.0,  # seconds that a question waits for company
     feedback_dir: str = "",  # folder of what people say; empty: service/ of the run
     workers: int = 1,  # processes that score, each with the models in its memory
     echo: Callable = print,  # of the line that says where it is
@@ -1196,16 +1836,40 @@ def serve(
     "Serve a run until it is stopped."
     door, meters = bind_socket(host, port), ServiceMetrics()
     with WorkerPool(workers, folder, models, explore, feedback_dir) as apart:
-        shop = open_service(folder, models, explore, feedback_dir, max_seconds=wait, history=meters.batch.observe, n_threads=workers)
+        shop = open_service(
+            folder,
+            models,
+            explore,
+            feedback_dir,
+            max_seconds=wait,
+            history=meters.batch.observe,
+            n_threads=workers,
+        )
         app = make_app(shop, token, (*LOCAL_HOSTS, host) if host in LOCAL_HOSTS else (), meters)
-        server = uvicorn.Server(uvicorn.Config(app, http=TimeoutProtocol, ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False, proxy_headers=False,
-                                               timeout_keep_alive=30, limit_concurrency=LIMITS["connections"], timeout_graceful_shutdown=5))
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                http=TimeoutProtocol,
+                ws="none",
+                lifespan="on",
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=30,
+                limit_concurrency=LIMITS["connections"],
+                timeout_graceful_shutdown=5,
+            )
+        )
         apart.attach(shop, lambda: setattr(server, "should_exit", True))
         freeze_gc()
         at = f"http://{f'[{host}]' if ':' in host else host}:{door.getsockname()[1]}"
         echo(f"{at} serves {', '.join(shop.pipelines)} of {shop.dataset}; stop it with Ctrl-C")
         server.run(sockets=[door])
-    if apart.failed: raise UserError("the process that scores has gone, perhaps for want of memory; the service has stopped")
+    if apart.failed:
+        raise UserError(
+            "the process that scores has gone, perhaps for want of memory; the service has stopped"
+        )
 
 # %% ../nbs/16_serving.ipynb #16a10032
 def write_feedback(
@@ -1215,11 +1879,17 @@ def write_feedback(
 ) -> int:  # its rows
     "What people said, as a log; what they do not want to see is not in it."
     feedback_dir = Path(feedback_dir or run.folder / "service") / "feedback.sqlite"
-    if not feedback_dir.exists(): raise UserError(f"there is no feedback in {feedback_dir.parent}; serve the run first with: widedeep serve {run.folder}")
-    with closing(connect_store(feedback_dir)) as base: some = base.execute("SELECT count(*) FROM log").fetchone()[0]
-    if not some: raise UserError(f"nobody has said anything to the service of {run.folder} yet")
+    if not feedback_dir.exists():
+        raise UserError(
+            f"there is no feedback in {feedback_dir.parent}; serve the run first with: widedeep serve {run.folder}"
+        )
+    with closing(connect_store(feedback_dir)) as base:
+        some = base.execute("SELECT count(*) FROM log").fetchone()[0]
+    if not some:
+        raise UserError(f"nobody has said anything to the service of {run.folder} yet")
     log = load(f"sqlite:///{feedback_dir}?query=SELECT * FROM log").interactions
-    with atomic_write(path) as p: log.write_parquet(p)
+    with atomic_write(path) as p:
+        log.write_parquet(p)
     return len(log)
 
 # %% ../nbs/16_serving.ipynb #16a10034
@@ -1243,7 +1913,10 @@ def encode_request(
 ) -> bytes:
     "A request as it goes over the wire."
     raw = b"" if body is None else json.dumps(body).encode()
-    return f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n".encode() + raw
+    return (
+        f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n".encode()
+        + raw
+    )
 
 
 async def open_loop_load(
@@ -1258,15 +1931,22 @@ async def open_loop_load(
     connections, begun, found = [], time.perf_counter(), []
 
     async def one(moment, request):
-        try: status = (await send_request(connections, address, request))[0]
-        except (OSError, asyncio.IncompleteReadError): status = 0
+        try:
+            status = (await send_request(connections, address, request))[0]
+        except (OSError, asyncio.IncompleteReadError):
+            status = 0
         found.append((moment, time.perf_counter() - begun - moment, status))
+
     async with asyncio.TaskGroup() as tasks:
         for i, moment in enumerate(due):
-            if (early := begun + moment - time.perf_counter()) > 0: await asyncio.sleep(early)
+            if (early := begun + moment - time.perf_counter()) > 0:
+                await asyncio.sleep(early)
             tasks.create_task(one(moment, requests[i % len(requests)]))
-    for _, writer in connections: writer.close()
-    return pl.DataFrame(found, schema={"due": pl.Float64, "seconds": pl.Float64, "status": pl.Int64}, orient="row").sort("due")
+    for _, writer in connections:
+        writer.close()
+    return pl.DataFrame(
+        found, schema={"due": pl.Float64, "seconds": pl.Float64, "status": pl.Int64}, orient="row"
+    ).sort("due")
 
 # %% ../nbs/16_serving.ipynb #16a10035
 @contextmanager
@@ -1276,11 +1956,27 @@ def running_service(
 ):  # yields the host and port, and the process
     "A run, served by a process of its own for a while; what people say to it is forgotten afterwards."
     with tempfile.TemporaryDirectory(prefix="widedeep-") as book:
-        command = [sys.executable, "-m", "widedeep_nb.run", "serve", str(folder), "--port", "0", "--feedback-dir", book, *options]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "widedeep_nb.run",
+            "serve",
+            str(folder),
+            "--port",
+            "0",
+            "--feedback-dir",
+            book,
+            *options,
+        ]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         try:
             at = re.match(r"http://\[?(.+?)\]?:(\d+) ", process.stdout.readline())
-            if not at: raise UserError(f"the service did not start: {process.communicate()[1].strip().splitlines()[-1:]}")
+            if not at:
+                raise UserError(
+                    f"the service did not start: {process.communicate()[1].strip().splitlines()[-1:]}"
+                )
             yield (at[1], int(at[2])), psutil.Process(process.pid)
         finally:
             process.terminate()
@@ -1293,10 +1989,23 @@ def sample_requests(
     seed: int = 0,  # of what is drawn
 ) -> list:  # bytes
     "Half of them people whom the shop knows, half baskets of three."
-    draw, items, users = np.random.default_rng(seed), run.read("items.parquet")["item"], run.read("interactions.parquet")["user"].unique().sort()
-    known = draw.random(n) < .5
-    basket, user = items.gather(draw.integers(0, len(items), 3 * n)).reshape((n, 3)).to_list(), users.gather(draw.integers(0, len(users), n)).to_list()
-    return [encode_request("/api/recommend", {"user": u} if k else {"basket": [{"item": i} for i in dict.fromkeys(b)]}) for k, u, b in zip(known, user, basket)]
+    draw, items, users = (
+        np.random.default_rng(seed),
+        run.read("items.parquet")["item"],
+        run.read("interactions.parquet")["user"].unique().sort(),
+    )
+    known = draw.random(n) < 0.5
+    basket, user = (
+        items.gather(draw.integers(0, len(items), 3 * n)).reshape((n, 3)).to_list(),
+        users.gather(draw.integers(0, len(users), n)).to_list(),
+    )
+    return [
+        encode_request(
+            "/api/recommend",
+            {"user": u} if k else {"basket": [{"item": i} for i in dict.fromkeys(b)]},
+        )
+        for k, u, b in zip(known, user, basket)
+    ]
 
 # %% ../nbs/16_serving.ipynb #16a10036
 def measure_load(
@@ -1307,21 +2016,54 @@ def measure_load(
     "A service in a process of its own, under a load from this one."
     memory, done = [], threading.Event()
     with running_service(run.folder) as (at, process):
+
         def look():
-            while not done.wait(.5): memory.append(round(sum(p.memory_info().rss for p in (process, *process.children(recursive=True))) / 1e6, 1))
+            while not done.wait(0.5):
+                memory.append(
+                    round(
+                        sum(
+                            p.memory_info().rss
+                            for p in (process, *process.children(recursive=True))
+                        )
+                        / 1e6,
+                        1,
+                    )
+                )
+
         requests = sample_requests(run)
-        run_async(open_loop_load(at, requests, rate, min(1., seconds), 1))                    # once round before it counts
+        run_async(
+            open_loop_load(at, requests, rate, min(1.0, seconds), 1)
+        )  # once round before it counts
         watch, begun = threading.Thread(target=look), time.perf_counter()
         watch.start()
         found = run_async(open_loop_load(at, requests, rate, seconds))
         took = time.perf_counter() - begun
         done.set()
         watch.join()
-        meters = dict(re.findall(r"(?m)^widedeep_batch_size_(sum|count) (\S+)", run_async(send_request([], at, encode_request("/metrics")))[1].decode()))
-    at_most = lambda q: round(1000 * float(found["seconds"].quantile(q)), 2)
-    return {"asked": len(found), "answered": int((found["status"] == 200).sum()), "lost": int((found["status"] == 0).sum()), "seconds": round(took, 2), "rate": round(len(found) / took, 1),
-            "median": at_most(.5), "p90": at_most(.9), "p99": at_most(.99), "max": at_most(1.), "memory": memory, "mean_batch_size": round(float(meters["sum"]) / float(meters["count"]), 2),
-            "spread": [at_most(q) for q in np.linspace(0, 1, 201)]}
+        meters = dict(
+            re.findall(
+                r"(?m)^widedeep_batch_size_(sum|count) (\S+)",
+                run_async(send_request([], at, encode_request("/metrics")))[1].decode(),
+            )
+        )
+
+    def at_most(q):
+        return round(1000 * float(found["seconds"].quantile(q)), 2)
+
+    return {
+        "asked": len(found),
+        "answered": int((found["status"] == 200).sum()),
+        "lost": int((found["status"] == 0).sum()),
+        "seconds": round(took, 2),
+        "rate": round(len(found) / took, 1),
+        "median": at_most(0.5),
+        "p90": at_most(0.9),
+        "p99": at_most(0.99),
+        "max": at_most(1.0),
+        "memory": memory,
+        "mean_batch_size": round(float(meters["sum"]) / float(meters["count"]), 2),
+        "spread": [at_most(q) for q in np.linspace(0, 1, 201)],
+    }
 
 # %% ../nbs/16_serving.ipynb #16a10037
 def throughput_by_batch(
@@ -1334,15 +2076,24 @@ def throughput_by_batch(
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="widedeep-") as book:
         shop = open_service(folder, feedback_dir=book)
-        asked = [RecommendRequest(**json.loads(r.split(b"\r\n\r\n", 1)[1])) for r in sample_requests(VerifiedRun(folder), max(sizes) * (repeats + 1))]
+        asked = [
+            RecommendRequest(**json.loads(r.split(b"\r\n\r\n", 1)[1]))
+            for r in sample_requests(VerifiedRun(folder), max(sizes) * (repeats + 1))
+        ]
         questions, found = [shop.parse_request(a) for a in asked], []
         for size in sizes:
             took = []
             for i in range(repeats + 1):
                 begun = time.perf_counter()
-                shop.answer(questions[i * size:(i + 1) * size])
+                shop.answer(questions[i * size : (i + 1) * size])
                 took.append(time.perf_counter() - begun)
-            found.append({"size": size, "seconds": float(np.median(took[1:])), "rate": size / float(np.median(took[1:]))})
+            found.append(
+                {
+                    "size": size,
+                    "seconds": float(np.median(took[1:])),
+                    "rate": size / float(np.median(took[1:])),
+                }
+            )
         shop.close()
     torch.set_num_threads(threads)
     return found
@@ -1354,14 +2105,41 @@ def synthetic_catalog(
 ) -> tuple:  # the log and the table of items
     "A large shop in which nothing is to be found out."
     n, draw = n_items + n_extra_events, np.random.default_rng(0)
-    name = lambda of, codes: pl.Series(codes).cast(pl.String).str.zfill(9).str.replace("^", of)
-    shelf = pl.DataFrame({"item": name("B", np.arange(n_items)), "title": name("Thing ", np.arange(n_items)), "category": name("A > C", np.arange(n_items) % 200), "brand": name("", np.arange(n_items) % 300), "price": draw.lognormal(3, 1, n_items).round(2)})
-    taken = draw.permutation(np.concatenate([np.arange(n_items), (n_items * draw.random(n_extra_events) ** 2).astype(int)]))
-    log = pl.DataFrame({"user": name("U", draw.integers(0, n // 10, n)), "item": name("B", taken), "rating": draw.integers(1, 6, n), "timestamp": 10 ** 12 + 10 ** 7 * np.arange(n)})
+
+    def name(of, codes):
+        return pl.Series(codes).cast(pl.String).str.zfill(9).str.replace("^", of)
+
+    shelf = pl.DataFrame(
+        {
+            "item": name("B", np.arange(n_items)),
+            "title": name("Thing ", np.arange(n_items)),
+            "category": name("A > C", np.arange(n_items) % 200),
+            "brand": name("", np.arange(n_items) % 300),
+            "price": draw.lognormal(3, 1, n_items).round(2),
+        }
+    )
+    taken = draw.permutation(
+        np.concatenate(
+            [np.arange(n_items), (n_items * draw.random(n_extra_events) ** 2).astype(int)]
+        )
+    )
+    log = pl.DataFrame(
+        {
+            "user": name("U", draw.integers(0, n // 10, n)),
+            "item": name("B", taken),
+            "rating": draw.integers(1, 6, n),
+            "timestamp": 10**12 + 10**7 * np.arange(n),
+        }
+    )
     return to_interactions(log.unique(["user", "item"], maintain_order=True)), shelf
 
 
-SYNTHETIC_SERVICE_PLAN = {"lists": {"popularity": .2, "newer neighbours": .3, "low-pass": .2, "content towers": .3}, "newcomers": {"content towers": 1.}, "stars": {"ridge": .5, "trees": .5}, "passes": {"content towers": 1}}
+SYNTHETIC_SERVICE_PLAN = {
+    "lists": {"popularity": 0.2, "newer neighbours": 0.3, "low-pass": 0.2, "content towers": 0.3},
+    "newcomers": {"content towers": 1.0},
+    "stars": {"ridge": 0.5, "trees": 0.5},
+    "passes": {"content towers": 1},
+}
 
 
 def synthetic_catalog_run(
@@ -1370,25 +2148,44 @@ def synthetic_catalog_run(
 ) -> Run:
     "A run of a made-up shop, with a hybrid."
     run, (log, shelf) = Run(folder, dataset="made-up"), synthetic_catalog(n_items)
-    for name, table in (("interactions", log), ("items", shelf), ("users", log.select("user").unique(maintain_order=True))): run.write(f"{name}.parquet", table)
+    for name, table in (
+        ("interactions", log),
+        ("items", shelf),
+        ("users", log.select("user").unique(maintain_order=True)),
+    ):
+        run.write(f"{name}.parquet", table)
     run.update_manifest(hashes=run.file_hashes)
-    split = Split.from_frames(log, log.clear(), log.clear(), items=shelf, protocol=PROTOCOLS["given"])
-    make_recommender("hybrid", plan=SYNTHETIC_SERVICE_PLAN).fit(add_catalog(split, shelf)).save(run.model_folder("hybrid"))
+    split = Split.from_frames(
+        log, log.clear(), log.clear(), items=shelf, protocol=PROTOCOLS["given"]
+    )
+    make_recommender("hybrid", plan=SYNTHETIC_SERVICE_PLAN).fit(add_catalog(split, shelf)).save(
+        run.model_folder("hybrid")
+    )
     return run
 
 # %% ../nbs/16_serving.ipynb #16a1003a
 @step(build_leaderboard)
 def load_test(
     run: Run,  # with fitted models; gets serving.json
-    seconds: float = 5.,  # that the load lasts
-    rate: float = 500.,  # requests a second
+    seconds: float = 5.0,  # that the load lasts
+    rate: float = 500.0,  # requests a second
     catalog_size: int = 0,  # products of a made-up shop to serve instead; 0: the run's own
 ):
     "How long batches take, and a load on a service of its own process."
-    if seconds <= 0 or rate <= 0: raise UserError(f"seconds and rate are above nought, not {seconds:g} and {rate:g}")
+    if seconds <= 0 or rate <= 0:
+        raise UserError(f"seconds and rate are above nought, not {seconds:g} and {rate:g}")
     with tempfile.TemporaryDirectory(prefix="widedeep-") as place:
         of = synthetic_catalog_run(Path(place) / "shop", catalog_size) if catalog_size else run
-        run.write("serving.json", {"items": len(of.read("items.parquet")), "synthetic": catalog_size > 0, "cores": os.cpu_count(), "batches": throughput_by_batch(of.folder), "load": measure_load(of, seconds, rate)})
+        run.write(
+            "serving.json",
+            {
+                "items": len(of.read("items.parquet")),
+                "synthetic": catalog_size > 0,
+                "cores": os.cpu_count(),
+                "batches": throughput_by_batch(of.folder),
+                "load": measure_load(of, seconds, rate),
+            },
+        )
 
 # %% ../nbs/16_serving.ipynb #16a1003d
 def format_3sig(
@@ -1402,11 +2199,26 @@ def plot_throughput(
     batches: list,  # of serving.json
 ) -> plt.Figure:
     "Questions a second by how many are answered together."
-    fig, ax = plt.subplots(figsize=(5.2, 3.))
+    fig, ax = plt.subplots(figsize=(5.2, 3.0))
     size, rate = [b["size"] for b in batches], [b["rate"] for b in batches]
     ax.plot(size, rate, "-o", ms=5, color=COLORS["hybrid"])
-    for b, where in ((batches[0], (7, -12)), (batches[-1], (-9, 9))): ax.annotate(f"{format_3sig(1000 * b['seconds'])} ms a batch", (b["size"], b["rate"]), where, textcoords="offset points", ha="left" if b is batches[0] else "right", color=COLORS["ink"])
-    ax.set(xscale="log", xticks=size, xticklabels=size, xlabel="questions answered together", ylabel="questions a second, one thread", ylim=(0, 1.18 * max(rate)))
+    for b, where in ((batches[0], (7, -12)), (batches[-1], (-9, 9))):
+        ax.annotate(
+            f"{format_3sig(1000 * b['seconds'])} ms a batch",
+            (b["size"], b["rate"]),
+            where,
+            textcoords="offset points",
+            ha="left" if b is batches[0] else "right",
+            color=COLORS["ink"],
+        )
+    ax.set(
+        xscale="log",
+        xticks=size,
+        xticklabels=size,
+        xlabel="questions answered together",
+        ylabel="questions a second, one thread",
+        ylim=(0, 1.18 * max(rate)),
+    )
     ax.minorticks_off()
     return fig
 
@@ -1423,16 +2235,32 @@ def plot_latency(
     load: dict,  # of serving.json
 ) -> plt.Figure:
     "How many requests were answered within how long, with the median and the 99th percentile."
-    fig, ax = plt.subplots(figsize=(5.2, 3.))
-    ax.plot(np.maximum(load["spread"], .1), np.linspace(0, 100, len(load["spread"])), color=COLORS["hybrid"], lw=1.8)
+    fig, ax = plt.subplots(figsize=(5.2, 3.0))
+    ax.plot(
+        np.maximum(load["spread"], 0.1),
+        np.linspace(0, 100, len(load["spread"])),
+        color=COLORS["hybrid"],
+        lw=1.8,
+    )
     for name, share in (("median", 50), ("p99", 99)):
         ax.plot(load[name], share, "o", color=COLORS["hybrid"], ms=6)
-        ax.annotate(f"{'half' if share == 50 else '99 %'}: {format_3sig(load[name])} ms", (load[name], share), (9, -4 if share == 50 else -14), textcoords="offset points", color=COLORS["ink"])
+        ax.annotate(
+            f"{'half' if share == 50 else '99 %'}: {format_3sig(load[name])} ms",
+            (load[name], share),
+            (9, -4 if share == 50 else -14),
+            textcoords="offset points",
+            color=COLORS["ink"],
+        )
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     ax.minorticks_off()
-    ax.set(xlabel="milliseconds from when a request was due, log scale", ylabel="answered, % of requests", ylim=(0, 103), xlim=(None, max(load["max"], load["p99"] * 4)))
+    ax.set(
+        xlabel="milliseconds from when a request was due, log scale",
+        ylabel="answered, % of requests",
+        ylim=(0, 103),
+        xlim=(None, max(load["max"], load["p99"] * 4)),
+    )
     return fig
 
 
@@ -1442,6 +2270,13 @@ def describe_load(
     "What came of the load."
     load, memory = results["load"], results["load"]["memory"] or [float("nan")]
     wrong = load["asked"] - load["answered"]
-    return (f"{load['asked']:,} requests in {load['seconds']:g} s ({load['rate']:,.0f} a second) for lists of {results['items']:,} {'made-up ' if results['synthetic'] else ''}products: "
-            + ("all were answered" if not wrong else f"{wrong:,} were not answered ({load['lost']:,} of them lost)") + f", half within {format_3sig(load['median'])} ms and 99 % within {format_3sig(load['p99'])} ms. "
-            f"A batch held {load['mean_batch_size']:.3g} questions on average. Memory went from {memory[0]:,.0f} MB to {memory[-1]:,.0f} MB. Service and load shared {results['cores']} cores.")
+    return (
+        f"{load['asked']:,} requests in {load['seconds']:g} s ({load['rate']:,.0f} a second) for lists of {results['items']:,} {'made-up ' if results['synthetic'] else ''}products: "
+        + (
+            "all were answered"
+            if not wrong
+            else f"{wrong:,} were not answered ({load['lost']:,} of them lost)"
+        )
+        + f", half within {format_3sig(load['median'])} ms and 99 % within {format_3sig(load['p99'])} ms. "
+        f"A batch held {load['mean_batch_size']:.3g} questions on average. Memory went from {memory[0]:,.0f} MB to {memory[-1]:,.0f} MB. Service and load shared {results['cores']} cores."
+    )

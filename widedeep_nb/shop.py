@@ -30,18 +30,35 @@ from .core import *
 SIZE_ANCHORS = dict(
     ratings=(2_000, 20_000, 7_800_000, 44_000_000),
     users=(150, 1_500, 4_200_000, 18_300_000),
-    items=(100, 600, 476_000, 1_600_000))
+    items=(100, 600, 476_000, 1_600_000),
+)
+
 
 def shop_size(
     n_ratings: int,  # rating rows in the log
 ) -> tuple[int, int]:  # users and items
     "Users and items of a shop with `n_ratings`, on straight log-log lines between `SIZE_ANCHORS`"
-    if not 2_000 <= n_ratings <= 44_000_000: raise UserError(f"the demo shop has between 2,000 and 44,000,000 ratings, not {n_ratings:,}")
-    def at(of): return round(float(np.exp(np.interp(np.log(n_ratings), np.log(SIZE_ANCHORS["ratings"]), np.log(SIZE_ANCHORS[of])))))
+    if not 2_000 <= n_ratings <= 44_000_000:
+        raise UserError(
+            f"the demo shop has between 2,000 and 44,000,000 ratings, not {n_ratings:,}"
+        )
+
+    def at(of):
+        return round(
+            float(
+                np.exp(
+                    np.interp(
+                        np.log(n_ratings), np.log(SIZE_ANCHORS["ratings"]), np.log(SIZE_ANCHORS[of])
+                    )
+                )
+            )
+        )
+
     return at("users"), at("items")
 
 # %% ../nbs/18_shop.ipynb #dd96f888
-ACTIVITY_EXPONENT, POPULARITY_EXPONENT = 2., 1.5  # tail exponents of users and of items
+ACTIVITY_EXPONENT, POPULARITY_EXPONENT = 2.0, 1.5  # tail exponents of users and of items
+
 
 def power_law_weights(
     n: int,  # number of weights
@@ -49,48 +66,106 @@ def power_law_weights(
     rng: np.random.Generator,  # shuffles them
 ) -> np.ndarray:  # weights in random order
     "Weights with a power-law tail: the same for every seed, dealt out in another order"
-    return rng.permutation((np.arange(n) + 20.) ** (-1 / exponent))
+    return rng.permutation((np.arange(n) + 20.0) ** (-1 / exponent))
 
 # %% ../nbs/18_shop.ipynb #d2440136
 def proportional_counts(
     weights: np.ndarray,  # one weight for each
     total: int,  # what the counts sum to
-    offset: float = .5,  # where rounding starts, within 0 and 1
+    offset: float = 0.5,  # where rounding starts, within 0 and 1
 ) -> np.ndarray:  # whole numbers
     "Whole counts in proportion to `weights` that sum to `group_sum`"
     ends = np.cumsum(weights)
-    return np.diff(np.floor(ends * (total / ends[-1]) + np.clip(offset, .01, .99)), prepend=0).astype(np.int64)
+    return np.diff(
+        np.floor(ends * (total / ends[-1]) + np.clip(offset, 0.01, 0.99)), prepend=0
+    ).astype(np.int64)
 
 # %% ../nbs/18_shop.ipynb #0c17b10f
 OPENING_DATE, CLOSING_DATE = np.datetime64("2010-01-01", "ms"), np.datetime64("2025-01-01", "ms")
-YEARLY_GROWTH = .2  # log growth a year
-SEASONALITY = np.array([1.1, .9, .9, .85, .85, .9, 1., .95, .9, .95, 1.25, 1.7])  # January to December
+YEARLY_GROWTH = 0.2  # log growth a year
+SEASONALITY = np.array(
+    [1.1, 0.9, 0.9, 0.85, 0.85, 0.9, 1.0, 0.95, 0.9, 0.95, 1.25, 1.7]
+)  # January to December
 ONE_DAY = np.timedelta64(86_400_000, "ms")
+
 
 def event_dates(
     event_share: np.ndarray,  # shares of the shop's events so far, 0 to 1
 ) -> np.ndarray:  # dates, to the millisecond
     "Dates by which the shop has seen these shares of its events"
     days = np.arange(OPENING_DATE, CLOSING_DATE, dtype="datetime64[D]")
-    busy = np.exp(YEARLY_GROWTH * np.arange(len(days)) / 365.25) * SEASONALITY[days.astype("datetime64[M]").astype(int) % 12]
+    busy = (
+        np.exp(YEARLY_GROWTH * np.arange(len(days)) / 365.25)
+        * SEASONALITY[days.astype("datetime64[M]").astype(int) % 12]
+    )
     ends = np.append(0, np.cumsum(busy)) / busy.sum()
-    return OPENING_DATE + (np.interp(event_share, ends, np.arange(len(days) + 1.)) * 86_400_000).astype("timedelta64[ms]")
+    return OPENING_DATE + (
+        np.interp(event_share, ends, np.arange(len(days) + 1.0)) * 86_400_000
+    ).astype("timedelta64[ms]")
 
 # %% ../nbs/18_shop.ipynb #2ae9c5e4
-CATEGORY_TREE = {"Phones": ("Smartphones", "Phone Cases", "Power Banks"), "Cameras": ("Mirrorless Cameras", "Memory Cards", "Tripods"),
-        "Laptops": ("Notebooks", "Laptop Sleeves", "Docks"), "Audio": ("Headphones", "Ear Pads", "Speakers"),
-        "Television": ("Televisions", "Wall Mounts", "Streaming Sticks"), "Gaming": ("Consoles", "Controllers", "Keyboards"),
-        "Networking": ("Routers", "Network Cables", "Repeaters"), "Wearables": ("Smartwatches", "Watch Straps", "Fitness Bands")}
-CATEGORY_PATHS = [f"Electronics > {group} > {leaf}" for group, leaves in CATEGORY_TREE.items() for leaf in leaves]
-CATEGORY_NOUNS = [path.split(" > ")[-1].lower().removesuffix("es" if path.endswith("watches") else "s") for path in CATEGORY_PATHS]
-CATEGORY_PRICES = np.array([400, 15, 30, 600, 25, 50, 800, 20, 90, 90, 12, 80, 500, 35, 40, 300, 45, 60, 80, 9, 45, 200, 14, 50.])
-BRANDS = ("Velunor Quobrek Zanidda Tolwixen Brezomi Kaxundel Nuvorrin Mirubek Osvantic Pellidor Rundavo Syxomar Tarnuvel Ulbrixa "
-          "Vornaq Wexilun Yobradel Zemtovar Abruxen Corvundi Dalniqo Ekvorra Fimbruzo Gaxolind Hovruben Ixtamur Jolvendra").split()
-ADJECTIVES = ("quiet bold slim rugged bright muted light solid clever simple fast patient warm cool smooth textured").split()
+CATEGORY_TREE = {
+    "Phones": ("Smartphones", "Phone Cases", "Power Banks"),
+    "Cameras": ("Mirrorless Cameras", "Memory Cards", "Tripods"),
+    "Laptops": ("Notebooks", "Laptop Sleeves", "Docks"),
+    "Audio": ("Headphones", "Ear Pads", "Speakers"),
+    "Television": ("Televisions", "Wall Mounts", "Streaming Sticks"),
+    "Gaming": ("Consoles", "Controllers", "Keyboards"),
+    "Networking": ("Routers", "Network Cables", "Repeaters"),
+    "Wearables": ("Smartwatches", "Watch Straps", "Fitness Bands"),
+}
+CATEGORY_PATHS = [
+    f"Electronics > {group} > {leaf}" for group, leaves in CATEGORY_TREE.items() for leaf in leaves
+]
+CATEGORY_NOUNS = [
+    path.split(" > ")[-1].lower().removesuffix("es" if path.endswith("watches") else "s")
+    for path in CATEGORY_PATHS
+]
+CATEGORY_PRICES = np.array(
+    [
+        400,
+        15,
+        30,
+        600,
+        25,
+        50,
+        800,
+        20,
+        90,
+        90,
+        12,
+        80,
+        500,
+        35,
+        40,
+        300,
+        45,
+        60,
+        80,
+        9,
+        45,
+        200,
+        14,
+        50.0,
+    ]
+)
+BRANDS = (
+    "Velunor Quobrek Zanidda Tolwixen Brezomi Kaxundel Nuvorrin Mirubek Osvantic Pellidor Rundavo Syxomar Tarnuvel Ulbrixa "
+    "Vornaq Wexilun Yobradel Zemtovar Abruxen Corvundi Dalniqo Ekvorra Fimbruzo Gaxolind Hovruben Ixtamur Jolvendra"
+).split()
+ADJECTIVES = (
+    "quiet bold slim rugged bright muted light solid clever simple fast patient warm cool smooth textured"
+).split()
 
 # %% ../nbs/18_shop.ipynb #04fe5199
 N_FACTORS = 8  # latent factors
-BIAS_STD, QUALITY_STD, TASTE_WEIGHT, NOISE_STD = .55, .55, 1.9, .68  # spreads of what makes the stars
+BIAS_STD, QUALITY_STD, TASTE_WEIGHT, NOISE_STD = (
+    0.55,
+    0.55,
+    1.9,
+    0.68,
+)  # spreads of what makes the stars
+
 
 def unit_vectors(
     x: np.ndarray,  # vectors along the last axis
@@ -99,20 +174,40 @@ def unit_vectors(
     x = x.astype(np.float32)
     return x / np.sqrt(np.einsum("...d,...d->...", x, x))[..., None]
 
+
 def sample_items(
     n: int,  # number of items
     rng: np.random.Generator,  # stream of the items
 ) -> dict:  # one array for each property
     "True properties of `n` items, in order of category and brand"
-    centres = unit_vectors(unit_vectors(rng.standard_normal((8, 1, N_FACTORS))) + .8 * unit_vectors(rng.standard_normal((8, 3, N_FACTORS)))).reshape(24, N_FACTORS)
+    centres = unit_vectors(
+        unit_vectors(rng.standard_normal((8, 1, N_FACTORS)))
+        + 0.8 * unit_vectors(rng.standard_normal((8, 3, N_FACTORS)))
+    ).reshape(24, N_FACTORS)
     leaf = np.arange(n) % 24
-    leaf, brand = divmod(np.sort(leaf * 27 + leaf // 3 * 3 + rng.choice(6, n, p=np.array([30, 22, 17, 13, 10, 8]) / 100)), 27)
-    vec = unit_vectors(centres[leaf] + .3 * unit_vectors(rng.standard_normal((27, N_FACTORS)))[brand] + .45 * unit_vectors(rng.standard_normal((n, N_FACTORS))))
-    before = rng.random(n) < .25  # on the shelves when the shop opens
+    leaf, brand = divmod(
+        np.sort(
+            leaf * 27 + leaf // 3 * 3 + rng.choice(6, n, p=np.array([30, 22, 17, 13, 10, 8]) / 100)
+        ),
+        27,
+    )
+    vec = unit_vectors(
+        centres[leaf]
+        + 0.3 * unit_vectors(rng.standard_normal((27, N_FACTORS)))[brand]
+        + 0.45 * unit_vectors(rng.standard_normal((n, N_FACTORS)))
+    )
+    before = rng.random(n) < 0.25  # on the shelves when the shop opens
     years = np.where(before, -3 * rng.random(n), 14.5 * rng.random(n))
-    return dict(category_vectors=centres, category=leaf.astype(np.int8), brand=brand.astype(np.int8), vec=vec,
-                quality=rng.normal(0, QUALITY_STD, n).astype(np.float32), popularity=power_law_weights(n, POPULARITY_EXPONENT, rng),
-                available_since=OPENING_DATE + (years * 365.25 * 86_400_000).astype("timedelta64[ms]"), peak_years=rng.lognormal(np.log(3), .4, n))
+    return dict(
+        category_vectors=centres,
+        category=leaf.astype(np.int8),
+        brand=brand.astype(np.int8),
+        vec=vec,
+        quality=rng.normal(0, QUALITY_STD, n).astype(np.float32),
+        popularity=power_law_weights(n, POPULARITY_EXPONENT, rng),
+        available_since=OPENING_DATE + (years * 365.25 * 86_400_000).astype("timedelta64[ms]"),
+        peak_years=rng.lognormal(np.log(3), 0.4, n),
+    )
 
 # %% ../nbs/18_shop.ipynb #4128c525
 def sample_users(
@@ -122,13 +217,21 @@ def sample_users(
 ) -> dict:  # one array for each property
     "True properties of `n` users"
     one, two = category_vectors.take(rng.integers(0, 24, (2, n, 2), dtype=np.int8), axis=0)
-    both = unit_vectors(one + two + .3 * unit_vectors(rng.standard_normal((n, 2, N_FACTORS), dtype=np.float32)))
-    return dict(affinity=both[:, 0], drift_taste=both[:, 1], bias=rng.normal(0, BIAS_STD, n).astype(np.float32), joined_at=1 - np.sqrt(rng.random(n)))
+    both = unit_vectors(
+        one + two + 0.3 * unit_vectors(rng.standard_normal((n, 2, N_FACTORS), dtype=np.float32))
+    )
+    return dict(
+        affinity=both[:, 0],
+        drift_taste=both[:, 1],
+        bias=rng.normal(0, BIAS_STD, n).astype(np.float32),
+        joined_at=1 - np.sqrt(rng.random(n)),
+    )
 
 # %% ../nbs/18_shop.ipynb #d2675a05
 @dataclass
 class GroundTruth:
     "What the shop knows of its own making and a model can only guess"
+
     category_vectors: np.ndarray  # categories' vectors
     category: np.ndarray  # items' category, a row of `CATEGORY_PATHS`
     brand: np.ndarray  # items' brand, a row of `BRANDS`
@@ -141,12 +244,15 @@ class GroundTruth:
     drift_taste: np.ndarray  # the tastes they turn to
     bias: np.ndarray  # users' leaning in stars
     joined_at: np.ndarray  # users' joining, on the calendar's clock
-    rating_thresholds: Optional[np.ndarray] = None  # where utility turns from 1 to 2 stars, 2 to 3, ...
+    rating_thresholds: Optional[np.ndarray] = (
+        None  # where utility turns from 1 to 2 stars, 2 to 3, ...
+    )
     n_follow_ups: int = 0  # choices that looked back at a device, before repeats were drawn again
     corrupted_rows: dict = field(default_factory=dict)  # rows that `add_corruptions` added, by kind
 
 # %% ../nbs/18_shop.ipynb #94139111
-TASTE_DRIFT = .07  # radians a year
+TASTE_DRIFT = 0.07  # radians a year
+
 
 def user_item_affinity(
     truth: GroundTruth,  # the shop's truth
@@ -155,9 +261,13 @@ def user_item_affinity(
     dates: np.ndarray,  # dates [n]
 ) -> np.ndarray:  # likeness between -1 and 1, as `items`
     "How well items fit users' tastes at a date"
-    turn = (TASTE_DRIFT / 365.25) * ((dates - event_dates(truth.joined_at[users])) / ONE_DAY).astype(np.float32)[:, None]
+    turn = (TASTE_DRIFT / 365.25) * (
+        (dates - event_dates(truth.joined_at[users])) / ONE_DAY
+    ).astype(np.float32)[:, None]
     taste = truth.taste[users] * np.cos(turn) + truth.drift_taste[users] * np.sin(turn)
-    return np.einsum("nd,n...d->n...", taste, truth.vec.take(items, axis=0))  # take is much faster than vec[items]
+    return np.einsum(
+        "nd,n...d->n...", taste, truth.vec.take(items, axis=0)
+    )  # take is much faster than vec[items]
 
 # %% ../nbs/18_shop.ipynb #b14dddb3
 def popularity_by_age(
@@ -167,7 +277,9 @@ def popularity_by_age(
 ) -> np.ndarray:  # weight on the shelf, 0 before birth
     "Popularity of items at their age of the day"
     age = (dates - truth.release_date[items]) / ONE_DAY / 365.25 / truth.peak_years[items]
-    return np.where(age >= 0, truth.popularity[items] * (.03 + age * np.exp(1 - np.maximum(age, 0))), 0)
+    return np.where(
+        age >= 0, truth.popularity[items] * (0.03 + age * np.exp(1 - np.maximum(age, 0))), 0
+    )
 
 # %% ../nbs/18_shop.ipynb #b512e33a
 def available_items(
@@ -177,31 +289,58 @@ def available_items(
 ) -> tuple[np.ndarray, np.ndarray]:  # items by place, and the place at which each item starts
     "The shelf of one quarter"
     items = np.arange(len(truth.category), dtype=np.int32)
-    counts = proportional_counts(popularity_by_age(truth, items, date), max(1 << 14, 2 * len(items)), rng.random())
+    counts = proportional_counts(
+        popularity_by_age(truth, items, date), max(1 << 14, 2 * len(items)), rng.random()
+    )
     return np.repeat(items, counts), np.append(0, np.cumsum(counts))
 
 # %% ../nbs/18_shop.ipynb #549949ad
-N_CANDIDATES, INVERSE_TEMPERATURE = 24, 12.  # products seen for each choice, and how strongly taste decides
+N_CANDIDATES, INVERSE_TEMPERATURE = (
+    24,
+    12.0,
+)  # products seen for each choice, and how strongly taste decides
+
 
 def choose_items(
     truth: GroundTruth,  # the shop's truth
     users: np.ndarray,  # rows of users, one for each event
     dates: np.ndarray,  # dates of the events
     rng: np.random.Generator,  # stream of the choices
-    item_ranges: Optional[np.ndarray] = None,  # first item and end of the stretch to choose from [n, 2]; all if none
+    item_ranges: Optional[
+        np.ndarray
+    ] = None,  # first item and end of the stretch to choose from [n, 2]; all if none
     inverse_temperature: float = INVERSE_TEMPERATURE,  # how strongly taste decides
 ) -> np.ndarray:  # rows of items
     "The item each user takes from the few she sees"
-    out, quarter = np.empty(len(users), np.int32), dates.astype("datetime64[M]").astype(np.int16) // 3
+    out, quarter = (
+        np.empty(len(users), np.int32),
+        dates.astype("datetime64[M]").astype(np.int16) // 3,
+    )
     order = np.argsort(quarter, kind="stable")
     for rows in np.split(order, np.flatnonzero(np.diff(quarter[order])) + 1) if len(order) else ():
-        places, start = available_items(truth, (quarter[rows[0]] * np.int64(3)).astype("datetime64[M]"), rng)
+        places, start = available_items(
+            truth, (quarter[rows[0]] * np.int64(3)).astype("datetime64[M]"), rng
+        )
         for part in np.array_split(rows, len(rows) // 50_000 + 1):
-            lo, hi = (start[item_ranges[part]].T if item_ranges is not None else np.tile([[0], [len(places)]], len(part)))
+            lo, hi = (
+                start[item_ranges[part]].T
+                if item_ranges is not None
+                else np.tile([[0], [len(places)]], len(part))
+            )
             lo, hi = np.where(hi > lo, (lo, hi), [[0], [len(places)]])  # nothing of that kind: all
-            seen = places[(lo[:, None] + rng.random((len(part), N_CANDIDATES), dtype=np.float32) * (hi - lo)[:, None]).astype(np.int32)]
-            liked = np.exp(inverse_temperature * user_item_affinity(truth, users[part], seen, dates[part]))
-            out[part] = seen[np.arange(len(part)), (rng.standard_exponential(seen.shape, dtype=np.float32) / liked).argmin(1)]
+            seen = places[
+                (
+                    lo[:, None]
+                    + rng.random((len(part), N_CANDIDATES), dtype=np.float32) * (hi - lo)[:, None]
+                ).astype(np.int32)
+            ]
+            liked = np.exp(
+                inverse_temperature * user_item_affinity(truth, users[part], seen, dates[part])
+            )
+            out[part] = seen[
+                np.arange(len(part)),
+                (rng.standard_exponential(seen.shape, dtype=np.float32) / liked).argmin(1),
+            ]
     return out
 
 # %% ../nbs/18_shop.ipynb #9cc15e9f
@@ -212,23 +351,35 @@ def sample_visits(
 ) -> tuple[np.ndarray, np.ndarray]:  # rows of users in order, and dates in order within each
     "Users and dates of `n` events"
     n_users = len(truth.taste)
-    weights = power_law_weights(n_users, ACTIVITY_EXPONENT, rng) * rng.random(n_users)  # times chance, or no user would be rare
-    users = np.repeat(np.arange(n_users, dtype=np.int32), 1 + proportional_counts(weights, n - n_users))
+    weights = power_law_weights(n_users, ACTIVITY_EXPONENT, rng) * rng.random(
+        n_users
+    )  # times chance, or no user would be rare
+    users = np.repeat(
+        np.arange(n_users, dtype=np.int32), 1 + proportional_counts(weights, n - n_users)
+    )
     clock = truth.joined_at[users]
-    clock = np.sort(users + clock + (.9999 - clock) * rng.random(n) ** 2) - users
+    clock = np.sort(users + clock + (0.9999 - clock) * rng.random(n) ** 2) - users
     return users, event_dates(clock)
 
 # %% ../nbs/18_shop.ipynb #73f81479
-FOLLOW_UP_SHARE, WEEK_MS = .6, 7 * 86_400_000  # share of events that look back; mean wait after a device, in ms
+FOLLOW_UP_SHARE, WEEK_MS = (
+    0.6,
+    7 * 86_400_000,
+)  # share of events that look back; mean wait after a device, in ms
+
 
 def follow_up_items(
     truth: GroundTruth,  # the shop's truth
     items: np.ndarray,  # rows of items bought before
-) -> tuple[np.ndarray, np.ndarray]:  # whether each is a device, and the stretch of items that may follow [n, 2]
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # whether each is a device, and the stretch of items that may follow [n, 2]
     "The stretch of accessories of the same brand after a device, and of all items after anything else"
     code = truth.category.astype(int) * 27 + truth.brand
     device = truth.category[items] % 3 == 0
-    span = np.stack([np.searchsorted(code, code[items] + 27, side) for side in ("left", "right")], 1)
+    span = np.stack(
+        [np.searchsorted(code, code[items] + 27, side) for side in ("left", "right")], 1
+    )
     return device, np.where(device[:, None], span, [0, len(code)])
 
 # %% ../nbs/18_shop.ipynb #9e561011
@@ -260,12 +411,20 @@ def sample_purchases(
     items[back] = choose_items(truth, users[back], when[back], rng, span)
     truth.n_follow_ups = int(device.sum())
     for more in range(20):
-        if not len(again := repeated_pairs(users, items)): break
-        items[again] = choose_items(truth, users[again], when[again], rng, inverse_temperature=INVERSE_TEMPERATURE * .8 ** more)
+        if not len(again := repeated_pairs(users, items)):
+            break
+        items[again] = choose_items(
+            truth,
+            users[again],
+            when[again],
+            rng,
+            inverse_temperature=INVERSE_TEMPERATURE * 0.8**more,
+        )
     return users, items, when
 
 # %% ../nbs/18_shop.ipynb #d28857d3
-RATING_SHARES = np.array([.12, .06, .08, .19, .55])  # shares of 1 to 5 stars
+RATING_SHARES = np.array([0.12, 0.06, 0.08, 0.19, 0.55])  # shares of 1 to 5 stars
+
 
 def true_opinion(
     truth: GroundTruth,  # the shop's truth
@@ -275,7 +434,10 @@ def true_opinion(
 ) -> np.ndarray:  # utility, as `items`
     "What users think of items, but for the noise"
     bias = truth.bias[users].reshape(-1, *[1] * (items.ndim - 1))
-    return bias + truth.quality[items] + TASTE_WEIGHT * user_item_affinity(truth, users, items, dates)
+    return (
+        bias + truth.quality[items] + TASTE_WEIGHT * user_item_affinity(truth, users, items, dates)
+    )
+
 
 def to_ratings(
     truth: GroundTruth,  # the shop's truth; gets its `cuts`
@@ -302,7 +464,10 @@ def expected_response(
     thought = true_opinion(truth, users, items, dates)
     stars = 1 + sum(ndtr((thought - cut) / NOISE_STD) for cut in truth.rating_thresholds)
     day = dates.reshape(-1, *[1] * (items.ndim - 1))
-    with np.errstate(divide="ignore"): return stars, INVERSE_TEMPERATURE * user_item_affinity(truth, users, items, dates) + np.log(popularity_by_age(truth, items, day))
+    with np.errstate(divide="ignore"):
+        return stars, INVERSE_TEMPERATURE * user_item_affinity(truth, users, items, dates) + np.log(
+            popularity_by_age(truth, items, day)
+        )
 
 # %% ../nbs/18_shop.ipynb #57b517fb
 def simulate_response(
@@ -313,12 +478,17 @@ def simulate_response(
     rng: np.random.Generator,  # her whims
 ) -> tuple[np.ndarray, np.ndarray]:  # place taken [n], and stars for all [n, k]
     "What users take from lists shown to them, and what they would think of each item"
-    waits = rng.standard_exponential(items.shape) / np.exp(INVERSE_TEMPERATURE * user_item_affinity(truth, users, items, dates))
-    thought = true_opinion(truth, users, items, dates) + NOISE_STD * rng.standard_normal(items.shape)
+    waits = rng.standard_exponential(items.shape) / np.exp(
+        INVERSE_TEMPERATURE * user_item_affinity(truth, users, items, dates)
+    )
+    thought = true_opinion(truth, users, items, dates) + NOISE_STD * rng.standard_normal(
+        items.shape
+    )
     return waits.argmin(1), 1 + np.searchsorted(truth.rating_thresholds, thought)
 
 # %% ../nbs/18_shop.ipynb #4ebd3db1
 SHOP_EVENTS = ("view", "click", "purchase", "rating")
+
 
 def make_views(
     truth: GroundTruth,  # the shop's truth
@@ -327,14 +497,18 @@ def make_views(
     dates: np.ndarray,  # dates of the ratings
     n: int,  # number of looks
     rng: np.random.Generator,  # stream of the looks
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # rows of users and items, dates, rows of `SHOP_EVENTS`
+) -> tuple[
+    np.ndarray, np.ndarray, np.ndarray, np.ndarray
+]:  # rows of users and items, dates, rows of `SHOP_EVENTS`
     "Views, clicks and purchases that come before ratings"
-    of, other = rng.integers(0, len(users), n), rng.random(n) < .5
+    of, other = rng.integers(0, len(users), n), rng.random(n) < 0.5
     users, items = users[of], items[of]
     dates = dates[of] - (rng.standard_exponential(n) * 2 * 86_400_000).astype("timedelta64[ms]")
     items[other] = choose_items(truth, users[other], dates[other], rng)
     dates = np.maximum(dates, np.maximum(truth.release_date[items], OPENING_DATE))
-    events = np.where(other, np.searchsorted([.7], rng.random(n)), np.searchsorted([.3, .7], rng.random(n)))
+    events = np.where(
+        other, np.searchsorted([0.7], rng.random(n)), np.searchsorted([0.3, 0.7], rng.random(n))
+    )
     return users, items, dates, events
 
 # %% ../nbs/18_shop.ipynb #b6eaaf51
@@ -344,6 +518,7 @@ def lookup_texts(
 ) -> pl.Series:  # texts
     "Texts of a table by row"
     return pl.Series([*texts, None], dtype=pl.String).gather(rows)
+
 
 def item_adjective(
     truth: GroundTruth,  # the shop's truth
@@ -356,25 +531,54 @@ def item_adjective(
     return lookup_texts(ADJECTIVES, 2 * factor + (own[np.arange(len(own)), factor] > 0))
 
 # %% ../nbs/18_shop.ipynb #9d68b3aa
-REVIEW_OPENERS = ("Broke within a week.", "A waste of money.", "Sent it back.",
-           "Below what I hoped for.", "Not quite right.", "Weak for the price.",
-           "It is all right.", "Does the job, no more.", "Mixed feelings.", "Good value.", "Happy with it.", "Works well.",
-           "Love it.", "Exactly what I wanted.", "Best purchase this year.")
-REVIEW_ENDINGS = ("failed me and support was no help", "disappoints in daily use", "has its ups and downs",
-            "does nearly everything right", "is simply perfect")
+REVIEW_OPENERS = (
+    "Broke within a week.",
+    "A waste of money.",
+    "Sent it back.",
+    "Below what I hoped for.",
+    "Not quite right.",
+    "Weak for the price.",
+    "It is all right.",
+    "Does the job, no more.",
+    "Mixed feelings.",
+    "Good value.",
+    "Happy with it.",
+    "Works well.",
+    "Love it.",
+    "Exactly what I wanted.",
+    "Best purchase this year.",
+)
+REVIEW_ENDINGS = (
+    "failed me and support was no help",
+    "disappoints in daily use",
+    "has its ups and downs",
+    "does nearly everything right",
+    "is simply perfect",
+)
+
 
 def make_reviews(
     truth: GroundTruth,  # the shop's truth
     items: np.ndarray,  # rows of items
     ratings: np.ndarray,  # their stars
     rng: np.random.Generator,  # stream of the reviews
-    share: float = .2,  # share of ratings with a review
+    share: float = 0.2,  # share of ratings with a review
 ) -> pl.Series:  # texts, missing for the rest
     "Short reviews in the words of the stars and of the product"
     has = np.flatnonzero(rng.random(len(items)) < share)
     what, star = items[has], ratings[has].astype(int) - 1
-    text = pl.select(pl.concat_str(lookup_texts(REVIEW_OPENERS, star * 3 + rng.integers(0, 3, len(has))), pl.lit(" The "), item_adjective(truth, what),
-                                   pl.lit(" "), lookup_texts(CATEGORY_NOUNS, truth.category[what]), pl.lit(" "), lookup_texts(REVIEW_ENDINGS, star), pl.lit("."))).to_series()
+    text = pl.select(
+        pl.concat_str(
+            lookup_texts(REVIEW_OPENERS, star * 3 + rng.integers(0, 3, len(has))),
+            pl.lit(" The "),
+            item_adjective(truth, what),
+            pl.lit(" "),
+            lookup_texts(CATEGORY_NOUNS, truth.category[what]),
+            pl.lit(" "),
+            lookup_texts(REVIEW_ENDINGS, star),
+            pl.lit("."),
+        )
+    ).to_series()
     rows = np.full(len(items), len(has))
     rows[has] = np.arange(len(has))
     return text.extend(pl.Series([None], dtype=pl.String)).gather(rows).alias("review")
@@ -386,19 +590,39 @@ def make_item_ids(
     "Unique ids like `B0K3X9A2QT` and `0387420489`"
     row = np.arange(1, n + 1)
     signs = np.frombuffer(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", np.uint8)
-    code = signs[(row * 5**17 % 36**8)[:, None] // 36 ** np.arange(7, -1, -1) % 36].view("S8")[:, 0].astype(str)
+    code = (
+        signs[(row * 5**17 % 36**8)[:, None] // 36 ** np.arange(7, -1, -1) % 36]
+        .view("S8")[:, 0]
+        .astype(str)
+    )
     number = pl.Series(row * 3**18 % 10**9).cast(pl.String).str.zfill(10)
-    return pl.select(pl.when(pl.Series(row % 12 == 1)).then(number).otherwise("B0" + pl.Series(code))).to_series().alias("item")
+    return (
+        pl.select(pl.when(pl.Series(row % 12 == 1)).then(number).otherwise("B0" + pl.Series(code)))
+        .to_series()
+        .alias("item")
+    )
+
 
 def make_user_ids(
     n: int,  # number of users
 ) -> pl.Series:  # ten characters each
     "Unique ids like `U387420489`"
-    return ("U" + pl.Series(np.arange(1, n + 1) * 3**18 % 10**9).cast(pl.String).str.zfill(9)).alias("user")
+    return (
+        "U" + pl.Series(np.arange(1, n + 1) * 3**18 % 10**9).cast(pl.String).str.zfill(9)
+    ).alias("user")
 
 # %% ../nbs/18_shop.ipynb #21a22095
-USE_CASES = ("calls on the move", "clear pictures", "work anywhere", "rich sound",
-        "evenings at home", "long play", "a steady signal", "daily training")
+USE_CASES = (
+    "calls on the move",
+    "clear pictures",
+    "work anywhere",
+    "rich sound",
+    "evenings at home",
+    "long play",
+    "a steady signal",
+    "daily training",
+)
+
 
 def make_item_table(
     truth: GroundTruth,  # the shop's truth
@@ -407,18 +631,51 @@ def make_item_table(
     "The catalogue: item, title, brand, category, price, description, birth"
     n, leaf = len(truth.category), truth.category
     rows, lit = np.arange(n), pl.lit
-    price = np.where(rng.random(n) < .15, np.nan, CATEGORY_PRICES[leaf] * rng.lognormal(0, .5, n)).round(2)
-    brand, first, second = lookup_texts(BRANDS, truth.brand), item_adjective(truth, rows), item_adjective(truth, rows, 1)
-    model = lookup_texts([f"{a}{b}" for a in "KLMRTX" for b in range(100, 1_000, 5)], rows * 7_919 % 1_080)
+    price = np.where(
+        rng.random(n) < 0.15, np.nan, CATEGORY_PRICES[leaf] * rng.lognormal(0, 0.5, n)
+    ).round(2)
+    brand, first, second = (
+        lookup_texts(BRANDS, truth.brand),
+        item_adjective(truth, rows),
+        item_adjective(truth, rows, 1),
+    )
+    model = lookup_texts(
+        [f"{a}{b}" for a in "KLMRTX" for b in range(100, 1_000, 5)], rows * 7_919 % 1_080
+    )
     return pl.select(
-        make_item_ids(n), title=pl.concat_str(brand, first.str.to_titlecase(), lookup_texts(CATEGORY_NOUNS, leaf).str.to_titlecase(), model, separator=" "),
-        brand=brand, category=lookup_texts(CATEGORY_PATHS, leaf), price=pl.Series(price).fill_nan(None),
-        description=pl.concat_str(lit("A "), first, lit(" and "), second, lit(" "), lookup_texts(CATEGORY_NOUNS, leaf), lit(" by "), brand,
-                                  lit(" for "), lookup_texts(USE_CASES, leaf // 3), lit(".")),
-        birth=pl.Series(truth.release_date))
+        make_item_ids(n),
+        title=pl.concat_str(
+            brand,
+            first.str.to_titlecase(),
+            lookup_texts(CATEGORY_NOUNS, leaf).str.to_titlecase(),
+            model,
+            separator=" ",
+        ),
+        brand=brand,
+        category=lookup_texts(CATEGORY_PATHS, leaf),
+        price=pl.Series(price).fill_nan(None),
+        description=pl.concat_str(
+            lit("A "),
+            first,
+            lit(" and "),
+            second,
+            lit(" "),
+            lookup_texts(CATEGORY_NOUNS, leaf),
+            lit(" by "),
+            brand,
+            lit(" for "),
+            lookup_texts(USE_CASES, leaf // 3),
+            lit("."),
+        ),
+        birth=pl.Series(truth.release_date),
+    )
 
 # %% ../nbs/18_shop.ipynb #68730b0d
-AGE_GROUPS, REGIONS = ("18-24", "25-34", "35-44", "45-54", "55-64", "65+"), ("north", "east", "south", "west", "islands")
+AGE_GROUPS, REGIONS = (
+    ("18-24", "25-34", "35-44", "45-54", "55-64", "65+"),
+    ("north", "east", "south", "west", "islands"),
+)
+
 
 def make_user_table(
     truth: GroundTruth,  # the shop's truth
@@ -426,10 +683,20 @@ def make_user_table(
 ) -> pl.DataFrame:  # one row for each user
     "The users: user, age group, region, date of joining"
     n = len(truth.taste)
-    def lean(factor, cuts): return np.searchsorted(cuts, 1.5 * truth.taste[:, factor] + .85 * rng.standard_normal(n, dtype=np.float32))
-    age, region = lean(0, [-1., -.3, .3, .9, 1.5]), lean(1, [-.8, -.2, .4, 1.2])
-    age[rng.random(n) < .1], region[rng.random(n) < .05] = len(AGE_GROUPS), len(REGIONS)
-    return pl.select(make_user_ids(n), age_group=lookup_texts(AGE_GROUPS, age), region=lookup_texts(REGIONS, region), joined=pl.Series(event_dates(truth.joined_at)))
+
+    def lean(factor, cuts):
+        return np.searchsorted(
+            cuts, 1.5 * truth.taste[:, factor] + 0.85 * rng.standard_normal(n, dtype=np.float32)
+        )
+
+    age, region = lean(0, [-1.0, -0.3, 0.3, 0.9, 1.5]), lean(1, [-0.8, -0.2, 0.4, 1.2])
+    age[rng.random(n) < 0.1], region[rng.random(n) < 0.05] = len(AGE_GROUPS), len(REGIONS)
+    return pl.select(
+        make_user_ids(n),
+        age_group=lookup_texts(AGE_GROUPS, age),
+        region=lookup_texts(REGIONS, region),
+        joined=pl.Series(event_dates(truth.joined_at)),
+    )
 
 # %% ../nbs/18_shop.ipynb #f8833d3c
 def make_interactions(
@@ -445,37 +712,65 @@ def make_interactions(
     "A log: user, item, rating, timestamp, event, review"
     none = pl.lit(None)
     return pl.select(
-        users.gather(user_rows), items.gather(item_rows), rating=(none if ratings is None else pl.Series(ratings)).cast(pl.Float32),
-        timestamp=pl.Series(dates), event=lookup_texts(SHOP_EVENTS, events).cast(pl.Enum(SHOP_EVENTS)), review=(none if review is None else review).cast(pl.String))
+        users.gather(user_rows),
+        items.gather(item_rows),
+        rating=(none if ratings is None else pl.Series(ratings)).cast(pl.Float32),
+        timestamp=pl.Series(dates),
+        event=lookup_texts(SHOP_EVENTS, events).cast(pl.Enum(SHOP_EVENTS)),
+        review=(none if review is None else review).cast(pl.String),
+    )
 
 # %% ../nbs/18_shop.ipynb #24282b8e
-CORRUPTIONS = dict(rating_0=pl.lit(0, pl.Float32).alias("rating"), rating_11=pl.lit(11, pl.Float32).alias("rating"),
-            no_rating=pl.lit(None, pl.Float32).alias("rating"), no_user=pl.lit(None, pl.String).alias("user"),
-            no_item=pl.lit(None, pl.String).alias("item"), future=pl.col("timestamp").dt.offset_by("80y"),
-            before_1990=pl.col("timestamp").dt.offset_by("-40y"))
+CORRUPTIONS = dict(
+    rating_0=pl.lit(0, pl.Float32).alias("rating"),
+    rating_11=pl.lit(11, pl.Float32).alias("rating"),
+    no_rating=pl.lit(None, pl.Float32).alias("rating"),
+    no_user=pl.lit(None, pl.String).alias("user"),
+    no_item=pl.lit(None, pl.String).alias("item"),
+    future=pl.col("timestamp").dt.offset_by("80y"),
+    before_1990=pl.col("timestamp").dt.offset_by("-40y"),
+)
+
 
 def add_corruptions(
     interactions: pl.DataFrame,  # a clean log
     seed: int | np.random.SeedSequence = 0,  # seed of the dirt
-    share: float = .01,  # rows to add, as a share of the ratings
+    share: float = 0.01,  # rows to add, as a share of the ratings
 ) -> tuple[pl.DataFrame, dict]:  # the dirty log, and how many rows of each kind were added
     "Add repeated pairs, impossible and missing ratings, missing ids, and impossible dates"
     rng = np.random.Generator(np.random.PCG64(seed))
     clean = interactions.filter(event="rating")
     n = max(1, round(share * clean.height / (len(CORRUPTIONS) + 1)))
-    def some(k): return rng.integers(0, clean.height, k)
-    new = clean[some(30 * n + 200)].with_columns(review=pl.lit(None, pl.String)).with_columns(clean["item"].gather(some(30 * n + 200)))
+
+    def some(k):
+        return rng.integers(0, clean.height, k)
+
+    new = (
+        clean[some(30 * n + 200)]
+        .with_columns(review=pl.lit(None, pl.String))
+        .with_columns(clean["item"].gather(some(30 * n + 200)))
+    )
     new = new.unique(["user", "item"], keep="first", maintain_order=True)
-    pairs = new.select("user", "item").join(clean.select("user", "item"), on=["user", "item"], how="semi")
+    pairs = new.select("user", "item").join(
+        clean.select("user", "item"), on=["user", "item"], how="semi"
+    )
     new = new.join(pairs, on=["user", "item"], how="anti", maintain_order="left")
-    again = clean[rng.choice(clean.height, n, replace=False, shuffle=False)].with_columns(pl.col("timestamp").dt.offset_by("1d"))
-    parts = [new.slice(k * n, n).with_columns(change) for k, change in enumerate(CORRUPTIONS.values())]
-    return pl.concat([interactions, again, *parts]), {"repeated": again.height, **{kind: part.height for kind, part in zip(CORRUPTIONS, parts)}}
+    again = clean[rng.choice(clean.height, n, replace=False, shuffle=False)].with_columns(
+        pl.col("timestamp").dt.offset_by("1d")
+    )
+    parts = [
+        new.slice(k * n, n).with_columns(change) for k, change in enumerate(CORRUPTIONS.values())
+    ]
+    return pl.concat([interactions, again, *parts]), {
+        "repeated": again.height,
+        **{kind: part.height for kind, part in zip(CORRUPTIONS, parts)},
+    }
 
 # %% ../nbs/18_shop.ipynb #7cf94f06
 @dataclass
 class SyntheticShop:
     "A synthetic shop: what a model may see, and the truth"
+
     interactions: pl.DataFrame  # user, item, rating, timestamp, event, review
     items: pl.DataFrame  # item, title, brand, category, price, description, birth
     users: pl.DataFrame  # user, age_group, region, joined
@@ -483,25 +778,49 @@ class SyntheticShop:
     name: str = "demo (synthetic)"  # for captions and cards
     synthetic: bool = True  # nothing here was measured
 
+
 def demo_shop(
     n_ratings: int = 20_000,  # rating rows before dirt
     seed: int = 0,  # same seed, same shop
-    views: float = 1.,  # views, clicks and purchases for each rating
-    corrupted_share: float = .01,  # share of rows that make no sense
+    views: float = 1.0,  # views, clicks and purchases for each rating
+    corrupted_share: float = 0.01,  # share of rows that make no sense
     n_users: Optional[int] = None,  # users; by `shop_size` if none
     n_items: Optional[int] = None,  # items; by `shop_size` if none
 ) -> SyntheticShop:  # with frames and truth
     "A synthetic electronics shop"
     seeds = np.random.SeedSequence(seed).spawn(8)
-    for_items, for_users, for_buys, for_stars, for_reviews, for_looks, for_frames, _ = (np.random.Generator(np.random.PCG64(s)) for s in seeds)
+    for_items, for_users, for_buys, for_stars, for_reviews, for_looks, for_frames, _ = (
+        np.random.Generator(np.random.PCG64(s)) for s in seeds
+    )
     made = sample_items(n_items or shop_size(n_ratings)[1], for_items)
-    truth = GroundTruth(**made, **sample_users(n_users or shop_size(n_ratings)[0], made["category_vectors"], for_users))
+    truth = GroundTruth(
+        **made,
+        **sample_users(n_users or shop_size(n_ratings)[0], made["category_vectors"], for_users),
+    )
     bought = sample_purchases(truth, n_ratings, for_buys)
     stars = to_ratings(truth, *bought, for_stars)
     items, users = make_item_table(truth, for_frames), make_user_table(truth, for_frames)
-    log = make_interactions(items["item"], users["user"], *bought, np.full(n_ratings, 3), stars, make_reviews(truth, bought[1], stars, for_reviews))
-    if views: log = pl.concat([make_interactions(items["item"], users["user"], *make_views(truth, *bought, round(views * n_ratings), for_looks)), log])
-    if corrupted_share: log, truth.corrupted_rows = add_corruptions(log, seeds[-1], corrupted_share)
+    log = make_interactions(
+        items["item"],
+        users["user"],
+        *bought,
+        np.full(n_ratings, 3),
+        stars,
+        make_reviews(truth, bought[1], stars, for_reviews),
+    )
+    if views:
+        log = pl.concat(
+            [
+                make_interactions(
+                    items["item"],
+                    users["user"],
+                    *make_views(truth, *bought, round(views * n_ratings), for_looks),
+                ),
+                log,
+            ]
+        )
+    if corrupted_share:
+        log, truth.corrupted_rows = add_corruptions(log, seeds[-1], corrupted_share)
     return SyntheticShop(log.sort("timestamp", maintain_order=True), items, users, truth)
 
 # %% ../nbs/18_shop.ipynb #6f6f6a7d
@@ -510,12 +829,28 @@ def add_row_numbers(
     rows: pl.DataFrame,  # any frame with columns user and item
 ) -> pl.DataFrame:  # the rows whose user and item are known, in order
     "Add `user_row` and `item_row`, the rows of the truth"
-    users, items = shop.users.select("user").with_row_index("user_row"), shop.items.select("item").with_row_index("item_row")
-    return rows.join(users, on="user", maintain_order="left").join(items, on="item", maintain_order="left")
+    users, items = (
+        shop.users.select("user").with_row_index("user_row"),
+        shop.items.select("item").with_row_index("item_row"),
+    )
+    return rows.join(users, on="user", maintain_order="left").join(
+        items, on="item", maintain_order="left"
+    )
 
 # %% ../nbs/18_shop.ipynb #b8998175
-CATEGORY_SHAPES = np.array([[8, .5, .9, 0], [2, .85, .85, .5], [8, .95, .6, 0], [2, .5, .95, 0],  # power, width, height, hole
-                   [8, .95, .7, .75], [.6, 1, 1, 0], [1, .95, .95, .5], [3, .7, .7, .7]])
+CATEGORY_SHAPES = np.array(
+    [
+        [8, 0.5, 0.9, 0],
+        [2, 0.85, 0.85, 0.5],
+        [8, 0.95, 0.6, 0],
+        [2, 0.5, 0.95, 0],  # power, width, height, hole
+        [8, 0.95, 0.7, 0.75],
+        [0.6, 1, 1, 0],
+        [1, 0.95, 0.95, 0.5],
+        [3, 0.7, 0.7, 0.7],
+    ]
+)
+
 
 def render_images(
     truth: GroundTruth,  # the shop's truth
@@ -524,15 +859,19 @@ def render_images(
 ) -> np.ndarray:  # uint8 [n, size, size, 3]
     "Drawings of items that carry category and taste"
     vec, kind = truth.vec[items][:, :, None, None], (truth.category[items] % 3)[:, None, None]
-    power, width, height, hole = CATEGORY_SHAPES[truth.category[items] // 3].T.astype(np.float32)[..., None, None]
+    power, width, height, hole = CATEGORY_SHAPES[truth.category[items] // 3].T.astype(np.float32)[
+        ..., None, None
+    ]
     y, x = np.meshgrid(*[np.linspace(-1, 1, size, dtype=np.float32)] * 2, indexing="ij")
-    scale = np.where(kind == 0, 1.05, 1.5)  # all but devices are smaller, and the third kind is turned as well
+    scale = np.where(
+        kind == 0, 1.05, 1.5
+    )  # all but devices are smaller, and the third kind is turned as well
     a, b = np.where(kind == 2, x + y, x) * scale, np.where(kind == 2, x - y, y) * scale
     far = (np.abs(a / width) ** power + np.abs(b / height) ** power) ** (1 / power)
     weave = np.sin(12 * (1.2 + vec[:, 6]) * (x * np.cos(4 * vec[:, 7]) + y * np.sin(4 * vec[:, 7])))
-    fore, back = 1 / (1 + np.exp(-5 * vec[:, :3])), .75 + .35 * vec[:, 3:6]
+    fore, back = 1 / (1 + np.exp(-5 * vec[:, :3])), 0.75 + 0.35 * vec[:, 3:6]
     ink = ((far < 1) & (far >= hole))[:, None]
-    picture = np.where(ink, fore * (.85 + .15 * weave[:, None]), back)
+    picture = np.where(ink, fore * (0.85 + 0.15 * weave[:, None]), back)
     return (255 * np.clip(picture, 0, 1)).astype(np.uint8).transpose(0, 2, 3, 1)
 
 # %% ../nbs/18_shop.ipynb #5b0c7a11
@@ -541,10 +880,13 @@ def demo_truth(
     seed: int = 0,  # of the shop
 ) -> GroundTruth:  # without what follows from the events
     "The truth behind a demo shop, without its log"
-    for_items, for_users = [np.random.Generator(np.random.PCG64(s)) for s in np.random.SeedSequence(seed).spawn(8)[:2]]
+    for_items, for_users = [
+        np.random.Generator(np.random.PCG64(s)) for s in np.random.SeedSequence(seed).spawn(8)[:2]
+    ]
     n_users, n_items = shop_size(n_ratings)
     made = sample_items(n_items, for_items)
     return GroundTruth(**made, **sample_users(n_users, made["category_vectors"], for_users))
+
 
 def demo_images(
     ids: pl.Series,  # of items of the shop
@@ -556,6 +898,7 @@ def demo_images(
     drawn[row < len(truth.category)] = render_images(truth, row[row < len(truth.category)])
     return drawn
 
+
 def demo_affinity(
     users: pl.Series,  # ids of the shop's users
     items: pl.Series,  # ids of the shop's items
@@ -563,24 +906,43 @@ def demo_affinity(
 ) -> np.ndarray:  # float [users, items], -1 to 1; 0 for who is not the shop's
     "How well products fit tastes on the shop's last day"
     truth = demo_truth(**shop_params)
-    user, item = encode_ids(users, make_user_ids(len(truth.taste))).to_numpy(), encode_ids(items, make_item_ids(len(truth.category))).to_numpy()
-    theirs, ours, found = user < len(truth.taste), item < len(truth.category), np.zeros((len(users), len(items)))
-    if theirs.any() and ours.any(): found[np.ix_(theirs, ours)] = user_item_affinity(truth, user[theirs], np.tile(item[ours], (theirs.sum(), 1)), np.full(theirs.sum(), CLOSING_DATE))
+    user, item = (
+        encode_ids(users, make_user_ids(len(truth.taste))).to_numpy(),
+        encode_ids(items, make_item_ids(len(truth.category))).to_numpy(),
+    )
+    theirs, ours, found = (
+        user < len(truth.taste),
+        item < len(truth.category),
+        np.zeros((len(users), len(items))),
+    )
+    if theirs.any() and ours.any():
+        found[np.ix_(theirs, ours)] = user_item_affinity(
+            truth,
+            user[theirs],
+            np.tile(item[ours], (theirs.sum(), 1)),
+            np.full(theirs.sum(), CLOSING_DATE),
+        )
     return found
 
 # %% ../nbs/18_shop.ipynb #20b07a11
 @dataclass
 class UserSimulator:
     "People of a demo shop, who can be shown lists"
+
     users: pl.Series  # ids
     items: pl.Series  # ids of what can be shown
     truth: GroundTruth  # rows as in `users` and `items`
 
     def respond(self, users: pl.Series, lists: pl.Series, rng: np.random.Generator):
         "Place that each of n `users` takes of her list, [n], and the stars she would give, [n, k]; `_recommend` holds all their ids end to end"
-        user, item = encode_ids(users, self.users).to_numpy(), encode_ids(lists, self.items).to_numpy().reshape(len(users), -1)
-        if len(user) and (user.max() >= len(self.users) or item.max() >= len(self.items)): raise UserError("these users and items are not all of this shop")
+        user, item = (
+            encode_ids(users, self.users).to_numpy(),
+            encode_ids(lists, self.items).to_numpy().reshape(len(users), -1),
+        )
+        if len(user) and (user.max() >= len(self.users) or item.max() >= len(self.items)):
+            raise UserError("these users and items are not all of this shop")
         return simulate_response(self.truth, user, item, np.full(len(user), CLOSING_DATE), rng)
+
 
 def demo_simulator(
     n_ratings: int = 20_000,  # that the shop was drawn with

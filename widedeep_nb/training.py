@@ -11,7 +11,7 @@ __all__ = ['MAX_FEATURE_BYTES', 'ABLATION_BRANCHES', 'auto_batch_size', 'train_o
 # %% ../nbs/05_training.ipynb #b7c726e6
 import json
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Callable, Optional
@@ -67,24 +67,32 @@ class SparseAdamW(torch.optim.AdamW):
     def step(self, closure=None):
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and p.grad.is_sparse: self._update_rows(p, group)
+                if p.grad is not None and p.grad.is_sparse:
+                    self._update_rows(p, group)
         return super().step(closure)
 
     def _update_rows(self, p, group):
         state, (fade, fade_sq), gradient = self.state[p], group["betas"], p.grad.coalesce()
-        if not state: state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        if not state:
+            state.update(
+                step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+            )
         rows, g, p.grad = gradient.indices()[0], gradient.values(), None
         state["step"] += 1
         t = float(state["step"])
-        mean, square = state["exp_avg"][rows].lerp_(g, 1 - fade), state["exp_avg_sq"][rows].mul_(fade_sq).addcmul_(g, g, value=1 - fade_sq)
+        mean, square = (
+            state["exp_avg"][rows].lerp_(g, 1 - fade),
+            state["exp_avg_sq"][rows].mul_(fade_sq).addcmul_(g, g, value=1 - fade_sq),
+        )
         state["exp_avg"][rows], state["exp_avg_sq"][rows] = mean, square
-        move = mean / (1 - fade ** t) / ((square / (1 - fade_sq ** t)).sqrt() + group["eps"])
+        move = mean / (1 - fade**t) / ((square / (1 - fade_sq**t)).sqrt() + group["eps"])
         p[rows] = p[rows] * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * move
 
 # %% ../nbs/05_training.ipynb #60f1f11a
 @dataclass
 class TrainState:
     "Where training is: what a checkpoint holds."
+
     net: nn.Module  # being trained
     mean: AveragedModel  # the mean of its weights
     optimizer: torch.optim.Optimizer  # with its memory
@@ -116,10 +124,29 @@ def save_checkpoint(
     path: Path,  # .safetensors
 ):
     "Write what the next pass depends on."
-    memory = {f"{i}.{k}": v for i, s in train_state.optimizer.state_dict()["state"].items() for k, v in s.items()}
-    parts = {"net": train_state.net.state_dict(), "mean": train_state.mean.state_dict(), "best_weights": train_state.best_weights, "memory": memory, "random": {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})}
+    memory = {
+        f"{i}.{k}": v
+        for i, s in train_state.optimizer.state_dict()["state"].items()
+        for k, v in s.items()
+    }
+    parts = {
+        "net": train_state.net.state_dict(),
+        "mean": train_state.mean.state_dict(),
+        "best_weights": train_state.best_weights,
+        "memory": memory,
+        "random": {"cpu": torch.get_rng_state()}
+        | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}),
+    }
     with atomic_write(path) as p:
-        save_file({f"{part}/{k}": v.detach().cpu().clone() for part, d in parts.items() for k, v in d.items()}, p, {"curve": json.dumps(train_state.loss_curve)})
+        save_file(
+            {
+                f"{part}/{k}": v.detach().cpu().clone()
+                for part, d in parts.items()
+                for k, v in d.items()
+            },
+            p,
+            {"curve": json.dumps(train_state.loss_curve)},
+        )
 
 
 def load_checkpoint(
@@ -130,21 +157,28 @@ def load_checkpoint(
     with safe_open(path, "pt") as f:
         tensors = {k: f.get_tensor(k) for k in f.keys()}
         train_state.loss_curve = json.loads(f.metadata()["curve"])
-    part = lambda name: {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(name + "/")}
+
+    def part(name):
+        return {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(name + "/")}
+
     train_state.net.load_state_dict(part("net"))
     train_state.mean.load_state_dict(part("mean"))
     train_state.best_weights = part("best_weights")
     state = train_state.optimizer.state_dict()
-    for k, v in part("memory").items(): state["state"].setdefault(int(k.split(".")[0]), {})[k.split(".")[1]] = v
+    for k, v in part("memory").items():
+        state["state"].setdefault(int(k.split(".")[0]), {})[k.split(".")[1]] = v
     train_state.optimizer.load_state_dict(state)
     torch.set_rng_state(part("random")["cpu"])
-    if "cuda" in part("random"): torch.cuda.set_rng_state(part("random")["cuda"])
+    if "cuda" in part("random"):
+        torch.cuda.set_rng_state(part("random")["cuda"])
 
 # %% ../nbs/05_training.ipynb #b125f3c3
 def train_loop(
     net: nn.Module,  # takes Inputs
     data: tuple,  # what `Batch.to_tensors` gives, and targets, of the training rows
-    val_loss: Optional[Callable] = None,  # of the averaged model, lower is better; None: train all epochs
+    val_loss: Optional[
+        Callable
+    ] = None,  # of the averaged model, lower is better; None: train all epochs
     loss: str = "mse",  # one of LOSSES
     epochs: int = 30,  # most passes
     patience: int = 3,  # passes without progress before it stops
@@ -158,23 +192,46 @@ def train_loop(
     "Train until validation stops getting better."
     device = pick_device()
     data, net = [d.to(device) for d in data], net.to(device)
-    progress = TrainState(net, AveragedModel(net, use_buffers=True), make_optimizer(net, **optimizer_params))
+    progress = TrainState(
+        net, AveragedModel(net, use_buffers=True), make_optimizer(net, **optimizer_params)
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if checkpoint and checkpoint.exists(): load_checkpoint(progress, checkpoint)
-        for epoch in tqdm(range(len(progress.loss_curve) + 1, epochs + 1), desc=desc, leave=False, mininterval=1):
-            if val_loss and len(progress.loss_curve) - progress.best_epoch >= patience: break
-            cost = train_one_epoch(net, progress.optimizer, data, make_loss(loss), auto_batch_size(len(data[-1]), batch_size))
-            if epoch <= swa_start: progress.mean.n_averaged.zero_()
+        if checkpoint and checkpoint.exists():
+            load_checkpoint(progress, checkpoint)
+        for epoch in tqdm(
+            range(len(progress.loss_curve) + 1, epochs + 1), desc=desc, leave=False, mininterval=1
+        ):
+            if val_loss and len(progress.loss_curve) - progress.best_epoch >= patience:
+                break
+            cost = train_one_epoch(
+                net,
+                progress.optimizer,
+                data,
+                make_loss(loss),
+                auto_batch_size(len(data[-1]), batch_size),
+            )
+            if epoch <= swa_start:
+                progress.mean.n_averaged.zero_()
             progress.mean.update_parameters(net)
-            progress.loss_curve.append({"epoch": epoch, "train": cost, "val": val_loss(progress.mean.module.eval()) if val_loss else None})
-            if progress.best_epoch == epoch: progress.best_weights = {k: v.clone() for k, v in progress.mean.module.state_dict().items()}
-            if checkpoint: save_checkpoint(progress, checkpoint)
+            progress.loss_curve.append(
+                {
+                    "epoch": epoch,
+                    "train": cost,
+                    "val": val_loss(progress.mean.module.eval()) if val_loss else None,
+                }
+            )
+            if progress.best_epoch == epoch:
+                progress.best_weights = {
+                    k: v.clone() for k, v in progress.mean.module.state_dict().items()
+                }
+            if checkpoint:
+                save_checkpoint(progress, checkpoint)
     net.load_state_dict(progress.best_weights)
     return net.eval(), progress.loss_curve
 
 # %% ../nbs/05_training.ipynb #54feba1a
-MAX_FEATURE_BYTES = 2 * 2 ** 30  # bytes of features that lists of all items may take
+MAX_FEATURE_BYTES = 2 * 2**30  # bytes of features that lists of all items may take
 
 
 def resolve_loss(
@@ -182,8 +239,13 @@ def resolve_loss(
     loss: str = "",  # one of LOSSES; empty: what suits the log
 ) -> str:  # one of LOSSES
     "The loss that a fit is made with."
-    if loss == "mse" and not split.has_ratings: raise UserError("loss 'mse' learns stars, and this log has none; take logistic, or one that ranks")
-    return check_choice(loss, LOSSES, "loss") if loss else "mse" if split.has_ratings else "logistic"
+    if loss == "mse" and not split.has_ratings:
+        raise UserError(
+            "loss 'mse' learns stars, and this log has none; take logistic, or one that ranks"
+        )
+    return (
+        check_choice(loss, LOSSES, "loss") if loss else "mse" if split.has_ratings else "logistic"
+    )
 
 
 def check_feature_memory(
@@ -194,48 +256,100 @@ def check_feature_memory(
     "Refuse lists of all items where their features would not fit: three codes of 8 bytes and floats of 4 for each pair."
     _, item, both = feature_names(features)
     needed = n_rows * n_items * (3 * 8 + 4 * (len(item) + len(both)))
-    if needed > MAX_FEATURE_BYTES: raise UserError(f"full-softmax would hold {needed / 2**30:,.1f} GB of features for {n_rows:,} rows of {n_items:,} items (at most {MAX_FEATURE_BYTES / 2**30:.0f}); take sampled-softmax, which draws some of them")
+    if needed > MAX_FEATURE_BYTES:
+        raise UserError(
+            f"full-softmax would hold {needed / 2**30:,.1f} GB of features for {n_rows:,} rows of {n_items:,} items (at most {MAX_FEATURE_BYTES / 2**30:.0f}); take sampled-softmax, which draws some of them"
+        )
 
 # %% ../nbs/05_training.ipynb #b5f6be67
 @register("wide-deep")
 @dataclass
 class WideDeepRecommender(Recommender):
     "Wide & Deep on damped statistics of the past (after Cheng et al., 2016)."
+
     branches: str = "both"  # "both", "wide" or "deep"
     output: str = "linear"  # or "sigmoid", scaled to the range of the stars
     embedding: int = 4  # size of user and item embeddings
     hidden: tuple = (32, 16)  # sizes of the network's layers
-    dropout: float = .2
-    id_dropout: float = .5  # share of ids that are hidden in training, so that the stranger's row learns
+    dropout: float = 0.2
+    id_dropout: float = (
+        0.5  # share of ids that are hidden in training, so that the stranger's row learns
+    )
     epochs: int = 30  # most passes
     patience: int = 3  # passes without progress on validation before it stops
     batch_size: int = 0  # rows a step; 0: by size
-    lr: float = .004  # of the network and the linear weights
-    embedding_lr: float = .0001  # of rows of tables
-    weight_decay: float = .01
+    lr: float = 0.004  # of the network and the linear weights
+    embedding_lr: float = 0.0001  # of rows of tables
+    weight_decay: float = 0.01
     n_negatives: int = 0  # items drawn beside each row where it is not stars that are learnt; 0: 2, or 16 to a list
     features: tuple = ()  # groups of FEATURES beside the statistics of stars and counts: "time", "brand", "season"
     loss: str = ""  # one of LOSSES; empty: mse where there are stars, logistic where there are none
-    alpha: float = .5  # to a list items are drawn in proportion to their popularity to this power
+    alpha: float = 0.5  # to a list items are drawn in proportion to their popularity to this power
     row_stride: int = 1  # lists are made of each so many-th row; the others are past only
-    sparse_update_min_rows: int = 2 ** 19  # rows of a table from which on a step moves only those that it touches
+    sparse_update_min_rows: int = (
+        2**19
+    )  # rows of a table from which on a step moves only those that it touches
     seed: int = 0
     checkpoint = None  # a file to keep the state of training in, and to go on from
 
     def _fit(self, split):
-        loss, self.predicts_ratings = resolve_loss(split, self.loss), resolve_loss(split, self.loss) == "mse"
-        category, brand = [torch.cat([codes, codes.new_zeros(1)]) for codes in (category_codes(split.items)[0], brand_codes(split.items, self.n_items)[0])]  # the last: an item in no table
-        negatives = {"mse": 0, "full-softmax": -1}.get(loss, self.n_negatives or (2 if loss in POINTWISE else 16))
-        if negatives < 0: check_feature_memory(len(split.train) // self.row_stride, self.n_items, self.features)
-        make = pointwise_examples if loss in POINTWISE else partial(listwise_examples, alpha=self.alpha, row_stride=self.row_stride)
-        x, y = make(split.train, category, self.n_users, self.n_items, n_negatives=negatives, seed=self.seed, brand=brand, features=self.features)
-        self.feature_state = build_feature_state(self.train_history, category, self.n_items, self.rating_range[1], brand, self.features)
+        loss, self.predicts_ratings = (
+            resolve_loss(split, self.loss),
+            resolve_loss(split, self.loss) == "mse",
+        )
+        category, brand = [
+            torch.cat([codes, codes.new_zeros(1)])
+            for codes in (category_codes(split.items)[0], brand_codes(split.items, self.n_items)[0])
+        ]  # the last: an item in no table
+        negatives = {"mse": 0, "full-softmax": -1}.get(
+            loss, self.n_negatives or (2 if loss in POINTWISE else 16)
+        )
+        if negatives < 0:
+            check_feature_memory(len(split.train) // self.row_stride, self.n_items, self.features)
+        make = (
+            pointwise_examples
+            if loss in POINTWISE
+            else partial(listwise_examples, alpha=self.alpha, row_stride=self.row_stride)
+        )
+        x, y = make(
+            split.train,
+            category,
+            self.n_users,
+            self.n_items,
+            n_negatives=negatives,
+            seed=self.seed,
+            brand=brand,
+            features=self.features,
+        )
+        self.feature_state = build_feature_state(
+            self.train_history, category, self.n_items, self.rating_range[1], brand, self.features
+        )
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             net = self._build()
-        if net.deep: net.deep.standardize(x)
-        pace = {k: getattr(self, k) for k in ("epochs", "patience", "batch_size", "seed", "lr", "embedding_lr", "weight_decay")}
-        self.net, self.loss_curve = train_loop(net, (*x.to_tensors(), y), self._val_loss(split, loss, negatives), loss, checkpoint=self.checkpoint, desc=f"{self.name} ({self.parts}, seed {self.seed})", **pace)
+        if net.deep:
+            net.deep.standardize(x)
+        pace = {
+            k: getattr(self, k)
+            for k in (
+                "epochs",
+                "patience",
+                "batch_size",
+                "seed",
+                "lr",
+                "embedding_lr",
+                "weight_decay",
+            )
+        }
+        self.net, self.loss_curve = train_loop(
+            net,
+            (*x.to_tensors(), y),
+            self._val_loss(split, loss, negatives),
+            loss,
+            checkpoint=self.checkpoint,
+            desc=f"{self.name} ({self.parts}, seed {self.seed})",
+            **pace,
+        )
         self.net.cpu()
 
 # %% ../nbs/05_training.ipynb #c191ed6b
@@ -247,11 +361,24 @@ def listwise_val_loss(
 ) -> Optional[Callable]:  # of a network, lower is better; None where there are no such rows
     "The loss on lists of validation rows."
     rows = split.val.filter(pl.col("item") < self.n_items)
-    if not len(rows): return None
+    if not len(rows):
+        return None
     user, item = [torch.tensor(rows[c].to_numpy()).long() for c in ("user", "item")]
     users, who = torch.unique(user, return_inverse=True)
-    listed, log_q = sample_negatives(item, torch.bincount(self.train_history.item, minlength=self.n_items), n_negatives, self.alpha, torch.Generator().manual_seed(self.seed))
-    x = build_batch(self.feature_state, users.clamp(max=self.n_users), self.train_history.select(users), who[:, None], listed)
+    listed, log_q = sample_negatives(
+        item,
+        torch.bincount(self.train_history.item, minlength=self.n_items),
+        n_negatives,
+        self.alpha,
+        torch.Generator().manual_seed(self.seed),
+    )
+    x = build_batch(
+        self.feature_state,
+        users.clamp(max=self.n_users),
+        self.train_history.select(users),
+        who[:, None],
+        listed,
+    )
     *x, log_q = [t.to(pick_device()) for t in (*x.to_tensors(), log_q)]
     return lambda net: float(make_loss(loss)(torch.no_grad()(net)(Batch.from_tensors(*x)), log_q))
 
@@ -263,16 +390,33 @@ def make_val_loss(
     n_negatives: int,  # items drawn beside each row
 ) -> Optional[Callable]:  # of a network, lower is better; None where there are no validation rows
     "The loss on validation rows, asked as tomorrow's questions are: with the snapshot at the end of training."
-    if not len(split.val): return None
-    if loss not in POINTWISE: return listwise_val_loss(self, split, loss, n_negatives)
+    if not len(split.val):
+        return None
+    if loss not in POINTWISE:
+        return listwise_val_loss(self, split, loss, n_negatives)
     draw = torch.Generator().manual_seed(self.seed)
     user, item = [torch.tensor(split.val[c].to_numpy()).long() for c in ("user", "item")]
     users, who = torch.unique(user, return_inverse=True)
-    item = torch.cat([item, torch.randint(self.n_items, (len(item) * n_negatives,), generator=draw)])
-    y = (torch.arange(len(item)) < len(user)).float() if n_negatives else torch.tensor(split.val["rating"].to_numpy())
-    x = build_batch(self.feature_state, users.clamp(max=self.n_users), self.train_history.select(users), who.repeat(1 + n_negatives), item)
+    item = torch.cat(
+        [item, torch.randint(self.n_items, (len(item) * n_negatives,), generator=draw)]
+    )
+    y = (
+        (torch.arange(len(item)) < len(user)).float()
+        if n_negatives
+        else torch.tensor(split.val["rating"].to_numpy())
+    )
+    x = build_batch(
+        self.feature_state,
+        users.clamp(max=self.n_users),
+        self.train_history.select(users),
+        who.repeat(1 + n_negatives),
+        item,
+    )
     *x, y = [t.to(pick_device()) for t in (*x.to_tensors(), y)]
-    measure = lambda z: make_loss(loss)(z.clamp(*self.rating_range) if loss == "mse" else z, y)
+
+    def measure(z):
+        return make_loss(loss)(z.clamp(*self.rating_range) if loss == "mse" else z, y)
+
     return lambda net: float(measure(torch.no_grad()(net)(Batch.from_tensors(*x))))
 
 
@@ -281,44 +425,84 @@ WideDeepRecommender._val_loss = make_val_loss
 # %% ../nbs/05_training.ipynb #eaa86606
 def _build(self):
     "The network; of its large tables a step moves the touched rows."
-    net = WideDeepNet(self.n_users, self.n_items, int(self.feature_state.sizes[0]), self.parts, self.embedding, tuple(self.hidden), self.dropout, self.id_dropout, self.output if self.predicts_ratings and self.rating_range[0] < self.rating_range[1] else "linear", self.rating_range, tuple(self.features))
-    for table in [m for m in net.modules() if isinstance(m, nn.Embedding)]: table.sparse = table.num_embeddings >= self.sparse_update_min_rows
+    net = WideDeepNet(
+        self.n_users,
+        self.n_items,
+        int(self.feature_state.sizes[0]),
+        self.parts,
+        self.embedding,
+        tuple(self.hidden),
+        self.dropout,
+        self.id_dropout,
+        self.output
+        if self.predicts_ratings and self.rating_range[0] < self.rating_range[1]
+        else "linear",
+        self.rating_range,
+        tuple(self.features),
+    )
+    for table in [m for m in net.modules() if isinstance(m, nn.Embedding)]:
+        table.sparse = table.num_embeddings >= self.sparse_update_min_rows
     return net
 
 
 def _inputs(self, users, items, history, user_index, precomputed=None):
     "Features of a query; strangers and unknown items take the rows behind the known."
-    return build_batch(self.feature_state, users.clamp(max=self.n_users), history, user_index, items.clamp(max=len(self.feature_state.category) - 1), precomputed)
+    return build_batch(
+        self.feature_state,
+        users.clamp(max=self.n_users),
+        history,
+        user_index,
+        items.clamp(max=len(self.feature_state.category) - 1),
+        precomputed,
+    )
 
 
 def _predict(self, users, items, history):
     return self.net(self._build_batch(users, items, history, torch.arange(len(users))))
 
 
-def _scores(self, users, history, items, block_size=256, max_floats=2 ** 19):
+def _scores(self, users, history, items, block_size=256, max_floats=2**19):
     scores = torch.empty(len(users), len(items))
     for b in torch.arange(len(users)).split(block_size):
         had, who = history.select(b), torch.arange(len(b))[:, None]
         about = user_features(self.feature_state, had)
         for c in torch.arange(len(items)).split(max(1, max_floats // (len(b) * max(self.hidden)))):
-            scores[b[0]:b[-1] + 1, c[0]:c[-1] + 1] = self.net(self._build_batch(users[b], items[None, c], had, who, about))
+            scores[b[0] : b[-1] + 1, c[0] : c[-1] + 1] = self.net(
+                self._build_batch(users[b], items[None, c], had, who, about)
+            )
     return scores
 
 
 def _state(self):
     "The network, the snapshot, and whether it predicts stars."
-    return {f"net.{k}": v for k, v in self.net.state_dict().items()} | {f"snap.{f.name}": getattr(self.feature_state, f.name) for f in fields(FeatureState)} | {"predicts_ratings": torch.tensor(self.predicts_ratings)}
+    return (
+        {f"net.{k}": v for k, v in self.net.state_dict().items()}
+        | {f"snap.{f.name}": getattr(self.feature_state, f.name) for f in fields(FeatureState)}
+        | {"predicts_ratings": torch.tensor(self.predicts_ratings)}
+    )
 
 
 def _restore(self, state):
-    part = lambda name: {k[len(name):]: v for k, v in state.items() if k.startswith(name)}
-    self.predicts_ratings, self.feature_state = bool(state["predicts_ratings"]), FeatureState(**part("snap."))
+    def part(name):
+        return {k[len(name) :]: v for k, v in state.items() if k.startswith(name)}
+
+    self.predicts_ratings, self.feature_state = (
+        bool(state["predicts_ratings"]),
+        FeatureState(**part("snap.")),
+    )
     self.net = self._build()
     self.net.load_state_dict(part("net."))
     self.net.eval()
 
 
-WideDeepRecommender._build, WideDeepRecommender._build_batch, WideDeepRecommender._predict, WideDeepRecommender._scores, WideDeepRecommender._state, WideDeepRecommender._restore = _build, _inputs, _predict, _scores, _state, _restore
+(
+    WideDeepRecommender._build,
+    WideDeepRecommender._build_batch,
+    WideDeepRecommender._predict,
+    WideDeepRecommender._scores,
+    WideDeepRecommender._state,
+    WideDeepRecommender._restore,
+) = _build, _inputs, _predict, _scores, _state, _restore
 
 # %% ../nbs/05_training.ipynb #8ea2188f
 ABLATION_BRANCHES = {"wide-deep": "both", "wide-alone": "wide", "deep-alone": "deep"}
@@ -336,7 +520,9 @@ def select_epochs_and_refit(
     chosen.checkpoint = work_dir / "choice.safetensors"
     curve = chosen.fit(split).loss_curve
     if final is not split:
-        best = len(curve) if not len(split.val) else 1 + int(np.argmin([row["val"] for row in curve]))
+        best = (
+            len(curve) if not len(split.val) else 1 + int(np.argmin([row["val"] for row in curve]))
+        )
         chosen = WideDeepRecommender(**params | {"epochs": best})
         chosen.checkpoint = work_dir / "final.safetensors"
         chosen.fit(final)
@@ -349,7 +535,7 @@ def train(
     run: Run,  # gets models/ and training.json
     epochs: int = 30,  # most passes over the data
     patience: int = 3,  # passes without progress on validation before it stops
-    lr: float = .004,  # learning rate of the network and the linear weights
+    lr: float = 0.004,  # learning rate of the network and the linear weights
     batch_size: int = 0,  # rows a step; 0: by size
     embedding: int = 4,  # size of user and item embeddings
     output: str = "linear",  # or "sigmoid", scaled to the range of the stars
@@ -357,25 +543,59 @@ def train(
     loss: str = "",  # one of LOSSES; empty: mse where there are stars, logistic where there are none
 ):
     "Fit Wide & Deep and its halves on every cut from every random start."
-    for name, value, least in (("epochs", epochs, 1), ("patience", patience, 1), ("batch_size", batch_size, 0), ("embedding", embedding, 1), ("seeds", seeds, 1), ("lr", lr, 1e-9)):
-        if value < least: raise UserError(f"{name} is at least {least}, not {value}")
+    for name, value, least in (
+        ("epochs", epochs, 1),
+        ("patience", patience, 1),
+        ("batch_size", batch_size, 0),
+        ("embedding", embedding, 1),
+        ("seeds", seeds, 1),
+        ("lr", lr, 1e-9),
+    ):
+        if value < least:
+            raise UserError(f"{name} is at least {least}, not {value}")
     check_choice(output, ("linear", "sigmoid"), "output")
-    pace, report = dict(epochs=epochs, patience=patience, lr=lr, batch_size=batch_size, embedding_dim=embedding, output=output, loss=loss), []
+    pace, report = (
+        dict(
+            epochs=epochs,
+            patience=patience,
+            lr=lr,
+            batch_size=batch_size,
+            embedding_dim=embedding,
+            output=output,
+            loss=loss,
+        ),
+        [],
+    )
     first, used = run.seed, resolve_loss(run.load_splits()[-1], loss)
     for cut, split in enumerate(run.load_splits()):
         for name, parts in ABLATION_BRANCHES.items():
             for seed in range(seeds if parts == "both" else min(seeds, 2)):
                 key, folder = f"{name}-{cut}-{seed}", run.model_folder(name, seed, cut)
-                fit = run.cached(key, lambda: select_epochs_and_refit(split, folder, run.work_dir / key, branches=parts, seed=first + seed, **pace))
+                fit = run.cached(
+                    key,
+                    lambda: select_epochs_and_refit(
+                        split, folder, run.work_dir / key, branches=parts, seed=first + seed, **pace
+                    ),
+                )
                 report.append({"model": name, "cut": cut, "seed": seed} | fit)
     run.write("training.json", {"seeds": list(range(seeds)), "loss": used, "fits": report})
 
 # %% ../nbs/05_training.ipynb #54ace12c
 class NaiveDataset(Dataset):
     "Three tensors for each row, as many notebooks do it."
-    def __init__(self, user, item, rating): self.user, self.item, self.rating = user, item, rating
-    def __len__(self): return len(self.user)
-    def __getitem__(self, i): return torch.tensor(self.user[i], dtype=torch.long), torch.tensor(self.item[i], dtype=torch.long), torch.tensor(self.rating[i], dtype=torch.float32)
+
+    def __init__(self, user, item, rating):
+        self.user, self.item, self.rating = user, item, rating
+
+    def __len__(self):
+        return len(self.user)
+
+    def __getitem__(self, i):
+        return (
+            torch.tensor(self.user[i], dtype=torch.long),
+            torch.tensor(self.item[i], dtype=torch.long),
+            torch.tensor(self.rating[i], dtype=torch.float32),
+        )
 
 
 class NaiveWideDeep(nn.Module):
@@ -383,9 +603,16 @@ class NaiveWideDeep(nn.Module):
 
     def __init__(self, n_users: int, n_items: int):
         super().__init__()
-        self.user, self.item, self.user_bias, self.item_bias = nn.Embedding(n_users, 64), nn.Embedding(n_items, 64), nn.Embedding(n_users, 1), nn.Embedding(n_items, 1)
+        self.user, self.item, self.user_bias, self.item_bias = (
+            nn.Embedding(n_users, 64),
+            nn.Embedding(n_items, 64),
+            nn.Embedding(n_users, 1),
+            nn.Embedding(n_items, 1),
+        )
         self.offset = nn.Parameter(torch.zeros(1))
-        self.mlp = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 1))
+        self.mlp = nn.Sequential(
+            nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 1)
+        )
 
     def forward(self, user: torch.Tensor, item: torch.Tensor) -> torch.Tensor:
         deep = self.mlp(torch.cat([self.user(user), self.item(item)], 1))
@@ -400,9 +627,13 @@ def time_naive_epoch(
 ) -> float:  # seconds
     "Time one pass of the common recipe, after a first."
     net, loss = NaiveWideDeep(n_users, n_items), nn.MSELoss()
-    optimiser = torch.optim.Adam(net.parameters(), lr=.002)
-    loader = DataLoader(NaiveDataset(*[rows[c].to_numpy() for c in ("user", "item", "rating")]), batch_size=batch_size, shuffle=True)
-    for _ in range(2):                                   # the second pass counts, as for ours
+    optimiser = torch.optim.Adam(net.parameters(), lr=0.002)
+    loader = DataLoader(
+        NaiveDataset(*[rows[c].to_numpy() for c in ("user", "item", "rating")]),
+        batch_size=batch_size,
+        shuffle=True,
+    )
+    for _ in range(2):  # the second pass counts, as for ours
         started = time.perf_counter()
         for user, item, rating in loader:
             optimiser.zero_grad()
@@ -422,7 +653,10 @@ def time_epoch(
     x, y = pointwise_examples(rows, torch.zeros(n_items + 1, dtype=torch.int64), n_users, n_items)
     features = time.perf_counter() - started
     net = WideDeepNet(n_users, n_items, 1).to(pick_device())
-    data, optimiser = [d.to(pick_device()) for d in (*x.to_tensors(), y)], make_optimizer(net, .002, .0001, .01)
+    data, optimiser = (
+        [d.to(pick_device()) for d in (*x.to_tensors(), y)],
+        make_optimizer(net, 0.002, 0.0001, 0.01),
+    )
     train_one_epoch(net, optimiser, data, make_loss("mse"), batch_size)
     started = time.perf_counter()
     train_one_epoch(net, optimiser, data, make_loss("mse"), batch_size)
