@@ -1,26 +1,39 @@
-# report: the demo report in runs/demo · test: everything that must hold · test-all: also what takes longer · screenshot: results/page.png, the service of runs/demo
+# report: the demo report in runs/demo · test: all tests but the long ones · test-all: all tests
+# lint: check the style · format: fix the style · screenshot: results/page.png, a picture of the service of runs/demo
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: report test test-all lab site screenshot clean
+.PHONY: report lint format test test-all lab site screenshot clean
 export PYTHONWARNINGS ?= ignore::DeprecationWarning
 
 report: $(READY)
 	$(BIN)/widedeep run --dataset demo --out runs/demo
 
-# two workers of one thread and one process each: with more they would wait for one another, six times as long; what sends signals runs by itself, and the longest, the whole report, is begun first
+lint: $(READY)
+	$(BIN)/ruff check nbs tests
+	$(BIN)/ruff format --check nbs tests
+
+# in this order: ruff formats cells, nbdev_export writes the modules, nbdev_clean removes metadata that differs between runs
+format: $(READY)
+	$(BIN)/ruff check --fix nbs tests
+	$(BIN)/ruff format nbs tests
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+# two workers with one thread each: more threads would wait for each other, which takes six times as long;
+# tests that send signals (test_run.py) run alone, and the longest file, test_report.py, starts first
 test test-all: export LOKY_MAX_CPU_COUNT = 1
-# each worker goes through the chapters with the same tiny runs, left for the next chapter in a folder of their own
+# the chapters share tiny runs in a temporary folder
 NOTEBOOKS = tiny=$$(mktemp -d) && trap 'rm -rf "$$tiny"' EXIT && WIDEDEEP_TINY="$$tiny" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 REST = tests/test_report.py $(filter-out tests/test_report.py tests/test_run.py, $(wildcard tests/test_*.py))
-test: $(READY)
+test: lint
 	$(NOTEBOOKS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long" $(REST)
 	$(BIN)/python -m pytest -m "not long" tests/test_run.py
 
-test-all: $(READY)
+test-all: lint
 	$(NOTEBOOKS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(REST)
 	$(BIN)/python -m pytest tests/test_run.py
@@ -39,7 +52,7 @@ screenshot: $(READY)
 clean:
 	rm -rf $(VENV) _docs _proc .quarto build dist *.egg-info .pytest_cache .hypothesis
 
-# torch comes first and alone, so that nothing else pulls in another build of it
+# torch is installed first, so that no other package installs another build of it
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"widedeep_nb needs Python 3.11 or newer, this is {v[0]}.{v[1]}: make PYTHON=python3.11" if v < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)

@@ -6,20 +6,35 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+MEASURE_PAGE = """() => {
+    const body = getComputedStyle(document.body);
+    const broken = e => {
+        const b = e.getBoundingClientRect();
+        return e.checkVisibility() && (b.width < 20 || b.height < 8 || b.right > innerWidth + 1);
+    };
+    return {
+        reach: document.scrollingElement.scrollWidth,
+        paper: body.backgroundColor,
+        ink: body.color,
+        figures: document.querySelectorAll('svg, img').length,
+        bad: [...document.querySelectorAll('svg, img, table caption')]
+            .filter(broken).map(e => e.outerHTML.slice(0, 80)),
+    };
+}"""
 
 
 @pytest.fixture(scope="session")
 def shared():
-    "Real data beside the project: from WIDEDEEP_SHARED, else ../shared."
-    place = Path(os.environ.get("WIDEDEEP_SHARED", ROOT.parent / "shared"))
-    if not (place / "data").exists():
-        pytest.skip(f"needs the measuring data in {place}; set WIDEDEEP_SHARED")
-    return place / "data"
+    "Folder of real datasets: from WIDEDEEP_SHARED, else ../shared."
+    folder = Path(os.environ.get("WIDEDEEP_SHARED", ROOT.parent / "shared"))
+    if not (folder / "data").exists():
+        pytest.skip(f"needs the measuring data in {folder}; set WIDEDEEP_SHARED")
+    return folder / "data"
 
 
 @pytest.fixture(scope="session")
 def ciao(shared):
-    "ciao under filtered-first, with its categories."
+    "Ciao log under the protocol filtered-first, with its categories."
     from widedeep_nb.data import load
     from widedeep_nb.preprocessing import prepare
 
@@ -29,7 +44,7 @@ def ciao(shared):
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
-    "A maker of small runs of the demo shop with some fitted models, to be served."
+    "Factory of small runs of the demo shop with fitted models: `small_run(name=params)`."
     from widedeep_nb.content import add_catalog
     from widedeep_nb.core import PROTOCOLS, Run, Split, make_recommender
     from widedeep_nb.data import load
@@ -52,8 +67,8 @@ def small_run(tmp_path_factory):
             ),
             items,
         )
-        for name, how in models.items():
-            make_recommender(name.replace("_", "-"), **how).fit(split).save(
+        for name, params in models.items():
+            make_recommender(name.replace("_", "-"), **params).fit(split).save(
                 run.model_folder(name.replace("_", "-"))
             )
         return run
@@ -63,7 +78,7 @@ def small_run(tmp_path_factory):
 
 @pytest.fixture
 def look():
-    "A browser that opens a file at desk and telephone width, by day and by night, and says what it sees."
+    "Browser that opens a file at two widths and in two color schemes and yields measurements."
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if not chromium:
         pytest.skip("needs chromium")
@@ -82,41 +97,42 @@ def look():
         browser = playwright.chromium.launch(executable_path=chromium, args=flags)
 
         def see(file):
-            "For each width and scheme: how far the page reaches, its colours, pictures that are empty or cut off, what it asked the network for."
+            "Yield per width and scheme: page width, colors, broken elements, network requests."
             for width, scheme in [(w, s) for w in (1280, 360) for s in ("light", "dark")]:
-                page, asked = (
-                    browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme),
-                    [],
-                )
-                page.on(
-                    "request",
-                    lambda r: (
-                        asked.append(r.url) if not r.url.startswith(("file:", "data:")) else None
-                    ),
-                )
+                viewport = {"width": width, "height": 800}
+                page = browser.new_page(viewport=viewport, color_scheme=scheme)
+                requests = []
+                page.on("request", lambda r, requests=requests: requests.append(r.url))
                 page.goto(Path(file).as_uri())
-                seen = page.evaluate("""() => ({reach: document.scrollingElement.scrollWidth, paper: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color,
-                    figures: document.querySelectorAll('svg, img').length,
-                    bad: [...document.querySelectorAll('svg, img, table caption')].filter(e => { const b = e.getBoundingClientRect(); return e.checkVisibility() && (b.width < 20 || b.height < 8 || b.right > innerWidth + 1) }).map(e => e.outerHTML.slice(0, 80))})""")
+                seen = page.evaluate(MEASURE_PAGE)
                 page.close()
-                yield {"width": width, "scheme": scheme, "asked": asked} | seen
+                remote = [url for url in requests if not url.startswith(("file:", "data:"))]
+                yield {"width": width, "scheme": scheme, "asked": remote} | seen
 
         yield see
         browser.close()
 
 
-def light_of(colour):
-    "How light a colour of a browser is, 0 to 1."
-    return sum(int(c) for c in re.findall(r"\d+", colour)[:3]) / 765
+def light_of(color):
+    "Return the mean of red, green and blue of a CSS color, 0 to 1."
+    return sum(int(c) for c in re.findall(r"\d+", color)[:3]) / 765
 
 
 @pytest.fixture
 def fits(look):
-    "Assert that a page fits, day and night, desk and telephone."
+    "Check that a page fits: both schemes, both widths."
 
     def check(file):
         for seen in look(file):
-            assert seen["reach"] <= seen["width"] and seen["bad"] == [] and seen["asked"] == [], (
+            assert seen["reach"] <= seen["width"], (
+                str(file),
+                seen,
+            )
+            assert seen["bad"] == [], (
+                str(file),
+                seen,
+            )
+            assert seen["asked"] == [], (
                 str(file),
                 seen,
             )

@@ -1,4 +1,4 @@
-"The picture of the service's page in the README: python tests/screenshot.py RUN [PICTURE]."
+"Make the screenshot of the service's page for the README: python tests/screenshot.py RUN [PICTURE]."
 
 import io
 import shutil

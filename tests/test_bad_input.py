@@ -1,4 +1,4 @@
-"What is wrong as a whole is one line that says so and what would be right, exit code 2, and nothing half-written."
+"Check that bad input gives one line of error, exit code 2, and no partial files."
 
 import json
 import os
@@ -14,7 +14,7 @@ from widedeep_nb.preprocessing import preprocess
 from widedeep_nb.run import main
 
 ROOT = Path(__file__).parents[1]
-SOUND = pl.DataFrame(
+VALID = pl.DataFrame(
     {
         "user": [f"u{i % 40}" for i in range(400)],
         "item": [f"i{(i * i) % 31}" for i in range(400)],
@@ -25,6 +25,7 @@ SOUND = pl.DataFrame(
 
 
 def widedeep(*words):
+    "Run a command; return its exit code."
     try:
         main([str(w) for w in words])
     except SystemExit as stopped:
@@ -37,8 +38,8 @@ def csv(frame):
 
 
 def parquet(folder):
-    SOUND.write_parquet(folder / "sound.parquet")
-    return (folder / "sound.parquet").read_bytes()
+    VALID.write_parquet(folder / "valid.parquet")
+    return (folder / "valid.parquet").read_bytes()
 
 
 CASES = {
@@ -59,31 +60,31 @@ CASES = {
     ),
     "no item": (
         "log.csv",
-        lambda d: csv(SOUND.rename({"item": "colour"})),
+        lambda d: csv(VALID.rename({"item": "colour"})),
         [],
         "no column for the item",
     ),
     "mostly bad": (
         "log.csv",
-        lambda d: csv(SOUND.with_columns(pl.lit("much").alias("rating"))),
+        lambda d: csv(VALID.with_columns(pl.lit("much").alias("rating"))),
         [],
         "rows",
     ),
     "one user": (
         "log.csv",
         lambda d: csv(
-            SOUND.with_columns(pl.lit("me").alias("user")).unique("item", maintain_order=True)
+            VALID.with_columns(pl.lit("me").alias("user")).unique("item", maintain_order=True)
         ),
         [],
         "user",
     ),
     "a filter that leaves nothing": (
         "log.csv",
-        lambda d: csv(SOUND.head(60)),
+        lambda d: csv(VALID.head(60)),
         ["--protocol", "filtered-first"],
         "none of 60 rows",
     ),
-    "no parts": ("log.csv", lambda d: csv(SOUND), ["--protocol", "given"], "train.*"),
+    "no parts": ("log.csv", lambda d: csv(VALID), ["--protocol", "given"], "train.*"),
     "cut off Parquet": ("log.parquet", lambda d: parquet(d)[:-40], [], "log.parquet"),
     "Parquet of noise": (
         "log.parquet",
@@ -93,7 +94,7 @@ CASES = {
     ),
     "cut off gzip": (
         "log.csv.gz",
-        lambda d: __import__("gzip").compress(csv(SOUND))[:-200],
+        lambda d: __import__("gzip").compress(csv(VALID))[:-200],
         [],
         "log.csv.gz",
     ),
@@ -107,27 +108,26 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name, content, words, said", CASES.values(), ids=CASES)
-def test_refused_and_nothing_written(tmp_path, capfd, name, content, words, said):
-    place, held = tmp_path / name, content(tmp_path)
-    if held is not None:
-        place.write_bytes(held)
-    assert widedeep("run", "--dataset", place, "--out", tmp_path / "out", *words) == 2
-    shown = capfd.readouterr()
-    assert (
-        shown.out == ""
-        and shown.err.startswith("error: ")
-        and shown.err.count("\n") == 1
-        and said in shown.err
-    ), shown.err
+@pytest.mark.parametrize("name, content, words, message", CASES.values(), ids=CASES)
+def test_refused_and_nothing_written(tmp_path, capfd, name, content, words, message):
+    path = tmp_path / name
+    data = content(tmp_path)
+    if data is not None:
+        path.write_bytes(data)
+    assert widedeep("run", "--dataset", path, "--out", tmp_path / "out", *words) == 2
+    output = capfd.readouterr()
+    assert output.out == "", output.err
+    assert output.err.startswith("error: "), output.err
+    assert output.err.count("\n") == 1, output.err
+    assert message in output.err, output.err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
 def finished(tmp_path):
-    "A run that has a log, one model and figures."
-    SOUND.write_csv(tmp_path / "sound.csv")
-    run = Run(tmp_path / "run", dataset=str(tmp_path / "sound.csv"))
+    "Run with a log, one model and metrics."
+    VALID.write_csv(tmp_path / "valid.csv")
+    run = Run(tmp_path / "run", dataset=str(tmp_path / "valid.csv"))
     preprocess(run)
     make_recommender("popularity").fit(run.load_splits()[0].for_final_fit()).save(
         run.model_folder("popularity")
@@ -141,9 +141,9 @@ def finished(tmp_path):
                     split="test",
                     users="all",
                     items="all",
-                    n_relevant="any",
+                    relevant="any",
                     metric="NDCG@20",
-                    scores=0.5,
+                    value=0.5,
                     lo=0.4,
                     hi=0.6,
                     n=3,
@@ -155,41 +155,36 @@ def finished(tmp_path):
 
 
 def everything(folder):
+    "Read all visible files of a folder."
     return {
         p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("[!.]*")) if p.is_file()
     }
 
 
 @pytest.mark.parametrize("case", ["empty", "no item", "a filter that leaves nothing"])
-def test_a_finished_run_keeps_all_it_had(finished, tmp_path, capfd, case):
+def test_a_refused_log_leaves_a_finished_run_as_it_is(finished, tmp_path, capfd, case):
     before = everything(finished.folder)
-    name, content, words, said = CASES[case]
+    name, content, words, message = CASES[case]
     (tmp_path / name).write_bytes(content(tmp_path))
     assert widedeep("run", "--dataset", tmp_path / name, "--out", finished.folder, *words) == 2
-    assert (
-        said in capfd.readouterr().err
-        and everything(finished.folder) == before
-        and not (finished.folder / ".new").exists()
-    )
+    assert message in capfd.readouterr().err
+    assert everything(finished.folder) == before
+    assert not (finished.folder / ".new").exists()
 
 
 def test_a_log_that_has_changed_is_read_again(finished, tmp_path):
     before = finished.manifest["steps"]["preprocess"]["fingerprint"]
-    SOUND.head(300).write_csv(tmp_path / "sound.csv")
+    VALID.head(300).write_csv(tmp_path / "valid.csv")
     assert widedeep("run", "--out", finished.folder, "--chapters", "00", "--resume") == 0
-    assert (
-        finished.manifest["steps"]["preprocess"]["fingerprint"] != before
-        and finished.read("ingest.json")["rows_read"] == 300
-    )
+    assert finished.manifest["steps"]["preprocess"]["fingerprint"] != before
+    assert finished.read("ingest.json")["rows_read"] == 300
     kept = finished.manifest["steps"]["ingest"]
-    assert (
-        widedeep("run", "--out", finished.folder, "--chapters", "00", "--resume") == 0
-        and finished.manifest["steps"]["ingest"] == kept
-    )
+    assert widedeep("run", "--out", finished.folder, "--chapters", "00", "--resume") == 0
+    assert finished.manifest["steps"]["ingest"] == kept
 
 
 @pytest.mark.parametrize(
-    "file, content, said",
+    "file, content, message",
     [
         ("run.json", b"{", "cannot be read"),
         ("run.json", b'{"format": 99}', "another version"),
@@ -201,16 +196,14 @@ def test_a_log_that_has_changed_is_read_again(finished, tmp_path):
         ("items.parquet", b"PAR1noise", "cannot be read"),
     ],
 )
-def test_a_broken_run_folder(finished, capfd, file, content, said):
+def test_a_broken_run_folder(finished, capfd, file, content, message):
     (finished.folder / file).write_bytes(content)
     assert widedeep("recommend", finished.folder, "--basket", "i1:5,i4") == 2
-    shown = capfd.readouterr()
-    assert (
-        shown.out == ""
-        and shown.err.startswith("error: ")
-        and shown.err.count("\n") == 1
-        and said in shown.err
-    ), shown.err
+    output = capfd.readouterr()
+    assert output.out == "", output.err
+    assert output.err.startswith("error: "), output.err
+    assert output.err.count("\n") == 1, output.err
+    assert message in output.err, output.err
 
 
 def test_a_run_folder_of_another_version_is_left_alone(finished, capfd):
@@ -222,27 +215,25 @@ def test_a_run_folder_of_another_version_is_left_alone(finished, capfd):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    "A folder with room for 300 kB."
-    place = tmp_path / "small"
-    place.mkdir()
+    "Folder on a file system of 300 kB."
+    folder = tmp_path / "small"
+    folder.mkdir()
     if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", place], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True
     ).returncode:
         pytest.skip("no right to mount a small disk here")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
 
 
 def test_a_full_disk(small_disk, tmp_path, capfd):
     assert widedeep("run", "--dataset", "demo", "--out", small_disk / "run") == 2
-    shown = capfd.readouterr()
-    assert (
-        shown.err.startswith("error: ")
-        and shown.err.count("\n") == 1
-        and "No space left" in shown.err
-    ), shown.err
+    output = capfd.readouterr()
+    assert output.err.startswith("error: "), output.err
+    assert output.err.count("\n") == 1, output.err
+    assert "No space left" in output.err, output.err
     assert os.listdir(small_disk) == []
-    SOUND.head(100).write_csv(tmp_path / "few.csv")
+    VALID.head(100).write_csv(tmp_path / "few.csv")
     assert (
         widedeep(
             "run",
@@ -255,7 +246,8 @@ def test_a_full_disk(small_disk, tmp_path, capfd):
         )
         == 2
     )  # the log fits, its pictures do not
-    assert "No space left" in capfd.readouterr().err and not [
+    assert "No space left" in capfd.readouterr().err
+    assert not [
         p for p in (small_disk / "run").rglob(".*") if p.name not in (".lock", ".run.lock", ".new")
     ]
     for path in (small_disk / "run").rglob("*.json"):
@@ -270,20 +262,23 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_whoever_writes_notices_that_there_is_no_room(finished, kind):
-    "By the limit on the size of files, which needs no rights."
+def test_every_writer_reports_a_full_disk(finished, kind):
+    "Check with a limit on the size of files, which needs no rights."
     limit = 20 if kind == "model" else 5000
     code = (
-        f"import numpy as np, polars as pl, resource\nfrom widedeep_nb.core import *\nrun = Run({str(finished.folder)!r})\nsplit = run.splits()[0]\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\ntry: {WRITERS[kind]}\nexcept Problem as e: print(e)"
+        "import numpy as np, polars as pl, resource\n"
+        "from widedeep_nb.core import *\n"
+        f"run = Run({str(finished.folder)!r})\n"
+        "split = run.load_splits()[0]\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        f"try: {WRITERS[kind]}\n"
+        "except UserError as e: print(e)"
     )
     before = everything(finished.folder)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert (
-        done.returncode == 0
-        and "cannot be written (File too large)" in done.stdout
-        and done.stdout.count("\n") == 1
-    ), (done.stdout, done.stderr)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert "cannot be written (File too large)" in done.stdout, (done.stdout, done.stderr)
+    assert done.stdout.count("\n") == 1, (done.stdout, done.stderr)
     assert everything(finished.folder) == before and not list(finished.folder.rglob(".a*"))
 
 

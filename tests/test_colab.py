@@ -1,4 +1,4 @@
-"The driver for Colab: all that it does but the real download, on a small file of the same form."
+"Tests of the Colab notebook without the real download, on a small file of the same form."
 
 import os
 import sys
@@ -21,7 +21,7 @@ def cell_with(text):
     return next(c for c in CELLS if c.cell_type == "code" and text in c.source)
 
 
-def test_its_form():
+def test_form():
     assert "blob/main/nbs/run_on_colab.ipynb)" in CELLS[0].source
     assert (
         set(read_parameters(NOTEBOOK)) == {"dataset", "protocol", "out", "chapters", "fast"}
@@ -43,7 +43,7 @@ def test_it_installs_on_colab_only(monkeypatch, there):
     assert [d.split()[0] for d in done] == (["git", "cd", "pip"] if there else [])
 
 
-def test_the_run_is_handed_over(monkeypatch, tmp_path, capsys):
+def test_the_run_is_packed_and_downloaded(monkeypatch, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/index.html").write_text("the report")
     space = {
@@ -63,7 +63,7 @@ def test_the_run_is_handed_over(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.long
 def test_everything_but_the_download(tmp_path):
-    "As Amazon's file of 2014: no header; user, item, stars, seconds."
+    "Check the whole run on a file like that of 2014: no header; user, item, rating, seconds."
     log = demo_shop(n_ratings=8000, seed=0).interactions.filter(pl.col("rating").is_not_null())
     rows = log.select(
         "user",
@@ -100,7 +100,7 @@ def test_everything_but_the_download(tmp_path):
     assert all(
         f">{text}</td>" in table.data["text/html"]
         for text in (
-            "as the original reports it",
+            "original report",
             "1.2450",
             "0.0063",
             "wide-deep",
@@ -113,5 +113,6 @@ def test_everything_but_the_download(tmp_path):
         run.protocol.name == "filtered-first"
         and (run.folder / "index.html").exists()
         and (tmp_path / "run.zip").exists()
-        and run.manifest["parameters"] == {"epochs": 3, "seeds": 1, "trials": 1, "minutes": 2.0}
+        and run.manifest["parameters"]
+        == {"epochs": 3, "seeds": 1, "trials": 1, "time_budget_min": 2.0}
     )

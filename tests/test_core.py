@@ -1,4 +1,4 @@
-"The contracts: splits and codes, history, ties, files, run folders, steps."
+"Check the core interfaces: splits and codes, histories, ties, files, run folders, steps."
 
 import json
 import os
@@ -33,6 +33,7 @@ logs = st.lists(st.tuples(ids, ids, st.integers(1, 5)), min_size=3, max_size=40)
 
 
 def split_of(rows):
+    "Split rows in half, a quarter and a quarter; return the split and the log."
     log = to_interactions(
         pl.DataFrame(rows, schema=["user", "item", "rating"], orient="row").with_columns(
             timestamp=pl.int_range(pl.len())
@@ -44,21 +45,19 @@ def split_of(rows):
 
 @given(logs)
 @settings(max_examples=100, deadline=None)
-def test_codes_tell_who_is_known(rows):
+def test_training_ids_are_a_prefix_of_the_codes(rows):
     split, log = split_of(rows)
     for column, known in (("user", split.n_train_users), ("item", split.n_train_items)):
         table = getattr(split, column + "s")[column]
         assert table.n_unique() == len(table) == log[column].n_unique()
-        assert set(table[:known]) == set(
-            log[column][: len(split.train)]
-        )  # known to training: exactly a prefix
+        assert set(table[:known]) == set(log[column][: len(split.train)])
         again = split.merge_train_val()
-        assert set(table[: getattr(again, f"known_{column}s")]) == set(
+        assert set(table[: getattr(again, f"n_train_{column}s")]) == set(
             log[column][: len(split.train) + len(split.val)]
         )
         decoded = pl.concat([getattr(split, p) for p in core.SPLIT_NAMES])[column]
         assert table[decoded.to_numpy()].to_list() == log[column].to_list()
-    assert encode_ids(["\0 nobody"], split.users["user"]).to_list() == [len(split.users)]
+    assert encode_ids(["\0 unknown"], split.users["user"]).to_list() == [len(split.users)]
 
 
 def test_fit_never_sees_the_test_part():
@@ -72,23 +71,21 @@ def test_fit_never_sees_the_test_part():
 
 @given(logs, st.lists(st.integers(0, 60), max_size=10))
 @settings(max_examples=100, deadline=None)
-def test_history_is_each_users_rows_in_order(rows, asked):
+def test_history_is_each_users_rows_in_order(rows, users):
     split, _ = split_of(rows)
-    taken = History.from_rows(split.train, split.n_train_users).select(
-        torch.tensor(asked, dtype=torch.int64)
+    history = History.from_rows(split.train, split.n_train_users).select(
+        torch.tensor(users, dtype=torch.int64)
     )
-    for i, user in enumerate(asked):
-        mine = split.train.filter(pl.col("user") == user)
-        a, b = taken.indptr[i], taken.indptr[i + 1]
-        assert (
-            taken.item[a:b].tolist() == mine["item"].to_list()
-            and taken.rating[a:b].tolist() == mine["rating"].to_list()
-        )
-    dense = taken.to_sparse(split.n_train_items).to_dense()
+    for i, user in enumerate(users):
+        rows_of_user = split.train.filter(pl.col("user") == user)
+        a, b = history.indptr[i], history.indptr[i + 1]
+        assert history.item[a:b].tolist() == rows_of_user["item"].to_list()
+        assert history.rating[a:b].tolist() == rows_of_user["rating"].to_list()
+    dense = history.to_sparse(split.n_train_items).to_dense()
     assert torch.equal(
         dense.sum(1).long(),
         torch.tensor(
-            [split.train.filter(pl.col("user") == u)["item"].n_unique() for u in asked],
+            [split.train.filter(pl.col("user") == u)["item"].n_unique() for u in users],
             dtype=torch.int64,
         ),
     )
@@ -106,14 +103,13 @@ def test_top_k_is_a_stable_sort(m, k, levels, seed):
     )
 
 
-def test_lot_has_no_favourites():
-    "A low code or an early row has no better place than any other: mean place of the first tenth over seeds is the middle."
+def test_hash_order_is_unbiased():
+    "Check that the first tenth of the ids has the mean place of all, over 200 seeds."
     table = pl.Series([f"B{i:06d}" for i in range(1000)])
     places = np.stack([np.argsort(hash_order(table, seed).numpy()) for seed in range(200)])
     assert abs(places[:, :100].mean() - 499.5) < 4 * 1000 / 12**0.5 / 20000**0.5
-    assert torch.equal(hash_order(table, 3), hash_order(table, 3)) and not torch.equal(
-        hash_order(table, 3), hash_order(table, 4)
-    )
+    assert torch.equal(hash_order(table, 3), hash_order(table, 3))
+    assert not torch.equal(hash_order(table, 3), hash_order(table, 4))
 
 
 def test_masks_only_what_the_user_has():
@@ -127,7 +123,7 @@ def test_masks_only_what_the_user_has():
     assert masked.tolist() == [[-float("inf"), 0, 0], [0, 0, 0]]
 
 
-def test_names_resolve_and_wrong_ones_are_listed():
+def test_names_resolve_and_unknown_names_list_the_known():
     for name in core.RECOMMENDERS:
         assert make_recommender(name).name == name
     with pytest.raises(UserError, match="known: .*damped-bias"):
@@ -139,16 +135,15 @@ def test_names_resolve_and_wrong_ones_are_listed():
 def test_run_folder(tmp_path):
     run = Run(tmp_path / "r", dataset="demo?ratings=10", protocol="rolling")
     assert run.protocol.folds[0] == pytest.approx((0.5, 0.6, 0.7))
-    assert run.model_folder("ease").parts[-2:] == ("models", "ease") and run.model_folder(
-        "ease", 2, 0
-    ).parts[-2:] == ("cut-0", "seed-2")
-    about = json.loads((tmp_path / "r/run.json").read_text())
-    (tmp_path / "r/run.json").write_text(json.dumps(about | {"format": 0}))
+    assert run.model_folder("ease").parts[-2:] == ("models", "ease")
+    assert run.model_folder("ease", 2, 0).parts[-2:] == ("cut-0", "seed-2")
+    manifest = json.loads((tmp_path / "r/run.json").read_text())
+    (tmp_path / "r/run.json").write_text(json.dumps(manifest | {"format": 0}))
     with pytest.raises(UserError, match="another version"):
         Run(tmp_path / "r")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other/thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="something else"):
+    (tmp_path / "other/thesis.txt").write_text("text")
+    with pytest.raises(UserError, match="not of a run"):
         Run(tmp_path / "other")
     with pytest.raises(UserError, match="unknown protocol"):
         Run(tmp_path / "p", protocol="strickt")
@@ -195,33 +190,32 @@ def test_weights_that_were_changed_are_refused(tmp_path):
         load_recommender(tmp_path)
 
 
-# --- pieces of a step side by side
+# Parallel tasks of a step
 
 
-def test_pieces_are_done_side_by_side_and_once(tmp_path, monkeypatch):
+def test_tasks_run_in_parallel_and_once(tmp_path, monkeypatch):
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
     run = Run(tmp_path / "run")
-    pieces = {name: (time_and_place, str(tmp_path / name)) for name in ("a", "b", "c", "d")}
-    found = run.map_cached(pieces, 1000, "waiting")
-    assert len({pid for pid, _ in found.values()} | {os.getpid()}) == 3 and {
-        threads for _, threads in found.values()
-    } == {1}  # two others, a thread each
-    assert run.map_cached(pieces, 1000, "waiting") == found and all(
-        (tmp_path / name).read_text() == "x" for name in pieces
-    )  # done before, and not again
+    tasks = {name: (wait_and_report, str(tmp_path / name)) for name in ("a", "b", "c", "d")}
+    results = run.map_cached(tasks, 1000, "waiting")
+    processes = {pid for pid, _ in results.values()}
+    assert len(processes | {os.getpid()}) == 3  # two other processes
+    assert {threads for _, threads in results.values()} == {1}
+    assert run.map_cached(tasks, 1000, "waiting") == results
+    assert all((tmp_path / name).read_text() == "x" for name in tasks)  # not run again
     alone = run.map_cached({"e": (os.getpid,)}, 10**6, "a large log")
     assert alone == {"e": os.getpid()}
 
 
-def time_and_place(path):
-    "Leave a mark, wait, and say where."
+def wait_and_report(path):
+    "Write one byte, wait, return the process id and the number of threads."
     with open(path, "a") as f:
         f.write("x")
     time.sleep(0.5)
     return os.getpid(), torch.get_num_threads()
 
 
-def test_a_piece_that_fails_is_said_in_one_line(tmp_path, monkeypatch):
+def test_a_failing_task_raises_its_user_error(tmp_path, monkeypatch):
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
     run = Run(tmp_path / "run")
     with pytest.raises(UserError, match="^no such thing$"):
@@ -230,24 +224,22 @@ def test_a_piece_that_fails_is_said_in_one_line(tmp_path, monkeypatch):
 
 
 def refuse():
+    "Raise a user error."
     raise UserError("no such thing")
 
 
-def test_tiny_runs_are_left_for_the_next_chapter(tmp_path, monkeypatch):
-    "In one process and with the same parameters; else they are removed with the process's object."
+def test_demo_runs_are_shared_by_chapters_of_one_process(tmp_path, monkeypatch):
+    "Check that WIDEDEEP_TINY keeps a demo run for calls with the same parameters."
     alone = open_run("")
-    assert alone.folder != open_run("").folder and alone.manifest["parameters"] == {
+    assert alone.folder != open_run("").folder
+    assert alone.manifest["parameters"] == {
         "seeds": 2,
         "epochs": 8,
     }
     monkeypatch.setenv("WIDEDEEP_TINY", str(tmp_path))
-    first = open_run("", n_seeds=1)
+    first = open_run("", seeds=1)
     first.update_manifest(steps={"train": {"fingerprint": "m"}})
-    assert (
-        first.manifest["parameters"] == {"seeds": 1, "epochs": 8}
-        and tmp_path in first.folder.parents
-    )
-    assert (
-        open_run("", n_seeds=1).manifest["steps"] == {"train": {"fingerprint": "m"}}
-        and open_run("", n_seeds=2).manifest["steps"] == {}
-    )
+    assert first.manifest["parameters"] == {"seeds": 1, "epochs": 8}
+    assert tmp_path in first.folder.parents
+    assert open_run("", seeds=1).manifest["steps"] == {"train": {"fingerprint": "m"}}
+    assert open_run("", seeds=2).manifest["steps"] == {}

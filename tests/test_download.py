@@ -1,4 +1,4 @@
-"Downloads from a server of our own that does what servers do: the right file, another one, half of one, an error, nothing at all."
+"Check downloads from a local server that answers right, wrong, partly, with errors or not at all."
 
 import gzip
 import hashlib
@@ -27,7 +27,7 @@ SUM = hashlib.sha256(ROWS).hexdigest()
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    "The first part of the path says how to behave."
+    "Local server; the first part of the path is how it behaves."
 
     bodies = {"ratings.csv": ROWS, "items.jsonl.gz": ITEMS}
 
@@ -35,25 +35,25 @@ class Server(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        how, name = self.path.strip("/").split("/")
-        self.server.asked.append(how)
+        way, name = self.path.strip("/").split("/")
+        self.server.asked.append(way)
         body = self.bodies.get(name, b"")
-        if how.isdigit():
-            return self.send_error(int(how))
-        if how == "moved":
+        if way.isdigit():
+            return self.send_error(int(way))
+        if way == "moved":
             return self.answer(b"", 302, Location="/page/" + name)
-        if how == "page":
+        if way == "page":
             body = b"<!doctype html><title>Not here any more</title>"
-        if how == "wrong":
+        if way == "wrong":
             body = body[:-3]
-        if how == "cut":
-            return self.answer(body[: len(body) // 2], lengths=len(body))
-        if how == "short":
+        if way == "cut":
+            return self.answer(body[: len(body) // 2], length=len(body))
+        if way == "short":
             return self.answer(body[: len(body) // 2])
-        if how == "silent":
+        if way == "silent":
             return self.server.over.wait(20)
-        if how == "stalls":
-            self.answer(body[:10], lengths=len(body))
+        if way == "stalls":
+            self.answer(body[:10], length=len(body))
             return self.server.over.wait(20)
         self.answer(body)
 
@@ -71,15 +71,15 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
-    "Called with ways to behave, it gives a dataset `toy` at such addresses, one after the other; and an empty cache."
+    "Factory of a dataset `toy` with one address per behavior of the server, and an empty cache."
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.asked, server.over, server.daemon_threads = [], threading.Event(), True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("WIDEDEEP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "PATIENCE", 0.3)
+    monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT", 0.3)
 
     def toy(*ways, metadata=()):
-        def at(ways, name):
+        def urls(ways, name):
             return tuple(f"http://127.0.0.1:{server.server_port}/{way}/{name}" for way in ways)
 
         monkeypatch.setitem(
@@ -90,9 +90,9 @@ def served(tmp_path, monkeypatch):
                 20,
                 "ask the owner",
                 1_300_000,
-                at(ways, "ratings.csv"),
+                urls(ways, "ratings.csv"),
                 SUM,
-                at(metadata, "items.jsonl.gz"),
+                urls(metadata, "items.jsonl.gz"),
                 options={"metadata": 0},
             ),
         )
@@ -106,10 +106,12 @@ def served(tmp_path, monkeypatch):
 
 
 def kept():
+    "List the files in the cache."
     return sorted(f.name for f in cache_dir("toy").rglob("*")) if cache_dir("toy").exists() else []
 
 
 def refused(dataset):
+    "Load a dataset that cannot be downloaded; return the message."
     with pytest.raises(UserError) as e:
         load(dataset)
     assert "\n" not in str(e.value) and "try again" in str(e.value)
@@ -120,18 +122,15 @@ def test_a_download_is_announced_checked_and_kept(served, capsys):
     asked = served("good")
     assert not datasets().filter(name="toy")["available"].item() and fingerprint("toy") is None
     assert load("toy").report["kept"] == 20 and kept() == ["ratings.csv"]
-    said = capsys.readouterr().err
-    told, bar = said.split("\n", 1)
-    assert (
-        all(
-            part in told
-            for part in ("a toy shop", "20 rows", "1 MB", "ask the owner", str(cache_dir("toy")))
-        )
-        and "100%" in bar
+    notice, bar = capsys.readouterr().err.split("\n", 1)
+    assert all(
+        part in notice
+        for part in ("a toy shop", "20 rows", "1 MB", "ask the owner", str(cache_dir("toy")))
     )
+    assert "100%" in bar
     assert datasets().filter(name="toy")["available"].item() and fingerprint("toy") == SUM
     assert load("toy").report["sha256"] == SUM and asked == ["good"]
-    assert capsys.readouterr().err == ""  # nothing is announced where nothing is downloaded
+    assert capsys.readouterr().err == ""  # no notice without a download
 
 
 @pytest.mark.parametrize(
@@ -171,34 +170,30 @@ def test_a_file_without_a_known_sum_is_read_through_before_it_is_kept(served, wa
     assert why in refused("toy?metadata=1") and kept() == ["ratings.csv"]
     served("good", metadata=(way, "good"))
     items = load("toy?metadata=1").items
-    assert (
-        items["title"].to_list() == [f"Thing {i}" for i in range(20)]
-        and items.columns == ["item", "title", "price"]
-        and kept() == ["items.jsonl.gz", "ratings.csv"]
-    )
+    assert items["title"].to_list() == [f"Thing {i}" for i in range(20)]
+    assert items.columns == ["item", "title", "price"]
+    assert kept() == ["items.jsonl.gz", "ratings.csv"]
     assert fingerprint("toy?metadata=1") == load("toy?metadata=1").report["sha256"] != SUM
 
 
-def test_the_second_address_is_asked_where_the_first_fails(served):
+def test_the_next_address_is_tried_where_one_fails(served):
     asked = served("404", "stalls", "good")
-    assert (
-        load("toy").report["sha256"] == SUM
-        and asked == ["404", "stalls", "good"]
-        and kept() == ["ratings.csv"]
-    )
+    assert load("toy").report["sha256"] == SUM
+    assert asked == ["404", "stalls", "good"]
+    assert kept() == ["ratings.csv"]
 
 
-def test_a_spoilt_file_in_the_cache_is_replaced_not_used(served):
+def test_a_damaged_file_in_the_cache_is_replaced(served):
     served("good")
     load("toy")
     (cache_dir("toy") / "ratings.csv").write_bytes(ROWS + b"\nx,y,5,1365811200")
     assert load("toy").report["rows_read"] == 20 and fingerprint("toy") == SUM
-    (cache_dir("toy") / "ratings.csv").write_bytes(b"spoilt")
+    (cache_dir("toy") / "ratings.csv").write_bytes(b"damaged")
     served("500")
     assert "it answers 500" in refused("toy") and kept() == []
 
 
-def test_nobody_listens(served, monkeypatch):
+def test_a_refused_connection(served, monkeypatch):
     served("good")
     monkeypatch.setitem(
         DATASETS, "toy", replace(DATASETS["toy"], urls=("http://127.0.0.1:9/good/ratings.csv",))

@@ -1,4 +1,4 @@
-"Evaluation against oracles written with lists, sets and math only, against ranx, and against frauds."
+"Evaluation against plain Python, against ranx, and with models without skill."
 
 import math
 import random
@@ -22,15 +22,14 @@ from widedeep_nb.core import (
     to_interactions,
 )
 
-settings.register_profile(
-    "steady", deadline=None
-)  # how long an example takes says nothing about it
+# no deadline: the time of an example depends on the machine
+settings.register_profile("steady", deadline=None)
 settings.load_profile("steady")
 STRICT, UNMASKED = PROTOCOLS["strict"], PROTOCOLS["as-reported"]
 
 
-class Table(Recommender):
-    "Looks scores up: `table[user code, item code]`."
+class TableScores(Recommender):
+    "Recommender that looks scores up: `table[user code, item code]`."
 
     name = "table"
 
@@ -44,7 +43,9 @@ class Table(Recommender):
         return self.table[users][:, items]
 
 
-class Stars(Table):
+class TableRatings(TableScores):
+    "Recommender that looks ratings up."
+
     predicts_ratings = True
 
     def _predict(self, users, items, history):
@@ -59,55 +60,62 @@ def make(train, val, test=(), protocol=STRICT, items=None):
     return Split.from_frames(log(train), log(val), log(list(test)), items=items, protocol=protocol)
 
 
-# ---- the oracle -------------------------------------------------------------------------------------------------
+# ---- plain Python
 
 
-def oracle(train, val, score, order, ks, relevant, mask, new):
-    "What each user of `val` should get; `score(user, item)`, ids as text, `order`: position of an item in the lot."
-    known, seen = {i for _, i, _ in train}, {}
+def expected_results(train, val, score, order, ks, relevant, mask, new):
+    "Compute the metrics of each user of `val` in plain Python; `order`: position of an item in ties."
+    train_items, histories = {i for _, i, _ in train}, {}
     for u, i, _ in train:
-        seen.setdefault(u, set()).add(i)
-    candidates = {i for _, i, _ in val} - known if new else known
+        histories.setdefault(u, set()).add(i)
+    candidates = {i for _, i, _ in val} - train_items if new else train_items
     expected = {}
     for user in {u for u, _, _ in val}:
-        had = seen.get(user, set())
-        wanted = {
-            i
-            for u, i, r in val
-            if u == user and (relevant is None or (r is not None and r >= relevant))
-        } & candidates
+        history = histories.get(user, set())
+        is_relevant = relevance_of(relevant)
+        truth = {i for u, i, rating in val if u == user and is_relevant(rating)} & candidates
         if mask:
-            wanted -= had
-        if not wanted:
+            truth -= history
+        if not truth:
             continue
-        offered = [i for i in candidates if not (mask and i in had)]
+        allowed = [i for i in candidates if not (mask and i in history)]
         ranked = sorted(
-            (i for i in offered if score(user, i) != -math.inf),
+            (i for i in allowed if score(user, i) != -math.inf),
             key=lambda i: (-score(user, i), order[i]),
         )
-        row = {"warm": user in seen, "n_relevant": len(wanted), "n_candidates": len(offered)}
+        row = {"warm": user in histories, "n_relevant": len(truth), "n_candidates": len(allowed)}
         for k in ks:
-            top = ranked[:k]
-            at = [n for n, i in enumerate(top, 1) if i in wanted]
-            best = sum(1 / math.log2(n + 1) for n in range(1, min(k, len(wanted)) + 1))
-            row |= {
-                f"Precision@{k}": len(at) / k,
-                f"Recall@{k}": len(at) / len(wanted),
-                f"HitRate@{k}": float(bool(at)),
-                f"MRR@{k}": 1 / at[0] if at else 0.0,
-                f"MAP@{k}": sum((j + 1) / n for j, n in enumerate(at)) / min(k, len(wanted)),
-                f"NDCG@{k}": sum(1 / math.log2(n + 1) for n in at) / best,
-            }
+            row |= expected_metrics([i in truth for i in ranked[:k]], len(truth), k)
         expected[user] = row
     return expected
 
 
+def relevance_of(threshold):
+    def is_relevant(rating):
+        return threshold is None or (rating is not None and rating >= threshold)
+
+    return is_relevant
+
+
+def expected_metrics(hits, n_relevant, k):
+    "Compute the ranking metrics of one list in plain Python."
+    ranks = [rank for rank, hit in enumerate(hits, 1) if hit]
+    n_best = min(k, n_relevant)
+    ideal = sum(1 / math.log2(rank + 1) for rank in range(1, n_best + 1))
+    return {
+        f"Precision@{k}": len(ranks) / k,
+        f"Recall@{k}": len(ranks) / n_relevant,
+        f"HitRate@{k}": float(bool(ranks)),
+        f"MRR@{k}": 1 / ranks[0] if ranks else 0.0,
+        f"MAP@{k}": sum((j + 1) / rank for j, rank in enumerate(ranks)) / n_best,
+        f"NDCG@{k}": sum(1 / math.log2(rank + 1) for rank in ranks) / ideal,
+    }
+
+
 def random_case(rng):
-    "A small log with strangers, new items, repeats, ties, scores of -inf, and lists longer than the catalogue."
-    users, items = (
-        [f"u{i}" for i in range(rng.randint(2, 9))],
-        [f"i{i}" for i in range(rng.randint(2, 25))],
-    )
+    "Make a small log with cold-start users, new items, repeats, ties, -inf and short catalogs."
+    users = [f"u{i}" for i in range(rng.randint(2, 9))]
+    items = [f"i{i}" for i in range(rng.randint(2, 25))]
 
     def rows(n, us, its):
         return [
@@ -134,54 +142,55 @@ def random_case(rng):
     return train, val, table
 
 
-def test_oracle():
+def test_metrics_equal_those_of_plain_python():
     rng, cases, empty_lists, ties = random.Random(1), 0, 0, 0
     while cases < 1500:
         train, val, table = random_case(rng)
-        mask, new, relevant, seed = (
-            rng.random() < 0.6,
-            rng.random() < 0.2,
-            rng.choice([None, None, 4, 2.5]),
-            rng.randint(0, 3),
-        )
+        mask, new = rng.random() < 0.6, rng.random() < 0.2
+        relevant, seed = rng.choice([None, None, 4, 2.5]), rng.randint(0, 3)
         ks = tuple(sorted(rng.sample([1, 2, 3, 5, 10, 40], 3)))
         split = make(train, val, protocol=STRICT if mask else UNMASKED)
         users, items = split.users["user"].to_list(), split.items["item"].to_list()
         order = {items[p]: n for n, p in enumerate(hash_order(split.items["item"], seed).tolist())}
-        model = Table([[table[u, i] for i in items] for u in users]).fit(split)
-        got = ev.eval_ranking(model, split, "val", ks, relevant, "new" if new else "known", seed)
-        expected = oracle(train, val, lambda u, i: table[u, i], order, ks, relevant, mask, new)
-        assert {users[u] for u in got.users["user"]} == set(expected)
-        for row in got.users.to_dicts():
-            want = expected[users[row["user"]]]
-            assert all(abs(row[name] - value) <= 1e-6 for name, value in want.items()), (row, want)
+        scores = [[table[u, i] for i in items] for u in users]
+        model = TableScores(scores).fit(split)
+        choice = "new" if new else "known"
+        results = ev.eval_ranking(model, split, "val", ks, relevant, choice, seed)
+        expected = expected_results(
+            train, val, lambda u, i: table[u, i], order, ks, relevant, mask, new
+        )
+        assert {users[u] for u in results.users["user"]} == set(expected)
+        for row in results.users.to_dicts():
+            user = users[row["user"]]
+            for name, value in expected[user].items():
+                assert abs(row[name] - value) <= 1e-6, (row, expected[user])
             cases += 1
-            empty_lists += want["n_candidates"] < max(ks)
-            ties += len({table[users[row["user"]], i] for i in items}) < len(items)
-        out = got.task.excluded
-        assert out["users"] == len({u for u, _, _ in val}) and out[
-            "users without relevant items"
-        ] == out["users"] - len(expected)
-        assert out["pairs"] - out["pairs on non-candidate items"] - out[
-            "pairs already in the history"
-        ] == sum(e["n_relevant"] for e in expected.values())
-    assert empty_lists > 200 and ties > 500
+            empty_lists += expected[user]["n_candidates"] < max(ks)
+            ties += len({table[user, i] for i in items}) < len(items)
+        excluded = results.task.excluded
+        assert excluded["users"] == len({u for u, _, _ in val})
+        assert excluded["users without relevant items"] == excluded["users"] - len(expected)
+        n_pairs = excluded["pairs"] - excluded["pairs on non-candidate items"]
+        n_pairs -= excluded["pairs already in the history"]
+        assert n_pairs == sum(e["n_relevant"] for e in expected.values())
+    assert empty_lists > 200
+    assert ties > 500
 
 
 def test_blocks_of_users_change_nothing():
     train, val, table = random_case(random.Random(8))
     split = make(train, val)
-    model = Table(torch.rand(len(split.users), len(split.items))).fit(split)
-    question = ev.make_eval_task(split)
-    assert len(question.users) > 2
+    model = TableScores(torch.rand(len(split.users), len(split.items))).fit(split)
+    task = ev.make_eval_task(split)
+    assert len(task.users) > 2
     assert torch.equal(
-        ev.top_k_lists(model, split, question, 5, budget=1),
-        ev.top_k_lists(model, split, question, 5),
+        ev.top_k_lists(model, split, task, 5, budget=1),
+        ev.top_k_lists(model, split, task, 5),
     )
 
 
 @pytest.mark.long
-def test_ranx():
+def test_metrics_equal_those_of_ranx():
     ranx = pytest.importorskip("ranx")
     rng = np.random.default_rng(0)
     users, items = [f"u{i}" for i in range(60)], [f"i{i}" for i in range(50)]
@@ -193,36 +202,33 @@ def test_ranx():
     )
     split = make(train, val)
     scores = rng.permuted(np.tile(np.arange(50.0), (60, 1)), axis=1)  # strictly ordered
-    got = ev.eval_ranking(Table(scores).fit(split), split, ks=(5, 10, 20))
-    name, item, had = (
-        split.users["user"].to_list(),
-        split.items["item"].to_list(),
-        set(split.train.select("user", "item").iter_rows()),
-    )
-    wanted = {}
-    for u, i in got.task.ground_truth.iter_rows():
-        wanted.setdefault(name[u], {})[item[i]] = 1
-    run = {
-        name[u]: {item[i]: float(scores[u, i]) for i in range(50) if (u, i) not in had}
-        for u in got.users["user"]
-    }
-    n = got.users["n_relevant"].to_numpy()
+    results = ev.eval_ranking(TableScores(scores).fit(split), split, ks=(5, 10, 20))
+    name, item = split.users["user"].to_list(), split.items["item"].to_list()
+    histories = set(split.train.select("user", "item").iter_rows())
+    truth = {}
+    for u, i in results.task.ground_truth.iter_rows():
+        truth.setdefault(name[u], {})[item[i]] = 1
+    run = {}
+    for u in results.users["user"]:
+        allowed = [i for i in range(50) if (u, i) not in histories]
+        run[name[u]] = {item[i]: float(scores[u, i]) for i in allowed}
+    n = results.users["n_relevant"].to_numpy()
     theirs = ranx.evaluate(
-        ranx.Qrels(wanted),
+        ranx.Qrels(truth),
         ranx.Run(run),
         ["precision@5", "recall@5", "map@5", "ndcg@20", "hit_rate@10", "mrr@10"],
         return_mean=False,
     )
-    by_user = [sorted(wanted).index(name[u]) for u in got.users["user"]]  # ranx sorts by id
+    by_user = [sorted(truth).index(name[u]) for u in results.users["user"]]  # ranx sorts by id
     for ours, (metric, values) in zip(
         ["Precision@5", "Recall@5", "MAP@5", "NDCG@20", "HitRate@10", "MRR@10"], theirs.items()
     ):
         values = np.asarray(values)[by_user] * (n / np.minimum(5, n) if metric == "map@5" else 1)
-        assert np.allclose(got.users[ours].to_numpy(), values, atol=1e-9), metric
-    assert 0 < got.users["MAP@5"].mean() < 1
+        assert np.allclose(results.users[ours].to_numpy(), values, atol=1e-9), metric
+    assert 0 < results.users["MAP@5"].mean() < 1
 
 
-# ---- properties -------------------------------------------------------------------------------------------------
+# ---- properties of the metrics
 
 rows_of_hits = st.lists(st.booleans(), min_size=1, max_size=12)
 
@@ -230,15 +236,16 @@ rows_of_hits = st.lists(st.booleans(), min_size=1, max_size=12)
 @given(rows_of_hits, st.integers(0, 20), st.integers(1, 15))
 def test_metrics_lie_between_0_and_1(hits, more, k):
     relevant = max(1, sum(hits) + more)
-    for name, f in ev.RANKING_METRICS.items():
-        assert 0 <= f(torch.tensor([hits]), torch.tensor([relevant]), k).item() <= 1 + 1e-12, name
+    for name in ev.RANKING_METRICS:
+        value = ev.METRICS[name].function(torch.tensor([hits]), torch.tensor([relevant]), k)
+        assert 0 <= value.item() <= 1 + 1e-12, name
 
 
 @given(st.integers(1, 20), st.integers(1, 12))
 def test_the_best_list_scores_1(relevant, k):
     hits, n = torch.tensor([[i < relevant for i in range(k)]]), torch.tensor([relevant])
     for name in ("MAP", "NDCG", "HitRate", "MRR"):
-        assert abs(ev.RANKING_METRICS[name](hits, n, k).item() - 1) < 1e-12, name
+        assert abs(ev.METRICS[name].function(hits, n, k).item() - 1) < 1e-12, name
 
 
 @given(rows_of_hits, st.data())
@@ -248,8 +255,9 @@ def test_a_hit_that_moves_up_never_harms(hits, data):
     if hits[down] and not hits[up]:
         better[up], better[down] = True, False
     k, n = data.draw(st.integers(1, len(hits))), torch.tensor([max(1, sum(hits))])
-    for name, f in ev.RANKING_METRICS.items():
-        before, after = (f(torch.tensor([h]), n, k).item() for h in (hits, better))
+    for name in ev.RANKING_METRICS:
+        metric = ev.METRICS[name].function
+        before, after = (metric(torch.tensor([h]), n, k).item() for h in (hits, better))
         assert after >= before - 1e-12, name
         if better != hits and down < k and name in ("MAP", "NDCG"):
             assert after > before, name
@@ -266,15 +274,17 @@ def test_only_the_order_of_scores_counts(seed, stretch):
     scores = torch.randint(
         0, 6, (len(split.users), len(split.items)), generator=torch.Generator().manual_seed(seed)
     ).float()
-    a, b = (ev.eval_ranking(Table(s).fit(split), split).users for s in (scores, stretch(scores)))
+    a, b = (
+        ev.eval_ranking(TableScores(s).fit(split), split).users for s in (scores, stretch(scores))
+    )
     assert a.equals(b)
 
 
-# ---- ties and frauds --------------------------------------------------------------------------------------------
+# ---- ties and models without skill
 
 
 def skewed_shop(n_users=250, n_items=40, name=lambda i: f"i{i:02d}"):
-    "People take six of forty items, of which few sell well; the sixth is to be found."
+    "Make a log of users with six items each, of which few are popular; the sixth is for validation."
     rng = np.random.default_rng(0)
     weight = 1 / np.arange(1, n_items + 1)
     taken = [rng.choice(n_items, 6, replace=False, p=weight / weight.sum()) for _ in range(n_users)]
@@ -285,7 +295,7 @@ def skewed_shop(n_users=250, n_items=40, name=lambda i: f"i{i:02d}"):
 
 
 def constant(split):
-    return Table(torch.zeros(len(split.users), len(split.items))).fit(split)
+    return TableScores(torch.zeros(len(split.users), len(split.items))).fit(split)
 
 
 @pytest.mark.parametrize(
@@ -302,26 +312,27 @@ def test_a_constant_scores_as_chance_whatever_the_items_are_called(name):
         users[0]["n_relevant"].to_numpy(), users[0]["n_candidates"].to_numpy(), 10
     ).mean()
     assert abs(scores.mean() - chance) < 3.3 * scores.std() / len(scores) ** 0.5
-    assert chance == pytest.approx(
-        sum(1 / math.log2(i + 1) for i in range(1, 11)) / 35
-    )  # by hand: one of 35 is right
+    by_hand = sum(1 / math.log2(i + 1) for i in range(1, 11)) / 35  # one of 35 is relevant
+    assert chance == pytest.approx(by_hand)
     assert 3.3 * scores.std() / len(scores) ** 0.5 < 0.2 * chance  # the check above could fail
 
 
-def frauds(split):
-    class Seen(Table):
+def models_without_skill(split):
+    class Seen(TableScores):
         def _scores(self, users, history, items):
             return history.to_sparse(self.n_items).to_dense()[:, items]
 
     popular = torch.bincount(
         torch.tensor(split.train["item"].to_numpy()).long(), minlength=len(split.items)
     ).float()
-    real = Table(popular.expand(len(split.users), -1)).fit(split)
+    real = TableScores(popular.expand(len(split.users), -1)).fit(split)
 
     def turn(s):
         return torch.randperm(len(popular), generator=torch.Generator().manual_seed(s))
 
-    shuffled = [Table(popular[turn(s)].expand(len(split.users), -1)).fit(split) for s in range(12)]
+    shuffled = [
+        TableScores(popular[turn(s)].expand(len(split.users), -1)).fit(split) for s in range(12)
+    ]
     return {
         "real": [real] * 12,
         "shuffled": shuffled,
@@ -330,40 +341,42 @@ def frauds(split):
     }
 
 
-def test_three_frauds_fail_and_a_real_model_passes():
+def test_models_without_skill_fail_and_a_real_model_passes():
     split = skewed_shop()
     verdict = {
         name: ev.gain_over_random(
             [ev.eval_ranking(m, split, ks=(10,), seed=s).users for s, m in enumerate(models)]
         )
-        for name, models in frauds(split).items()
+        for name, models in models_without_skill(split).items()
     }
     assert verdict["real"][1] > 0.05
     for name in ("shuffled", "constant", "seen"):
         assert verdict[name][1] <= 0, name
 
 
-def test_what_was_seen_cannot_be_a_hit():
+def test_a_seen_item_cannot_be_a_hit():
     split = make(
         [("a", "x", None), ("a", "y", None), ("b", "z", None)], [("a", "x", None), ("a", "z", None)]
     )
-    got = ev.eval_ranking(Table([[9, 9, 0], [0, 0, 0]]).fit(split), split, ks=(1,))
-    assert got.users["n_relevant"].to_list() == [1] and got.users["Precision@1"].to_list() == [1]
-    assert got.task.excluded["pairs already in the history"] == 1
+    results = ev.eval_ranking(TableScores([[9, 9, 0], [0, 0, 0]]).fit(split), split, ks=(1,))
+    assert results.users["n_relevant"].to_list() == [1] and results.users[
+        "Precision@1"
+    ].to_list() == [1]
+    assert results.task.excluded["pairs already in the history"] == 1
     open_split = replace(split, protocol=UNMASKED)
     assert ev.eval_ranking(
-        Table([[9, 9, 0], [0, 0, 0]]).fit(open_split), open_split, ks=(1,)
+        TableScores([[9, 9, 0], [0, 0, 0]]).fit(open_split), open_split, ks=(1,)
     ).users["n_relevant"].to_list() == [2]
 
 
-def test_a_model_that_saw_more_than_the_training_part_is_refused():
+def test_a_model_fitted_on_more_than_the_training_part_is_refused():
     split = make(
         [("a", "x", 3), ("b", "y", 4)],
         [("a", "y", 5)],
         [("b", "x", 1)],
         protocol=replace(STRICT, min_user=1, min_item=1),
     )
-    leaky = Table(torch.zeros(2, 2)).fit(split.merge_train_val())
+    leaky = TableScores(torch.zeros(2, 2)).fit(split.merge_train_val())
     with pytest.raises(UserError, match="fitted on other rows"):
         ev.eval_ranking(leaky, split)
     with pytest.raises(UserError, match="fitted on other rows"):
@@ -374,20 +387,20 @@ def test_a_model_that_saw_more_than_the_training_part_is_refused():
 def test_scores_that_are_not_numbers_are_refused():
     split = make([("a", "x", 3), ("b", "y", 4)], [("a", "y", 5)])
     with pytest.raises(UserError, match="not numbers"):
-        ev.eval_ranking(Table(torch.full((2, 2), torch.nan)).fit(split), split)
+        ev.eval_ranking(TableScores(torch.full((2, 2), torch.nan)).fit(split), split)
 
 
 @pytest.mark.parametrize("history", ["seen", "fit"])
 def test_history_is_what_the_protocol_says(history):
-    class Probe(Table):
+    class Probe(TableScores):
         predicts_ratings = True
 
         def _scores(self, users, history, items):
-            self.asked = len(history.item)
+            self.n_scored = len(history.item)
             return torch.zeros(len(users), len(items))
 
         def _predict(self, users, items, history):
-            self.told = len(history.item)
+            self.n_predicted = len(history.item)
             return torch.zeros(len(users))
 
     split = make(
@@ -399,14 +412,14 @@ def test_history_is_what_the_protocol_says(history):
     probe = Probe([]).fit(split)
     ev.eval_ranking(probe, split, "test")
     ev.eval_ratings(probe, split, "test")
-    assert (probe.asked, probe.told) == {"seen": (3, 5), "fit": (2, 3)}[history]
+    assert (probe.n_scored, probe.n_predicted) == {"seen": (3, 5), "fit": (2, 3)}[history]
 
 
-# ---- beyond accuracy --------------------------------------------------------------------------------------------
+# ---- beyond accuracy
 
 
 def test_beyond_accuracy_by_hand():
-    about = pl.DataFrame(
+    items_table = pl.DataFrame(
         {"item": ["x", "y", "z"], "category": ["A", "A", "B"], "price": [10.0, 20.0, 40.0]}
     )
     train = [
@@ -416,20 +429,19 @@ def test_beyond_accuracy_by_hand():
         ("c", "x", None),
         ("d", "z", None),
     ]
-    split = make(train, [("a", "y", None), ("e", "x", None)], items=about)
+    split = make(train, [("a", "y", None), ("e", "x", None)], items=items_table)
     items = split.items["item"].to_list()
     score = [float({"x": 3, "y": 2, "z": 1}[i]) for i in items]
-    got = ev.eval_ranking(Table([score] * 5).fit(split), split, ks=(1, 2))
-    a, e = got.users.sort(
-        "warm", descending=True
-    ).to_dicts()  # a: has x, gets y, z.  e: a stranger, gets x, y
-    assert a["Novelty@2"] == pytest.approx(2) and e["Novelty@2"] == pytest.approx(
-        (math.log2(4 / 3) + 2) / 2
-    )
-    assert a["Diversity@2"] == 1 and e["Diversity@2"] == 0
-    assert a["Revenue@2"] == 20 and e["Revenue@2"] == 10
-    assert a["PopularityLift@2"] == pytest.approx((1 - 3) / 3) and e["PopularityLift@2"] is None
-    shown = ev.catalog_metrics(got.lists[:, :1], got.task.candidates)  # y and x of three
+    results = ev.eval_ranking(TableScores([score] * 5).fit(split), split, ks=(1, 2))
+    # a has x and gets y, z; e is a cold-start user and gets x, y
+    a, e = results.users.sort("warm", descending=True).to_dicts()
+    assert a["Novelty@2"] == pytest.approx(2)
+    assert e["Novelty@2"] == pytest.approx((math.log2(4 / 3) + 2) / 2)
+    assert (a["Diversity@2"], e["Diversity@2"]) == (1, 0)
+    assert (a["Revenue@2"], e["Revenue@2"]) == (20, 10)
+    assert a["PopularityLift@2"] == pytest.approx((1 - 3) / 3)
+    assert e["PopularityLift@2"] is None
+    shown = ev.catalog_metrics(results.lists[:, :1], results.task.candidates)  # y and x of three
     assert shown["value"].to_list() == pytest.approx([2 / 3, 1 / 3])
 
 
@@ -440,15 +452,14 @@ def test_diversity_against_all_pairs():
         row = rng.sample(range(9), 5) + [-1] * rng.randint(0, 2)
         known = [category[i] for i in row if i >= 0 and category[i] >= 0]
         pairs = [(a, b) for n, a in enumerate(known) for b in known[n + 1 :]]
-        got = ev.diversity(torch.tensor([row]), torch.tensor(category)).item()
-        assert (
-            math.isnan(got)
-            if not pairs
-            else got == pytest.approx(1 - sum(a == b for a, b in pairs) / len(pairs))
-        )
+        results = ev.diversity(torch.tensor([row]), torch.tensor(category)).item()
+        if not pairs:
+            assert math.isnan(results)
+        else:
+            assert results == pytest.approx(1 - sum(a == b for a, b in pairs) / len(pairs))
 
 
-# ---- stars ------------------------------------------------------------------------------------------------------
+# ---- rating errors
 
 
 def test_rmse_by_hand():
@@ -456,20 +467,12 @@ def test_rmse_by_hand():
         [("a", "x", 1), ("b", "y", 5), ("b", "x", 3)],
         [("a", "y", 5), ("a", "n", 1), ("s", "x", 2), ("b", "n", None)],
     )
-    rows = ev.eval_ratings(Stars(torch.full((3, 3), 3.0)).fit(split), split)
-    assert len(rows) == 3  # errors -2, 2, 1; one row has no stars
-    found = {
-        (r["users"], r["items"], r["metric"]): r
-        for r in ev.metric_table(
-            [rows],
-            [
-                ev.eval_ranking(constant(split), split).users.with_columns(
-                    relevant=pl.lit("any"), items=pl.lit("all")
-                )
-            ],
-        ).to_dicts()
-        if r["task"] == "rating"
-    }
+    rows = ev.eval_ratings(TableRatings(torch.full((3, 3), 3.0)).fit(split), split)
+    assert len(rows) == 3  # errors -2, 2, 1; one row has no rating
+    users = ev.eval_ranking(constant(split), split).users
+    users = users.with_columns(relevant=pl.lit("any"), items=pl.lit("all"))
+    records = ev.metric_table([rows], [users]).filter(task="rating").to_dicts()
+    by_group = {(r["users"], r["items"], r["metric"]): r for r in records}
     expected = {
         ("all", "all"): [2, 2, 1],
         ("warm", "all"): [2, 2],
@@ -480,35 +483,33 @@ def test_rmse_by_hand():
         ("warm", "warm"): [2],
         ("warm", "new"): [2],
     }
-    assert {k[:2] for k in found} == set(expected)
+    assert {k[:2] for k in by_group} == set(expected)
     for key, errors in expected.items():
         mse = sum(e * e for e in errors) / len(errors)
-        assert found[*key, "MSE"]["value"] == pytest.approx(mse) and found[*key, "RMSE"][
-            "value"
-        ] == pytest.approx(mse**0.5)
-        assert found[*key, "MAE"]["value"] == pytest.approx(sum(errors) / len(errors)) and found[
-            *key, "MAE"
-        ]["n"] == len(errors)
+        assert by_group[*key, "MSE"]["value"] == pytest.approx(mse)
+        assert by_group[*key, "RMSE"]["value"] == pytest.approx(mse**0.5)
+        assert by_group[*key, "MAE"]["value"] == pytest.approx(sum(errors) / len(errors))
+        assert by_group[*key, "MAE"]["n"] == len(errors)
 
 
-def test_rows_in_blocks_and_models_without_stars():
+def test_rows_in_blocks_and_models_without_ratings():
     split = make(
         [(f"u{i % 7}", f"i{i % 5}", 1 + i % 5) for i in range(35)],
         [(f"u{i % 9}", f"i{i % 6}", 1 + i % 3) for i in range(40)],
     )
     table = torch.rand(len(split.users), len(split.items)) * 4 + 1
-    model = Stars(table).fit(split)
+    model = TableRatings(table).fit(split)
     one, many = ev.eval_ratings(model, split), ev.eval_ratings(model, split, batch_size=3)
     assert one.equals(many) and len(one) == 40
     assert np.allclose(one["predicted"], table[one["user"].to_list(), one["item"].to_list()])
     assert len(ev.eval_ratings(constant(split), split)) == 0
 
 
-# ---- intervals --------------------------------------------------------------------------------------------------
+# ---- intervals
 
 
 def covered(simulate, truth, repeats=400):
-    "How often the interval holds the truth."
+    "Return the share of intervals that hold the truth."
     rng = np.random.default_rng(5)
     inside = 0
     for r in range(repeats):
@@ -523,19 +524,14 @@ def limits(repeats=400):
 
 def test_coverage_of_a_mean():
     low, high = limits()
-    assert (
-        low
-        <= covered(
-            lambda rng, r: ev.bootstrap(
-                (rng.random(150) < 0.3).astype(float), n_resamples=400, seed=r
-            ),
-            0.3,
-        )
-        <= high
-    )
+
+    def simulate(rng, r):
+        return ev.bootstrap((rng.random(150) < 0.3).astype(float), n_resamples=400, seed=r)
+
+    assert low <= covered(simulate, 0.3) <= high
 
 
-def test_coverage_of_rmse_with_rows_that_are_alike_within_a_user():
+def test_coverage_of_rmse_with_correlated_rows_of_a_user():
     def simulate(rng, r):
         n = rng.integers(1, 12, 150)  # ratings of each user
         own = rng.normal(size=150)  # how hard a user is to predict
@@ -548,24 +544,24 @@ def test_coverage_of_rmse_with_rows_that_are_alike_within_a_user():
 
 def test_paired_is_narrower_than_unpaired():
     rng = np.random.default_rng(2)
-    person = rng.normal(size=300)
-    a, b = person + 0.1 * rng.normal(size=300), person + 0.05 + 0.1 * rng.normal(size=300)
+    user = rng.normal(size=300)
+    a = user + 0.1 * rng.normal(size=300)
+    b = user + 0.05 + 0.1 * rng.normal(size=300)
     difference, lo, hi, p = ev.paired_bootstrap(b, a)
     (_, alo, ahi), (_, blo, bhi) = ev.bootstrap(a), ev.bootstrap(b)
-    apart = (
-        (ahi - alo) ** 2 + (bhi - blo) ** 2
-    ) ** 0.5  # width if the two were on different people
-    assert (hi - lo < 0.3 * apart).all() and difference == pytest.approx((b - a).mean())
-    assert lo > 0 and p < 0.01 and alo < bhi and blo < ahi
+    unpaired = ((ahi - alo) ** 2 + (bhi - blo) ** 2) ** 0.5  # width for different users
+    assert (hi - lo < 0.3 * unpaired).all()
+    assert difference == pytest.approx((b - a).mean())
+    assert lo > 0 and p < 0.01
+    assert alo < bhi and blo < ahi
 
 
 def test_a_model_does_not_differ_from_itself():
     rng = np.random.default_rng(3)
     squared, n = rng.random((5, 80, 2)), rng.integers(1, 9, (5, 80, 2))
-    for how in ({}, {"root": True}):
-        assert [x.tolist() for x in ev.paired_bootstrap(squared, squared, n, n, **how)] == [
-            [0, 0]
-        ] * 3 + [[1, 1]]
+    for take_sqrt in (False, True):
+        results = ev.paired_bootstrap(squared, squared, n, n, take_sqrt=take_sqrt)
+        assert [x.tolist() for x in results] == [[0, 0], [0, 0], [0, 0], [1, 1]]
 
 
 def test_paired_rmse_is_the_difference_of_rmse():
@@ -581,11 +577,8 @@ def test_p_values_are_uniform_where_nothing_differs():
         ev.paired_bootstrap(rng.normal(size=80), rng.normal(size=80), n_resamples=400, seed=r)[3][0]
         for r in range(400)
     ]
-    assert (
-        0.05 - 3.3 * (0.05 * 0.95 / 400) ** 0.5
-        <= np.mean(np.array(p) <= 0.05)
-        <= 0.05 + 3.3 * (0.05 * 0.95 / 400) ** 0.5 + 0.01
-    )
+    margin = 3.3 * (0.05 * 0.95 / 400) ** 0.5
+    assert 0.05 - margin <= np.mean(np.array(p) <= 0.05) <= 0.05 + margin + 0.01
     assert abs(np.mean(p) - 0.5) < 3.3 * (1 / 12 / 400) ** 0.5
 
 
@@ -594,35 +587,38 @@ def test_seeds_are_resampled_too():
     seeds = np.array([-0.3, -0.1, 0, 0.1, 0.3])
     value, lo, hi = ev.bootstrap(users + seeds[:, None])
     _, lo1, hi1 = ev.bootstrap(users)
-    assert value == pytest.approx(0.5) and hi - lo > 1.5 * (hi1 - lo1)
-    assert (ev.paired_bootstrap(users + seeds[:, None], users)[1] < 0).all() and (
-        ev.paired_bootstrap(users + seeds[:, None], users)[2] > 0
-    ).all()
+    assert value == pytest.approx(0.5)
+    assert hi - lo > 1.5 * (hi1 - lo1)
+    _, low, high, _ = ev.paired_bootstrap(users + seeds[:, None], users)
+    assert (low < 0).all() and (high > 0).all()
 
 
 def test_blocks_of_samples_change_nothing():
     values = np.random.default_rng(0).random(50)
     whole = np.concatenate(list(ev.bootstrap_weights(50, 100)))
-    blocks = np.concatenate(list(ev.bootstrap_weights(50, 100, width=2**20)))
-    assert (
-        (whole == blocks).all()
-        and (whole.sum(1) == 50).all()
-        and len(list(ev.bootstrap_weights(50, 100, width=2**20))) > 1
-    )
+    blocks = list(ev.bootstrap_weights(50, 100, width=2**20))
+    assert len(blocks) > 1
+    assert (whole == np.concatenate(blocks)).all()
+    assert (whole.sum(1) == 50).all()
     assert ev.bootstrap(values)[0] == pytest.approx(values.mean())
 
 
 def test_holm():
-    assert (
-        np.allclose(ev.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
-        and ev.holm([0.9, 0.8]).max() == 1
-    )
+    assert np.allclose(ev.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    assert ev.holm([0.9, 0.8]).max() == 1
 
 
-# ---- the whole --------------------------------------------------------------------------------------------------
+def test_directions_of_metrics():
+    assert ev.higher_is_better("NDCG@20")
+    assert not ev.higher_is_better("RMSE")
+    with pytest.raises(KeyError):
+        ev.higher_is_better("no such metric")
 
 
-def starred_shop():
+# ---- evaluate and aggregate
+
+
+def rated_shop():
     rng = np.random.default_rng(1)
 
     def rows(users, n):
@@ -639,67 +635,60 @@ def starred_shop():
 
 
 def test_evaluate():
-    split = starred_shop()
-    model = Stars(
-        torch.rand(len(split.users), len(split.items), generator=torch.Generator().manual_seed(0))
-        * 4
-        + 1
-    ).fit(split)
-    found = ev.evaluate(model, split, ks=(5, 20))
-    assert (
-        set(found["task"]) == {"rating", "ranking"}
-        and found["versus"].null_count() == len(found)
-        and set(found["relevant"]) == {"any"}
-    )
-    assert (
-        all(found.schema[c] == METRIC_SCHEMA[c] for c in found.columns)
-        and not found.select("users", "items", "relevant", "task", "metric").is_duplicated().any()
-    )
-    assert (found["lo"] <= found["value"] + 1e-12).all() and (
-        found["value"] <= found["hi"] + 1e-12
-    ).all()
-    assert {f"{m}@{k}" for m in ev.RANKING_METRICS for k in (5, 20)} | {
-        "Coverage@20",
-        "Gini@20",
-        "Novelty@20",
-        "PopularityLift@20",
-    } == set(found.filter(task="ranking")["metric"])
-    n = {u: found.filter(users=u, metric="NDCG@5")["n"].item() for u in ("all", "warm", "cold")}
-    assert n["all"] == n["warm"] + n["cold"] and min(n.values()) > 5
+    split = rated_shop()
+    generator = torch.Generator().manual_seed(0)
+    table = torch.rand(len(split.users), len(split.items), generator=generator) * 4 + 1
+    model = TableRatings(table).fit(split)
+    records = ev.evaluate(model, split, ks=(5, 20))
+    assert set(records["task"]) == {"rating", "ranking"}
+    assert records["versus"].null_count() == len(records)
+    assert set(records["relevant"]) == {"any"}
+    assert all(records.schema[c] == METRIC_SCHEMA[c] for c in records.columns)
+    keys = records.select("users", "items", "relevant", "task", "metric")
+    assert not keys.is_duplicated().any()
+    assert (records["lo"] <= records["value"] + 1e-12).all()
+    assert (records["value"] <= records["hi"] + 1e-12).all()
+    metrics = {f"{m}@{k}" for m in ev.RANKING_METRICS for k in (5, 20)}
+    metrics |= {"Coverage@20", "Gini@20", "Novelty@20", "PopularityLift@20"}
+    assert metrics == set(records.filter(task="ranking")["metric"])
+    ndcg = {g: records.filter(users=g, metric="NDCG@5") for g in ("all", "warm", "cold")}
+    n = {group: record["n"].item() for group, record in ndcg.items()}
+    assert n["all"] == n["warm"] + n["cold"]
+    assert min(n.values()) > 5
     users = ev.eval_ranking(model, split, ks=(5, 20)).users
-    assert found.filter(users="cold", metric="NDCG@5")["value"].item() == pytest.approx(
-        users.filter(~pl.col("warm"))["NDCG@5"].mean()
-    )
+    cold_mean = users.filter(~pl.col("warm"))["NDCG@5"].mean()
+    assert ndcg["cold"]["value"].item() == pytest.approx(cold_mean)
+
+
+def test_evaluate_with_a_threshold_and_with_new_items():
+    split = rated_shop()
+    model = TableRatings(torch.rand(len(split.users), len(split.items)) * 4 + 1).fit(split)
+    n_any = ev.evaluate(model, split).filter(users="all", metric="NDCG@5")["n"].item()
     liked, new = ev.evaluate(model, split, relevant=4), ev.evaluate(model, split, items="new")
-    assert (
-        set(liked.filter(task="ranking")["relevant"]) == {">=4"}
-        and liked.filter(users="all", metric="NDCG@5")["n"].item() < n["all"]
-    )
-    assert set(new["items"]) == {"new"} and set(new["task"]) == {"ranking"}
-    expected = (
-        split.val.join(split.train, on="item", how="anti")
-        .group_by("user")
-        .agg(pl.col("item").n_unique())
-    )
-    assert new.filter(users="all", metric="NDCG@5")["n"].item() == len(expected) < 5 and new[
-        "lo"
-    ].null_count() == len(new)  # too few for an interval
-    assert new.filter(users="all", metric="Precision@5")["value"].item() == pytest.approx(
-        expected["item"].mean() / 5
-    )  # all new ones fit in
+    assert set(liked.filter(task="ranking")["relevant"]) == {">=4"}
+    assert liked.filter(users="all", metric="NDCG@5")["n"].item() < n_any
+    assert set(new["items"]) == {"new"}
+    assert set(new["task"]) == {"ranking"}
+    new_rows = split.val.join(split.train, on="item", how="anti")
+    expected = new_rows.group_by("user").agg(pl.col("item").n_unique())
+    n_new = new.filter(users="all", metric="NDCG@5")["n"].item()
+    assert n_new == len(expected) < 5
+    assert new["lo"].null_count() == len(new)  # too few users for an interval
+    precision = new.filter(users="all", metric="Precision@5")["value"].item()
+    assert precision == pytest.approx(expected["item"].mean() / 5)  # all new items are listed
 
 
-def test_windows_of_time_are_clustered_by_user_and_seeds_are_put_together():
+def test_folds_are_clustered_by_user_and_seeds_are_pooled():
     rng = np.random.default_rng(0)
     users = [f"u{i}" for i in range(60)]
     hard = rng.random(60)
 
-    def window(cut, seed):
-        return pl.DataFrame(
-            {"user": users, "warm": True, "NDCG@5": hard, "relevant": "any", "items": "all"}
-        ).with_columns(cut=pl.lit(cut, pl.Int64), seed=pl.lit(seed, pl.Int64))
+    def one_fold(fold, seed):
+        columns = {"user": users, "warm": True, "NDCG@5": hard, "relevant": "any", "items": "all"}
+        return ev.label_fold_and_seed(pl.DataFrame(columns), fold, seed)
 
-    ranked = pl.concat([window(c, s) for c in range(4) for s in (0, 1)])
+    fits = [(fold, seed) for fold in range(4) for seed in (0, 1)]
+    ranked = pl.concat([one_fold(*fit) for fit in fits])
     rated = pl.DataFrame(
         schema={
             "user": pl.String,
@@ -710,18 +699,16 @@ def test_windows_of_time_are_clustered_by_user_and_seeds_are_put_together():
         }
         | {m: pl.Float64 for m in ev.RATING_METRICS}
     )
-    tables = ev.metrics_by_seed_and_fold(rated, ranked, [(c, s) for c in range(4) for s in (0, 1)])
-    assert len(tables) == 9 and tables[-1]["cut"].null_count() == tables[-1][
-        "seed"
-    ].null_count() == len(tables[-1])
-    one, together = (
-        tables[0].filter(users="all").row(0, named=True),
-        tables[-1].filter(users="all").row(0, named=True),
-    )
-    assert together["n"] == 240 and together["value"] == pytest.approx(hard.mean())
-    assert together["hi"] - together["lo"] == pytest.approx(
-        one["hi"] - one["lo"]
-    )  # the same people four times are not four times the evidence
+    tables = ev.metrics_by_seed_and_fold(rated, ranked, fits)
+    assert len(tables) == 9
+    for column in ("cut", "seed"):
+        assert tables[-1][column].null_count() == len(tables[-1])
+    single = tables[0].filter(users="all").row(0, named=True)
+    pooled = tables[-1].filter(users="all").row(0, named=True)
+    assert pooled["n"] == 240
+    assert pooled["value"] == pytest.approx(hard.mean())
+    # the same users four times do not narrow the interval
+    assert pooled["hi"] - pooled["lo"] == pytest.approx(single["hi"] - single["lo"])
 
 
 def test_two_models_are_compared_on_the_same_users_only():
@@ -730,18 +717,16 @@ def test_two_models_are_compared_on_the_same_users_only():
     )
     better = frame.with_columns(pl.col("NDCG@5") + 0.1)
     row = ev.aggregate([better], ["NDCG@5"], reference=[frame]).row(0, named=True)
-    assert (
-        row["value"] == pytest.approx(0.1) and row["lo"] == pytest.approx(0.1) and row["p"] < 0.01
-    )
+    assert row["value"] == pytest.approx(0.1)
+    assert row["lo"] == pytest.approx(0.1)
+    assert row["p"] < 0.01
     with pytest.raises(UserError, match="same users"):
         ev.aggregate([better], ["NDCG@5"], reference=[frame[1:]])
 
 
-def test_nothing_to_find_is_no_error():
+def test_a_part_without_relevant_items_is_no_error():
     split = make([("a", "x", None), ("b", "y", None)], [("a", "x", None)])
-    got = ev.eval_ranking(constant(split), split)
-    assert (
-        len(got.users) == 0
-        and got.task.excluded["users without relevant items"] == 1
-        and len(ev.evaluate(constant(split), split)) == 0
-    )
+    results = ev.eval_ranking(constant(split), split)
+    assert len(results.users) == 0
+    assert results.task.excluded["users without relevant items"] == 1
+    assert len(ev.evaluate(constant(split), split)) == 0

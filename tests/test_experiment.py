@@ -1,4 +1,4 @@
-"Experiments: plans, lots, tests whose truth is known, policies read from logs, and a book read after a service."
+"Check A/B tests: sample size, assignment, calibration, off-policy evaluation and a simulated experiment."
 
 import itertools
 import json
@@ -16,30 +16,35 @@ import widedeep_nb.experiment as ex
 from widedeep_nb.core import UserError
 from widedeep_nb.data import synthetic_users
 
-PLAN = {"lists": {"popularity": 0.3, "neighbours": 0.4, "content": 0.3}, "stars": {"ridge": 1.0}}
+PLAN = {"ranking": {"popularity": 0.3, "neighbors": 0.4, "content": 0.3}, "rating": {"ridge": 1.0}}
 HALVES = {"old": 0.5, "new": 0.5}
 IDS = pl.Series([f"U{i:05}" for i in range(5000)])
 
 
 @pytest.fixture(scope="module")
-def made(small_run):
+def fitted_run(small_run):
     "A small run of the demo shop with two fitted models."
     return small_run(hybrid={"plan": PLAN}, popularity={})
 
 
 @pytest.fixture(scope="module")
-def found(made):
-    "The whole experiment on it, over the wire; a book that a killed run has left is in the way."
-    made.work_dir = made.folder / ".work/experiment-test"
-    for day in ("drawn", "test"):
-        (made.work_dir / day).mkdir(parents=True)
-        (made.work_dir / day / "feedback.sqlite").write_bytes(b"half a book")
+def results(fitted_run):
+    "The results of a simulated experiment, with stores left by a killed run in the way."
+    fitted_run.work_dir = fitted_run.folder / ".work/experiment-test"
+    for phase in ("drawn", "test"):
+        (fitted_run.work_dir / phase).mkdir(parents=True)
+        (fitted_run.work_dir / phase / "feedback.sqlite").write_bytes(b"half a store")
     return ex.run_simulation(
-        made, synthetic_users(made.manifest["dataset"]), ("hybrid", "popularity"), 0.1, 3, 1000
+        fitted_run,
+        synthetic_users(fitted_run.manifest["dataset"]),
+        ("hybrid", "popularity"),
+        0.1,
+        3,
+        1000,
     )
 
 
-# plan
+# sample size
 
 
 @pytest.mark.parametrize(
@@ -54,13 +59,11 @@ def test_sample_size_is_the_closed_formula(sd, effect, power, alpha):
     )
 
 
-def test_power_is_what_simulation_gives():
-    draw, tests = np.random.default_rng(0), 4000
+def test_power_agrees_with_simulation():
+    rng, tests = np.random.default_rng(0), 4000
     n = ex.sample_size(1.0, 0.4, 0.9)
     called = int(
-        (
-            ex.welch_test(draw.normal(0, 1, (tests, n)), draw.normal(0.4, 1, (tests, n))).p < 0.05
-        ).sum()
+        (ex.welch_test(rng.normal(0, 1, (tests, n)), rng.normal(0.4, 1, (tests, n))).p < 0.05).sum()
     )
     lo, hi = ex.binomial_limits(tests, ex.statistical_power(n, 1.0, 0.4))
     assert lo <= called <= hi and abs(ex.statistical_power(n, 1.0, 0.4) - 0.9) < 0.01
@@ -77,13 +80,13 @@ def test_power_is_what_simulation_gives():
         dict(power=1.0),
     ],
 )
-def test_a_plan_that_cannot_be_is_refused_in_one_line(wrong):
+def test_invalid_plans_are_refused_in_one_line(wrong):
     with pytest.raises(UserError) as e:
         ex.sample_size(**{"sd": 1.0, "effect": 0.1} | wrong)
     assert "\n" not in str(e.value)
 
 
-# assign
+# assignment
 
 
 def test_groups_are_balanced_in_every_experiment():
@@ -110,7 +113,7 @@ def test_experiments_are_independent():
     assert stats.kstest(pairs, "uniform").pvalue > 0.001
 
 
-def test_a_lot_is_stable_and_knows_nothing_of_the_others():
+def test_assignment_is_stable_and_independent_of_other_users():
     shares = {"a": 0.2, "b": 0.5, "c": 0.3}
     whole, some = ex.assign_arms(IDS, "x", shares, 0.1), IDS[::-7]
     assert ex.assign_arms(some, "x", shares, 0.1).equals(whole[::-7])
@@ -142,23 +145,23 @@ def test_wrong_shares_are_refused(arms, holdout):
         ex.assign_arms(IDS, "x", arms, holdout)
 
 
-# decide
+# significance tests
 
 
-def test_many_tests_at_once_are_the_same_as_one_by_one():
-    draw = np.random.default_rng(1)
-    a, b = draw.exponential(1, (20, 30)), draw.exponential(2, (20, 44))
+def test_batched_tests_equal_single_tests():
+    rng = np.random.default_rng(1)
+    a, b = rng.exponential(1, (20, 30)), rng.exponential(2, (20, 44))
     for i, p in enumerate(ex.welch_test(a, b).p):
-        theirs = stats.ttest_ind(b[i], a[i], equal_var=False)
-        assert np.isclose(p, theirs.pvalue) and np.allclose(
-            [ex.welch_test(a, b).lo[i], ex.welch_test(a, b).hi[i]], theirs.confidence_interval()
+        reference = stats.ttest_ind(b[i], a[i], equal_var=False)
+        assert np.isclose(p, reference.pvalue) and np.allclose(
+            [ex.welch_test(a, b).lo[i], ex.welch_test(a, b).hi[i]], reference.confidence_interval()
         )
 
 
-def test_cuped_is_the_regression_on_what_was_before():
-    "The coefficient of the group in a regression that knows the time before (statsmodels)."
-    draw = np.random.default_rng(2)
-    x, y = draw.normal(size=(2, 300)), draw.normal(size=(2, 300))
+def test_cuped_equals_regression_on_the_pre_period():
+    "Check the adjusted difference against the group coefficient of a regression (statsmodels)."
+    rng = np.random.default_rng(2)
+    x, y = rng.normal(size=(2, 300)), rng.normal(size=(2, 300))
     y += 0.7 * x + np.array([[0], [0.4]])
     design = np.column_stack([np.ones(600), np.repeat([0, 1], 300), x.ravel()])
     fit = sm.OLS(y.ravel(), design).fit()
@@ -166,18 +169,18 @@ def test_cuped_is_the_regression_on_what_was_before():
     assert np.isclose(ours.value, fit.params[1]) and abs(ours.se / fit.bse[1] - 1) < 0.02
 
 
-def test_the_delta_method_is_the_bootstrap_by_person():
-    draw = np.random.default_rng(3)
-    v = 1 + draw.poisson(3, (2, 600))
-    y = draw.binomial(v, draw.beta(1, 2, (2, 600)))
-    ours, who = ex.welch_test(*ex.delta_method(y, v)), draw.integers(600, size=(4000, 2, 600))
+def test_delta_method_agrees_with_the_bootstrap_over_users():
+    rng = np.random.default_rng(3)
+    v = 1 + rng.poisson(3, (2, 600))
+    y = rng.binomial(v, rng.beta(1, 2, (2, 600)))
+    ours, who = ex.welch_test(*ex.delta_method(y, v)), rng.integers(600, size=(4000, 2, 600))
     again = np.take_along_axis(y[None], who, 2).sum(2) / np.take_along_axis(v[None], who, 2).sum(2)
     assert abs(np.std(again[:, 1] - again[:, 0]) / ours.se - 1) < 0.05
     assert np.isclose(ours.value, np.diff(y.sum(1) / v.sum(1))[0])
 
 
-def test_the_sequential_p_is_the_mixture_of_likelihoods():
-    "Johari et al.: one over the mean likelihood ratio when the effect is drawn from a normal."
+def test_sequential_p_value_is_the_mixture_likelihood_ratio():
+    "Check p-values against numerical integration of the mixture (Johari et al., 2017)."
     value, se, n, planned = (
         np.array([0.5, 0.1, 0.3]),
         np.array([0.2, 0.1, 0.08]),
@@ -187,7 +190,7 @@ def test_the_sequential_p_is_the_mixture_of_likelihoods():
     rho2 = (-2 * np.log(0.05) + np.log(1 - 2 * np.log(0.05))) / planned
 
     def ratio(v, s, m):
-        tau = np.sqrt(rho2 * m) * s  # in units of one person's spread, which is s * sqrt(m)
+        tau = np.sqrt(rho2 * m) * s  # in units of one user's standard deviation, s * sqrt(m)
         return integrate.quad(
             lambda d: stats.norm.pdf(d, 0, tau) * np.exp((v * d - d * d / 2) / s**2),
             -8 * tau - 2 * abs(v),
@@ -198,14 +201,14 @@ def test_the_sequential_p_is_the_mixture_of_likelihoods():
     assert np.allclose(ex.confidence_sequence(value, se, n, planned)[2], due, rtol=1e-5)
 
 
-def test_the_sequential_interval_leaves_out_nought_where_its_p_is_small():
+def test_sequential_interval_excludes_zero_where_p_is_small():
     z, n = np.linspace(2, 4.5, 500)[:, None], np.full((500, 1), 300)
     for alpha in (0.05, 0.01):
         lo, hi, p = ex.confidence_sequence(z, np.ones((500, 1)), n, 250, alpha)
         assert ((lo > 0) == (p < alpha)).all() and 0 < (lo > 0).sum() < 500
 
 
-def test_a_confidence_sequence_is_narrowest_where_it_was_planned():
+def test_confidence_sequence_is_narrowest_at_the_planned_size():
     n = np.arange(50, 5000, 10)
 
     def width(planned):
@@ -217,63 +220,65 @@ def test_a_confidence_sequence_is_narrowest_where_it_was_planned():
     assert near == 2
 
 
-def test_on_the_way_is_what_one_would_see_then():
-    draw = np.random.default_rng(4)
-    y, second, looks = draw.normal(size=(3, 90)), draw.random((3, 90)) < 0.4, np.array([20, 33, 90])
+def test_cumulative_stats_equal_tests_on_the_first_users():
+    rng = np.random.default_rng(4)
+    y, second, looks = rng.normal(size=(3, 90)), rng.random((3, 90)) < 0.4, np.array([20, 33, 90])
     value, se = ex.cumulative_stats(y, second, looks)
     for test, (j, n) in itertools.product(range(3), enumerate(looks)):
-        seen = ex.welch_test(y[test, :n][~second[test, :n]], y[test, :n][second[test, :n]])
-        assert np.isclose(value[test, j], seen.value) and np.isclose(se[test, j], seen.se)
+        expected = ex.welch_test(y[test, :n][~second[test, :n]], y[test, :n][second[test, :n]])
+        assert np.isclose(value[test, j], expected.value) and np.isclose(se[test, j], expected.se)
 
 
 @pytest.fixture(scope="module")
-def proof():
+def calibration():
     return ex.calibration_trials()
 
 
-def test_every_test_keeps_what_it_promises(proof):
-    "False alarms, coverage and power over five thousand experiments whose truth is known."
+def test_nominal_rates_hold(calibration):
+    "Check false alarms, coverage and power over five thousand experiments with a known truth."
     assert ex.describe_calibration(
-        [r for r in ex.calibration_table(proof) if not r["holds"]] or ex.calibration_table(proof)
-    ).endswith("counts.")
+        [r for r in ex.calibration_table(calibration) if not r["holds"]]
+        or ex.calibration_table(calibration)
+    ).endswith("simulated experiments.")
 
 
-def test_peeking_breaks_an_ordinary_test_and_counting_visits_does_too(proof):
-    high = ex.binomial_limits(proof["tests"], 0.05)[1]
-    same = proof["A/A"]
+def test_peeking_and_counting_visits_inflate_false_alarms(calibration):
+    high = ex.binomial_limits(calibration["tests"], 0.05)[1]
+    same = calibration["A/A"]
     assert (
-        same["looking"]["called"] > 3 * high
-        and same["by visit"]["called"] > high > same["sequential"]["called"]
+        same["peeking"]["called"] > 3 * high
+        and same["per_visit"]["called"] > high > same["sequential"]["called"]
     )
-    assert same["sequential"]["called"] <= 0.05 * proof["tests"]
+    assert same["sequential"]["called"] <= 0.05 * calibration["tests"]
 
 
-def test_p_values_are_uniform_where_nothing_is(proof):
-    assert proof["A/A"]["uniform"] > 0.01 > proof["A/B"]["uniform"] and proof["A/A"]["p"] == sorted(
-        proof["A/A"]["p"]
-    )
+def test_p_values_are_uniform_without_an_effect(calibration):
+    assert calibration["A/A"]["uniform"] > 0.01 > calibration["A/B"]["uniform"] and calibration[
+        "A/A"
+    ]["p"] == sorted(calibration["A/A"]["p"])
 
 
-def test_cuped_needs_fewer_people(proof):
-    people = ex.synthetic_population()
-    n = proof["cuped n"]
-    assert n < 0.7 * proof["n"]
+def test_cuped_needs_fewer_users(calibration):
+    population = ex.synthetic_population()
+    n = calibration["cuped_n"]
+    assert n < 0.7 * calibration["n"]
     called, (lo, hi) = (
-        ex.simulate_tests(people, n, 2000, seed=9)["cuped"]["called"],
+        ex.simulate_tests(population, n, 2000, seed=9)["cuped"]["called"],
         ex.binomial_limits(2000, 0.8),
     )
     assert lo - 20 <= called <= hi + 20  # the correlation is itself an estimate
 
 
 @pytest.mark.long
-def test_promises_over_ten_thousand_other_experiments():
-    "Within the limits that hold 95 % of six such counts together."
-    people = ex.synthetic_population(seed=5)
+def test_nominal_rates_hold_over_ten_thousand_other_experiments():
+    "Check counts against limits that hold for all six together with 95 %."
+    population = ex.synthetic_population(seed=5)
     n = ex.sample_size(
-        float(people.control.std()), float(people.treatment.mean() - people.control.mean())
+        float(population.control.std()),
+        float(population.treatment.mean() - population.control.mean()),
     )
     for apart in (False, True):
-        rows = [ex.simulate_tests(people, n, 2000, apart, seed) for seed in range(20, 25)]
+        rows = [ex.simulate_tests(population, n, 2000, apart, seed) for seed in range(20, 25)]
         for kind in ("mean", "ratio", "cuped"):
             count = sum(r["tests"] - r[kind]["covered"] for r in rows)
             lo, hi = stats.binom.interval(1 - 0.05 / 6, 10_000, 0.05)
@@ -281,17 +286,17 @@ def test_promises_over_ten_thousand_other_experiments():
         assert sum(r["tests"] - r["sequential"]["covered"] for r in rows) <= 500
 
 
-# off-policy
+# off-policy evaluation
 
 
-def test_the_estimates_are_right_on_average():
-    "Over every list that could be drawn, weighted by its chance: exact, however wrong the guess."
-    draw = np.random.default_rng(6)
-    p, q = (w / w.sum() for w in draw.uniform(0.1, 1, (2, 1, 5)))
+def test_off_policy_estimators_are_unbiased():
+    "Check the exact expectation over all lists, with a random reward model."
+    rng = np.random.default_rng(6)
+    p, q = (w / w.sum() for w in rng.uniform(0.1, 1, (2, 1, 5)))
     every = np.array([*itertools.permutations(range(5), 3)])
     chance, target = (ex.list_propensity(np.repeat(w, len(every), 0), every) for w in (p, q))
     assert np.isclose(chance.sum(), 1) and np.isclose(target.sum(), 1)
-    reward, guess = draw.random(len(every)), draw.random(len(every))
+    reward, guess = rng.random(len(every)), rng.random(len(every))
     truth, w = (target * reward).sum(), target / chance
     assert np.isclose((chance * w * reward).sum(), truth)
     expected = np.full(len(every), (target * guess).sum())
@@ -302,27 +307,25 @@ def test_the_estimates_are_right_on_average():
     }
     assert (
         np.isclose(one["IPS"], (w * reward).mean())
-        and np.isclose(one["self-normalised"], (w * reward).sum() / w.sum())
+        and np.isclose(one["self-normalized"], (w * reward).sum() / w.sum())
         and np.isclose(one["doubly robust"], (expected + w * (reward - guess)).mean())
     )
 
 
-def test_bias_and_spread_on_logs_whose_truth_is_known():
+def test_bias_and_spread_on_logs_with_known_truth():
     rows = {r["name"]: r for r in ex.estimator_bias_variance(ex.synthetic_logs(seed=3))}
-    for name in ("IPS", "self-normalised", "doubly robust"):
+    for name in ("IPS", "self-normalized", "doubly robust"):
         assert abs(rows[name]["bias"]) < 3.5 * rows[name]["bias_se"], name
         lo, hi = ex.binomial_limits(400, 0.95)
-        assert lo - 4 <= 400 * rows[name]["covered"] <= hi + 4, (
-            name
-        )  # intervals are those of the normal
-    for name in ("mean of the log", "guess alone"):
+        assert lo - 4 <= 400 * rows[name]["covered"] <= hi + 4, name  # normal intervals
+    for name in ("mean of the log", "reward model"):
         assert abs(rows[name]["bias"]) > 10 * rows[name]["bias_se"]
-    assert max(rows["doubly robust"]["sd"], rows["self-normalised"]["sd"]) < 0.8 * rows["IPS"]["sd"]
+    assert max(rows["doubly robust"]["sd"], rows["self-normalized"]["sd"]) < 0.8 * rows["IPS"]["sd"]
 
 
-def test_no_list_has_a_say_in_its_own_guess():
-    draw = np.random.default_rng(7)
-    x, r, other = draw.normal(size=(40, 2)), draw.random(40), draw.normal(size=(40, 3, 2))
+def test_rewards_do_not_influence_their_own_prediction():
+    rng = np.random.default_rng(7)
+    x, r, other = rng.normal(size=(40, 2)), rng.random(40), rng.normal(size=(40, 3, 2))
     before = ex.cross_fit_reward_model(x, r, other)[0][4]
     r[4] += 10
     after = ex.cross_fit_reward_model(x, r, other)[0]
@@ -334,33 +337,33 @@ def test_no_list_has_a_say_in_its_own_guess():
 @pytest.mark.parametrize(
     "chance, target, words",
     [
-        (np.ones(400), np.ones(400), "no list of this log was drawn"),
+        (np.ones(400), np.ones(400), "no list of this log was sampled"),
         (np.zeros(0), np.zeros(0), "no lists"),
         (np.full(400, 1.5), np.ones(400), "above 0 and at most 1"),
-        (np.full(400, 0.5), np.zeros(400), "ever shown"),
-        (np.full(400, 0.5), np.full(400, 0.3), "0.60 where 1 is due"),
-        (np.full(400, 0.01), np.where(np.arange(400) < 4, 1.0, 0), "worth 4 lists"),
-        (np.full(1, 0.5), np.full(1, 0.5), "worth 1 lists"),
+        (np.full(400, 0.5), np.zeros(400), "never occur"),
+        (np.full(400, 0.5), np.full(400, 0.3), "0.60 instead of 1"),
+        (np.full(400, 0.01), np.where(np.arange(400) < 4, 1.0, 0), "sample size of 4 lists"),
+        (np.full(1, 0.5), np.full(1, 0.5), "sample size of 1 lists"),
     ],
 )
-def test_a_log_that_cannot_answer_is_refused_with_the_reason(chance, target, words):
+def test_logs_without_overlap_are_refused_with_the_reason(chance, target, words):
     with pytest.raises(UserError) as e:
         ex.check_overlap(chance, target)
     assert words in str(e.value) and "\n" not in str(e.value)
 
 
-def test_lists_of_one_person_are_not_counted_as_if_each_was_drawn_by_itself():
-    "The standard error of a mean over people, each of whom has four lists (statsmodels, clustered)."
-    draw = np.random.default_rng(8)
-    person = np.repeat(np.arange(150), 4)
+def test_standard_errors_are_clustered_by_user():
+    "Check the standard error with four lists per user against statsmodels."
+    rng = np.random.default_rng(8)
+    user = np.repeat(np.arange(150), 4)
     reward, half = (
-        (draw.random(150)[person] > draw.random(600) / 2).astype(float),
+        (rng.random(150)[user] > rng.random(600) / 2).astype(float),
         np.full(600, 0.5),
     )
-    value, se = ex.off_policy_value(reward, half, half, 0 * reward, 0 * reward, person)["IPS"]
+    value, se = ex.off_policy_value(reward, half, half, 0 * reward, 0 * reward, user)["IPS"]
     due = (
         sm.OLS(reward, np.ones(600))
-        .fit(cov_type="cluster", cov_kwds={"groups": person, "use_correction": False})
+        .fit(cov_type="cluster", cov_kwds={"groups": user, "use_correction": False})
         .bse[0]
     )
     assert (
@@ -370,40 +373,46 @@ def test_lists_of_one_person_are_not_counted_as_if_each_was_drawn_by_itself():
     )
 
 
-def test_too_few_people_are_not_asked(made):
-    with pytest.raises(UserError, match="people take part"):
+def test_too_few_users_are_refused(fitted_run):
+    with pytest.raises(UserError, match="20 or more users"):
         ex.run_simulation(
-            made, synthetic_users(made.manifest["dataset"]), ("hybrid", "popularity"), 0.95, 3, 1000
+            fitted_run,
+            synthetic_users(fitted_run.manifest["dataset"]),
+            ("hybrid", "popularity"),
+            0.95,
+            3,
+            1000,
         )
 
 
-# a book
+# simulated experiment
 
 
-def test_an_experiment_is_read_from_the_book(made, found):
-    "What SQL says of the book, by other words than the module's."
-    test, path = found["test"], made.folder / "experiment/test/feedback.sqlite"
+def test_experiment_equals_its_feedback_store(fitted_run, results):
+    "Check the analysis against separate SQL queries on the feedback store."
+    test, path = results["test"], fitted_run.folder / "experiment/test/feedback.sqlite"
     assert (
-        found["lost"] == 0
+        results["lost"] == 0
         and test["crossed"] == 0
         and test["mismatch"] > ex.SRM_ALPHA
-        and not list(made.work_dir.glob("*/feedback.sqlite"))
+        and not list(fitted_run.work_dir.glob("*/feedback.sqlite"))
     )
     with closing(sqlite3.connect(path)) as base:
         for arm in test["arms"]:
-            visits, people = base.execute(
+            visits, users = base.execute(
                 "SELECT count(*), count(DISTINCT user) FROM lists WHERE NOT explored AND model = ?",
                 [arm["model"]],
             ).fetchone()
             bought = base.execute(
-                "SELECT count(*) FROM events WHERE event = 'purchase' AND list IN (SELECT id FROM lists WHERE NOT explored AND model = ?)",
+                "SELECT count(*) FROM events WHERE event = 'purchase' AND list IN "
+                "(SELECT id FROM lists WHERE NOT explored AND model = ?)",
                 [arm["model"]],
             ).fetchone()[0]
-            assert (arm["visits"], arm["people"], arm["bought"]) == (
+            assert (arm["visits"], arm["users"], arm["bought"]) == (
                 visits,
-                people,
+                users,
                 bought,
-            ) and people > 20
+            ) and users > 20
         every = base.execute("SELECT DISTINCT user, model FROM lists WHERE NOT explored").fetchall()
     assert [m for _, m in every] == ex.assign_arms(
         pl.Series([u for u, _ in every]), test["name"], {"popularity": 0.5, "hybrid": 0.5}, 0.1
@@ -411,23 +420,23 @@ def test_an_experiment_is_read_from_the_book(made, found):
     by = {a["model"]: a for a in test["arms"]}
 
     def rate(m):
-        return by[m]["bought"] / by[m]["people"]
+        return by[m]["bought"] / by[m]["users"]
 
     assert np.isclose(
         test["effects"][0]["value"], rate("hybrid") - rate("popularity")
     ) and np.isclose(
-        test["way"]["value"][-1],
-        next(e["value"] for e in test["effects"] if e["what"] == ex.PRIMARY_OUTCOME),
+        test["sequence"]["value"][-1],
+        next(e["value"] for e in test["effects"] if e["metric"] == ex.PRIMARY_OUTCOME),
     )
 
 
-def test_the_service_draws_as_it_says(made, found):
-    "Its propensities, worked out anew; and what is said of other policies is so, or nothing is said."
-    rows = found["policies"]
+def test_logged_propensities_are_those_of_the_model(fitted_run, results):
+    "Check recomputed propensities, and estimates against the true values."
+    rows = results["policies"]
     assert (
         [r["agrees"] for r in rows] == [1.0] * 3
-        and np.isclose(rows[0]["worth"], rows[0]["lists"])
-        and np.isclose(rows[0]["estimates"]["IPS"][0], rows[0]["earned"])
+        and np.isclose(rows[0]["effective_lists"], rows[0]["lists"])
+        and np.isclose(rows[0]["estimates"]["IPS"][0], rows[0]["reward"])
     )
     for r in rows:
         assert ("refused" in r) != ("estimates" in r)
@@ -436,106 +445,121 @@ def test_the_service_draws_as_it_says(made, found):
             assert abs(value - r["truth"]) < 3.5 * (hi - lo) / 3.92
 
 
-def test_wrong_propensities_are_noticed(made, found):
-    shown = ex.load_exposures(made.folder / "experiment/drawn/feedback.sqlite").with_columns(
-        chance=pl.col("chance") * 0.9
-    )
+def test_wrong_propensities_are_detected(fitted_run, results):
+    exposures = ex.load_exposures(
+        fitted_run.folder / "experiment/drawn/feedback.sqlite"
+    ).with_columns(propensity=pl.col("propensity") * 0.9)
     assert (
         ex.evaluate_policies(
-            made, shown, synthetic_users(made.manifest["dataset"]), ("hybrid", "popularity"), 2
+            fitted_run,
+            exposures,
+            synthetic_users(fitted_run.manifest["dataset"]),
+            ("hybrid", "popularity"),
+            2,
         )[0]["agrees"]
         == 0.0
     )
 
 
-def test_lists_that_were_not_drawn_say_nothing_of_others(made, found):
-    shown = ex.load_exposures(made.folder / "experiment/test/feedback.sqlite").filter(
+def test_lists_that_were_not_sampled_are_refused(fitted_run, results):
+    exposures = ex.load_exposures(fitted_run.folder / "experiment/test/feedback.sqlite").filter(
         ~pl.col("explored")
     )
-    with pytest.raises(UserError, match="no drawn lists"):
-        ex.evaluate_policies(made, shown, None, ("hybrid", "popularity"))
+    with pytest.raises(UserError, match="no sampled lists"):
+        ex.evaluate_policies(fitted_run, exposures, None, ("hybrid", "popularity"))
     with pytest.raises(UserError, match="propensity is 1"):
-        ex.check_overlap(shown["chance"].to_numpy(), shown["chance"].to_numpy())
+        ex.check_overlap(exposures["propensity"].to_numpy(), exposures["propensity"].to_numpy())
 
 
-def test_people_who_met_both_models_are_left_out_and_a_loss_is_noticed(made, found):
-    shown = ex.load_exposures(made.folder / "experiment/test/feedback.sqlite")
+def test_crossed_users_are_left_out_and_lost_users_detected(fitted_run, results):
+    exposures = ex.load_exposures(fitted_run.folder / "experiment/test/feedback.sqlite")
     before, name, shares = (
-        ex.pre_period_stats(made.read("interactions.parquet")),
-        found["test"]["name"],
+        ex.pre_period_stats(fitted_run.read("interactions.parquet")),
+        results["test"]["name"],
         {"popularity": 0.5, "hybrid": 0.5},
     )
-    one = shown.filter(~pl.col("explored"), pl.col("model") == "hybrid")[:1]
+    one = exposures.filter(~pl.col("explored"), pl.col("model") == "hybrid")[:1]
     crossed = ex.analyze_experiment(
-        pl.concat([shown, one.with_columns(model=pl.lit("popularity"))]), name, shares, 0.1, before
+        pl.concat([exposures, one.with_columns(model=pl.lit("popularity"))]),
+        name,
+        shares,
+        0.1,
+        before,
     )
     assert (
         crossed["crossed"] == 1
-        and crossed["arms"][1]["people"] == found["test"]["arms"][1]["people"] - 1
+        and crossed["arms"][1]["users"] == results["test"]["arms"][1]["users"] - 1
     )
-    gone = shown.filter(
-        (pl.col("model") == "hybrid") | pl.Series(ex.hash_uniform(shown["user"], "gone") > 0.6)
+    gone = exposures.filter(
+        (pl.col("model") == "hybrid") | pl.Series(ex.hash_uniform(exposures["user"], "gone") > 0.6)
     )
     lost = ex.analyze_experiment(gone, name, shares, 0.1, before)
     assert lost["mismatch"] < ex.SRM_ALPHA
-    said = ex.describe_experiment(
+    sentences = ex.describe_experiment(
         {
             "test": lost,
             "pair": ("hybrid", "popularity"),
-            "people": {},
+            "users": {},
             "lost": 0,
-            "planned": found["planned"],
+            "planned": results["planned"],
         }
     )
-    assert "nothing can be said" in said[-1] and not any("So:" in s for s in said)
+    assert "no conclusion is valid" in sentences[-1] and not any("So:" in s for s in sentences)
 
 
-def test_what_is_no_book_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no book"):
+def test_files_that_are_no_feedback_store_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no feedback store"):
         ex.load_exposures(tmp_path / "feedback.sqlite")
     (tmp_path / "feedback.sqlite").write_bytes(
         b"not a database, but long enough to be looked at as one" * 40
     )
-    with pytest.raises(UserError, match="not a book"):
+    with pytest.raises(UserError, match="not a feedback store"):
         ex.load_exposures(tmp_path / "feedback.sqlite")
 
 
 @pytest.mark.long
-def test_an_experiment_repeats(made, found):
-    "The same people, groups and whims; what the service draws by lot is its own, and only the drawn day is of that."
-    made.work_dir = made.folder / ".work/experiment-again"
+def test_experiment_is_reproducible(fitted_run, results):
+    "Check that users, arms and choices repeat; only the pilot depends on the service's sampling."
+    fitted_run.work_dir = fitted_run.folder / ".work/experiment-again"
     again = ex.run_simulation(
-        made, synthetic_users(made.manifest["dataset"]), ("hybrid", "popularity"), 0.1, 3, 1000
+        fitted_run,
+        synthetic_users(fitted_run.manifest["dataset"]),
+        ("hybrid", "popularity"),
+        0.1,
+        3,
+        1000,
     )
-    assert again["test"]["arms"] == found["test"]["arms"] and all(
+    assert again["test"]["arms"] == results["test"]["arms"] and all(
         a == pytest.approx(b)
-        for a, b in zip(again["test"]["effects"], found["test"]["effects"], strict=True)
+        for a, b in zip(again["test"]["effects"], results["test"]["effects"], strict=True)
     )
 
 
-def test_words_follow_the_numbers(found):
-    test = found["test"]
+def test_decision_follows_the_interval(results):
+    test = results["test"]
     for value, end in ((0.3, "use hybrid."), (-0.3, "use popularity.")):
         turned = [
             e | {"value": value, "lo": value - 0.1, "hi": value + 0.1} for e in test["effects"]
         ]
         assert ex.describe_experiment(
-            {"pair": ("hybrid", "popularity")} | found | {"test": test | {"effects": turned}}
+            {"pair": ("hybrid", "popularity")} | results | {"test": test | {"effects": turned}}
         )[-1].endswith(end)
     level = [e | {"value": 0.01, "lo": -0.1, "hi": 0.12} for e in test["effects"]]
     assert (
-        "not told apart. Keep popularity"
+        "no significant difference. Keep popularity"
         in ex.describe_experiment(
-            {"pair": ("hybrid", "popularity")} | found | {"test": test | {"effects": level}}
+            {"pair": ("hybrid", "popularity")} | results | {"test": test | {"effects": level}}
         )[-1]
     )
 
 
-def test_the_page_fits(found, proof, tmp_path, fits):
-    plt.rcdefaults()  # whoever was here before
-    page = ex.render_experiment(found | {"pair": ("hybrid", "popularity"), "trials": proof}, "demo")
+def test_report_page_fits(results, calibration, tmp_path, fits):
+    plt.rcdefaults()  # other tests change them
+    page = ex.render_experiment(
+        results | {"pair": ("hybrid", "popularity"), "calibration": calibration}, "demo"
+    )
     (tmp_path / "experiment.html").write_text(page)
-    assert page.count("currentColor") > 10  # the figure's ink is the page's, by night too
+    assert page.count("currentColor") > 10  # the figure follows the color scheme
     fits(tmp_path / "experiment.html")
 
 
@@ -567,40 +591,40 @@ def log_of(**columns):
         {"rating": [5.0] * 300},
     ],
 )
-def test_any_log_gets_a_plan_or_is_told_why_not(gone):
-    needs = ex.required_sample_sizes(log_of(**gone))
-    assert (needs["days"] is None) == ("timestamp" in gone) and len(needs["metrics"]) == (
+def test_any_log_gets_sample_sizes(gone):
+    required = ex.required_sample_sizes(log_of(**gone))
+    assert (required["days"] is None) == ("timestamp" in gone) and len(required["metrics"]) == (
         1 if None in gone.get("rating", ()) else 3
     )
-    for row in needs["sizes"]:
+    for row in required["sizes"]:
         assert (
-            row["with CUPED"] <= row["people"]
+            row["with CUPED"] <= row["users"]
             and (row["days"] is None) == ("timestamp" in gone)
             and (row["days"] or 0) % 7 == 0
         )
-    json.dumps(needs, allow_nan=False)
+    json.dumps(required, allow_nan=False)
 
 
-def test_where_there_is_nobody_to_ask_it_says_what_would_be_done():
-    said = ex.describe_experiment_plan(
+def test_logs_of_real_users_get_a_plan_only():
+    text = ex.describe_experiment_plan(
         {"pair": ("hybrid", "popularity"), "groups": {"hybrid": 12, "popularity": 9, "holdout": 3}}
     )
     assert (
-        "12" in said
-        and "keep 3" in said
+        "12" in text
+        and "hold out 3" in text
         and ex.describe_experiment(
             {
                 "pair": ("hybrid", "popularity"),
                 "groups": {"hybrid": 12, "popularity": 9, "holdout": 3},
             }
         )
-        == [said]
+        == [text]
     )
     assert synthetic_users("ciao.csv") is None
 
 
-def test_a_model_is_not_tried_against_itself(made):
-    made.write(
+def test_a_model_is_not_compared_with_itself(fitted_run):
+    fitted_run.write(
         "leaderboard.parquet",
         pl.DataFrame(
             schema={
@@ -617,11 +641,11 @@ def test_a_model_is_not_tried_against_itself(made):
             }
         ),
     )
-    assert ex.pick_arms(made, "hybrid") == ("hybrid", "popularity")
+    assert ex.pick_arms(fitted_run, "hybrid") == ("hybrid", "popularity")
     for names, words in (
         (("hybrid", "hybrid"), "itself"),
         (("nobody",), "unknown model"),
-        (("popularity",), "no simple model"),
+        (("popularity",), "no simple baseline"),
     ):
         with pytest.raises(UserError, match=words):
-            ex.pick_arms(made, *names)
+            ex.pick_arms(fitted_run, *names)

@@ -1,4 +1,4 @@
-"Whatever lies in a file: a valid log comes out, or one line that says what is wrong."
+"Check on random files that each gives a valid log or one line of error."
 
 import gzip
 import io
@@ -73,7 +73,7 @@ good_rows = st.lists(
 
 @st.composite
 def tables(draw):
-    "Columns and rows: a good log, a good log with odd values, or anything."
+    "Draw columns and rows: a valid log, a valid log with odd values, or anything."
     rows = [list(r.values()) for r in draw(good_rows)]
     columns = ["user", "item", "rating", "timestamp"]
     if draw(one_in(4)):
@@ -116,8 +116,8 @@ def as_json(draw, columns, rows):
 
 
 def as_parquet(draw, columns, rows):
-    "A column is what its values make of it; where they make nothing, or where another type is drawn, it is cast."
-    held = {}
+    "Write a Parquet file; the type of a column follows its values, or is drawn."
+    columns_by_name = {}
     for i, name in enumerate(columns):
         values = [r[i] for r in rows]
         try:
@@ -141,29 +141,26 @@ def as_parquet(draw, columns, rows):
         except (Exception, pl.exceptions.PanicException):
             column = pl.Series(name, [str(v).encode("utf-8", "replace") for v in values])
         if column.dtype not in (pl.Object, pl.Null, pl.Struct([])):
-            held[name] = column
+            columns_by_name[name] = column
     file = io.BytesIO()
-    pl.DataFrame(held).write_parquet(file)
+    pl.DataFrame(columns_by_name).write_parquet(file)
     return file.getvalue()
 
 
 def broken(draw, content):
-    "The same with bytes changed, cut out or put in."
+    "Change, remove or insert a few bytes."
     for _ in range(draw(st.integers(0, 3))):
-        at, odd = (
-            draw(st.integers(0, len(content))),
-            draw(
-                st.sampled_from([b"", b"\xff", b"\0", b'"', b"\n", b",", b"{"])
-                | st.binary(max_size=4)
-            ),
-        )
-        content = content[:at] + odd + content[at + draw(st.integers(0, 8)) :]
+        start = draw(st.integers(0, len(content)))
+        special = st.sampled_from([b"", b"\xff", b"\0", b'"', b"\n", b",", b"{"])
+        inserted = draw(special | st.binary(max_size=4))
+        end = start + draw(st.integers(0, 8))
+        content = content[:start] + inserted + content[end:]
     return content
 
 
 @st.composite
 def files(draw):
-    "A name and what lies under it."
+    "Draw a file extension and the content of the file."
     end = draw(st.sampled_from(list(FORMATS))) + draw(st.sampled_from(("", "") + COMPRESSIONS))
     write = {"csv": as_csv, "json": as_json, "parquet": as_parquet}[
         draw(st.sampled_from([FORMATS["." + end.split(".")[1]]] * 60 + list(FORMATS.values())))
@@ -185,7 +182,7 @@ mappings = (
     | st.none()
     | st.none()
     | st.dictionaries(
-        st.sampled_from(list(LOG_COLUMN_ALIASES) + ["who"]),
+        st.sampled_from(list(LOG_COLUMN_ALIASES) + ["unknown"]),
         st.sampled_from(["user", "item", "", "1", "2", "3", "0", "text", "time"]),
         max_size=3,
     )
@@ -193,43 +190,37 @@ mappings = (
 
 
 def check(end, content, columns, beside):
-    with tempfile.TemporaryDirectory() as place:
-        place = Path(place)
-        (place / f"ratings{end}").write_bytes(content)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        (folder / f"ratings{end}").write_bytes(content)
         if beside:
-            (place / f"items{beside[0]}").write_bytes(beside[1])
+            (folder / f"items{beside[0]}").write_bytes(beside[1])
         try:
-            loaded = load(place if beside else place / f"ratings{end}", columns)
+            loaded = load(folder if beside else folder / f"ratings{end}", columns)
         except UserError as e:
             return valid_message(str(e))
-        assert [p.name for p in place.iterdir() if p.name.startswith(".")] == []
+        assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == []
     log, items, users = loaded
-    assert {
-        c: t for c, t in log.schema.items() if c in INTERACTION_SCHEMA
-    } == INTERACTION_SCHEMA and all(
+    assert {c: t for c, t in log.schema.items() if c in INTERACTION_SCHEMA} == INTERACTION_SCHEMA
+    assert all(
         OPTIONAL_COLUMNS[c] == t for c, t in log.schema.items() if c not in INTERACTION_SCHEMA
     )
-    assert (
-        loaded.report["rows_read"] == len(log) + sum(d["rows"] for d in loaded.report["dropped"])
-        and len(log) == loaded.report["kept"] > 0
-    )
+    assert loaded.report["rows_read"] == len(log) + sum(d["rows"] for d in loaded.report["dropped"])
+    assert len(log) == loaded.report["kept"] > 0
     for ids, table in ((log["user"], users["user"]), (log["item"], items["item"])):
-        assert (
-            ids.null_count() == 0
-            and ids.str.strip_chars().str.len_bytes().min() > 0
-            and not ids.str.contains("\ufffd", literal=True).any()
-        )
+        assert ids.null_count() == 0
+        assert ids.str.strip_chars().str.len_bytes().min() > 0
+        assert not ids.str.contains("\ufffd", literal=True).any()
         assert table.is_unique().all() and ids.is_in(table.implode()).all()
-    assert log["rating"].is_finite().all() and (
-        not loaded.report["has_time"] or log["timestamp"].null_count() == 0
-    )
+    assert log["rating"].is_finite().all()
+    assert not loaded.report["has_time"] or log["timestamp"].null_count() == 0
 
 
 def valid_message(text):
     assert text.isprintable() and 10 < len(text) < 1200, text
 
 
-inputs = dict(file=files(), columns=mappings, staged=st.none() | st.none() | st.none() | files())
+inputs = dict(file=files(), columns=mappings, beside=st.none() | st.none() | st.none() | files())
 quiet = dict(
     deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )

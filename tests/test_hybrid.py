@@ -1,4 +1,4 @@
-"The hybrid: each part against a slower way to the same, the choice of weights, the budget, and a plan that is replayed to the last digit."
+"Check the ensemble: components against plain implementations, weights, time budget, and plans."
 
 import json
 import subprocess
@@ -57,8 +57,8 @@ MONTHS = 12 * 30 * 86_400_000  # a year of thirties, in milliseconds
 
 
 @pytest.fixture(scope="module", autouse=True)
-def two_passes():
-    "Of whatever learns in passes; and five people are enough to choose for."
+def two_epochs():
+    "Limit networks to two epochs, and choose weights for as few as five users."
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hybrid, "MIN_USERS_TO_WEIGHT", 5)
         for name in MAX_EPOCHS:
@@ -81,7 +81,7 @@ def random_log(users=40, items=25, rows=400, seed=0, stars=True, times=True, rep
     )
 
 
-def split_of(log, train=0.8, val=0.1, protocol="strict"):
+def make_split(log, train=0.8, val=0.1, protocol="strict"):
     a, b = int(train * len(log)), int((train + val) * len(log))
     return Split.from_frames(log[:a], log[a:b], log[b:], protocol=PROTOCOLS[protocol])
 
@@ -111,11 +111,11 @@ def binary(split):
     return dense
 
 
-def everybody(split):
+def all_users(split):
     return range(split.n_train_users)
 
 
-def told(split):
+def with_category(split):
     return replace(
         split,
         items=split.items.with_columns(
@@ -126,10 +126,10 @@ def told(split):
 
 @pytest.fixture(scope="module")
 def split():
-    return told(split_of(random_log()))
+    return with_category(make_split(random_log()))
 
 
-# ---------------------------------------------------------------- shares and histories
+# ---------------------------------------------------------------- scores and histories
 
 tables = arrays(
     np.float32,
@@ -141,19 +141,19 @@ histories = st.lists(st.lists(st.integers(0, 11), max_size=9), min_size=1, max_s
 
 @settings(max_examples=80, deadline=None)
 @given(scores=tables, times=st.integers(1, 50))
-def test_a_share_is_a_part_of_one(scores, times):
+def test_normalized_scores_sum_to_one(scores, times):
     got = normalize_scores(scores)
-    for row, mine in zip(scores.tolist(), got.tolist()):
+    for row, own in zip(scores.tolist(), got.tolist()):
         whole = sum(x for x in row if x > 0)
-        assert np.allclose(mine, [x / whole if x > 0 else 0 for x in row], atol=1e-6)
+        assert np.allclose(own, [x / whole if x > 0 else 0 for x in row], atol=1e-6)
     assert torch.allclose(
         normalize_scores(scores * times), got, atol=1e-6
-    )  # whatever unit a part counts in
+    )  # the unit does not matter
 
 
 @settings(max_examples=80, deadline=None)
 @given(scores=tables, shift=st.integers(-20, 20))
-def test_a_soft_share_is_a_softmax(scores, shift):
+def test_normalized_logits_are_a_softmax(scores, shift):
     got = normalize_scores(scores, softmax=True)
     e = np.exp(scores.double().numpy())
     assert np.allclose(got, e / e.sum(1, keepdims=True), atol=1e-6) and (got > 0).all()
@@ -162,20 +162,20 @@ def test_a_soft_share_is_a_softmax(scores, shift):
 
 @settings(max_examples=80, deadline=None)
 @given(lists=histories, n_items=st.integers(1, 12), steps=st.sampled_from([0.5, 3.0, 100.0]))
-def test_what_fades_is_the_plain_loop(lists, n_items, steps):
-    "Repeats add up to one at most; an item that nobody knows counts as an event, for time has passed."
-    want = np.zeros((len(lists), n_items))
+def test_recency_weights_equal_a_loop(lists, n_items, steps):
+    "Check that repeats add up to at most 1, and that unknown items count as events."
+    expected = np.zeros((len(lists), n_items))
     for u, items in enumerate(lists):
-        for place, item in enumerate(items):
+        for position, item in enumerate(items):
             if item < n_items:
-                want[u, item] += np.exp(-(len(items) - 1 - place) / steps)
+                expected[u, item] += np.exp(-(len(items) - 1 - position) / steps)
     got = recency_weights(history_of(*lists), n_items, steps)
-    assert got.is_coalesced() and np.allclose(got.to_dense(), np.minimum(want, 1), atol=1e-6)
+    assert got.is_coalesced() and np.allclose(got.to_dense(), np.minimum(expected, 1), atol=1e-6)
 
 
 @settings(max_examples=50, deadline=None)
 @given(lists=histories, n_items=st.integers(1, 12))
-def test_who_fades_endlessly_slowly_does_not(lists, n_items):
+def test_recency_weights_without_decay(lists, n_items):
     have = history_of(*lists)
     assert torch.allclose(
         recency_weights(have, n_items, 1e9).to_dense(),
@@ -186,7 +186,7 @@ def test_who_fades_endlessly_slowly_does_not(lists, n_items):
 
 @settings(max_examples=80, deadline=None)
 @given(lists=histories, n_items=st.integers(1, 12), half=st.sampled_from([1.0, 10.0]))
-def test_trust_counts_known_events(lists, n_items, half):
+def test_history_confidence_counts_known_events(lists, n_items, half):
     counts = [sum(i < n_items for i in items) for items in lists]
     got = history_confidence(history_of(*lists), n_items, half)
     assert np.allclose(got[:, 0], [c / (c + half) for c in counts]) and got.shape == (len(lists), 1)
@@ -194,7 +194,7 @@ def test_trust_counts_known_events(lists, n_items, half):
     assert (more > got).all() and (more < 1).all()
 
 
-# ---------------------------------------------------------------- wide parts
+# ---------------------------------------------------------------- wide components
 
 
 @pytest.mark.parametrize("max_items", [1, 6, 24, 12_000])
@@ -216,7 +216,7 @@ def test_wide_matrix_is_the_closed_form(split, max_items, lam, dropout, beta, al
         "wide-matrix", reg=lam, dropout=dropout, beta=beta, alpha=alpha, max_items=max_items
     ).fit(split)
     assert np.allclose(
-        model.scores(everybody(split))[T.sum(1) > 0], (X @ W)[T.sum(1) > 0], atol=2e-4
+        model.scores(all_users(split))[T.sum(1) > 0], (X @ W)[T.sum(1) > 0], atol=2e-4
     )
     assert max(t.numel() for t in model._state().values()) <= max(len(top) ** 2, X.shape[1] + 1)
     if max_items == 6:
@@ -225,14 +225,14 @@ def test_wide_matrix_is_the_closed_form(split, max_items, lam, dropout, beta, al
         )  # they are not simply the first: codes go by events, and some people have things twice
 
 
-def test_wide_matrix_without_its_changes_is_ease(split):
+def test_wide_matrix_without_its_extensions_is_ease(split):
     events = len(split.train.unique(["user", "item"]))
     plain = make_recommender(
         "wide-matrix", reg=(9 - 1e-3) * 250_000 / events, dropout=0.0, beta=0.0, alpha=0.0
     ).fit(split)
     assert torch.allclose(
-        plain.scores(everybody(split)),
-        make_recommender("ease", reg=9.0).fit(split).scores(everybody(split)),
+        plain.scores(all_users(split)),
+        make_recommender("ease", reg=9.0).fit(split).scores(all_users(split)),
         atol=1e-4,
     )
 
@@ -246,34 +246,36 @@ def test_wide_matrix_without_its_changes_is_ease(split):
     budget=st.sampled_from([1, 3, 10, 10**6]),
     whole=st.booleans(),
 )
-def test_strongest_is_dense_algebra(shape, seed, fill, most, budget, whole):
-    "Whole numbers make ties: which of the equal are kept is open, how many and how large they are is not; a budget changes nothing."
+def test_top_k_product_against_dense_algebra(shape, seed, fill, most, budget, whole):
+    "Check values and number of the kept entries, also with ties; the budget changes nothing."
     rng = np.random.default_rng(seed)
-    left, right = [
+    left, relevant = [
         (rng.integers(1, 4, shape) if whole else rng.random(shape)) * (rng.random(shape) < fill)
         for _ in range(2)
     ]
-    dense = left.T @ right
+    dense = left.T @ relevant
     np.fill_diagonal(dense, 0)
     got = top_k_product(
-        sp.csr_array(left.astype(float)), sp.csr_array(right.astype(float)), most, budget
+        sp.csr_array(left.astype(float)), sp.csr_array(relevant.astype(float)), most, budget
     )
-    again = top_k_product(sp.csr_array(left.astype(float)), sp.csr_array(right.astype(float)), most)
+    again = top_k_product(
+        sp.csr_array(left.astype(float)), sp.csr_array(relevant.astype(float)), most
+    )
     assert (
         got.shape == dense.shape
         and np.array_equal(got.toarray(), again.toarray())
         and (got.data != 0).all()
     )
     got = got.toarray()
-    for row, want in zip(got, dense):
-        assert np.allclose(row[row > 0], want[row > 0])
+    for row, expected in zip(got, dense):
+        assert np.allclose(row[row > 0], expected[row > 0])
         assert (
-            np.allclose(np.sort(row)[::-1][:most], np.sort(want)[::-1][:most])
+            np.allclose(np.sort(row)[::-1][:most], np.sort(expected)[::-1][:most])
             and (row > 0).sum() <= most
         )
 
 
-def test_strongest_of_nothing_and_of_one_person():
+def test_top_k_product_of_nothing_and_of_one_user():
     nothing, one = sp.csr_array((3, 4)), sp.csr_array(np.array([[1.0, 0, 1, 1]]))
     assert top_k_product(nothing, nothing, 2).toarray().tolist() == [[0.0] * 4] * 4
     assert top_k_product(one, one, 9, budget=2).toarray().tolist() == [
@@ -285,16 +287,16 @@ def test_strongest_of_nothing_and_of_one_person():
 
 
 def scores_by(weights, split):
-    "By a table of weights {(from, to): weight}, for everybody."
-    had = [{i for u, i, _ in rows_of(split) if u == user} for user in everybody(split)]
+    "Return the scores of all users by weights {(source, target): weight}."
+    histories = [{i for u, i, _ in rows_of(split) if u == user} for user in all_users(split)]
     return [
-        [sum(weights.get((a, b), 0) for a in mine) for b in range(split.n_train_items)]
-        for mine in had
+        [sum(weights.get((a, b), 0) for a in own) for b in range(split.n_train_items)]
+        for own in histories
     ]
 
 
 def largest(weights, n, most):
-    "Of each row."
+    "Return the largest weights of each row."
     return {
         (a, b): w
         for a in range(n)
@@ -306,37 +308,45 @@ def largest(weights, n, most):
 
 @pytest.mark.parametrize("most", [3, 300])
 @pytest.mark.parametrize(
-    "days, how", [(0.0, {}), (90.0, {}), (20.0, {"own": 1.0, "other": 0.0, "size": 1.0})]
+    "days, options",
+    [
+        (0.0, {}),
+        (90.0, {}),
+        (20.0, {"source_power": 1.0, "target_power": 0.0, "length_power": 1.0}),
+    ],
 )
-def test_wide_neighbours_is_the_plain_loop(split, days, how, most, monkeypatch):
-    monkeypatch.setattr(SparseItemModel, "most", most)
-    model, rows = make_recommender("wide-neighbours", days=days, **how).fit(split), rows_of(split)
+def test_wide_neighbours_equals_a_loop(split, days, options, most, monkeypatch):
+    monkeypatch.setattr(SparseItemModel, "max_neighbors", most)
+    model, rows = (
+        make_recommender("wide-neighbours", days=days, **options).fit(split),
+        rows_of(split),
+    )
     end, baskets, fresh = max(t for *_, t in rows), {}, {}
     for u, i, t in rows:
         baskets.setdefault(u, set()).add(i)
         fresh[u, i] = min(
             1, fresh.get((u, i), 0) + (np.exp(-(end - t) / 86_400_000 / days) if days else 1)
         )
-    takers = [sum(i in b for b in baskets.values()) for i in range(split.n_train_items)]
+    popularity = [sum(i in b for b in baskets.values()) for i in range(split.n_train_items)]
     weights = {}
     for u, basket in baskets.items():
         for a in basket:
             for b in basket - {a}:
                 weights[a, b] = (
                     weights.get((a, b), 0)
-                    + len(basket) ** -model.size
-                    * takers[a] ** -model.own
-                    * takers[b] ** -model.other
+                    + len(basket) ** -model.length_power
+                    * popularity[a] ** -model.source_power
+                    * popularity[b] ** -model.target_power
                     * fresh[u, b]
                 )
     assert np.allclose(
-        model.scores(everybody(split)),
+        model.scores(all_users(split)),
         scores_by(largest(weights, split.n_train_items, most), split),
         atol=1e-5,
     )
 
 
-def test_without_a_date_for_everything_all_company_is_alike():
+def test_missing_timestamps_give_equal_weights():
     log = random_log()
     for gap in (
         log.with_columns(timestamp=None),
@@ -344,9 +354,9 @@ def test_without_a_date_for_everything_all_company_is_alike():
             timestamp=pl.when(pl.int_range(pl.len()) == 7).then(None).otherwise("timestamp")
         ),
     ):
-        split = split_of(to_interactions(gap))
+        split = make_split(to_interactions(gap))
         dated, plain = [
-            make_recommender("wide-neighbours", days=d).fit(split).scores(everybody(split))
+            make_recommender("wide-neighbours", days=d).fit(split).scores(all_users(split))
             for d in (30.0, 0.0)
         ]
         assert torch.equal(dated, plain)
@@ -354,40 +364,43 @@ def test_without_a_date_for_everything_all_company_is_alike():
 
 @pytest.mark.parametrize("damping", [0.0, 10.0])
 def test_wide_rules_are_counted(split, damping):
-    baskets = [{i for u, i, _ in rows_of(split) if u == user} for user in everybody(split)]
+    baskets = [{i for u, i, _ in rows_of(split) if u == user} for user in all_users(split)]
     n = range(split.n_train_items)
-    both = {(a, b): sum({a, b} <= basket for basket in baskets) for a in n for b in n if a != b}
+    pairs = {(a, b): sum({a, b} <= basket for basket in baskets) for a in n for b in n if a != b}
     weights = {
         (a, b): max(c - 1, 0) / (sum(a in basket for basket in baskets) + damping)
-        for (a, b), c in both.items()
+        for (a, b), c in pairs.items()
     }
     assert np.allclose(
-        make_recommender("wide-rules", damping=damping).fit(split).scores(everybody(split)),
+        make_recommender("wide-rules", damping=damping).fit(split).scores(all_users(split)),
         scores_by(weights, split),
         atol=1e-5,
     )
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"steps": 1}, {"steps": 40, "decay": 0.9, "own": 0.0, "other": 1.0}]
+    "options",
+    [{}, {"window": 1}, {"window": 40, "decay": 0.9, "source_power": 0.0, "target_power": 1.0}],
 )
-def test_wide_next_is_the_plain_loop(split, how):
-    model, weights = make_recommender("wide-next", **how).fit(split), {}
-    takers = binary(split).sum(0)
-    for user in everybody(split):
-        mine = [i for u, i, _ in rows_of(split) if u == user]
-        for place, a in enumerate(mine):
-            for d, b in enumerate(mine[place + 1 : place + 1 + model.steps]):
+def test_wide_next_equals_a_loop(split, options):
+    model, weights = make_recommender("wide-next", **options).fit(split), {}
+    popularity = binary(split).sum(0)
+    for user in all_users(split):
+        own = [i for u, i, _ in rows_of(split) if u == user]
+        for position, a in enumerate(own):
+            for d, b in enumerate(own[position + 1 : position + 1 + model.window]):
                 if a != b:
                     weights[a, b] = (
                         weights.get((a, b), 0)
-                        + model.decay**d * takers[a] ** -model.own * takers[b] ** -model.other
+                        + model.decay**d
+                        * popularity[a] ** -model.source_power
+                        * popularity[b] ** -model.target_power
                     )
-    assert np.allclose(model.scores(everybody(split)), scores_by(weights, split), atol=1e-5)
+    assert np.allclose(model.scores(all_users(split)), scores_by(weights, split), atol=1e-5)
 
 
 def test_wide_next_knows_the_direction(split):
-    "Of a log that goes round, the next one is expected and not the one before."
+    "Check that in a cyclic log the next item is recommended, not the previous one."
     log = to_interactions(
         pl.DataFrame(
             [(f"u{u}", f"i{(u + t) % 9}", t + 1) for u in range(30) for t in range(5)],
@@ -395,11 +408,11 @@ def test_wide_next_knows_the_direction(split):
             orient="row",
         )
     )
-    model = make_recommender("wide-next", steps=1).fit(split_of(log, 1, 0))
+    model = make_recommender("wide-next", window=1).fit(make_split(log, 1, 0))
     assert model.recommend([["i3"], ["i8"]], k=1)["item"].to_list() == ["i4", "i0"]
 
 
-# ---------------------------------------------------------------- the low pass
+# ---------------------------------------------------------------- low-pass filter
 
 
 def low_pass(X, factors, lift):
@@ -409,19 +422,19 @@ def low_pass(X, factors, lift):
     return np.diag(taken**-0.5) @ V.T @ V @ np.diag(taken**lift)
 
 
-@pytest.mark.parametrize("popularity_power", [0.0, 0.4])
-def test_low_pass_with_all_factors_is_numpys(split, lift):
+@pytest.mark.parametrize("lift", [0.0, 0.4])
+def test_low_pass_with_all_factors_equals_numpy(split, lift):
     model = make_recommender("low-pass", factors=999, popularity_power=lift).fit(split)
     assert np.allclose(model.into @ model.out.T, low_pass(binary(split), 999, lift), atol=1e-3)
 
 
 def test_low_pass_with_some_factors_keeps_the_largest():
-    "Three kinds of people with a little noise: three directions, found as by numpy."
+    "Check that three groups of users with a little noise give the singular vectors of numpy."
     rng = np.random.default_rng(0)
     rows = {(u, 10 * (u % 3) + int(i)) for u in range(90) for i in rng.choice(10, 7, False)} | {
         (int(u), int(i)) for u, i in zip(rng.integers(90, size=20), rng.integers(30, size=20))
     }
-    split = split_of(
+    split = make_split(
         to_interactions(
             pl.DataFrame(
                 [(f"u{u}", f"i{i}") for u, i in sorted(rows)], schema=["user", "item"], orient="row"
@@ -431,30 +444,30 @@ def test_low_pass_with_some_factors_keeps_the_largest():
         0,
     )
     model, X = make_recommender("low-pass", factors=3).fit(split), binary(split)
-    assert np.allclose(model.scores(everybody(split)), X @ low_pass(X, 3, 0.4), atol=2e-2)
+    assert np.allclose(model.scores(all_users(split)), X @ low_pass(X, 3, 0.4), atol=2e-2)
 
 
-def test_low_pass_lets_through_nothing_that_nobody_does():
-    "Two things that are always taken together leave a direction empty; a basket with one of them must not be answered from it."
+def test_low_pass_drops_empty_directions():
+    "Check that singular vectors with a value of zero are dropped."
     pairs = [(f"u{u}", f"{x}{u % 3}") for u in range(12) for x in "ab"]
-    split = split_of(
+    split = make_split(
         to_interactions(pl.DataFrame(pairs, schema=["user", "item"], orient="row")), 1, 0
     )
     model = make_recommender("low-pass", factors=64).fit(split)
     assert np.allclose(model.into @ model.out.T, low_pass(binary(split), 64, 0.4), atol=1e-3)
 
 
-# ---------------------------------------------------------------- stars
+# ---------------------------------------------------------------- ratings
 
 
 @pytest.mark.parametrize("leaves", [2, 9, 40, 62])
-def test_trees_are_scikit_learns(leaves):
-    "Deep and shallow trees side by side, on new rows and on rows at the very thresholds."
+def test_trees_equal_scikit_learn(leaves):
+    "Check deep and shallow trees on new rows and on rows at the thresholds."
     rng = np.random.default_rng(0)
     x = rng.integers(0, 12, (400, 6)) / 4
     y = x[:, 0] * x[:, 1] - (x[:, 2] > 1) + rng.normal(0, 0.1, 400)
     model = make_recommender(
-        "trees", period_starts=3, max_iter=20, max_leaf_nodes=leaves, min_samples_leaf=5, seed=4
+        "trees", n_seeds=3, max_iter=20, max_leaf_nodes=leaves, min_samples_leaf=5, seed=4
     )
     model._fit_matrix(x, y)
     theirs = [
@@ -470,24 +483,24 @@ def test_trees_are_scikit_learns(leaves):
         for s in range(3)
     ]
     for rows in (x, rng.integers(-6, 32, (300, 6)) / 8, rng.normal(size=(50, 6)) * 100):
-        want = np.mean([t.predict(rows) for t in theirs], 0)
-        assert np.allclose(model._score_history(rows), want, rtol=0, atol=1e-12) and np.allclose(
-            model._score_history(rows, block=7), want, rtol=0, atol=1e-12
-        )
-    assert np.ptp(model._score_history(x)) > 1 or leaves == 2
-    assert len(model._score_history(x[:0])) == 0
+        expected = np.mean([t.predict(rows) for t in theirs], 0)
+        assert np.allclose(
+            model._predict_features(rows), expected, rtol=0, atol=1e-12
+        ) and np.allclose(model._predict_features(rows, block=7), expected, rtol=0, atol=1e-12)
+    assert np.ptp(model._predict_features(x)) > 1 or leaves == 2
+    assert len(model._predict_features(x[:0])) == 0
 
 
-def test_trees_without_a_test():
-    "Where nothing can be told apart a tree is one leaf."
-    model = make_recommender("trees", period_starts=1, max_iter=3)
+def test_trees_of_one_leaf():
+    "Check trees of a single leaf."
+    model = make_recommender("trees", n_seeds=1, max_iter=3)
     model._fit_matrix(np.zeros((50, 2)), np.arange(50.0))
-    assert np.allclose(model._score_history(np.ones((3, 2))), 24.5)
-    with pytest.raises(UserError, match="62 leaves"):
+    assert np.allclose(model._predict_features(np.ones((3, 2))), 24.5)
+    with pytest.raises(UserError, match="at most 62"):
         make_recommender("trees", max_leaf_nodes=63)._fit_matrix(np.zeros((50, 2)), np.arange(50.0))
 
 
-def test_ridge_is_scikit_learns():
+def test_ridge_equals_scikit_learn():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 8)) @ rng.normal(size=(8, 8)) + rng.normal(size=8) * 9
     x[:, 3] = 0.1  # says nothing
@@ -501,40 +514,40 @@ def test_ridge_is_scikit_learns():
         new[:, 3] = 0.1
         for rows in (x, new):
             assert np.allclose(
-                model._score_history(rows), theirs.predict((rows - mean) / scale), atol=1e-5
+                model._predict_features(rows), theirs.predict((rows - mean) / scale), atol=1e-5
             )
 
 
-@pytest.mark.parametrize("name, how", [("ridge", {}), ("trees", {"least": 20})])
+@pytest.mark.parametrize("name, options", [("ridge", {}), ("trees", {"min_samples_leaf": 20})])
 @pytest.mark.parametrize("times", [True, False])
-def test_stars_from_statistics_saved_and_loaded(name, how, times, tmp_path):
-    split = split_of(random_log(times=times))
-    model = make_recommender(name, **how).fit(split)
-    ask = (
-        [*everybody(split)][:9] + [999, 999],
+def test_rating_models_saved_and_loaded(name, options, times, tmp_path):
+    split = make_split(random_log(times=times))
+    model = make_recommender(name, **options).fit(split)
+    pairs = (
+        [*all_users(split)][:9] + [999, 999],
         [*range(9)] + [3, split.n_train_items + 5],
-    )  # a stranger, and a thing that nobody knows
+    )  # a cold-start user, and an unknown item
     model.save(tmp_path)
-    back = load_recommender(tmp_path)
-    stars = model.predict(*ask)
+    loaded = load_recommender(tmp_path)
+    stars = model.predict(*pairs)
     assert (
-        torch.equal(back.predict(*ask), stars)
+        torch.equal(loaded.predict(*pairs), stars)
         and torch.isfinite(stars).all()
         and stars.unique().numel() > 3
     )
-    assert torch.equal(back.scores([0, 5, 999]), model.scores([0, 5, 999]))
+    assert torch.equal(loaded.scores([0, 5, 999]), model.scores([0, 5, 999]))
     assert sorted(f.name for f in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["ridge", "trees"])
-def test_stars_from_statistics_find_what_was_planted(name):
-    "Good and bad things, kind and strict people."
+def test_rating_models_find_planted_effects(name):
+    "Check that planted effects of items and users are learnt."
     rng = np.random.default_rng(0)
     user, item = rng.integers(0, 60, 3000), rng.integers(0, 30, 3000)
     stars = np.clip(
         np.round(3 + (item % 3 - 1) + (user % 3 - 1) * 0.7 + rng.normal(0, 0.4, 3000)), 1, 5
     )
-    split = split_of(
+    split = make_split(
         to_interactions(
             pl.DataFrame(
                 {
@@ -560,29 +573,29 @@ def test_stars_from_statistics_find_what_was_planted(name):
     assert error(make_recommender(name)) < 0.5 * error(make_recommender("mean"))
 
 
-# ---------------------------------------------------------------- who counts how much
+# ---------------------------------------------------------------- ensemble weights
 
 
-def by_hand(parts, worth, first, steps, bags, seed):
-    "Ensemble selection in plain Python."
-    draw, found = torch.Generator().manual_seed(seed), []
+def select_by_loop(parts, objective, first, steps, bags, seed):
+    "Select ensemble weights in plain Python."
+    generator, found = torch.Generator().manual_seed(seed), []
     for _ in range(bags):
-        rows = torch.randint(parts.shape[1], (parts.shape[1],), generator=draw)
+        rows = torch.randint(parts.shape[1], (parts.shape[1],), generator=generator)
         units, path = [first] * len(parts), []
         for _ in range(steps):
-            tried = []
+            with_validation = []
             for k in range(len(parts)):
                 with_k = [u + (j == k) for j, u in enumerate(units)]
                 blend = sum(u * part[rows] for u, part in zip(with_k, parts)) / sum(with_k)
-                tried.append((float(worth(blend, rows).mean()), with_k))
-            value, units = max(tried, key=lambda t: t[0])
+                with_validation.append((float(objective(blend, rows).mean()), with_k))
+            value, units = max(with_validation, key=lambda t: t[0])
             path.append((value, units))
         best = max(path, key=lambda p: p[0])[1]
         found.append([u / sum(best) for u in best])
     return [sum(w) / bags for w in zip(*found)]
 
 
-def voices(n=60, k=4, seed=0):
+def noisy_predictions(n=60, k=4, seed=0):
     random = torch.Generator().manual_seed(seed)
     truth = torch.randn(n, generator=random, dtype=torch.float64)
     return truth, truth + torch.randn(k, n, generator=random, dtype=torch.float64) * torch.linspace(
@@ -598,23 +611,23 @@ def voices(n=60, k=4, seed=0):
     bags=st.integers(1, 3),
     k=st.integers(1, 4),
 )
-def test_selection_is_the_plain_loop(seed, first, steps, bags, k):
-    truth, parts = voices(k=k, seed=seed)
+def test_ensemble_selection_equals_a_loop(seed, first, steps, bags, k):
+    truth, parts = noisy_predictions(k=k, seed=seed)
 
-    def worth(blend, rows):
+    def objective(blend, rows):
         return -(blend - truth[rows]).square()
 
-    got = ensemble_selection(parts, worth, first, steps, bags, seed)
-    assert np.allclose(got, by_hand(parts, worth, first, steps, bags, seed), atol=1e-9)
+    got = ensemble_selection(parts, objective, first, steps, bags, seed)
+    assert np.allclose(got, select_by_loop(parts, objective, first, steps, bags, seed), atol=1e-9)
     assert abs(sum(got) - 1) < 1e-9 and min(got) >= first / (first * k + steps) - 1e-9
-    assert got == ensemble_selection(parts, worth, first, steps, bags, seed)
+    assert got == ensemble_selection(parts, objective, first, steps, bags, seed)
 
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 99), steps=st.integers(1, 6))
-def test_a_blend_is_on_its_people_no_worse_than_the_best_alone(seed, steps):
-    "On the people drawn, and of one path: the first unit goes to the best, and the best of the path is kept."
-    truth, parts = voices(seed=seed)
+def test_the_blend_is_no_worse_than_the_best_component(seed, steps):
+    "Check on the sampled rows and one bag: the first vote goes to the best component."
+    truth, parts = noisy_predictions(seed=seed)
     rows = torch.randint(60, (60,), generator=torch.Generator().manual_seed(seed))
 
     def cost(blend):
@@ -628,8 +641,8 @@ def test_a_blend_is_on_its_people_no_worse_than_the_best_alone(seed, steps):
     assert cost((weights[:, None] * parts).sum(0)) <= min(map(cost, parts)) + 1e-12
 
 
-def test_the_truth_gets_everything():
-    truth, parts = voices()
+def test_the_truth_gets_all_weight():
+    truth, parts = noisy_predictions()
     assert ensemble_selection(
         torch.stack([parts[0], truth, parts[1]]),
         lambda blend, rows: -(blend - truth[rows]).square(),
@@ -637,8 +650,8 @@ def test_the_truth_gets_everything():
 
 
 @pytest.fixture(scope="module")
-def uneven():
-    "Every thing with another number of takers, so that no two are alike."
+def without_ties():
+    "Return a split whose items all have a different popularity, so that there are no ties."
     rng = np.random.default_rng(0)
     rows = [(f"u{u}", f"i{i:02d}") for i in range(25) for u in rng.choice(40, 4 + i, False)]
     rows = [rows[k] for k in rng.permutation(len(rows))]
@@ -647,13 +660,13 @@ def uneven():
             timestamp=10**12 + np.arange(len(rows)) * 10**8
         )
     )
-    return split_of(log, 0.75, 0.15)
+    return make_split(log, 0.75, 0.15)
 
 
 @pytest.mark.parametrize("protocol", ["strict", "as-reported", "given"])
-def test_candidates_that_are_all_items_are_the_hybrids_lists(uneven, protocol):
-    "What is chosen on is what is judged: scores, what is barred, hits and NDCG@20; lists that repeat what one has, too."
-    split = replace(uneven, protocol=PROTOCOLS[protocol])
+def test_all_items_as_candidates_give_the_ensemble_scores(without_ties, protocol):
+    "Check that with all items as candidates NDCG@20 equals that of the evaluation."
+    split = replace(without_ties, protocol=PROTOCOLS[protocol])
     weights = {
         "popularity": 0.07,
         "matrix, recency-weighted": 0.4,
@@ -661,93 +674,95 @@ def test_candidates_that_are_all_items_are_the_hybrids_lists(uneven, protocol):
         "low-pass": 0.33,
     }
     models = {name: fit_component(split, name) for name in weights}
-    hybrid, question, n = (
+    hybrid, task, n = (
         make_recommender("hybrid", plan={"ranking": weights, "rating": {}, "epochs": {}}).fit(
             split
         ),
         make_eval_task(split, "val"),
         split.n_train_items,
     )
-    shares, barred, hits, to_find, known = component_candidates(models, split, depth=n)
-    blend = sum(w * s for w, s in zip(weights.values(), shares))
+    all_probs, mask, hits, n_relevant, is_warm = component_candidates(models, split, depth=n)
+    blend = sum(w * s for w, s in zip(weights.values(), all_probs))
     first = (torch.arange(4 * n) % 4 == 0).expand(
         len(hits), -1
-    )  # each item stands there four times, side by side
-    had = question.history.select(question.users)
-    assert torch.allclose(blend[first].view(-1, n), hybrid.scores(question.users, had), atol=1e-6)
-    assert (barred[~first] == -torch.inf).all() and not hits[
+    )  # each item is there four times, side by side
+    histories = task.history.select(task.users)
+    assert torch.allclose(blend[first].view(-1, n), hybrid.scores(task.users, histories), atol=1e-6)
+    assert (mask[~first] == -torch.inf).all() and not hits[
         ~first
-    ].any()  # four parts name each item, and it counts once
+    ].any()  # each item is a candidate four times, and counts once
     assert torch.equal(
-        barred[first].view(-1, n) == -torch.inf,
-        had.to_sparse(n).to_dense().bool() & split.protocol.mask_seen,
+        mask[first].view(-1, n) == -torch.inf,
+        histories.to_sparse(n).to_dense().bool() & split.protocol.mask_seen,
     )
-    mine = ndcg(hits.gather(1, (blend + barred).topk(20, 1)[1]), to_find, 20)
+    own = ndcg(hits.gather(1, (blend + mask).topk(20, 1)[1]), n_relevant, 20)
     theirs = eval_ranking(hybrid, split, "val", (20,)).users
     assert (
-        theirs["user"].to_list() == question.users.tolist()
-        and np.allclose(theirs["NDCG@20"], mine)
-        and mine.mean() > 0
+        theirs["user"].to_list() == task.users.tolist()
+        and np.allclose(theirs["NDCG@20"], own)
+        and own.mean() > 0
     )
 
 
-def test_candidates_are_what_some_part_has_first(uneven):
-    models = {name: fit_component(uneven, name) for name in ("popularity", "rules", "matrix")}
-    shares, barred, hits, to_find, known = component_candidates(models, uneven, depth=3)
-    question = make_eval_task(uneven, "val")
-    had, right = (
-        question.history.select(question.users),
-        set(question.ground_truth.select("user", "item").rows()),
+def test_candidates_are_the_first_items_of_any_component(without_ties):
+    models = {name: fit_component(without_ties, name) for name in ("popularity", "rules", "matrix")}
+    all_probs, mask, hits, n_relevant, is_warm = component_candidates(models, without_ties, depth=3)
+    task = make_eval_task(without_ties, "val")
+    histories, relevant = (
+        task.history.select(task.users),
+        set(task.ground_truth.select("user", "item").rows()),
     )
-    each = [component_probs(name, model, question.users, had) for name, model in models.items()]
-    seen = had.to_sparse(uneven.n_train_items).to_dense()
-    for k, user in enumerate(question.users.tolist()):
+    each = [component_probs(name, model, task.users, histories) for name, model in models.items()]
+    seen = histories.to_sparse(without_ties.n_train_items).to_dense()
+    for k, user in enumerate(task.users.tolist()):
         top = sorted({i for g in each for i in (g[k] - 1e9 * seen[k]).topk(3)[1].tolist()})
-        open_ = barred[k] == 0
+        open_ = mask[k] == 0
         assert torch.equal(
-            shares[:, k, open_],
+            all_probs[:, k, open_],
             torch.stack([g[k, [i for i in top if not seen[k, i]]] for g in each]),
         )
-        assert hits[k].sum() == sum((user, i) in right for i in top) and to_find[k] == sum(
-            u == user for u, _ in right
+        assert hits[k].sum() == sum((user, i) in relevant for i in top) and n_relevant[k] == sum(
+            u == user for u, _ in relevant
         )
-    few = component_candidates(models, uneven, max_users=5, depth=3)
+    few = component_candidates(models, without_ties, max_users=5, depth=3)
     assert few[0].shape[1] == 5 and len(few[3]) == 5
 
 
-def test_weights_of_lists_leave_out_what_is_small(uneven):
+def test_small_ranking_weights_are_left_out(without_ties):
     models = {
-        name: fit_component(uneven, name)
+        name: fit_component(without_ties, name)
         for name in ("popularity", "matrix", "neighbors", "rules", "low-pass")
     }
-    every, strangers, alone = fit_ranking_weights(models, uneven, 0.0)
-    least = max(every.values()) - 1e-3
-    some, *_ = fit_ranking_weights(models, uneven, least)
-    assert list(every) == list(models) and abs(sum(every.values()) - 1) < 1e-3
-    assert some == {n: w for n, w in every.items() if w >= least} and len(some) < len(every)
-    shares, barred, hits, to_find, known = component_candidates(models, uneven)
+    warm, only_cold_users, standalone = fit_ranking_weights(models, without_ties, 0.0)
+    min_weight = max(warm.values()) - 1e-3
+    kept, *_ = fit_ranking_weights(models, without_ties, min_weight)
+    assert list(warm) == list(models) and abs(sum(warm.values()) - 1) < 1e-3
+    assert kept == {n: w for n, w in warm.items() if w >= min_weight} and len(kept) < len(warm)
+    all_probs, mask, hits, n_relevant, is_warm = component_candidates(models, without_ties)
 
-    def worth(blend, rows):
+    def objective(blend, rows):
         return torch.stack(
             [
-                ndcg(hits[r][(b + barred[r]).topk(20)[1]][None], to_find[r : r + 1], 20)[0]
+                ndcg(hits[r][(b + mask[r]).topk(20)[1]][None], n_relevant[r : r + 1], 20)[0]
                 for b, r in zip(blend, rows)
             ]
         )
 
-    assert np.allclose(list(every.values()), by_hand(shares, worth, 0, 10, 8, 0), atol=0.02)
+    assert np.allclose(
+        list(warm.values()), select_by_loop(all_probs, objective, 0, 10, 8, 0), atol=0.02
+    )
 
-    def judged(name):
-        return eval_ranking(models[name], uneven, "val", (20,)).users["NDCG@20"].mean()
+    def evaluated(name):
+        return eval_ranking(models[name], without_ties, "val", (20,)).users["NDCG@20"].mean()
 
     assert (
-        list(alone) == [*models, "hybrid"]
-        and alone["rules"] > 0
-        and alone["popularity"] == pytest.approx(judged("popularity"), abs=0.02)
+        list(standalone) == [*models, "hybrid"]
+        and standalone["rules"] > 0
+        and standalone["popularity"] == pytest.approx(evaluated("popularity"), abs=0.02)
     )
 
 
-def test_weights_of_stars_are_of_kinds(split):
+def test_rating_weights_are_by_group(split):
     models = {
         "ridge": fit_component(split, "ridge"),
         "network 1": fit_component(split, "network 1"),
@@ -755,7 +770,7 @@ def test_weights_of_stars_are_of_kinds(split):
     }
     weights = fit_rating_weights(models, split)
     user, item, y = [split.val[c].to_torch() for c in ("user", "item", "rating")]
-    said = {
+    predicted = {
         n: m.predict(
             user.long(),
             item.long(),
@@ -763,8 +778,8 @@ def test_weights_of_stars_are_of_kinds(split):
         ).double()
         for n, m in models.items()
     }
-    want = by_hand(
-        torch.stack([said["ridge"], (said["network 1"] + said["network 2"]) / 2]),
+    expected = select_by_loop(
+        torch.stack([predicted["ridge"], (predicted["network 1"] + predicted["network 2"]) / 2]),
         lambda blend, rows: -(blend - y[rows]).square(),
         2,
         10,
@@ -773,7 +788,7 @@ def test_weights_of_stars_are_of_kinds(split):
     )
     assert np.allclose(
         [weights["ridge"], weights["network 1"], weights["network 2"]],
-        [want[0], want[1] / 2, want[1] / 2],
+        [expected[0], expected[1] / 2, expected[1] / 2],
         atol=1e-4,
     )
     assert (
@@ -797,25 +812,28 @@ def ids(split, part):
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 @pytest.mark.parametrize("seed", range(3))
-def test_what_is_carved_was_training_and_is_gone_from_it(name, seed):
-    split = split_of(random_log(seed=seed), 0.9, 0, name)
+def test_validation_rows_are_moved_from_training(name, seed):
+    split = make_split(random_log(seed=seed), 0.9, 0, name)
     split = replace(split, val=split.val.clear(), filtered_out=split.test[:3])
-    made = ensure_validation(split)
-    assert ids(made, "train") != [] != ids(made, "val") and sorted(
-        ids(made, "train") + ids(made, "val")
+    with_val = ensure_validation(split)
+    assert ids(with_val, "train") != [] != ids(with_val, "val") and sorted(
+        ids(with_val, "train") + ids(with_val, "val")
     ) == ids(split, "train")
-    assert len(made.test) == len(made.filtered_out) == 0 and made.protocol == split.protocol
+    assert (
+        len(with_val.test) == len(with_val.filtered_out) == 0
+        and with_val.protocol == split.protocol
+    )
     assert ids(ensure_validation(replace(split, test=split.test.clear())), "val") == ids(
-        made, "val"
-    )  # test rows have no say
-    assert sorted(made.train["user"].unique()) == [*everybody(made)] and sorted(
-        made.train["item"].unique()
-    ) == [*range(made.n_train_items)]
+        with_val, "val"
+    )  # test rows change nothing
+    assert sorted(with_val.train["user"].unique()) == [*all_users(with_val)] and sorted(
+        with_val.train["item"].unique()
+    ) == [*range(with_val.n_train_items)]
     rows, n = split.train.with_columns(pl.int_range(pl.len()).alias("row")), len(split.train)
     if split.protocol.split_by == "time":
-        assert ids(made, "val") == ids(replace(split, val=split.train[int(0.9 * n) :]), "val")
+        assert ids(with_val, "val") == ids(replace(split, val=split.train[int(0.9 * n) :]), "val")
     elif split.protocol.split_by == "leave-one-out":
-        assert ids(made, "val") == ids(
+        assert ids(with_val, "val") == ids(
             replace(
                 split,
                 val=rows.filter(pl.len().over("user") > 1)
@@ -826,26 +844,26 @@ def test_what_is_carved_was_training_and_is_gone_from_it(name, seed):
             "val",
         )
     else:
-        assert 0.08 < len(made.val) / n < 0.22
-    assert ensure_validation(made) is made and ensure_validation(
+        assert 0.08 < len(with_val.val) / n < 0.22
+    assert ensure_validation(with_val) is with_val and ensure_validation(
         replace(split, val=split.train[:1])
     ).val.equals(split.train[:1])
 
 
-def test_of_a_single_event_nothing_is_taken():
-    "Somebody must be learnt from."
+def test_a_single_event_stays_in_training():
+    "Check that the only event stays in training."
     for name in PROTOCOLS:
-        split = split_of(random_log(rows=1), 1, 0, name)
+        split = make_split(random_log(rows=1), 1, 0, name)
         assert (
             len(ensure_validation(split).train) == 1 and len(ensure_validation(split).val) == 0
         ), name
 
 
-# ---------------------------------------------------------------- the parts, within a budget
+# ---------------------------------------------------------------- components within a budget
 
 
-def test_dates_are_dates_when_they_span_a_month(split):
-    def spanning(days):
+def test_timestamps_are_dates_if_they_span_a_month(split):
+    def with_span(days):
         return replace(
             split,
             train=split.train.with_columns(
@@ -857,27 +875,30 @@ def test_dates_are_dates_when_they_span_a_month(split):
 
     dated = {n for n, p in RANKING_COMPONENTS.items() if p.needs_time}
 
-    def of(s):
+    def applicable(s):
         return {n for n in COMPONENTS if is_applicable(s, n)}
 
     assert (
-        of(split) == of(spanning(30)) == set(COMPONENTS)
-        and of(spanning(29)) == set(COMPONENTS) - dated
+        applicable(split) == applicable(with_span(30)) == set(COMPONENTS)
+        and applicable(with_span(29)) == set(COMPONENTS) - dated
     )
     for rows in (
         split.train.with_columns(timestamp=None),
         split.train.with_columns(timestamp=pl.when(pl.int_range(pl.len()) > 0).then("timestamp")),
     ):
         assert (
-            of(replace(split, train=rows.cast({"timestamp": pl.Datetime("ms")})))
+            applicable(replace(split, train=rows.cast({"timestamp": pl.Datetime("ms")})))
             == set(COMPONENTS) - dated
         )
-    assert of(told(split_of(random_log(stars=False)))) == set(RANKING_COMPONENTS) and of(
-        split_of(random_log(stars=False))
-    ) == set(RANKING_COMPONENTS) - {"content", "content towers"}
+    assert applicable(with_category(make_split(random_log(stars=False)))) == set(
+        RANKING_COMPONENTS
+    ) and applicable(make_split(random_log(stars=False))) == set(RANKING_COMPONENTS) - {
+        "content",
+        "content towers",
+    }
 
 
-def test_parts_that_share_a_model_are_the_same_recommender():
+def test_components_that_share_a_model_have_the_same_settings():
     assert set(MODEL_KEY) == set(COMPONENTS) == RANKING_COMPONENTS.keys() | RATING_COMPONENTS.keys()
     for name, model in MODEL_KEY.items():
         assert MODEL_KEY[model] == model and (
@@ -893,15 +914,15 @@ def test_parts_that_share_a_model_are_the_same_recommender():
 
 @pytest.fixture
 def clock(monkeypatch):
-    "Fits that take the seconds one says, and a note of each."
+    "Replace fits by fake ones that take given seconds, and record them."
     now = SimpleNamespace(seconds=0.0, one={}, fits=[])
 
-    def fit(split, name, passes=0, seed=0):
-        now.fits.append((name, passes))
-        now.seconds += now.one.get(name, 1.0) * (passes or MAX_EPOCHS.get(name, 1))
+    def fit(split, name, epochs=0, seed=0):
+        now.fits.append((name, epochs))
+        now.seconds += now.one.get(name, 1.0) * (epochs or MAX_EPOCHS.get(name, 1))
         return SimpleNamespace(
             name=COMPONENTS[name].recommender,
-            curve=[{"val": None}] * (passes or MAX_EPOCHS.get(name, 1)),
+            loss_curve=[{"val": None}] * (epochs or MAX_EPOCHS.get(name, 1)),
         )
 
     monkeypatch.setattr(hybrid, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
@@ -910,7 +931,7 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "seconds, passes",
+    "seconds, epochs",
     [
         (-1.0, None),
         (0.0, None),
@@ -922,20 +943,18 @@ def clock(monkeypatch):
         (10_000.0, 0),
     ],
 )
-def test_what_learns_in_passes_gets_as_many_as_there_is_time_for(
-    clock, split, monkeypatch, seconds, passes
-):
-    "One is tried; three more must fit, else it is left out; with room for all of them it stops when validation says so."
+def test_networks_get_as_many_epochs_as_fit(clock, split, monkeypatch, seconds, epochs):
+    "Check that one epoch is tried, three more must fit, and all epochs use early stopping."
     monkeypatch.setitem(MAX_EPOCHS, "gru", 10)
     clock.one["gru"] = 10.0
-    assert (fit_within_budget(split, "gru", seconds) is None) == (passes is None)
+    assert (fit_within_budget(split, "gru", seconds) is None) == (epochs is None)
     assert clock.fits == ([("gru", 1)] if seconds > 0 else []) + (
-        [("gru", passes)] if passes is not None else []
+        [("gru", epochs)] if epochs is not None else []
     )
     assert clock.seconds <= max(seconds, 10.0)
 
 
-def test_what_takes_no_passes_is_fitted_while_there_is_time(clock, split):
+def test_models_without_epochs_are_fitted_while_there_is_time(clock, split):
     assert (
         fit_within_budget(split, "matrix", 0.1)
         and fit_within_budget(split, "matrix", 0.0) is None
@@ -944,15 +963,15 @@ def test_what_takes_no_passes_is_fitted_while_there_is_time(clock, split):
     assert fit_within_budget(split, "popularity", -1.0) and fit_within_budget(split, "ridge", -1.0)
 
 
-@pytest.mark.parametrize("time_budget_min", [0.0, 0.01, 1.0, 10.0, 60.0])
-def test_choosing_keeps_to_the_minutes(clock, split, monkeypatch, minutes):
-    "A second each and ten a pass: beyond the minutes at most by one fit that was begun."
+@pytest.mark.parametrize("minutes", [0.0, 0.01, 1.0, 10.0, 60.0])
+def test_choosing_keeps_to_the_time_budget(clock, split, monkeypatch, minutes):
+    "Check the time budget: it is exceeded by one started fit at most."
     for name in MAX_EPOCHS:
         clock.one[name], MAX_EPOCHS[name] = 10.0, 2
     monkeypatch.setattr(
         hybrid,
         "fit_ranking_weights",
-        lambda models, split: ({n: 1.0 for n in models}, {"popularity": 1.0}, {}),
+        lambda models, _: (dict.fromkeys(models, 1.0), {"popularity": 1.0}, {}),
     )
     monkeypatch.setattr(
         hybrid, "fit_rating_weights", lambda models, split: {n: 1.0 for n in models}
@@ -965,18 +984,21 @@ def test_choosing_keeps_to_the_minutes(clock, split, monkeypatch, minutes):
     assert set(plan["epochs"]) == set(models) & set(MAX_EPOCHS)
     assert (minutes < 60) or set(models) == set(MODEL_KEY.values())
     assert minutes or set(models) == {"popularity", "ridge"}
-    begun = [name in MAX_EPOCHS for name, _ in clock.fits]
-    assert begun == sorted(begun)  # the slow ones come last
+    is_slow = [name in MAX_EPOCHS for name, _ in clock.fits]
+    assert is_slow == sorted(is_slow)  # the slow ones come last
 
 
-def test_the_best_pass_is_the_one_that_validation_liked():
-    def of(name, *values):
+def test_best_epoch():
+    def applicable(name, *values):
         return best_epoch(name, [{"val": v} for v in values])
 
     for name in SEQUENCE_MODELS:
-        assert of(name, 0.1, 0.3, 0.2) == 2
-    assert of("wide-deep", 0.9, 0.7, 0.8) == 2 and of("gru") == of("wide-deep") == 0
-    assert of("gru", None, None) == of("wide-deep", None, None) == 2
+        assert applicable(name, 0.1, 0.3, 0.2) == 2
+    assert (
+        applicable("wide-deep", 0.9, 0.7, 0.8) == 2
+        and applicable("gru") == applicable("wide-deep") == 0
+    )
+    assert applicable("gru", None, None) == applicable("wide-deep", None, None) == 2
 
 
 # ---------------------------------------------------------------- the hybrid
@@ -995,23 +1017,23 @@ def saved(model, tmp_path):
 
 
 def same(a, b, split):
-    "To the last digit: scores of people, strangers, baskets and new items; stars."
-    who = [*everybody(split)][:20] + [999]
+    "Return whether all scores and rating predictions of two models are equal, bit by bit."
+    users = [*all_users(split)][:20] + [999]
     basket = history_of([split.n_train_items - 1, 0], [split.n_train_items], [])
     return (
-        torch.equal(a.scores(who), b.scores(who))
+        torch.equal(a.scores(users), b.scores(users))
         and torch.equal(a.scores([999] * 3, basket), b.scores([999] * 3, basket))
-        and torch.equal(a.scores(who, items=[2, 999]), b.scores(who, items=[2, 999]))
+        and torch.equal(a.scores(users, items=[2, 999]), b.scores(users, items=[2, 999]))
         and a.predicts_ratings == b.predicts_ratings
         and (
             not a.predicts_ratings
-            or torch.equal(a.predict(who, [1] * len(who)), b.predict(who, [1] * len(who)))
+            or torch.equal(a.predict(users, [1] * len(users)), b.predict(users, [1] * len(users)))
         )
     )
 
 
 @pytest.fixture(scope="module")
-def every(split):
+def warm(split):
     return make_recommender("hybrid", plan=json.loads(json.dumps(ALL))).fit(split)
 
 
@@ -1020,30 +1042,32 @@ def first(split):
     return make_recommender("hybrid").fit(split)
 
 
-def test_the_hybrid_is_the_sum_of_its_parts(every, split):
+def test_the_ensemble_is_the_weighted_sum_of_its_components(warm, split):
     users, n = torch.tensor([0, 7, 30, 999]), split.n_train_items
-    had = every.train_history.select(users)
+    histories = warm.train_history.select(users)
     models = {name: fit_component(split, name, ALL["epochs"].get(name, 0)) for name in COMPONENTS}
     total = torch.zeros(4, n, dtype=torch.float64)
     for name, w in ALL["ranking"].items():
         part, model = RANKING_COMPONENTS[name], models[name]
         with torch.no_grad():
-            alone = (
+            standalone = (
                 model._score_history(
-                    recency_weights(had, n) if part.recency_weighted else had.to_sparse(n)
+                    recency_weights(histories, n)
+                    if part.recency_weighted
+                    else histories.to_sparse(n)
                 ).clamp(min=0)
                 if hasattr(model, "_score_history")
                 else model.scores(users).clamp(min=0 if name == "content" else -torch.inf)
             )
-        given = (
-            torch.softmax(alone, 1)
+        probs = (
+            torch.softmax(standalone, 1)
             if name in MAX_EPOCHS
-            else alone / alone.sum(1, keepdim=True).clamp(min=1e-12)
+            else standalone / standalone.sum(1, keepdim=True).clamp(min=1e-12)
         )
-        count = had.indptr.diff()[:, None]
+        count = histories.indptr.diff()[:, None]
         total += (
             w
-            * given
+            * probs
             * (
                 1
                 if part.family == "popular"
@@ -1052,30 +1076,30 @@ def test_the_hybrid_is_the_sum_of_its_parts(every, split):
                 else count / (count + 10)
             )
         )
-    assert np.allclose(every.scores(users), total, atol=1e-5)
+    assert np.allclose(warm.scores(users), total, atol=1e-5)
     assert torch.equal(
-        every.scores(users, items=[5, 2, n, n + 9]),
-        torch.cat([every.scores(users)[:, [5, 2]], torch.zeros(4, 2)], 1),
-    )  # a new item has no share
+        warm.scores(users, items=[5, 2, n, n + 9]),
+        torch.cat([warm.scores(users)[:, [5, 2]], torch.zeros(4, 2)], 1),
+    )  # a new item has no probability
     items = torch.tensor([3, 1, 0, 2])
     stars = sum(w * models[name].predict(users, items) for name, w in ALL["rating"].items()) / sum(
         ALL["rating"].values()
     )
     assert (
-        np.allclose(every.predict(users, items), stars, atol=1e-5)
+        np.allclose(warm.predict(users, items), stars, atol=1e-5)
         and stars.min() >= 1
         and stars.max() <= 5
     )
 
 
-def test_a_stranger_gets_what_is_popular(every, split):
-    "No memory and no vector has anything to say; the towers alone know things by their kind and age."
+def test_cold_users_get_what_is_popular(warm, split):
+    "Check that cold-start users get no personal scores, except those of the content models."
     nobody = history_of([], [split.n_train_items])
     users = torch.tensor([999, 998])
     for name in RANKING_COMPONENTS:
-        given = component_probs(name, every.models[MODEL_KEY[name]], users, nobody)
+        probs = component_probs(name, warm.models[MODEL_KEY[name]], users, nobody)
         assert torch.allclose(
-            given.sum(1),
+            probs.sum(1),
             torch.ones(2)
             if RANKING_COMPONENTS[name].family == "popular" or name in ("towers", "content towers")
             else torch.zeros(2),
@@ -1083,36 +1107,40 @@ def test_a_stranger_gets_what_is_popular(every, split):
         ), name
     popular = {n: w for n, w in ALL["ranking"].items() if RANKING_COMPONENTS[n].family == "popular"}
     lists = {n: w for n, w in ALL["ranking"].items() if n not in ("towers", "content towers")}
-    hybrid, usual = [
+    hybrid, popular_only = [
         make_recommender(
             "hybrid",
-            plan={"ranking": l, "rating": {}, "epochs": {n: 1 for n in l if n in MAX_EPOCHS}},
+            plan={
+                "ranking": weights,
+                "rating": {},
+                "epochs": {n: 1 for n in weights if n in MAX_EPOCHS},
+            },
         )
-        for l in (lists, popular)
+        for weights in (lists, popular)
     ]
-    for model in (hybrid, usual):
+    for model in (hybrid, popular_only):
         model.fit(split)
     assert torch.equal(
-        hybrid.scores(users, nobody), usual.scores(users, nobody)
-    ) and not torch.equal(hybrid.scores([0]), usual.scores([0]))
+        hybrid.scores(users, nobody), popular_only.scores(users, nobody)
+    ) and not torch.equal(hybrid.scores([0]), popular_only.scores([0]))
     assert (
         hybrid.recommend([[]], k=5)["item"].to_list()
-        == usual.recommend([[]], k=5)["item"].to_list()
+        == popular_only.recommend([[]], k=5)["item"].to_list()
     )
 
 
-def test_every_part_is_saved_and_loaded_to_the_last_digit(every, split, tmp_path):
-    back = saved(every, tmp_path)
+def test_every_component_is_saved_and_loaded_exactly(warm, split, tmp_path):
+    loaded = saved(warm, tmp_path)
     assert (
-        same(every, back, split)
-        and back.plan == every.plan
-        and list(back.models) == list(every.models)
-        and back.time_budget_min == every.time_budget_min
+        same(warm, loaded, split)
+        and loaded.plan == warm.plan
+        and list(loaded.models) == list(warm.models)
+        and loaded.time_budget_min == warm.time_budget_min
     )
 
 
-def test_a_plan_is_json_and_is_replayed_to_the_last_digit(first, split, monkeypatch, tmp_path):
-    "On what it was chosen on: nothing is chosen anew, though there is a validation part; the sequence models make as many passes as were best."
+def test_a_plan_is_json_and_is_replayed_exactly(first, split, monkeypatch, tmp_path):
+    "Check that a fit with a plan chooses nothing and gives the same model."
     plan = json.loads(json.dumps(first.plan))
     assert (
         plan == first.plan
@@ -1126,9 +1154,12 @@ def test_a_plan_is_json_and_is_replayed_to_the_last_digit(first, split, monkeypa
     ) == {
         n
         for n in MAX_EPOCHS
-        if any(n in plan[of] for of in ("ranking", "cold_users", "cold_items", "rating"))
+        if any(
+            n in plan[applicable]
+            for applicable in ("ranking", "cold_users", "cold_items", "rating")
+        )
     }
-    monkeypatch.setattr(hybrid, "select_components", lambda *a: pytest.fail("it chose"))
+    monkeypatch.setattr(hybrid, "select_components", lambda *a: pytest.fail("it chose a plan"))
     again = make_recommender("hybrid", plan=plan).fit(split)
     assert (
         same(first, again, split)
@@ -1147,8 +1178,8 @@ def test_a_plan_is_json_and_is_replayed_to_the_last_digit(first, split, monkeypa
 
 
 @pytest.mark.parametrize("name", sorted(MAX_EPOCHS))
-def test_more_passes_than_are_best_are_replayed_too(name, split, monkeypatch):
-    "The whole choice for each part that learns in passes, with enough of them to stop early."
+def test_the_best_number_of_epochs_is_replayed(name, split, monkeypatch):
+    "Check that a fit with the best number of epochs equals the early-stopped fit."
     monkeypatch.setitem(MAX_EPOCHS, name, 9)
     chosen = fit_component(split, name)
     again = fit_component(split, name, best_epoch(chosen.name, chosen.loss_curve))
@@ -1160,7 +1191,7 @@ def test_more_passes_than_are_best_are_replayed_too(name, split, monkeypatch):
     assert len(fit_component(split, name, 4).loss_curve) <= 4
 
 
-def test_the_same_seed_the_same_hybrid_and_the_test_part_has_no_say(first, split):
+def test_same_seed_same_ensemble_and_test_rows_change_nothing(first, split):
     torch.manual_seed(5)
     poisoned = replace(
         split,
@@ -1178,7 +1209,7 @@ def test_the_same_seed_the_same_hybrid_and_the_test_part_has_no_say(first, split
     assert clean(again.plan) == clean(first.plan) and same(first, again, split)
     drawn = torch.rand(1)
     torch.manual_seed(5)
-    assert torch.equal(drawn, torch.rand(1))  # the outside is left alone
+    assert torch.equal(drawn, torch.rand(1))  # the global generator is unchanged
     other = make_recommender(
         "hybrid",
         seed=3,
@@ -1188,20 +1219,20 @@ def test_the_same_seed_the_same_hybrid_and_the_test_part_has_no_say(first, split
             "epochs": {"gru": 1, "network 1": 1},
         },
     )
-    mine = make_recommender("hybrid", plan=other.plan)
-    assert not torch.equal(other.fit(split).scores([0]), mine.fit(split).scores([0]))
+    own = make_recommender("hybrid", plan=other.plan)
+    assert not torch.equal(other.fit(split).scores([0]), own.fit(split).scores([0]))
 
 
-def test_networks_start_from_seeds_of_their_own(every):
+def test_networks_have_different_seeds(warm):
     weights = [
-        torch.cat([p.flatten() for p in every.models[n].net.parameters()])
+        torch.cat([p.flatten() for p in warm.models[n].net.parameters()])
         for n in RATING_COMPONENTS
         if n.startswith("network")
     ]
     assert len(weights) == 4 and all(
         not torch.equal(a, b) for k, a in enumerate(weights) for b in weights[:k]
     )
-    assert [every.models[f"network {k}"].seed for k in (1, 2, 3, 4)] == [1, 2, 3, 4]
+    assert [warm.models[f"network {k}"].seed for k in (1, 2, 3, 4)] == [1, 2, 3, 4]
 
 
 def test_a_basket_is_answered(first, split):
@@ -1209,15 +1240,16 @@ def test_a_basket_is_answered(first, split):
     rows = first.recommend([[ids[3], ids[0], "unheard of"], {ids[1]: 5.0, ids[2]: 1.0}, []], k=6)
     lists = rows.group_by("user", maintain_order=True).agg("item")["item"].to_list()
     assert (
-        [len(l) for l in lists] == [6] * 3
+        [len(items) for items in lists] == [6] * 3
         and not {ids[3], ids[0]} & set(lists[0])
         and not {ids[1], ids[2]} & set(lists[1])
     )
-    want = first.scores([999], history_of([3, 0]))[0]
+    expected = first.scores([999], history_of([3, 0]))[0]
     assert np.allclose(
         rows.filter(pl.col("user") == "basket 1")["score"],
         sorted(
-            (want[i].item() for i in range(split.n_train_items) if i not in (0, 3)), reverse=True
+            (expected[i].item() for i in range(split.n_train_items) if i not in (0, 3)),
+            reverse=True,
         )[:6],
         atol=1e-6,
     )
@@ -1227,51 +1259,51 @@ def test_a_basket_is_answered(first, split):
 
 
 def positions():
-    "Leave one out of a log whose times are places in a history."
-    place = random_log().with_columns(
+    "Return a leave-one-out split of a log whose timestamps are positions in a history."
+    position = random_log().with_columns(
         place=pl.int_range(pl.len(), 0, -1).over("user"),
         timestamp=pl.int_range(1, pl.len() + 1).over("user").cast(pl.Datetime("ms")),
     )
     return Split.from_frames(
         *[
-            place.filter(p).drop("place")
+            position.filter(p).drop("place")
             for p in (pl.col("place") > 2, pl.col("place") == 2, pl.col("place") == 1)
         ],
         protocol=PROTOCOLS["leave-one-out"],
     )
 
 
-def strangers(log=random_log()):
+def only_cold_users(log=random_log()):
     return Split.from_frames(
         log[:300], log[300:350].with_columns(user=pl.lit("new ") + pl.col("user")), log[350:]
     )
 
 
 KINDS = {
-    "without stars": lambda: split_of(random_log(stars=False)),
-    "without times": lambda: split_of(random_log(times=False)),
-    "with some stars": lambda: split_of(
+    "without stars": lambda: make_split(random_log(stars=False)),
+    "without times": lambda: make_split(random_log(times=False)),
+    "with some stars": lambda: make_split(
         random_log().with_columns(rating=pl.when(pl.int_range(pl.len()) % 3 == 0).then("rating"))
     ),
-    "cold_users": strangers,
+    "cold users": only_cold_users,
     "positions": positions,
-    "one user": lambda: split_of(random_log(users=1, rows=60)),
-    "one item": lambda: split_of(random_log(items=1, rows=60)),
+    "one user": lambda: make_split(random_log(users=1, rows=60)),
+    "one item": lambda: make_split(random_log(items=1, rows=60)),
     "new items": lambda: Split.from_frames(
         (log := random_log())[:300],
         log[300:350].with_columns(item=pl.lit("new ") + pl.col("item")),
         log[350:],
     ),
-    "no validation": lambda: split_of(random_log(), 0.9, 0),
-    "given": lambda: split_of(random_log(stars=False), 0.9, 0, "given"),
-    "one row": lambda: split_of(random_log(rows=1), 1, 0),
+    "no validation": lambda: make_split(random_log(), 0.9, 0),
+    "given": lambda: make_split(random_log(stars=False), 0.9, 0, "given"),
+    "one row": lambda: make_split(random_log(rows=1), 1, 0),
 }
 
 
 @pytest.mark.filterwarnings("ignore:std_mean")
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_fits_alone(kind, tmp_path):
-    "With no argument, on any log."
+def test_it_fits_any_log(kind, tmp_path):
+    "Check that the ensemble fits any log without arguments."
     split = KINDS[kind]()
     model = make_recommender("hybrid").fit(split)
     lists, stars = model.plan["ranking"], model.plan["rating"]
@@ -1298,18 +1330,18 @@ def test_it_fits_alone(kind, tmp_path):
     assert same(model, saved(model, tmp_path), split)
     if kind == "positions":
         assert not any(RANKING_COMPONENTS[n].needs_time for n in lists)
-    if kind == "cold_users":
+    if kind == "cold users":
         assert set(lists.values()) == {1.0} and not set(model.plan["cold_users"].values()) & {
             1.0 / 3
-        }  # nobody known to choose for; strangers have a choice of their own
+        }  # too few warm users to choose weights for; cold-start users have weights of their own
     if kind in ("new items", "one user"):
         assert set(lists) >= {"popularity", "matrix", "neighbors", "low-pass"} and set(
             lists.values()
-        ) == {1.0}  # nobody to ask
+        ) == {1.0}  # no users to validate on
 
 
-@pytest.mark.parametrize("time_budget_min", [0.0, 0.01])
-def test_next_to_no_time_still_gives_lists_and_stars(split, minutes):
+@pytest.mark.parametrize("minutes", [0.0, 0.01])
+def test_a_tiny_time_budget_still_gives_a_ranking_and_ratings(split, minutes):
     model = make_recommender("hybrid", time_budget_min=minutes).fit(split)
     assert (
         set(model.plan["ranking"]) >= ({"popularity"} if not minutes else set())
@@ -1327,52 +1359,70 @@ def test_next_to_no_time_still_gives_lists_and_stars(split, minutes):
     )
 
 
-def test_without_validation_it_chooses_on_carved_rows_and_learns_from_all(monkeypatch):
-    split, asked = split_of(random_log(stars=False), 0.9, 0), []
+def test_without_validation_it_chooses_on_training_rows_and_refits(monkeypatch):
+    split, calls = make_split(random_log(stars=False), 0.9, 0), []
 
-    def choose(on, minutes, seed):
-        asked.append((on, minutes, seed))
+    def choose(split, minutes, seed):
+        calls.append((split, minutes, seed))
         plan, models = (
             hybrid.fill_plan_defaults({"ranking": {"matrix": 0.5, "popularity": 0.5}}),
-            {n: fit_component(on, n) for n in ("matrix", "popularity")},
+            {n: fit_component(split, n) for n in ("matrix", "popularity")},
         )
         return plan, models
 
     monkeypatch.setattr(hybrid, "select_components", choose)
     model = make_recommender("hybrid", time_budget_min=3.0, seed=8).fit(split)
-    ((on, minutes, seed),) = asked
+    ((on, minutes, seed),) = calls
     assert (
         ids(on, "val") == ids(ensure_validation(split), "val")
         and (minutes, seed) == (1.5, 8)
         and len(model.models["matrix"].train_history.item) == len(split.train) > len(on.train)
     )
     assert same(model, make_recommender("hybrid", plan=model.plan).fit(split), split)
-    tried = split_of(random_log(stars=False))
-    made = []
-    monkeypatch.setattr(hybrid, "fit_component", lambda *a: made.append(a[1]) or fit_component(*a))
-    again = make_recommender("hybrid").fit(tried)
+    with_validation = make_split(random_log(stars=False))
+    with_val = []
+    monkeypatch.setattr(
+        hybrid, "fit_component", lambda *a: with_val.append(a[1]) or fit_component(*a)
+    )
+    again = make_recommender("hybrid").fit(with_validation)
     assert (
-        not made and again.models["matrix"].n_items == tried.n_train_items
+        not with_val and again.models["matrix"].n_items == with_validation.n_train_items
     )  # what was fitted for the choice is kept
 
 
-def test_a_large_catalogue_takes_no_square(tmp_path):
-    "15,000 items: a table of each by each would take 900 MB and more."
+def test_a_large_catalog_takes_no_square_matrix(tmp_path):
+    "Check the peak memory with 15,000 items: an item-item matrix would take 900 MB."
     code = """
-import resource, sys
+import resource
+import sys
+
 sys.path.insert(0, sys.argv[1])
-import numpy as np, polars as pl, torch
-from widedeep_nb.core import Split, as_interactions, make_recommender
+import numpy as np
+import polars as pl
+import torch
 from widedeep_nb import hybrid
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == 'darwin' else 10)
+from widedeep_nb.core import Split, make_recommender, to_interactions
+
+
+def peak():
+    unit = 2 ** (20 if sys.platform == 'darwin' else 10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
 rng, n = np.random.default_rng(0), 30_000
 items = np.r_[np.arange(15_000), (15_000 * rng.random(n - 15_000) ** 2).astype(int)]
-log = as_interactions(pl.DataFrame({'user': [f'u{u}' for u in rng.integers(5000, size=n)], 'item': [f'i{i}' for i in items], 'timestamp': 10**12 + np.sort(rng.integers(0, 10**10 * 3, n))}))
-split = Split.of(log, log[:0], log[:0])
+users = rng.integers(5000, size=n)
+columns = {'user': [f'u{u}' for u in users], 'item': [f'i{i}' for i in items]}
+timestamp = 10**12 + np.sort(rng.integers(0, 10**10 * 3, n))
+log = to_interactions(pl.DataFrame(columns | {'timestamp': timestamp}))
+split = Split.from_frames(log, log[:0], log[:0])
 before = peak()
-for name, how in (('wide-matrix', {'max_items': 500}), ('wide-neighbours', {}), ('wide-rules', {}), ('wide-next', {}), ('low-pass', {})):
-    model = make_recommender(name, **how).fit(split)
-    assert model.n_items == 15_000 and torch.isfinite(model.scores(range(50))).all() and max(t.numel() for t in model._state().values()) < 2_000_000, name
+for name in ('wide-matrix', 'wide-neighbours', 'wide-rules', 'wide-next', 'low-pass'):
+    options = {'max_items': 500} if name == 'wide-matrix' else {}
+    model = make_recommender(name, **options).fit(split)
+    assert model.n_items == 15_000, name
+    assert torch.isfinite(model.scores(range(50))).all(), name
+    assert max(t.numel() for t in model._state().values()) < 2_000_000, name
 print(peak() - before)
 """
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"A run that is killed at any moment goes on, ends with the same figures, and is never seen half-written."
+"Tests that a killed run resumes, ends with the same results, and never has half-written files."
 
 import json
 import os
@@ -44,7 +44,7 @@ def finish(process, seconds=900):
 
 
 def read_all(out):
-    "Every file that a reader may meet can be read to its end."
+    "Read every visible file to its end; return their number."
     n = 0
     for path in [
         p
@@ -65,14 +65,14 @@ def read_all(out):
     return n
 
 
-def leave_alone(out):
-    "Wait until what a killed run has started has noticed that it is alone."
+def wait_for_orphans(out):
+    "Wait until processes of a killed run have ended."
     while subprocess.run(["pgrep", "-f", str(out)], capture_output=True).returncode == 0:
         time.sleep(0.05)
 
 
 def results(out):
-    "All that was computed, but not how long it took."
+    "Return the content of all computed files, without timings."
     plain = {
         p.relative_to(out): p.read_bytes()
         for p in out.rglob("[!.]*")
@@ -86,7 +86,7 @@ def results(out):
 
 
 def kill_until_done(out, words, kills, draw, patience):
-    "Kill a run at random moments, the kernel with it or not; how often it was killed, and in which chapters."
+    "Kill a run at random moments, with or without its kernel; return the chapters in which it was killed."
     where = []
     for i in range(100 * kills):
         whole = len(where) >= kills
@@ -110,7 +110,7 @@ def kill_until_done(out, words, kills, draw, patience):
         process.communicate()
         assert not out.exists() or read_all(out) >= 0
         if draw.random() < 0.5:
-            leave_alone(out)  # else the next one meets the last one's orphans
+            wait_for_orphans(out)  # else the next one meets the last one's orphans
     raise AssertionError("it never came to its end")
 
 

@@ -1,8 +1,9 @@
-"The leaderboard: differences by hand, starts, kills, the plan that is kept, what choosing may see, and words that follow the numbers."
+"The leaderboard: paired differences, seeds, interrupted runs, kept plans, data leakage, sentences."
 
 import re
 import shutil
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 
@@ -42,168 +43,158 @@ from widedeep_nb.data import ingest
 from widedeep_nb.evaluation import eval_ranking, evaluate_wide_deep, expected_random_ndcg
 from widedeep_nb.hybrid import build_hybrid, load_or_make_plan
 
-FIELD = [
+MODELS = [
     ("popularity", {}),
     ("ease", {}),
     ("als", {"factors": 4, "n_iter": 2}),
     ("mean", {}),
     ("damped-bias", {}),
 ]
+NAMES = [name for name, _ in MODELS]
 
 
-def tuning(field=FIELD):
-    return {
-        "trials": 1,
-        "seconds": 0,
-        "split_note": "",
-        "excluded": {},
-        "models": [
-            {
-                "model": m,
-                "registry_name": m,
-                "settings": s,
-                "seconds": 0,
-                "objectives": [],
-                "curve": None,
-            }
-            for m, s in field
-        ],
-    }
+def tuning_report(models=MODELS):
+    reports = []
+    for name, settings in models:
+        report = {"model": name, "registry_name": name, "settings": settings, "seconds": 0}
+        reports.append(report | {"objectives": [], "curve": None})
+    report = {"trials": 1, "seconds": 0, "split_note": "", "excluded": {}}
+    return report | {"models": reports}
 
 
 @dataclass
-class Fake(Recommender):
-    "A hybrid that notes down when it chooses, and on what."
+class FakeEnsemble(Recommender):
+    "Ensemble that records when it chooses a plan, and on what."
 
-    minutes: float = 15.0
+    time_budget_min: float = 15.0
     plan: dict = field(default_factory=dict)
     seed: int = 0
     chose, fitted = [], []
-    predicts_ratings = property(lambda self: bool(self.plan.get("stars")))
+    predicts_ratings = property(lambda self: bool(self.plan.get("rating")))
     name = "hybrid"
 
     def _fit(self, split):
         assert not len(split.test)
         type(self).fitted.append(bool(self.plan))
         if not self.plan:
-            type(self).chose.append(
-                (len(split.train), len(split.val), self.time_budget_min, self.seed)
-            )
-            judge = (
-                int(split.val["item"].to_numpy().sum() % 97) / 97
-            )  # what validation says has a say
+            n_rows = (len(split.train), len(split.val))
+            type(self).chose.append((*n_rows, self.time_budget_min, self.seed))
+            weight = int(split.val["item"].to_numpy().sum() % 97) / 97  # depends on validation
             self.plan = {
-                "ranking": {"ease": 1 - judge / 2, "popularity": judge / 2},
-                "stars": {"damped-bias": 1.0} if split.has_ratings else {},
+                "ranking": {"ease": 1 - weight / 2, "popularity": weight / 2},
+                "rating": {"damped-bias": 1.0} if split.has_ratings else {},
             }
-        self.made = {n: make_recommender(n).fit(split) for n in self.parts}
-        self.jitter = (
-            torch.rand(self.n_items + 1, generator=torch.Generator().manual_seed(self.seed)) * 0.05
-        )
+        self.models = {name: make_recommender(name).fit(split) for name in self.names}
+        generator = torch.Generator().manual_seed(self.seed)
+        self.jitter = torch.rand(self.n_items + 1, generator=generator) * 0.05
 
-    parts = property(lambda self: dict.fromkeys([*self.plan["ranking"], *self.plan["stars"]]))
+    names = property(lambda self: dict.fromkeys([*self.plan["ranking"], *self.plan["rating"]]))
 
     def _scores(self, users, history, items):
-        def scaled(s):
-            return s / s.abs().max().clamp(min=1e-9)
-
-        return (
-            sum(
-                w * scaled(self.made[n].scores(users, history, items))
-                for n, w in self.plan["ranking"].items()
-            )
-            + self.jitter[items.clamp(max=self.n_items)]
-        )
+        total = self.jitter[items.clamp(max=self.n_items)]
+        for name, weight in self.plan["ranking"].items():
+            scores = self.models[name].scores(users, history, items)
+            total = total + weight * scores / scores.abs().max().clamp(min=1e-9)
+        return total
 
     def _predict(self, users, items, history):
-        return sum(
-            w * self.made[n].predict(users, items, history) for n, w in self.plan["stars"].items()
-        )
+        weights = self.plan["rating"].items()
+        return sum(w * self.models[name].predict(users, items, history) for name, w in weights)
 
     def _state(self):
-        return {"jitter": self.jitter} | {
-            f"{n}/{k}": v for n, m in self.made.items() for k, v in m._state().items()
-        }
+        state = {"jitter": self.jitter}
+        for name, model in self.models.items():
+            state |= {f"{name}/{key}": value for key, value in model._state().items()}
+        return state
 
     def _restore(self, state):
-        self.jitter, self.made = state["jitter"], {n: make_recommender(n) for n in self.parts}
-        for n, m in self.made.items():
-            m.user_ids, m.item_ids, m.train_history, m.rating_range = (
-                self.user_ids,
-                self.item_ids,
-                self.train_history,
-                self.rating_range,
-            )
-            m._restore(
-                {k.removeprefix(n + "/"): v for k, v in state.items() if k.startswith(n + "/")}
-            )
+        self.jitter = state["jitter"]
+        self.models = {name: make_recommender(name) for name in self.names}
+        for name, model in self.models.items():
+            for attribute in ("user_ids", "item_ids", "train_history", "rating_range"):
+                setattr(model, attribute, getattr(self, attribute))
+            prefix = name + "/"
+            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            model._restore(own)
 
 
 @pytest.fixture(autouse=True)
-def fake(monkeypatch):
-    monkeypatch.setitem(RECOMMENDERS, "hybrid", Fake)
-    Fake.chose.clear(), Fake.fitted.clear()
+def fake_ensemble(monkeypatch):
+    monkeypatch.setitem(RECOMMENDERS, "hybrid", FakeEnsemble)
+    FakeEnsemble.chose.clear()
+    FakeEnsemble.fitted.clear()
 
 
-def measured_run(folder, field=FIELD, **about):
-    run = Run(
-        folder, **{"dataset": "demo?ratings=3000", "parameters": {"seeds": 1, "epochs": 1}} | about
-    )
+def evaluated_run(folder, models=MODELS, **manifest):
+    "Make a run whose Wide & Deep model is evaluated and whose tuning report is given."
+    defaults = {"dataset": "demo?ratings=3000", "parameters": {"seeds": 1, "epochs": 1}}
+    run = Run(folder, **defaults | manifest)
     evaluate_wide_deep(run)
-    run.write("tuning.json", tuning(field))
+    run.write("tuning.json", tuning_report(models))
     return run
 
 
-def do(run, again=True, minutes=15.0, **how):
-    "Both steps without the steps before them."
-    build_hybrid.__wrapped__(run, minutes)
+def compare(run, restart=True, time_budget_min=15.0, **options):
+    "Run both steps without those before them."
+    build_hybrid.__wrapped__(run, time_budget_min)
     run.work_dir = run.folder / ".work" / "build_leaderboard"
-    if again:
+    if restart:
         shutil.rmtree(run.work_dir, ignore_errors=True)
-    build_leaderboard.__wrapped__(run, **how)
+    build_leaderboard.__wrapped__(run, **options)
     return run
 
 
-def copied(run, to):
-    shutil.copytree(run.folder, to)
-    return Run(to)
+def copy_run(run, folder):
+    shutil.copytree(run.folder, folder)
+    return Run(folder)
 
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory):
-    return measured_run(tmp_path_factory.mktemp("runs") / "ready")
+    return evaluated_run(tmp_path_factory.mktemp("runs") / "ready")
 
 
 @pytest.fixture(scope="module")
 def run(ready, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(RECOMMENDERS, "hybrid", Fake)
-        return do(copied(ready, tmp_path_factory.mktemp("runs") / "done"), n_seeds=2)
+        patch.setitem(RECOMMENDERS, "hybrid", FakeEnsemble)
+        return compare(copy_run(ready, tmp_path_factory.mktemp("runs") / "done"), seeds=2)
 
 
-key = ["cut", "seed", "model", "versus", "task", "users", "items", "relevant", "metric"]
+KEY = ["cut", "seed", "model", "versus", "task", "users", "items", "relevant", "metric"]
+ALL_USERS = {"users": "all", "items": "all", "relevant": "any"}
 
 
-def figures(run):
-    return run.read("leaderboard.parquet").sort(key)
+def leaderboard(run):
+    return run.read("leaderboard.parquet").sort(KEY)
 
 
-of_all = dict(users="all", items="all", n_relevant="any")
+def results(run):
+    return run.read("leaderboard.json")
+
+
+def own_records(run, **filters):
+    return run.metrics().filter(pl.col("versus").is_null(), **filters, **ALL_USERS)
+
+
+def fit_keys(run):
+    return {(fit["model"], fit["seed"]) for fit in results(run)["fits"]}
 
 
 # --- what is written
 
 
-def by_user(run, name, table, column):
-    "[seeds, users]: sums and counts of each user."
+def user_sums(run, name, table, column):
+    "Return the users, and sums and counts of each of them by seed, [seeds, users]."
     rows = run.read(f"evaluation/tuned/{name}/{table}.parquet")
-    rows = rows.filter(relevant="any", items="all") if table == "ranked" else rows
+    if table == "ranked":
+        rows = rows.filter(relevant="any", items="all")
     users = rows["user"].unique().sort()
-    place = {u: i for i, u in enumerate(users)}
+    position = {user: i for i, user in enumerate(users)}
     total, count = np.zeros((2, rows["seed"].n_unique(), len(users)))
     for user, seed, value in rows.select("user", "seed", column).rows():
-        total[seed, place[user]] += value
-        count[seed, place[user]] += 1
+        total[seed, position[user]] += value
+        count[seed, position[user]] += 1
     return users, total, count
 
 
@@ -211,451 +202,350 @@ def by_user(run, name, table, column):
     "metric, table, name",
     [("NDCG@20", "ranked", "ease"), ("NDCG@20", "ranked", "als"), ("RMSE", "rated", "mean")],
 )
-def test_differences_are_those_made_by_hand(run, metric, table, name):
-    (users, ours, n), (others, other, m) = [
-        by_user(run, who, table, metric) for who in ("hybrid", name)
-    ]
-    assert users.equals(others) and len(ours) == 2 and len(other) == (2 if name == "als" else 1)
-    bend = np.sqrt if metric == "RMSE" else lambda x: x
+def test_differences_equal_a_plain_bootstrap(run, metric, table, name):
+    users, ours, n_ours = user_sums(run, "hybrid", table, metric)
+    other_users, other, n_other = user_sums(run, name, table, metric)
+    assert users.equals(other_users)
+    assert len(ours) == 2 and len(other) == (2 if name == "als" else 1)
 
-    def figure(t, c, w, s):
-        return np.mean([bend((t[i] * w).sum() / (c[i] * w).sum()) for i in s])
+    def score(totals, counts, weights, seeds):
+        means = [(totals[s] * weights).sum() / (counts[s] * weights).sum() for s in seeds]
+        return np.mean(np.sqrt(means) if metric == "RMSE" else means)
 
-    found = figures(run).filter(model="hybrid", versus=name, metric=metric, **of_all)
-    whole, each = np.ones(len(users)), [np.arange(len(x)) for x in (ours, other)]
-    assert found["value"].item() == pytest.approx(
-        figure(ours, n, whole, each[0]) - figure(other, m, whole, each[1])
-    )
+    row = leaderboard(run).filter(model="hybrid", versus=name, metric=metric, **ALL_USERS)
+    weights, our_seeds, other_seeds = np.ones(len(users)), np.arange(2), np.arange(len(other))
+    expected = score(ours, n_ours, weights, our_seeds)
+    expected -= score(other, n_other, weights, other_seeds)
+    assert row["value"].item() == pytest.approx(expected)
     rng, draws = np.random.default_rng(5), []
     for _ in range(1500):
-        w = np.bincount(rng.integers(len(users), size=len(users)), minlength=len(users))
-        draws.append(
-            figure(ours, n, w, rng.choice(each[0], 2))
-            - figure(other, m, w, rng.choice(each[1], len(other)))
-        )
+        sample = rng.integers(len(users), size=len(users))
+        weights = np.bincount(sample, minlength=len(users))
+        our_score = score(ours, n_ours, weights, rng.choice(our_seeds, 2))
+        other_score = score(other, n_other, weights, rng.choice(other_seeds, len(other)))
+        draws.append(our_score - other_score)
     lo, hi = np.quantile(draws, [0.025, 0.975])
-    assert abs(found["lo"].item() - lo) < 0.15 * (hi - lo) and abs(
-        found["hi"].item() - hi
-    ) < 0.15 * (hi - lo)
-    assert (hi - lo) > 0
+    assert hi > lo
+    assert abs(row["lo"].item() - lo) < 0.15 * (hi - lo)
+    assert abs(row["hi"].item() - hi) < 0.15 * (hi - lo)
 
 
-def test_every_model_is_there_and_nothing_is_compared_with_itself(run):
-    records, names = (
-        run.metrics().filter(metric="NDCG@20", split="test", **of_all),
-        ["hybrid", *[m for m, _ in FIELD]],
-    )
-    assert set(figures(run).filter(pl.col("versus").is_null())["model"]) == set(names)
-    assert sorted(records.filter(model="hybrid").drop_nulls("versus")["versus"].unique()) == sorted(
-        names[1:]
-    )
-    for name in names:
-        assert len(records.filter(pl.col("versus").is_null(), model=name)) == (
-            3 if name in ("hybrid", "als") else 1
-        )  # two starts and both together; or one
-    assert (
-        load_recommender(run.model_folder("als", 1)).seed == 1
-        and load_recommender(run.model_folder("hybrid")).plan
-        == run.read("leaderboard.json")["plans"][0]["plan"]
-    )
+def test_every_model_is_listed_and_none_is_compared_with_itself(run):
+    records = run.metrics().filter(metric="NDCG@20", split="test", **ALL_USERS)
+    own = leaderboard(run).filter(pl.col("versus").is_null())
+    assert set(own["model"]) == {"hybrid", *NAMES}
+    versus = records.filter(model="hybrid").drop_nulls("versus")["versus"].unique()
+    assert sorted(versus) == sorted(NAMES)
+    for name in ("hybrid", *NAMES):
+        n_records = 3 if name in ("hybrid", "als") else 1  # two seeds and both together; or one
+        assert len(records.filter(pl.col("versus").is_null(), model=name)) == n_records
+    assert load_recommender(run.model_folder("als", 1)).seed == 1
+    saved_plan = load_recommender(run.model_folder("hybrid")).plan
+    assert saved_plan == results(run)["plans"][0]["plan"]
 
 
 def test_earlier_tables_stay(run, ready):
     for table in ("rated", "ranked"):
-        assert run.read(f"evaluation/{table}.parquet").equals(
-            ready.read(f"evaluation/{table}.parquet")
-        )
+        earlier = ready.read(f"evaluation/{table}.parquet")
+        assert run.read(f"evaluation/{table}.parquet").equals(earlier)
     assert not (run.folder / "evaluation/ease").exists()
 
 
-def test_the_model_that_was_judged_is_the_one_that_is_kept(run):
-    users = eval_ranking(
-        load_recommender(run.model_folder("als", 1)),
-        run.load_splits()[-1].for_final_fit(),
-        "test",
-        (20,),
-    ).users
-    kept = run.read("evaluation/tuned/als/ranked.parquet").filter(
-        relevant="any", items="all", seed=1
-    )
-    assert users["NDCG@20"].to_list() == pytest.approx(kept["NDCG@20"].to_list())
-    assert run.read("leaderboard.json")["random_ndcg"] == pytest.approx(
-        expected_random_ndcg(
-            users["n_relevant"].to_numpy(), users["n_candidates"].to_numpy(), 20
-        ).mean()
-    )
+def test_the_evaluated_model_is_the_saved_one(run):
+    model = load_recommender(run.model_folder("als", 1))
+    final_split = run.load_splits()[-1].for_final_fit()
+    users = eval_ranking(model, final_split, "test", (20,)).users
+    saved = run.read("evaluation/tuned/als/ranked.parquet")
+    saved = saved.filter(relevant="any", items="all", seed=1)
+    assert users["NDCG@20"].to_list() == pytest.approx(saved["NDCG@20"].to_list())
+    n_relevant, n_candidates = users["n_relevant"].to_numpy(), users["n_candidates"].to_numpy()
+    expected = expected_random_ndcg(n_relevant, n_candidates, 20).mean()
+    assert results(run)["random_ndcg"] == pytest.approx(expected)
 
 
-def test_one_start_and_many(ready, run, tmp_path):
-    one = do(copied(ready, tmp_path / "one"), n_seeds=1)
-    assert {(f["model"], f["seed"]) for f in one.read("leaderboard.json")["fits"]} == {
-        ("hybrid", 0),
-        *[(m, 0) for m, _ in FIELD],
-    }
-    assert {(f["model"], f["seed"]) for f in run.read("leaderboard.json")["fits"]} == {
-        ("hybrid", 0),
-        ("hybrid", 1),
-        ("als", 1),
-        *[(m, 0) for m, _ in FIELD],
-    }
-    first = [
-        r.metrics()
-        .filter(pl.col("versus").is_null(), model="als", metric="NDCG@20", seed=0, cut=0, **of_all)[
-            "value"
-        ]
-        .item()
-        for r in (one, run)
-    ]
-    assert first[0] == first[1]  # the first start is the same, however many follow
-    both = (
-        run.metrics()
-        .filter(pl.col("versus").is_null(), model="als", metric="NDCG@20", **of_all)
-        .sort("seed")
-    )
-    assert (
-        both["seed"].to_list() == [None, 0, 1]
-        and both["value"][0] == pytest.approx(both["value"][1:].mean())
-        and both["value"][1] != both["value"][2]
-    )
+def test_one_seed_and_many(ready, run, tmp_path):
+    one = compare(copy_run(ready, tmp_path / "one"), seeds=1)
+    first_seeds = {("hybrid", 0), *[(name, 0) for name in NAMES]}
+    assert fit_keys(one) == first_seeds
+    assert fit_keys(run) == {*first_seeds, ("hybrid", 1), ("als", 1)}
+    als = {"model": "als", "metric": "NDCG@20"}
+    # the first seed does not depend on the number of seeds
+    first = [own_records(r, seed=0, cut=0, **als)["value"].item() for r in (one, run)]
+    assert first[0] == first[1]
+    records = own_records(run, **als).sort("seed")
+    values = records["value"]
+    assert records["seed"].to_list() == [None, 0, 1]
+    assert values[0] == pytest.approx(values[1:].mean()) and values[1] != values[2]
 
 
-# --- kills, and the plan that is kept
+# --- interrupted runs, and kept plans
 
 
-def test_a_killed_comparison_goes_on(ready, run, tmp_path, monkeypatch):
-    killed, made, real = copied(ready, tmp_path / "killed"), [], comparison.fit_and_measure
+def test_an_interrupted_comparison_continues(ready, run, tmp_path, monkeypatch):
+    killed, made, real = copy_run(ready, tmp_path / "killed"), [], comparison.fit_and_measure
 
-    def some(make, folder):
+    def interrupted_fit(fit_fn, folder):
         if len(made) == 5 and "killed" not in made:
             made.append("killed")
             raise KeyboardInterrupt
         made.append(str(folder.relative_to(killed.folder)))
-        return real(make, folder)
+        return real(fit_fn, folder)
 
-    monkeypatch.setattr(comparison, "fit_and_measure", some)
+    monkeypatch.setattr(comparison, "fit_and_measure", interrupted_fit)
     with pytest.raises(KeyboardInterrupt):
-        do(killed, n_seeds=2)
-    assert not (killed.folder / "leaderboard.json").exists() and len(Fake.chose) == 1
-    do(killed, again=False, n_seeds=2)
-    assert (
-        len(set(made)) == len(made) == 9 and len(Fake.chose) == 1
-    )  # eight fits and the kill: none is made twice, nothing is chosen anew
-    assert figures(killed).equals(figures(run))
-    assert (
-        killed.metrics()
-        .filter(pl.col("model").is_in(["hybrid", "als"]))
-        .sort(key)
-        .equals(run.metrics().filter(pl.col("model").is_in(["hybrid", "als"])).sort(key))
-    )
+        compare(killed, seeds=2)
+    assert not (killed.folder / "leaderboard.json").exists()
+    assert len(FakeEnsemble.chose) == 1
+    compare(killed, restart=False, seeds=2)
+    # eight fits and the interruption: no fit is repeated, no plan is chosen again
+    assert len(set(made)) == len(made) == 9 and len(FakeEnsemble.chose) == 1
+    assert leaderboard(killed).equals(leaderboard(run))
+    is_random = pl.col("model").is_in(["hybrid", "als"])
+    records = [r.metrics().filter(is_random).sort(KEY) for r in (killed, run)]
+    assert records[0].equals(records[1])
 
 
 @pytest.mark.parametrize("after", [3, 7], ids=["models", "ablation"])
-def test_killed_between_judgements_the_test_part_is_not_looked_at_again(
-    ready, run, tmp_path, monkeypatch, after
-):
-    killed, looked, real = copied(ready, tmp_path / "killed"), [], comparison.on_test
+def test_the_test_part_is_not_evaluated_again(ready, run, tmp_path, monkeypatch, after):
+    killed, evaluated = copy_run(ready, tmp_path / "killed"), []
+    real = comparison.evaluate_on_test
 
-    def some(models, *rest):
-        if len(looked) == after and None not in looked:
-            looked.append(None)
+    def interrupted_evaluation(models, *args):
+        if len(evaluated) == after and None not in evaluated:
+            evaluated.append(None)
             raise KeyboardInterrupt
-        looked.append(next(iter(models.values())).name)
-        return real(models, *rest)
+        evaluated.append(next(iter(models.values())).name)
+        return real(models, *args)
 
-    monkeypatch.setattr(comparison, "evaluate_on_test", some)
+    monkeypatch.setattr(comparison, "evaluate_on_test", interrupted_evaluation)
     with pytest.raises(KeyboardInterrupt):
-        do(killed, n_seeds=2)
-    do(killed, again=False, n_seeds=2)
-    parts = 2  # the hybrid once more without each of its two parts for lists
-    assert [n for n in looked if n] == ["hybrid", *[m for m, _ in FIELD]] + [
-        "hybrid"
-    ] * parts and figures(killed).equals(figures(run))
+        compare(killed, seeds=2)
+    compare(killed, restart=False, seeds=2)
+    ablation = ["hybrid", "hybrid"]  # without each of its two components for ranking
+    assert [name for name in evaluated if name] == ["hybrid", *NAMES, *ablation]
+    assert leaderboard(killed).equals(leaderboard(run))
 
 
-def test_a_plan_once_reached_is_replayed(ready, tmp_path):
-    run = do(copied(ready, tmp_path / "run"), n_seeds=1, time_budget_min=1.0)
-    plan, first = run.read("hybrid-plan-0.json"), figures(run)
-    assert len(Fake.chose) == 1 and Fake.chose[0][1:] == (len(run.load_splits()[0].val), 1.0, 0)
-    assert (
-        do(run, n_seeds=1, time_budget_min=1.0)
-        and len(Fake.chose) == 1
-        and figures(run).equals(first)
-        and run.read("hybrid-plan-0.json") == plan
-    )
-    do(run, n_seeds=1, time_budget_min=2.0)
-    assert len(Fake.chose) == 2  # another budget
+def test_a_plan_is_reused(ready, tmp_path):
+    run = compare(copy_run(ready, tmp_path / "run"), seeds=1, time_budget_min=1.0)
+    plan, first = run.read("hybrid-plan-0.json"), leaderboard(run)
+    split = run.load_splits()[0]
+    assert len(FakeEnsemble.chose) == 1
+    assert FakeEnsemble.chose[0][1:] == (len(split.val), 1.0, 0)
+    compare(run, seeds=1, time_budget_min=1.0)
+    assert len(FakeEnsemble.chose) == 1
+    assert leaderboard(run).equals(first) and run.read("hybrid-plan-0.json") == plan
+    compare(run, seeds=1, time_budget_min=2.0)
+    assert len(FakeEnsemble.chose) == 2  # another budget
     run.update_manifest(seed=7)
-    assert (
-        load_or_make_plan(run, 0, run.load_splits()[0], 2.0) and len(Fake.chose) == 3
-    )  # another seed
+    assert load_or_make_plan(run, 0, split, 2.0)
+    assert len(FakeEnsemble.chose) == 3  # another seed
     run.update_manifest(data={"sha256": "another", "rows": 1})
-    assert (
-        load_or_make_plan(run, 0, run.load_splits()[0], 2.0) and len(Fake.chose) == 4
-    )  # other data
+    assert load_or_make_plan(run, 0, split, 2.0)
+    assert len(FakeEnsemble.chose) == 4  # other data
     (run.folder / "hybrid-plan-0.json").write_text("{ torn")
-    assert load_or_make_plan(run, 0, run.load_splits()[0], 2.0)["plan"] and len(Fake.chose) == 5
-    assert load_or_make_plan(run, 0, run.load_splits()[0], 2.0)["plan"] and len(Fake.chose) == 5
+    for _ in range(2):
+        assert load_or_make_plan(run, 0, split, 2.0)["plan"]
+        assert len(FakeEnsemble.chose) == 5
 
 
-def test_choosing_and_fitting_do_not_see_the_test_part(ready, tmp_path):
-    plain, poisoned = copied(ready, tmp_path / "plain"), copied(ready, tmp_path / "poisoned")
+def test_choosing_and_fitting_do_not_read_the_test_part(ready, tmp_path):
+    plain, poisoned = copy_run(ready, tmp_path / "plain"), copy_run(ready, tmp_path / "poisoned")
+    reversed_items, flipped_ratings = pl.col("item").reverse(), 6 - pl.col("rating")
     test = poisoned.read("test.parquet")
-    poisoned.write(
-        "test.parquet",
-        test.with_columns(item=pl.col("item").reverse(), rating=6 - pl.col("rating")),
-    )
-    for each in (plain, poisoned):
-        do(each, n_seeds=1)
-    assert (
-        plain.read("leaderboard.json")["plans"][0]["plan"]
-        == poisoned.read("leaderboard.json")["plans"][0]["plan"]
-    )
+    poisoned.write("test.parquet", test.with_columns(item=reversed_items, rating=flipped_ratings))
+    compare(plain, seeds=1)
+    compare(poisoned, seeds=1)
+    assert results(plain)["plans"][0]["plan"] == results(poisoned)["plans"][0]["plan"]
     for name in ("hybrid", "als", "mean"):
-        assert (plain.model_folder(name) / "model.safetensors").read_bytes() == (
-            poisoned.model_folder(name) / "model.safetensors"
-        ).read_bytes()
-    assert not figures(plain).equals(figures(poisoned))
+        files = [r.model_folder(name) / "model.safetensors" for r in (plain, poisoned)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert not leaderboard(plain).equals(leaderboard(poisoned))
 
 
-def test_windows_have_plans_of_their_own(tmp_path):
-    run = measured_run(tmp_path / "run", FIELD[:2], dataset="demo?ratings=9000", protocol="rolling")
-    do(run, n_seeds=1)
-    splits, notes = run.load_splits(), run.read("leaderboard.json")
-    assert len(splits) > 1 and [c[:2] for c in Fake.chose] == [
-        (len(s.train), len(s.val)) for s in splits
-    ]
-    assert [p["cut"] for p in notes["plans"]] == list(range(len(splits))) and {
-        f["cut"] for f in notes["fits"] if f["model"] == "ease"
-    } == set(range(len(splits)))
-    record = figures(run).filter(model="hybrid", versus="ease", metric="NDCG@20", **of_all)
-    assert len(record) == 1 and record["cut"].item() is None  # one claim over all windows
-    assert {(p["removed"], p["metric"]) for p in notes["ablation"]} == {
-        ("ease", "NDCG@20"),
-        ("popularity", "NDCG@20"),
-    }
+def test_folds_have_plans_of_their_own(tmp_path):
+    manifest = {"dataset": "demo?ratings=9000", "protocol": "rolling"}
+    run = compare(evaluated_run(tmp_path / "run", MODELS[:2], **manifest), seeds=1)
+    splits = run.load_splits()
+    folds = list(range(len(splits)))
+    assert len(splits) > 1
+    chosen_on = [chosen[:2] for chosen in FakeEnsemble.chose]
+    assert chosen_on == [(len(split.train), len(split.val)) for split in splits]
+    assert [plan["cut"] for plan in results(run)["plans"]] == folds
+    ease_folds = {fit["cut"] for fit in results(run)["fits"] if fit["model"] == "ease"}
+    assert ease_folds == set(folds)
+    record = leaderboard(run).filter(model="hybrid", versus="ease", metric="NDCG@20", **ALL_USERS)
+    assert len(record) == 1 and record["cut"].item() is None  # one claim over all folds
+    ablation = {(row["removed"], row["metric"]) for row in results(run)["ablation"]}
+    assert ablation == {("ease", "NDCG@20"), ("popularity", "NDCG@20")}
 
 
-def test_where_nothing_is_held_back_the_plan_is_given(tmp_path):
-    run = measured_run(tmp_path / "run", FIELD[:1], protocol="leave-one-out")
-    do(run, n_seeds=1)
-    assert (
-        run.load_splits()[0].for_final_fit() is not None
-        and len(Fake.chose) == 1
-        and Fake.fitted == [False, True]
-    )  # chosen, and fitted with what was chosen
+def test_a_plan_is_chosen_before_the_final_fit(tmp_path):
+    run = evaluated_run(tmp_path / "run", MODELS[:1], protocol="leave-one-out")
+    compare(run, seeds=1)
+    assert run.load_splits()[0].for_final_fit() is not None
+    assert len(FakeEnsemble.chose) == 1 and FakeEnsemble.fitted == [False, True]
 
 
-def test_a_model_that_does_not_fit_is_left_out_and_named(ready, tmp_path):
-    run = copied(ready, tmp_path / "run")
-    run.write("tuning.json", tuning([("popularity", {}), ("neumf", {"max_examples": 1})]))
-    do(run, n_seeds=1)
-    notes = run.read("leaderboard.json")
-    assert (
-        list(notes["excluded"]) == ["neumf"]
-        and "max_examples" in notes["excluded"]["neumf"]
-        and set(figures(run)["model"]) == {"hybrid", "popularity"}
-    )
-    for wrong in ({"seeds": 0}, {"minutes": -1.0}):
-        with pytest.raises(UserError, match="is at least"):
-            do(run, **wrong)
+def test_a_model_that_cannot_be_fitted_is_excluded(ready, tmp_path):
+    run = copy_run(ready, tmp_path / "run")
+    models = [("popularity", {}), ("neumf", {"max_examples": 1})]
+    run.write("tuning.json", tuning_report(models))
+    compare(run, seeds=1)
+    excluded = results(run)["excluded"]
+    assert list(excluded) == ["neumf"] and "max_examples" in excluded["neumf"]
+    assert set(leaderboard(run)["model"]) == {"hybrid", "popularity"}
+    for wrong in ({"seeds": 0}, {"time_budget_min": -1.0}):
+        with pytest.raises(UserError, match="at least"):
+            compare(run, **wrong)
 
 
-def test_nobody_to_judge_and_nobody_to_beat(ready, tmp_path):
-    alone = copied(ready, tmp_path / "alone")
-    alone.write("tuning.json", tuning([]))
-    do(alone, n_seeds=1)
-    assert (
-        describe_hybrid_wins(paired_comparisons(figures(alone), "NDCG@20"), "NDCG@20")
-        == "In NDCG@20 there is nothing to compare the hybrid with."
-        and 0 < len(takeaways(figures(alone), alone.read("leaderboard.json"))) <= 10
-    )
-    empty = copied(ready, tmp_path / "empty")
+def wins_text(records, metric, *args):
+    return describe_hybrid_wins(paired_comparisons(records, metric), metric, *args)
+
+
+def test_no_other_model_and_no_test_rows(ready, tmp_path):
+    alone = copy_run(ready, tmp_path / "alone")
+    alone.write("tuning.json", tuning_report([]))
+    compare(alone, seeds=1)
+    text = wins_text(leaderboard(alone), "NDCG@20")
+    assert text == "In NDCG@20, there is no model to compare the hybrid ensemble with."
+    assert 0 < len(takeaways(leaderboard(alone), results(alone))) <= 10
+    empty = copy_run(ready, tmp_path / "empty")
     empty.write("test.parquet", empty.read("test.parquet").clear())
-    do(empty, n_seeds=1)
-    notes = empty.read("leaderboard.json")
-    assert (
-        notes["random_ndcg"] is None
-        and not len(rank_models(figures(empty), "NDCG@20"))
-        and notes["ablation"] == []
-    )
-    assert (
-        takeaways(figures(empty), notes)[0].startswith("Nobody")
-        and describe_rating_sort(figures(empty)) == ""
-    )
+    compare(empty, seeds=1)
+    assert results(empty)["random_ndcg"] is None and results(empty)["ablation"] == []
+    records = leaderboard(empty)
+    assert not len(rank_models(records, "NDCG@20")) and describe_rating_sort(records) == ""
+    assert takeaways(records, results(empty))[0].startswith("The test part has no relevant items")
 
 
-def test_a_log_without_stars(tmp_path):
-    made = Run(tmp_path / "made", dataset="demo?ratings=2000")
-    ingest(made)
-    made.read("interactions.parquet").select("user", "item", "timestamp").write_csv(
-        tmp_path / "clicks.csv"
-    )
-    run = measured_run(tmp_path / "run", FIELD[:3], dataset=str(tmp_path / "clicks.csv"))
-    do(run, n_seeds=1)
-    assert (
-        not len(rank_models(figures(run), "RMSE"))
-        and len(rank_models(figures(run), "NDCG@20")) == 4
-    )
-    lines = takeaways(figures(run), run.read("leaderboard.json"))
-    assert (
-        "There were no stars to predict, so this says nothing about ratings." in lines
-        and not any("off on average" in line for line in lines)
-    )
-    assert describe_hybrid_wins(paired_comparisons(figures(run), "RMSE"), "RMSE").endswith(
-        "nothing to compare the hybrid with."
-    )
+def test_a_log_without_ratings(tmp_path):
+    source = Run(tmp_path / "source", dataset="demo?ratings=2000")
+    ingest(source)
+    clicks = source.read("interactions.parquet").select("user", "item", "timestamp")
+    clicks.write_csv(tmp_path / "clicks.csv")
+    run = evaluated_run(tmp_path / "run", MODELS[:3], dataset=str(tmp_path / "clicks.csv"))
+    compare(run, seeds=1)
+    records = leaderboard(run)
+    assert not len(rank_models(records, "RMSE")) and len(rank_models(records, "NDCG@20")) == 4
+    sentences = takeaways(records, results(run))
+    no_ratings = "There are no ratings to predict, so rating prediction is not evaluated."
+    assert no_ratings in sentences
+    assert not any("off on average" in sentence for sentence in sentences)
+    assert "no model to compare" in wins_text(records, "RMSE")
 
 
 # --- costs
 
 
-def test_memory_seconds_and_numbers():
-    with track_resources() as spent:
+def test_memory_and_seconds():
+    with track_resources() as usage:
         block = torch.ones(2**25)
         time.sleep(0.03)
         del block
-    assert 120 < spent["memory"] < 180 and 0.03 < spent["seconds"] < 5
-    with track_resources() as spent:
+    assert 120 < usage["memory"] < 180 and 0.03 < usage["seconds"] < 5
+    with track_resources() as usage:
         pass
-    assert spent["memory"] < 20
-    if (
-        sys.platform == "linux"
-    ):  # what was held before and is free again does not hide what is taken now
+    assert usage["memory"] < 20
+    if sys.platform == "linux":  # memory that was held and freed before does not hide new memory
         held, pin = [bytearray(60_000) for _ in range(2000)], bytearray(60_000)
         del held
-        with track_resources() as spent:
+        with track_resources() as usage:
             held = [bytearray(60_000) for _ in range(2000)]
-        assert spent["memory"] > 80 and len(pin)
+        assert usage["memory"] > 80 and len(pin)
     with pytest.raises(ZeroDivisionError):
         with track_resources():
-            1 / 0
-    import threading
-
+            1 / 0  # noqa: B018
     assert threading.active_count() < 10
-    assert (
-        count_params(
-            {
-                "a": torch.zeros(2, 3),
-                "b": {"c": torch.zeros(4, dtype=torch.float64), "d": torch.arange(5)},
-                "e": torch.tensor(True),
-                "f": 1.0,
-            }
-        )
-        == 10
-    )
 
 
-def test_costs_are_means_over_starts(run):
-    notes, records = run.read("leaderboard.json"), figures(run)
-    table = cost_table(records, notes)
-    als = [f for f in notes["fits"] if f["model"] == "als"]
+def test_count_params():
+    nested = {"c": torch.zeros(4, dtype=torch.float64), "d": torch.arange(5)}
+    state = {"a": torch.zeros(2, 3), "b": nested, "e": torch.tensor(True), "f": 1.0}
+    assert count_params(state) == 10
+
+
+def test_costs_are_means_over_seeds(run):
+    table = cost_table(leaderboard(run), results(run))
+    seconds = [fit["seconds"] for fit in results(run)["fits"] if fit["model"] == "als"]
     row = table.filter(model="als").row(0, named=True)
-    assert (
-        len(als) == 2
-        and row["seconds"] == pytest.approx(np.mean([f["seconds"] for f in als]))
-        and row["RMSE"] is None
-        and len(table) == 1 + len(FIELD)
-    )
+    assert len(seconds) == 2 and row["seconds"] == pytest.approx(np.mean(seconds))
+    assert row["RMSE"] is None and len(table) == 1 + len(MODELS)
     ease = load_recommender(run.model_folder("ease"))
-    assert table.filter(model="ease")["n_params"].item() == sum(
-        v.numel() for v in ease._state().values() if v.is_floating_point()
-    )
-    assert table.filter(model="ease")["file_mb"].item() == pytest.approx(
-        (run.model_folder("ease") / "model.safetensors").stat().st_size / 2**20, abs=1e-4
-    )
+    n_params = sum(v.numel() for v in ease._state().values() if v.is_floating_point())
+    file_mb = (run.model_folder("ease") / "model.safetensors").stat().st_size / 2**20
+    row = table.filter(model="ease").row(0, named=True)
+    assert row["n_params"] == n_params and row["file_mb"] == pytest.approx(file_mb, abs=1e-4)
 
 
-def test_a_plan_with_one_part_less():
-    plan = {"ranking": {"a": 0.5, "b": 0.3, "c": 0.2}, "stars": {"b": 1.0, "d": 1.0}, "more": [1]}
-    assert drop_component(plan, "b") == {
-        "ranking": {"a": pytest.approx(0.5 / 0.7), "c": pytest.approx(0.2 / 0.7)},
-        "stars": {"d": 2.0},
-        "more": [1],
-    } and plan["stars"] == {"b": 1.0, "d": 1.0}
-    assert drop_component({"ranking": {"a": 1.0}, "stars": {}}, "a") == {
-        "ranking": {"a": 1.0},
-        "stars": {},
-    } and drop_component({"ranking": {"a": 1.0}}, "z") == {"ranking": {"a": 1.0}}
+def test_drop_component():
+    ranking, rating = {"a": 0.5, "b": 0.3, "c": 0.2}, {"b": 1.0, "d": 1.0}
+    plan = {"ranking": ranking, "rating": rating, "more": [1]}
+    reduced = drop_component(plan, "b")
+    rest = {"a": pytest.approx(0.5 / 0.7), "c": pytest.approx(0.2 / 0.7)}
+    assert reduced == {"ranking": rest, "rating": {"d": 2.0}, "more": [1]}
+    assert plan["rating"] == {"b": 1.0, "d": 1.0}
+    only = {"ranking": {"a": 1.0}, "rating": {}}
+    assert drop_component(only, "a") == only
+    assert drop_component({"ranking": {"a": 1.0}}, "z") == {"ranking": {"a": 1.0}}
 
 
-def test_parts_are_taken_out_one_by_one(run):
-    parts = run.read("leaderboard.json")["ablation"]
-    assert {(p["removed"], p["metric"]) for p in parts} == {
-        ("ease", "NDCG@20"),
-        ("popularity", "NDCG@20"),
-    }  # stars have one part only
-    plan, split = (
-        run.read("leaderboard.json")["plans"][0]["plan"],
-        run.load_splits()[-1].for_final_fit(),
-    )
+def test_components_are_removed_one_by_one(run):
+    ablation = {row["removed"]: row for row in results(run)["ablation"]}
+    assert set(ablation) == {"ease", "popularity"}  # rating prediction has one component only
+    assert {row["metric"] for row in ablation.values()} == {"NDCG@20"}
+    plan, split = results(run)["plans"][0]["plan"], run.load_splits()[-1].for_final_fit()
 
-    def score(p):
-        return eval_ranking(Fake(plan=p).fit(split), split, "test", (20,)).users["NDCG@20"].mean()
+    def score(plan):
+        model = FakeEnsemble(plan=plan).fit(split)
+        return eval_ranking(model, split, "test", (20,)).users["NDCG@20"].mean()
 
-    assert next(p for p in parts if p["removed"] == "ease")["value"] == pytest.approx(
-        score(plan) - score(drop_component(plan, "ease"))
-    )
+    expected = score(plan) - score(drop_component(plan, "ease"))
+    assert ablation["ease"]["value"] == pytest.approx(expected)
 
 
-# --- words
+# --- sentences
 
 
-def records_of(lists=(), stars=(), group=(), n=500):
-    "Made-up records: (model, value, half of its interval; and the hybrid minus it, half, p)."
+def interval(value, half_width):
+    if half_width is None:
+        return {"value": value, "lo": None, "hi": None}
+    return {"value": value, "lo": value - half_width, "hi": value + half_width}
+
+
+TEXT_COLUMNS = ("model", "versus", "task", "metric", "users", "items", "relevant")
+SCHEMA = {column: pl.String for column in TEXT_COLUMNS}
+SCHEMA |= {column: pl.Float64 for column in ("value", "lo", "hi", "p")} | {"n": pl.Int64}
+
+
+def toy_records(ranking=(), rating=(), groups=(), n=500):
+    "Make records from (model, value, half width; and hybrid minus model, half width, p)."
     rows = []
-    for metric, task, models in (("NDCG@20", "ranking", lists), ("RMSE", "rating", stars)):
-        for users in ("all", *group):
-            for model, value, half, *apart in models:
-                base = dict(
-                    task=task, metric=metric, users=users, items="all", n_relevant="any", n=n
-                )
-
-                def around(v, h):
-                    return {
-                        "value": v,
-                        "lo": None if h is None else v - h,
-                        "hi": None if h is None else v + h,
-                    }
-
-                rows.append(
-                    base | {"model": model, "versus": None, "p": None} | around(value, half)
-                )
-                if apart:
-                    rows.append(
-                        base
-                        | {"model": "hybrid", "versus": model, "p": apart[2]}
-                        | around(*apart[:2])
-                    )
-    schema = (
-        {c: pl.String for c in ("model", "versus", "task", "metric", "users", "items", "relevant")}
-        | {c: pl.Float64 for c in ("value", "lo", "hi", "p")}
-        | {"n": pl.Int64}
-    )
-    return pl.DataFrame(rows, schema=schema, orient="row")
+    for metric, task, models in (("NDCG@20", "ranking", ranking), ("RMSE", "rating", rating)):
+        for users in ("all", *groups):
+            scope = {"task": task, "metric": metric, "users": users, "n": n}
+            scope |= {"items": "all", "relevant": "any"}
+            for model, value, half_width, *difference in models:
+                own = {"model": model, "versus": None, "p": None}
+                rows.append(scope | own | interval(value, half_width))
+                if difference:
+                    paired = {"model": "hybrid", "versus": model, "p": difference[2]}
+                    rows.append(scope | paired | interval(*difference[:2]))
+    return pl.DataFrame(rows, schema=SCHEMA, orient="row")
 
 
-def notes_of(records, slow=()):
-    return {
-        "fits": [
-            {
-                "model": m,
-                "cut": 0,
-                "seed": 0,
-                "seconds": 500.0 if m in slow else 1.0 + i,
-                "memory": 1.0,
-                "n_params": 9,
-                "file_mb": 1.0,
-            }
-            for i, m in enumerate(records["model"].unique(maintain_order=True))
-        ],
-        "plans": [{"cut": 0, "plan": {}, "seconds": 20.0}],
-        "excluded": {},
-        "ablation": [],
-        "random_ndcg": 0.02,
-    }
+def toy_results(records, slow=()):
+    fits = []
+    for i, model in enumerate(records["model"].unique(maintain_order=True)):
+        cost = {"seconds": 500.0 if model in slow else 1.0 + i, "memory": 1.0}
+        cost |= {"n_params": 9, "file_mb": 1.0}
+        fits.append({"model": model, "cut": 0, "seed": 0} | cost)
+    report = {"fits": fits, "plans": [{"cut": 0, "plan": {}, "seconds": 20.0}]}
+    return report | {"excluded": {}, "ablation": [], "random_ndcg": 0.02}
 
 
-wins = records_of(
+WINS = toy_records(
     [
         ("hybrid", 0.3, 0.02),
         ("ease", 0.2, 0.02, 0.1, 0.02, 0.001),
@@ -668,259 +558,184 @@ wins = records_of(
     ],
     ("warm", "cold"),
 )
-loses = records_of(
+LOSES = toy_records(
     [
         ("ease", 0.4, 0.02, -0.1, 0.02, 0.001),
         ("hybrid", 0.3, 0.02),
         ("popularity", 0.2, 0.02, 0.1, 0.02, 0.001),
     ]
 )
-ties = records_of(
+TIES = toy_records(
     [
         ("hybrid", 0.3, 0.02),
         ("ease", 0.29, 0.02, 0.01, 0.02, 0.4),
         ("popularity", 0.1, 0.02, 0.2, 0.02, 0.001),
     ]
 )
+HYBRID = ("hybrid", 0.3, 0.02)
 
 
-def test_wins_losses_and_ties_in_words():
-    assert (
-        describe_hybrid_wins(paired_comparisons(wins, "NDCG@20"), "NDCG@20")
-        == "In NDCG@20 the hybrid beats every one of the 2 other models (the 95 % interval of the difference excludes 0)."
-    )
-    assert describe_hybrid_wins(paired_comparisons(wins, "RMSE"), "RMSE").startswith(
-        "In RMSE the hybrid beats every one"
-    )
-    assert "beats 1 of 2 other models" in describe_hybrid_wins(
-        paired_comparisons(loses, "NDCG@20"), "NDCG@20"
-    ) and describe_hybrid_wins(paired_comparisons(loses, "NDCG@20"), "NDCG@20").endswith(
-        "it loses to ease."
-    )
-    assert describe_hybrid_wins(paired_comparisons(ties, "NDCG@20"), "NDCG@20").endswith(
-        "beats 1 of 2 other models (the 95 % interval of the difference excludes 0); it cannot be told apart from ease."
-    )
-    only = records_of([("hybrid", 0.3, 0.02), ("ease", 0.2, 0.02, 0.1, 0.02, 0.001)])
-    assert "beats the only other model" in describe_hybrid_wins(
-        paired_comparisons(only, "NDCG@20"), "NDCG@20"
-    )
-    none = records_of([("hybrid", 0.3, 0.02), ("ease", 0.4, 0.02, -0.1, 0.02, 0.001)])
-    assert (
-        describe_hybrid_wins(paired_comparisons(none, "NDCG@20"), "NDCG@20")
-        == "In NDCG@20 the hybrid beats none of 1 other model (the 95 % interval of the difference excludes 0); it loses to ease."
-    )
-    few = records_of([("hybrid", 0.3, None), ("ease", 0.2, None, 0.1, None, None)])
-    assert "cannot be told apart from ease" in describe_hybrid_wins(
-        paired_comparisons(few, "NDCG@20"), "NDCG@20"
-    ) and "beats none" in describe_hybrid_wins(paired_comparisons(few, "NDCG@20"), "NDCG@20")
+def test_wins_losses_and_ties():
+    criterion = "(the 95 % interval of the difference excludes 0)."
+    opening = "In NDCG@20, the hybrid ensemble is significantly better than"
+    assert wins_text(WINS, "NDCG@20") == f"{opening} each of the 2 other models {criterion}"
+    assert "better than each of the 2 other models" in wins_text(WINS, "RMSE")
+    one_of_two = f"{opening} 1 of 2 other models {criterion}"
+    loss = "Significantly better than the hybrid: ease."
+    tie = "No significant difference: ease."
+    assert wins_text(LOSES, "NDCG@20") == f"{one_of_two} {loss}"
+    assert wins_text(TIES, "NDCG@20") == f"{one_of_two} {tie}"
+    one_win = toy_records([HYBRID, ("ease", 0.2, 0.02, 0.1, 0.02, 0.001)])
+    assert wins_text(one_win, "NDCG@20") == f"{opening} the only other model {criterion}"
+    one_loss = toy_records([HYBRID, ("ease", 0.4, 0.02, -0.1, 0.02, 0.001)])
+    assert wins_text(one_loss, "NDCG@20") == f"{opening} none of 1 other model {criterion} {loss}"
+    no_interval = toy_records([("hybrid", 0.3, None), ("ease", 0.2, None, 0.1, None, None)])
+    assert wins_text(no_interval, "NDCG@20") == f"{opening} none of 1 other model {criterion} {tie}"
 
 
-def test_an_interval_that_ends_at_nought_does_not_exclude_it():
-    edge = records_of([("hybrid", 0.3, 0.02), ("ease", 0.2, 0.02, 0.25, 0.25, 0.04)])
-    assert (
-        paired_comparisons(edge, "NDCG@20")["lo"].item() == 0
-        and paired_comparisons(edge, "NDCG@20")["significant"].item() == 0
-    )
+def test_an_interval_that_ends_at_zero_includes_it():
+    edge = toy_records([HYBRID, ("ease", 0.2, 0.02, 0.25, 0.25, 0.04)])
+    row = paired_comparisons(edge, "NDCG@20").row(0, named=True)
+    assert row["lo"] == 0 and row["significant"] == 0
 
 
-def test_more_claims_are_corrected():
-    many = records_of(
-        [("hybrid", 0.3, 0.02), *[(f"m{i}", 0.2, 0.02, 0.1, 0.05, 0.02) for i in range(4)]],
-        group=("warm",),
-    )
-    rows = paired_comparisons(many, "NDCG@20", "warm")
-    assert (
-        rows["significant"].to_list() == [1] * 4 and rows["significant_holm"].to_list() == [0] * 4
-    )
-    assert (
-        "beats none of 4 other models (after Holm's correction for 4 claims)"
-        in describe_hybrid_wins(rows, "NDCG@20", "significant_holm", "for warm users")
-    )
+def test_holm_correction():
+    others = [(f"m{i}", 0.2, 0.02, 0.1, 0.05, 0.02) for i in range(4)]
+    rows = paired_comparisons(toy_records([HYBRID, *others], groups=("warm",)), "NDCG@20", "warm")
+    assert rows["significant"].to_list() == [1] * 4
+    assert rows["significant_holm"].to_list() == [0] * 4
+    text = describe_hybrid_wins(rows, "NDCG@20", "significant_holm", "for warm users")
+    assert text.startswith("In NDCG@20 for warm users, the hybrid ensemble")
+    assert "none of 4 other models (after Holm's correction for 4 claims)" in text
 
 
-def test_the_sign_of_errors_and_of_lists():
-    both = records_of(
-        [("hybrid", 0.3, 0.01), ("a", 0.2, 0.01, 0.1, 0.01, 0.001)],
-        [("hybrid", 1.0, 0.01), ("a", 0.9, 0.01, 0.1, 0.01, 0.001)],
-    )
-    assert (
-        paired_comparisons(both, "NDCG@20")["significant"].item() == 1
-        and paired_comparisons(both, "RMSE")["significant"].item() == -1
-    )
-    assert leaderboard_table(both, "NDCG@20")["so it is"].to_list() == [
-        None,
-        "beaten",
-    ] and leaderboard_table(both, "RMSE")["so it is"].to_list() == ["beats the hybrid", None]
-    assert leaderboard_table(both, "RMSE")["model"].to_list() == ["a", "hybrid"]
+def test_the_sign_of_errors_and_scores():
+    ranking = [("hybrid", 0.3, 0.01), ("a", 0.2, 0.01, 0.1, 0.01, 0.001)]
+    rating = [("hybrid", 1.0, 0.01), ("a", 0.9, 0.01, 0.1, 0.01, 0.001)]
+    records = toy_records(ranking, rating)
+    assert paired_comparisons(records, "NDCG@20")["significant"].item() == 1
+    assert paired_comparisons(records, "RMSE")["significant"].item() == -1
+    by_score, by_error = [leaderboard_table(records, metric) for metric in ("NDCG@20", "RMSE")]
+    assert by_score["versus hybrid"].to_list() == [None, "significantly worse"]
+    assert by_error["versus hybrid"].to_list() == ["significantly better", None]
+    assert by_error["model"].to_list() == ["a", "hybrid"]
 
 
-def test_lists_by_stars_in_words():
-    assert (
-        "worth less, 33% of it (the interval of the difference excludes 0)"
-        in describe_rating_sort(wins)
-    )
-    better = records_of(
-        [("wide-deep", 0.4, 0.02, -0.1, 0.02, 0.001), ("hybrid", 0.3, 0.02)],
-        [("wide-deep", 1.0, 0.1)],
-    )
-    assert (
-        "stars are the better guide" in describe_rating_sort(better)
-        and describe_rating_sort(ties) == ""
-    )
-    level = records_of(
-        [("wide-deep", 0.3, 0.02, 0.0, 0.02, 0.9), ("hybrid", 0.3, 0.02)], [("wide-deep", 1.0, 0.1)]
-    )
-    assert "cannot be told apart" in describe_rating_sort(level)
-    assert (
-        describe_rating_sort(
-            records_of([("wide-deep", 0.4, 0.02, -0.1, 0.02, 0.001), ("hybrid", 0.3, 0.02)])
-        )
-        == ""
-    )  # trained for lists, no stars
+def test_rating_sort_sentences():
+    assert "significantly worse: 33% of the score" in describe_rating_sort(WINS)
+    rating = [("wide-deep", 1.0, 0.1)]
+    better = [("wide-deep", 0.4, 0.02, -0.1, 0.02, 0.001), HYBRID]
+    assert "is significantly better" in describe_rating_sort(toy_records(better, rating))
+    assert describe_rating_sort(TIES) == ""
+    tied = [("wide-deep", 0.3, 0.02, 0.0, 0.02, 0.9), HYBRID]
+    assert "no significant difference" in describe_rating_sort(toy_records(tied, rating))
+    assert describe_rating_sort(toy_records(better)) == ""  # trained for ranking, not for ratings
 
 
-def test_parts_in_words():
-    def part(w, v, p, metric="NDCG@20"):
-        return {"removed": w, "metric": metric, "value": v, "p": p}
+def test_ablation_sentences():
+    def row(removed, value, p, metric="NDCG@20"):
+        return {"removed": removed, "metric": metric, "value": value, "p": p}
 
-    assert (
-        describe_ablation(
-            [
-                part("a", 0.1, 0.001),
-                part("b", 0.001, 0.5),
-                part("c", -0.1, 0.001),
-                part("wide-alone", 1, 0.001),
-            ],
-            "NDCG@20",
-        )
-        == "In NDCG@20, of the hybrid's parts: it needs a; b could go without a loss that can be shown; without c it would be better (Holm's correction for 3 claims)."
+    half = row("wide-alone", 1, 0.001)
+    rows = [row("a", 0.1, 0.001), row("b", 0.001, 0.5), row("c", -0.1, 0.001), half]
+    assert describe_ablation(rows, "NDCG@20") == (
+        "In NDCG@20, the hybrid ensemble has: significantly worse without a; "
+        "no significant difference without b; significantly better without c "
+        "(Holm's correction for 3 claims)."
     )
-    assert (
-        "it needs a" in describe_ablation([part("a", -0.1, 0.001, "RMSE")], "RMSE")
-        and describe_ablation([], "RMSE")
-        == describe_ablation([part("wide-alone", 1, 0.001)], "NDCG@20")
-        == ""
-    )
-    assert "could go" in describe_ablation([part("a", 0.1, None)], "NDCG@20")
+    errors = [row("a", -0.1, 0.001, "RMSE")]
+    assert "worse without a" in describe_ablation(errors, "RMSE")
+    assert describe_ablation([], "RMSE") == describe_ablation([half], "NDCG@20") == ""
+    no_test = describe_ablation([row("a", 0.1, None)], "NDCG@20")
+    assert "no significant difference without a" in no_test
 
 
-def test_names_in_a_sentence():
-    assert (
-        join_names([]) == ""
-        and join_names(["a"]) == "a"
-        and join_names(list("abcdef")) == "a, b, c, d, e and f"
-        and join_names(list("abcdefgh")) == "a, b, c, d, e and 3 others"
-    )
+def test_join_names():
+    assert join_names([]) == "" and join_names(["a"]) == "a"
+    assert join_names(list("abcdef")) == "a, b, c, d, e and f"
+    assert join_names(list("abcdefgh")) == "a, b, c, d, e and 3 others"
 
 
-def test_ten_lines_follow_the_numbers():
-    def said(records, **how):
-        return takeaways(records, notes_of(records, **how))
-
-    lines = said(wins)
-    assert (
-        lines[0]
-        == "If everybody gets lists from one model, use hybrid: it did better than all others, and that was no accident."
-        and any("strangers, use hybrid" in line for line in lines)
-    )
-    assert any("a gain that is worth having" in line for line in lines) and any(
-        "Do not sort lists by predicted stars: that is worth 33%" in line for line in lines
-    )
-    assert "use ease: it did better" in said(loses)[0]
-    assert (
-        said(ties)[0]
-        == "If everybody gets lists from one model, use hybrid; ease may be as good, and is quicker."
-    )
-    assert any(
-        "has a minute, use ease: it learns in" in line and "worth 97% of the best" in line
-        for line in said(ties, slow=("hybrid",))
-    )
-    assert any(
-        "Nothing here learns within a minute; the quickest is" in line
-        for line in said(ties, slow=("hybrid", "ease", "popularity"))
-    )
-    level = records_of([("hybrid", 0.3, 0.02), ("popularity", 0.29, 0.02, 0.01, 0.02, 0.4)])
-    assert "show what sells (popularity)" in said(level)[0]
-    luck = records_of([("hybrid", 0.021, 0.01), ("mean", 0.02, 0.01, 0.001, 0.01, 0.9)])
-    assert any("cannot be told from lists drawn by lot" in line for line in said(luck))
-    few = records_of([("hybrid", 0.3, None), ("ease", 0.2, None, 0.1, None, None)], n=3)
-    assert any("too few to say how sure" in line for line in said(few)) and not any(
-        "no accident" in line for line in said(few)
-    )
+def advice(records, **options):
+    return takeaways(records, toy_results(records, **options))
 
 
-@pytest.mark.parametrize(
-    "records",
-    [
-        wins,
-        loses,
-        ties,
-        wins[:0],
-        wins.filter(metric="RMSE"),
-        wins.filter(model="hybrid"),
-        wins.filter(pl.col("model") != "hybrid"),
-        records_of([("hybrid", 0.0, 0.0), ("ease", 0.0, 0.0, 0.0, 0.0, 1.0)]),
-    ],
-    ids=[
-        "wins",
-        "loses",
-        "ties",
-        "nothing",
-        "stars only",
-        "hybrid only",
-        "no hybrid",
-        "all at nought",
-    ],
-)
-def test_ten_lines_are_at_most_ten_and_never_none(records):
-    for notes in (
-        notes_of(records),
-        notes_of(records) | {"random_ndcg": None, "plans": [], "fits": []},
-    ):
-        lines = takeaways(records, notes)
-        assert 0 < len(lines) <= 10 and all(
-            re.fullmatch(r"[A-Z].+\.", line) and "nan" not in line and "None" not in line
-            for line in lines
-        )
+def contains(sentences, text):
+    return any(text in sentence for sentence in sentences)
 
 
-def test_all_that_can_be_said_fits_into_ten_lines():
-    full = pl.concat(
-        [
-            wins,
-            wins.filter(metric="NDCG@20").with_columns(metric=pl.lit("HitRate@20")),
-            wins.filter(metric="RMSE").with_columns(metric=pl.lit("MAE")),
-        ]
-    )
-    lines = takeaways(full, notes_of(full))
-    assert len(lines) == len(set(lines)) == 10 and any(
-        line
-        == "Of 100 people who are shown 20 things by hybrid, about 30 find something that they go on to take."
-        for line in lines
-    )
+def test_takeaways_follow_the_numbers():
+    opening = "If all users get recommendations from one model"
+    sentences = advice(WINS)
+    best = "it is significantly better than all other models."
+    assert sentences[0] == f"{opening}, use hybrid: {best}"
+    assert contains(sentences, "For cold-start users, use hybrid")
+    assert contains(sentences, "a large gain")
+    assert contains(sentences, "Do not sort by predicted ratings: that reaches 33%")
+    assert f"use ease: {best}" in advice(LOSES)[0]
+    tie = "use hybrid; ease may be equally good, and ease is the fastest."
+    assert advice(TIES)[0] == f"{opening}, {tie}"
+    slow_hybrid = advice(TIES, slow=("hybrid",))
+    assert contains(slow_hybrid, "With one minute for training, use ease: it trains in")
+    assert contains(slow_hybrid, "reaches 97% of the best")
+    all_slow = advice(TIES, slow=("hybrid", "ease", "popularity"))
+    assert contains(all_slow, "No model trains within a minute; the fastest is")
+    popular = toy_records([HYBRID, ("popularity", 0.29, 0.02, 0.01, 0.02, 0.4)])
+    assert "recommend popular items (popularity)" in advice(popular)[0]
+    chance = toy_records([("hybrid", 0.021, 0.01), ("mean", 0.02, 0.01, 0.001, 0.01, 0.9)])
+    assert contains(advice(chance), "not significantly better than a random order")
+    few_users = [("hybrid", 0.3, None), ("ease", 0.2, None, 0.1, None, None)]
+    sentences = advice(toy_records(few_users, n=3))
+    assert contains(sentences, "too few for confidence intervals")
+    assert not contains(sentences, best)
 
 
-def test_a_lead_that_few_share():
-    assert (
-        statistical_ties(wins, "NDCG@20") == ["hybrid"]
-        and statistical_ties(loses, "NDCG@20") == ["ease"]
-        and statistical_ties(ties, "NDCG@20") == ["hybrid", "ease"]
-        and statistical_ties(wins[:0], "NDCG@20") == []
-    )
+ALL_ZERO = toy_records([("hybrid", 0.0, 0.0), ("ease", 0.0, 0.0, 0.0, 0.0, 1.0)])
+CASES = {
+    "wins": WINS,
+    "loses": LOSES,
+    "ties": TIES,
+    "nothing": WINS[:0],
+    "ratings only": WINS.filter(metric="RMSE"),
+    "hybrid only": WINS.filter(model="hybrid"),
+    "no hybrid": WINS.filter(pl.col("model") != "hybrid"),
+    "all zero": ALL_ZERO,
+}
 
 
-def test_forests():
-    fig = plot_forest(paired_comparisons(loses, "NDCG@20"), "NDCG@20")
-    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == [
-        "popularity",
-        "ease",
-    ] and "right of 0" in fig.axes[0].get_xlabel()
-    assert "left of 0" in plot_forest(paired_comparisons(wins, "RMSE"), "RMSE").axes[0].get_xlabel()
-    assert (
-        len(
-            plot_forest_by_group(
-                {g: paired_comparisons(wins, "NDCG@20", g) for g in ("warm", "cold")}, "NDCG@20"
-            ).axes
-        )
-        == 2
-    )
+@pytest.mark.parametrize("records", CASES.values(), ids=CASES.keys())
+def test_there_are_one_to_ten_takeaways(records):
+    report = toy_results(records)
+    no_fits = report | {"random_ndcg": None, "plans": [], "fits": []}
+    for sentences in (takeaways(records, report), takeaways(records, no_fits)):
+        assert 0 < len(sentences) <= 10
+        for sentence in sentences:
+            assert re.fullmatch(r"[A-Z].+\.", sentence)
+            assert "nan" not in sentence and "None" not in sentence
+
+
+def test_all_takeaways_together_are_ten():
+    ranking, rating = WINS.filter(metric="NDCG@20"), WINS.filter(metric="RMSE")
+    hit_rate = ranking.with_columns(metric=pl.lit("HitRate@20"))
+    absolute_error = rating.with_columns(metric=pl.lit("MAE"))
+    sentences = advice(pl.concat([WINS, hit_rate, absolute_error]))
+    assert len(sentences) == len(set(sentences)) == 10
+    hits = "Of 100 users with 20 recommendations of hybrid, about 30 choose one of them."
+    assert hits in sentences
+
+
+def test_statistical_ties():
+    assert statistical_ties(WINS, "NDCG@20") == ["hybrid"]
+    assert statistical_ties(LOSES, "NDCG@20") == ["ease"]
+    assert statistical_ties(TIES, "NDCG@20") == ["hybrid", "ease"]
+    assert statistical_ties(WINS[:0], "NDCG@20") == []
+
+
+def test_forest_plots():
+    ax = plot_forest(paired_comparisons(LOSES, "NDCG@20"), "NDCG@20").axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["popularity", "ease"]
+    assert "right of 0" in ax.get_xlabel()
+    errors = plot_forest(paired_comparisons(WINS, "RMSE"), "RMSE")
+    assert "left of 0" in errors.axes[0].get_xlabel()
+    groups = {users: paired_comparisons(WINS, "NDCG@20", users) for users in ("warm", "cold")}
+    assert len(plot_forest_by_group(groups, "NDCG@20").axes) == 2

@@ -1,4 +1,4 @@
-"Drift, ageing, new events and the dashboard: alarms at the stated rate, appends that are whole, pages that fit."
+"Check drift alarms, staleness, incremental updates and the dashboard."
 
 import json
 import os
@@ -84,9 +84,9 @@ from widedeep_nb.serving import (
 
 ROOT = Path(__file__).parents[1]
 PLAN = {
-    "lists": {"popularity": 0.3, "newer neighbours": 0.4, "self-attention": 0.3},
-    "stars": {"ridge": 0.5, "network 1": 0.5},
-    "passes": {"self-attention": 1, "network 1": 1},
+    "ranking": {"popularity": 0.3, "neighbors, recency-weighted": 0.4, "self-attention": 0.3},
+    "rating": {"ridge": 0.5, "network 1": 0.5},
+    "epochs": {"self-attention": 1, "network 1": 1},
 }
 DAY = 86_400_000
 
@@ -95,8 +95,8 @@ DAY = 86_400_000
 
 
 def test_distances_against_scipy():
-    draw = np.random.default_rng(0)
-    a, b = draw.integers(0, 9, 300), draw.integers(2, 9, 200)
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 9, 300), rng.integers(2, 9, 200)
     p, q = [np.bincount(x, minlength=9).astype(float) for x in (a, b)]
     distance, score = distribution_distance(p, q, "ordinal")
     assert np.isclose(distance, ks_2samp(a, b).statistic) and np.isclose(
@@ -112,7 +112,7 @@ def test_distances_against_scipy():
 
 
 def test_periods_are_compared_with_what_lay_before_the_gap():
-    "By hand: lag 2 of period 5 is compared with the window that ends at period 3."
+    "Check that lag 2 of period 5 is compared with the window that ends at period 3."
     counts = np.random.default_rng(0).integers(1, 50, (8, 3)).astype(float)
     distance = reference_distances(MonitoredFeature("nominal", counts), 2, 3)[0]
     assert np.isclose(
@@ -121,48 +121,48 @@ def test_periods_are_compared_with_what_lay_before_the_gap():
     assert np.isnan(distance[2, 1]) and not np.isnan(distance[3, 1])
 
 
-def test_the_alarm_has_its_rate_where_nothing_changes():
-    "Series that hang together and have fat tails: any distribution will do."
-    draw, hits = np.random.default_rng(0), 0
+def test_alarm_has_its_nominal_rate_without_drift():
+    "Check the rate on dependent series with heavy tails."
+    rng, hits = np.random.default_rng(0), 0
     for _ in range(2000):
-        shared = draw.standard_t(2, (1, 61, 1))
+        shared = rng.standard_t(2, (1, 61, 1))
         hits += conformal_alarm(
-            shared + draw.standard_t(2, (4, 61, 1)), np.array([True, False, True, False]), 59, 1
+            shared + rng.standard_t(2, (4, 61, 1)), np.array([True, False, True, False]), 59, 1
         ).alarm
     assert binomtest(hits, 2000, 3 / 61).pvalue > 0.05
 
 
-def some_shops(n, first=5000):
-    return [drift_calibration_trial(first + i) for i in range(n)]
-
-
 @pytest.mark.parametrize("n", [30, pytest.param(300, marks=pytest.mark.long)])
-def test_silent_at_the_stated_rate_and_loud_on_planted_drifts(n):
-    tried = some_shops(n)
-    assert all(t["past"] >= 19 for t in tried)
-    alarms = sum(t["alarm"] for t in tried)
+def test_false_alarms_and_detection_of_injected_drift(n):
+    trials = [drift_calibration_trial(5000 + i) for i in range(n)]
+    assert all(t["n_reference"] >= 19 for t in trials)
+    alarms = sum(t["alarm"] for t in trials)
     assert binomtest(alarms, n, FALSE_ALARM_RATE).pvalue > 0.05, alarms
-    for kind in DRIFT_SCENARIOS:
-        found = [t["delays"][kind] for t in tried]
-        assert sum(d is not None for d in found) >= 0.9 * n, (kind, found)  # within three periods
+    for scenario in DRIFT_SCENARIOS:
+        found = [t["delays"][scenario] for t in trials]
+        assert sum(d is not None for d in found) >= 0.9 * n, (
+            scenario,
+            found,
+        )  # within three periods
 
 
-def test_a_season_that_comes_back_is_no_news_and_one_that_is_new_is():
-    draw, start = np.random.default_rng(0), datetime(2010, 1, 1)
+def test_seasons_give_no_alarm_and_new_peaks_do():
+    rng = np.random.default_rng(0)
 
     def shop(last_december):
         frames = []
         for m in range(132):
-            at, december = datetime(2010 + m // 12, m % 12 + 1, 1), m % 12 == 11
+            start = datetime(2010 + m // 12, m % 12 + 1, 1)
+            december = m % 12 == 11
             toys = 0.5 if december and (last_december or m < 120) else 0.1
             frames.append(
                 pl.DataFrame(
                     {
-                        "user": draw.integers(0, 300, 600).astype(str),
-                        "item": np.where(draw.random(600) < toys, "toy", "book"),
-                        "rating": draw.integers(1, 6, 600),
+                        "user": rng.integers(0, 300, 600).astype(str),
+                        "item": np.where(rng.random(600) < toys, "toy", "book"),
+                        "rating": rng.integers(1, 6, 600),
                         "timestamp": [
-                            at + timedelta(hours=h) for h in draw.integers(0, 672, 600).tolist()
+                            start + timedelta(hours=h) for h in rng.integers(0, 672, 600).tolist()
                         ],
                     }
                 )
@@ -191,19 +191,17 @@ def test_a_season_that_comes_back_is_no_news_and_one_that_is_new_is():
 @pytest.mark.parametrize(
     "columns", [["user", "item"], ["user", "item", "timestamp"], ["user", "item", "rating"]]
 )
-def test_poor_logs_are_told_plainly(columns):
+def test_logs_with_few_columns_are_handled(columns):
     log = to_interactions(load("demo?ratings=2000").interactions.select(columns))
     if "timestamp" not in columns:
         with pytest.raises(UserError, match="no time"):
             detect_drift(log, pl.DataFrame({"item": ["A"]}), datetime(2020, 1, 1))
         return
     found = detect_drift(log, log.select("item").unique(), datetime(2023, 1, 1))
-    assert found["inputs"] == ["activity", "unknown users", "unknown items"] and describe_drift(
-        found
-    )
+    assert found["features"] == ["activity", "new users", "new items"] and describe_drift(found)
 
 
-def test_a_short_past_gives_no_alarm_and_says_so():
+def test_short_past_gives_no_alarm():
     log = to_interactions(
         pl.DataFrame(
             {
@@ -219,16 +217,16 @@ def test_a_short_past_gives_no_alarm_and_says_so():
     )
 
 
-# --- quality over time
+# --- staleness
 
 
-def test_the_replay_never_learns_from_the_future():
+def test_backtest_never_learns_from_the_future():
     rows = sort_by_time(drop_undated(training_events(load("demo?ratings=3000").interactions)))
     calendar = make_period_grid(rows["timestamp"], unit="1q")
     period, end = calendar.period_index(rows["timestamp"]), 50
-    split, at = split_at_period(rows, period, end, 55, PROTOCOLS["strict"])
+    split, test_period = split_at_period(rows, period, end, 55, PROTOCOLS["strict"])
     for t in (51, 53):
-        now = split_at_age(split, at, t)
+        now = split_at_age(split, test_period, t)
         assert calendar.period_index(now.train["timestamp"]).max() <= end and set(
             calendar.period_index(now.test["timestamp"])
         ) == {t}
@@ -238,7 +236,7 @@ def test_the_replay_never_learns_from_the_future():
         )
 
 
-def test_what_a_model_cannot_list_counts_as_missed():
+def test_items_unknown_to_the_model_count_as_missed():
     rows = to_interactions(
         pl.DataFrame(
             {
@@ -248,17 +246,19 @@ def test_what_a_model_cannot_list_counts_as_missed():
             }
         )
     )
-    split, at = split_at_period(rows, np.array([0, 0, 0, 0, 1, 1]), 0, 1, PROTOCOLS["given"])
-    question = full_eval_task(split_at_age(split, at, 1), 100)
+    split, test_period = split_at_period(
+        rows, np.array([0, 0, 0, 0, 1, 1]), 0, 1, PROTOCOLS["given"]
+    )
+    task = full_eval_task(split_at_age(split, test_period, 1), 100)
     model = make_recommender("popularity").fit(split)
-    value, codes = top_k_with_scores(model, question)
-    hits, to_find = hit_matrix(codes, question)
+    value, codes = top_k_with_scores(model, task)
+    hits, to_find = hit_matrix(codes, task)
     assert to_find.tolist() == [2] and hits.sum() == 1 and 0 < ndcg(hits, to_find, 20)[0] < 1
 
 
 @pytest.mark.long
-def test_replay_on_a_real_log(shared):
-    "Neighbours and popularity age on ciao; the young model is never worse beyond chance."
+def test_backtest_on_a_real_log(shared):
+    "Check that neighbours and popularity lose quality with age on ciao."
     rows = sort_by_time(drop_undated(training_events(load(shared / "ciao").interactions)))
     calendar = make_period_grid(rows["timestamp"], unit="1mo")
     period, n = calendar.period_index(rows["timestamp"]), len(calendar.period_starts)
@@ -284,35 +284,35 @@ def test_replay_on_a_real_log(shared):
         pytest.param(["user", "item", "timestamp"], marks=pytest.mark.long),
         pytest.param(["user", "item", "rating"], marks=pytest.mark.long),
     ],
-    ids=["ids only", "no stars", "no time"],
+    ids=["ids only", "no ratings", "no times"],
 )
-def test_the_chapter_on_poor_logs(tmp_path, columns):
+def test_chapter_runs_on_logs_with_few_columns(tmp_path, columns):
     load("demo?ratings=2000").interactions.filter(pl.col("rating").is_not_null()).select(
         columns
     ).write_csv(tmp_path / "log.csv")
     run = Run(
         tmp_path / "run",
         dataset=str(tmp_path / "log.csv"),
-        parameters={"seeds": 1, "epochs": 1, "tune": False, "minutes": 0.02},
+        parameters={"seeds": 1, "epochs": 1, "tune": False, "time_budget_min": 0.02},
     )
     for step in (run_drift, backtest, compare_warm_start):
         step(run)
-    told_of = [
+    texts = [
         describe_drift(run.read("drift.json")),
         describe_staleness(run.read("replay.json")),
         describe_output_drift(run.read("replay.json")),
         describe_warm_start(run.read("catchup.json")),
     ]
-    assert all(told_of) and ("no time" in told_of[0]) == ("timestamp" not in columns)
+    assert all(texts) and ("no time" in texts[0]) == ("timestamp" not in columns)
     assert dashboard(run).read_text().count("<section") == 6
 
 
-# --- new events
+# --- incremental updates
 
 
 @pytest.fixture(scope="module")
-def before(tmp_path_factory):
-    "A run whose log ends 300 events early, and those events in three files; the middle one holds something new."
+def base_run(tmp_path_factory):
+    "A run whose log ends 300 events early, and three files with them; the second has a new user and item."
     place = tmp_path_factory.mktemp("append")
     shop = load("demo?ratings=2500")
     log = shop.interactions
@@ -321,11 +321,9 @@ def before(tmp_path_factory):
     def write(rows, name):
         return rows.with_columns(pl.col("timestamp").dt.epoch("ms")).write_csv(place / name)
 
-    (
-        write(log[:-300], "log/ratings.csv"),
-        shop.items.write_csv(place / "log/items.csv"),
-        shop.users.write_csv(place / "log/users.csv"),
-    )
+    write(log[:-300], "log/ratings.csv")
+    shop.items.write_csv(place / "log/items.csv")
+    shop.users.write_csv(place / "log/users.csv")
     run = Run(place / "run", dataset=str(place / "log"))
     preprocess(run)
     rated = training_events(run.read("interactions.parquet"))
@@ -340,13 +338,13 @@ def before(tmp_path_factory):
         ),
         shop.items,
     )
-    for name, how in (("hybrid", {"plan": PLAN}), ("popularity", {})):
-        make_recommender(name, **how).fit(split).save(run.model_folder(name))
-    most = rated["item"].value_counts(sort=True)["item"][:6].to_list()
+    for name, params in (("hybrid", {"plan": PLAN}), ("popularity", {})):
+        make_recommender(name, **params).fit(split).save(run.model_folder(name))
+    popular = rated["item"].value_counts(sort=True)["item"][:6].to_list()
     new = pl.DataFrame(
         {
-            "user": ["Newcomer"] * 7,
-            "item": ["Thing", *most],
+            "user": ["New user"] * 7,
+            "item": ["Thing", *popular],
             "rating": [5.0, 4.0, 3.0, 4.0, 5.0, 4.0, 2.0],
         }
     )
@@ -362,13 +360,13 @@ def before(tmp_path_factory):
 
 
 @pytest.fixture
-def run(before, tmp_path):
-    shutil.copytree(before, tmp_path / "run")
+def run(base_run, tmp_path):
+    shutil.copytree(base_run, tmp_path / "run")
     return Run(tmp_path / "run")
 
 
 def state_of(folder):
-    "Everything that readers of a run see."
+    "Read every visible file of a run."
     files = [
         p
         for p in Path(folder).rglob("*")
@@ -377,46 +375,50 @@ def state_of(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
-def learnt(run):
-    "What was appended, and what was learnt from it."
-    at = current_run(run.folder)
+def updated_state(run):
+    "Return the log and the model weights of the last update."
+    folder = current_run(run.folder)
     models = {
-        name: load_recommender(at / "models" / name)._state() for name in ("hybrid", "popularity")
+        name: load_recommender(folder / "models" / name)._state()
+        for name in ("hybrid", "popularity")
     }
-    return pl.read_parquet(at / "interactions.parquet"), models
+    return pl.read_parquet(folder / "interactions.parquet"), models
 
 
-def test_order_of_arrival_does_not_matter(before, run, tmp_path):
-    told_of = {
-        name: append(run, before.parent / f"{name}.csv", epochs=1)
+def test_order_of_arrival_does_not_matter(base_run, run, tmp_path):
+    summary = {
+        name: append(run, base_run.parent / f"{name}.csv", epochs=1)
         for name in ("three", "one", "two", "one")
     }
-    assert told_of["one"]["new"] == 0 or told_of["one"]["repeated"] > 0
+    assert summary["one"]["new"] == 0 or summary["one"]["repeated"] > 0
     assert (
-        told_of["two"]["new users"] == 1
-        and told_of["two"]["new items"] == 1
-        and told_of["two"]["late"] > 0
+        summary["two"]["new users"] == 1
+        and summary["two"]["new items"] == 1
+        and summary["two"]["late"] > 0
     )
-    shutil.copytree(before, tmp_path / "other")
-    append(Run(tmp_path / "other"), before.parent / "all.csv", epochs=1)
-    (log, models), (other, theirs) = learnt(run), learnt(Run(tmp_path / "other"))
-    assert log.equals(other) and len(log) > len(run.read("interactions.parquet"))
+    shutil.copytree(base_run, tmp_path / "other")
+    append(Run(tmp_path / "other"), base_run.parent / "all.csv", epochs=1)
+    (log, models), (other_log, other_models) = (
+        updated_state(run),
+        updated_state(Run(tmp_path / "other")),
+    )
+    assert log.equals(other_log) and len(log) > len(run.read("interactions.parquet"))
     for name in models:
-        assert models[name].keys() == theirs[name].keys() and all(
-            torch.equal(v, theirs[name][k]) for k, v in models[name].items()
+        assert models[name].keys() == other_models[name].keys() and all(
+            torch.equal(v, other_models[name][k]) for k, v in models[name].items()
         ), name
 
 
-def test_the_reports_own_files_stay(before, run):
+def test_files_of_the_report_do_not_change(base_run, run):
     was = state_of(run.folder)
-    append(run, before.parent / "one.csv", epochs=1)
+    append(run, base_run.parent / "one.csv", epochs=1)
     now = state_of(run.folder)
     assert {k: now[k] for k in was} == was and {
         k.split("/")[0] for k in now.keys() - was.keys()
     } == {"events", "live.json"}
 
 
-def test_repeated_rows_count_once_and_an_older_rating_gives_way(run, tmp_path):
+def test_repeated_rows_count_once_and_newer_ratings_win(run, tmp_path):
     log = run.read("interactions.parquet")
     pair = log.filter(pl.col("rating").is_not_null())[-1]
     pl.concat([pair, pair, log[:50]]).write_parquet(tmp_path / "again.parquet")
@@ -430,25 +432,25 @@ def test_repeated_rows_count_once_and_an_older_rating_gives_way(run, tmp_path):
         ]
     ).write_parquet(tmp_path / "older.parquet")
     assert append(run, tmp_path / "again.parquet", models=("popularity",))["new"] == 0
-    told_of = append(run, tmp_path / "older.parquet", models=("popularity",))
+    summary = append(run, tmp_path / "older.parquet", models=("popularity",))
     after = pl.read_parquet(current_run(run.folder) / "interactions.parquet")
     found = after.filter(pl.col("rating").is_not_null(), user=pair["user"][0], item=pair["item"][0])
     assert (
-        told_of["new"] == told_of["late"] == 1
+        summary["new"] == summary["late"] == 1
         and len(found) == 1
         and found["rating"].to_list() == pair["rating"].to_list()
         and found["timestamp"].to_list() == pair["timestamp"].to_list()
     )
 
 
-def test_popularity_and_features_are_of_now(before, run):
-    append(run, before.parent / "two.csv", epochs=1)
-    at = current_run(run.folder)
+def test_popularity_and_features_are_updated(base_run, run):
+    append(run, base_run.parent / "two.csv", epochs=1)
+    folder = current_run(run.folder)
     model, hybrid = (
-        load_recommender(at / "models/popularity"),
-        load_recommender(at / "models/hybrid"),
+        load_recommender(folder / "models/popularity"),
+        load_recommender(folder / "models/hybrid"),
     )
-    rows = training_events(pl.read_parquet(at / "interactions.parquet"))
+    rows = training_events(pl.read_parquet(folder / "interactions.parquet"))
     item = model.item_ids[3]
     assert (
         model.weight[3]
@@ -457,22 +459,22 @@ def test_popularity_and_features_are_of_now(before, run):
         .n_unique()
     )
     assert (
-        "Newcomer" in hybrid.user_ids
+        "New user" in hybrid.user_ids
         and len(hybrid.train_history.item) == len(model.train_history.item) > 0
     )
     snap = hybrid.models["network 1"].feature_state
-    assert int(snap.clock[1]) == rows["timestamp"].to_physical().max()
+    assert int(snap.time_range[1]) == rows["timestamp"].to_physical().max()
 
 
-def test_a_network_goes_on_from_its_weights(before, run, monkeypatch):
-    "Before any pass its weights are the old ones; a new person is a stranger."
-    monkeypatch.setattr(training, "fit_network", lambda net, *given, **how: (net.eval(), []))
+def test_warm_start_begins_with_the_trained_weights(base_run, run, monkeypatch):
+    "Check the weights before the first epoch; a new user has those of unknown users."
+    monkeypatch.setattr(training, "train_loop", lambda net, *args, **options: (net.eval(), []))
     old = load_recommender(run.model_folder("hybrid")).models["network 1"]
     rows = training_events(run.read("interactions.parquet"))
     more = to_interactions(
         pl.DataFrame(
             {
-                "user": ["Newcomer"] * 3,
+                "user": ["New user"] * 3,
                 "item": old.item_ids[:3].to_list(),
                 "rating": [3.0, 4.0, 5.0],
                 "timestamp": [rows["timestamp"].max()] * 3,
@@ -488,23 +490,23 @@ def test_a_network_goes_on_from_its_weights(before, run, monkeypatch):
     )
     new = update_model(old, split)
 
-    def code(ids, of):
-        return {u: i for i, u in enumerate(ids)}[of]
+    def code(ids, name):
+        return ids.to_list().index(name)
 
-    for who in old.user_ids[:5]:
-        a, b = [m.net.wide.user.weight[code(m.user_ids, who)] for m in (old, new)]
+    for user in old.user_ids[:5]:
+        a, b = [m.net.wide.user.weight[code(m.user_ids, user)] for m in (old, new)]
         assert torch.equal(a, b)
-        a, b = [m.net.deep.user.weight[code(m.user_ids, who)] for m in (old, new)]
+        a, b = [m.net.deep.user.weight[code(m.user_ids, user)] for m in (old, new)]
         assert torch.equal(a, b)
-    for what in old.item_ids[:5]:
-        assert torch.equal(*[m.net.deep.item.weight[code(m.item_ids, what)] for m in (old, new)])
+    for item in old.item_ids[:5]:
+        assert torch.equal(*[m.net.deep.item.weight[code(m.item_ids, item)] for m in (old, new)])
     assert torch.equal(
-        new.net.deep.user.weight[code(new.user_ids, "Newcomer")], old.net.deep.user.weight[-1]
+        new.net.deep.user.weight[code(new.user_ids, "New user")], old.net.deep.user.weight[-1]
     )
 
 
-def test_a_network_on_words_goes_on_where_tags_and_space_are_turned(monkeypatch):
-    "Products change places, a new one comes: before any pass the scores are the old ones."
+def test_content_warm_start_rotates_the_text_features(monkeypatch):
+    "Check that scores are unchanged before the first epoch when items move and a new one comes."
     shop = load("demo?ratings=2500")
     rows = training_events(shop.interactions)
 
@@ -523,24 +525,27 @@ def test_a_network_on_words_goes_on_where_tags_and_space_are_turned(monkeypatch)
         )
 
     old = make_recommender("content-towers", epochs=2).fit(split(rows, shop.items))
-    monkeypatch.setattr(content, "fit_content", lambda self, judge: self.net.eval() and [])
+    monkeypatch.setattr(content, "train_two_tower", lambda self, validate: self.net.eval() and [])
     words, width = content.tfidf_vectors, old.item_features.vectors["text"].shape[1]
     turn = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)))[0]
-    monkeypatch.setattr(content, "word_vectors", lambda *given: words(*given) @ turn)
+    monkeypatch.setattr(content, "tfidf_vectors", lambda *given: words(*given) @ turn)
     more = rows.filter(item=rows["item"].mode()[0])[:40].with_columns(
         item=old.item_ids[-1] + pl.lit(""), user=rows["user"].unique().sort()[:40]
     )
     new = update_model(old, split(pl.concat([rows, more]), shop.items.reverse()))
-    who = old.user_ids[:50].to_list()
+    first_users = old.user_ids[:50].to_list()
 
     def scores(model):
         users, items = [
-            torch.tensor([{u: i for i, u in enumerate(ids)}[x] for x in wanted])
-            for ids, wanted in ((model.user_ids, who), (model.item_ids, old.item_ids.to_list()))
+            torch.tensor([{u: i for i, u in enumerate(ids)}[x] for x in selected])
+            for ids, selected in (
+                (model.user_ids, first_users),
+                (model.item_ids, old.item_ids.to_list()),
+            )
         ]
-        had = old.train_history.select(torch.arange(50))
+        history = old.train_history.select(torch.arange(50))
         return model.scores(
-            users, had if model is old else replace(had, item_codes=items[had.item]), items
+            users, history if model is old else replace(history, item=items[history.item]), items
         )
 
     assert new.item_ids.to_list() != old.item_ids.to_list()
@@ -548,8 +553,8 @@ def test_a_network_on_words_goes_on_where_tags_and_space_are_turned(monkeypatch)
 
 
 @pytest.mark.long
-def test_a_warm_start_is_as_good_as_training_anew():
-    "On a demo shop, within the margins that are stated."
+def test_warm_start_is_non_inferior_to_retraining():
+    "Check the stated margins on a demo shop."
     shop = load("demo?ratings=20000")
     rows = sort_by_time(drop_undated(training_events(shop.interactions)))
     known, new, later = rows[:17_000], rows[17_000:18_000], rows[18_000:]
@@ -564,63 +569,75 @@ def test_a_warm_start_is_as_good_as_training_anew():
         )
 
     plan = {
-        "lists": {"newer neighbours": 0.4, "self-attention": 0.2, "content towers": 0.4},
-        "newcomers": {"content towers": 1.0},
-        "stars": {"ridge": 0.3, "network 1": 0.7},
-        "passes": {"self-attention": 15, "content towers": 7, "network 1": 15},
+        "ranking": {
+            "neighbors, recency-weighted": 0.4,
+            "self-attention": 0.2,
+            "content towers": 0.4,
+        },
+        "cold_items": {"content towers": 1.0},
+        "rating": {"ridge": 0.3, "network 1": 0.7},
+        "epochs": {"self-attention": 15, "content towers": 7, "network 1": 15},
     }
     now, base = (
         split(pl.concat([known, new]), later),
         make_recommender("hybrid", plan=plan).fit(split(known, later)),
     )
     tables = {
-        "anew": evaluate_per_user(make_recommender("hybrid", plan=plan).fit(now), now, 5000),
-        "warm": evaluate_per_user(update_model(base, now), now, 5000),
+        "retrained": evaluate_per_user(make_recommender("hybrid", plan=plan).fit(now), now, 5000),
+        "warm_start": evaluate_per_user(update_model(base, now), now, 5000),
         "stale": evaluate_per_user(base, split(known, later, new), 5000),
     }
     found = {row["metric"]: row for row in compare_update_modes(tables, {})}
     assert found["NDCG@20"]["non_inferior"] and found["RMSE"]["non_inferior"], found
 
 
-def test_a_run_with_another_log_leaves_aside_what_was_appended(before, run):
-    append(run, before.parent / "one.csv", models=("popularity",))
+def test_updates_of_another_log_are_ignored(base_run, run):
+    append(run, base_run.parent / "one.csv", models=("popularity",))
     assert current_run(run.folder) != run.folder
     run.update_manifest(data={"sha256": "another", "rows": 1})
     assert current_run(run.folder) == run.folder
 
 
 @pytest.mark.parametrize(
-    "what, why",
+    "text, message",
     [
         (
             "user,item,rating,timestamp\nu,A,5,1700000000\n,A,5,1700000000\n,B,4,1700000000\n",
             "faulty",
         ),
         ("user,item,rating\nu,A,5\nv,B,4\nw,C,3\n", "no time"),
-        ("user,item,rating,timestamp\nu,A,1,1700000000\n", "do not look like the stars"),
+        ("user,item,rating,timestamp\nu,A,1,1700000000\n", "do not look like ratings"),
         (
             "user,item,rating,timestamp\n" + "u,A,9,1700000000\nv,B,2,1700000000\n" * 9,
-            "beyond the stars",
+            "outside this run",
         ),
         ("a,b\n1,2\n", "no column|cannot|faulty|no time"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_nothing_is_written(run, tmp_path, what, why):
+def test_invalid_logs_are_refused_without_changes(run, tmp_path, text, message):
     was = state_of(run.folder)
-    (tmp_path / "bad.csv").write_text(what)
-    with pytest.raises(UserError, match=why):
+    (tmp_path / "bad.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
         append(run, tmp_path / "bad.csv")
     assert state_of(run.folder) == was
 
 
-def test_killed_at_random_moments(before, run):
-    "An append is there whole or not at all, and what is left of a killed one is in nobody's way."
-    code = "import sys; from widedeep_nb.core import Run; from widedeep_nb.monitoring import append; print('go', flush=True); append(Run(sys.argv[1]), sys.argv[2], passes=1)"
-    draw, was, killed = random.Random(0), state_of(run.folder), 0
+def test_append_is_atomic_under_kills(base_run, run):
+    "Check that a killed append leaves no trace, and that the next one succeeds."
+    code = "\n".join(
+        [
+            "import sys",
+            "from widedeep_nb.core import Run",
+            "from widedeep_nb.monitoring import append",
+            "print('go', flush=True)",
+            "append(Run(sys.argv[1]), sys.argv[2], epochs=1)",
+        ]
+    )
+    rng, was, killed = random.Random(0), state_of(run.folder), 0
 
     def start():
         process = subprocess.Popen(
-            [sys.executable, "-c", code, str(run.folder), str(before.parent / "one.csv")],
+            [sys.executable, "-c", code, str(run.folder), str(base_run.parent / "one.csv")],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -628,9 +645,9 @@ def test_killed_at_random_moments(before, run):
         process.stdout.readline()
         return process, time.monotonic()
 
-    process, begun = start()
+    process, started = start()
     assert process.wait(300) == 0
-    took, whole = time.monotonic() - begun, learnt(run)
+    took, whole = time.monotonic() - started, updated_state(run)
 
     def clear():
         return [
@@ -642,11 +659,14 @@ def test_killed_at_random_moments(before, run):
     clear()
     while killed < 3:
         process, _ = start()
-        time.sleep(draw.uniform(0.05, 0.7) * took)
+        time.sleep(rng.uniform(0.05, 0.7) * took)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        if (run.folder / "live.json").exists():  # it was quicker this time, and so it is whole
-            assert learnt(run)[0].equals(whole[0]) and learnt(run)[1].keys() == whole[1].keys()
+        if (run.folder / "live.json").exists():  # it finished before the signal
+            assert (
+                updated_state(run)[0].equals(whole[0])
+                and updated_state(run)[1].keys() == whole[1].keys()
+            )
             clear()
             took /= 2
             continue
@@ -654,52 +674,54 @@ def test_killed_at_random_moments(before, run):
         assert {
             k: v for k, v in state_of(run.folder).items() if not k.startswith("events/")
         } == was and current_run(run.folder) == run.folder
-    append(run, before.parent / "one.csv", epochs=1)
-    log, models = learnt(run)
+    append(run, base_run.parent / "one.csv", epochs=1)
+    log, models = updated_state(run)
     assert log.equals(whole[0]) and all(
         torch.equal(v, whole[1][m][k]) for m in models for k, v in models[m].items()
     )
     assert [p for p in (run.folder / "events").iterdir() if p.name.startswith(".")] == []
 
 
-def test_the_service_serves_what_was_appended_and_is_not_disturbed_by_more(before, run, tmp_path):
-    append(run, before.parent / "two.csv", epochs=1)
-    shop = open_service(current_run(run.folder), feedback_dir=str(tmp_path))
+def test_service_serves_the_update_it_was_started_with(base_run, run, tmp_path):
+    append(run, base_run.parent / "two.csv", epochs=1)
+    service = open_service(current_run(run.folder), feedback_dir=str(tmp_path))
     try:
 
         def asked():
-            return shop.answer([shop.parse_request(RecommendRequest(user="Newcomer", k=5))])[0]
+            return service.answer([service.parse_request(RecommendRequest(user="New user", k=5))])[
+                0
+            ]
 
         first = asked()
         assert (
             len(first["items"]) == 5
             and "Thing" not in [i["item"] for i in first["items"]]
-            and "Thing" in shop.catalog.item
+            and "Thing" in service.catalog.item_codes
         )
-        append(run, before.parent / "three.csv", epochs=1)
-        assert shop.changed_files() == "" and [i["item"] for i in asked()["items"]] == [
+        append(run, base_run.parent / "three.csv", epochs=1)
+        assert service.changed_files() == "" and [i["item"] for i in asked()["items"]] == [
             i["item"] for i in first["items"]
         ]
         other = open_service(current_run(run.folder), feedback_dir=str(tmp_path / "other"))
-        assert len(other.catalog.train_history.item) > len(shop.catalog.train_history.item)
+        assert len(other.catalog.train_history.item) > len(service.catalog.train_history.item)
         other.close()
     finally:
-        shop.close()
+        service.close()
 
 
 def test_feedback_of_the_service_can_be_appended(run, tmp_path):
-    book = FeedbackStore(run.folder / "service/feedback.sqlite")
+    store = FeedbackStore(run.folder / "service/feedback.sqlite")
     items = run.read("items.parquet")["item"]
     for i in range(8):
-        book.add_event(
+        store.add_event(
             FeedbackEvent(
                 key=str(i), user="Visitor", item=items[i], event="click" if i % 2 else "purchase"
             )
         ).result()
-    book.close()
+    store.close()
     write_feedback(run, tmp_path / "feedback.parquet")
-    told_of = append(run, tmp_path / "feedback.parquet", models=("popularity",))
-    assert told_of["new"] == 8 and told_of["new users"] == 1
+    summary = append(run, tmp_path / "feedback.parquet", models=("popularity",))
+    assert summary["new"] == 8 and summary["new users"] == 1
     assert (
         pl.read_parquet(current_run(run.folder) / "interactions.parquet")
         .filter(user="Visitor")["event"]
@@ -712,7 +734,7 @@ def test_feedback_of_the_service_can_be_appended(run, tmp_path):
 
 # --- the dashboard
 
-MEASURES = """# HELP widedeep_requests_total Requests
+METRICS_TEXT = """# HELP widedeep_requests_total Requests
 # TYPE widedeep_requests counter
 widedeep_requests_total{path="/api/recommend",status="200"} 990.0
 widedeep_requests_total{path="/api/recommend",status="500"} 10.0
@@ -732,14 +754,14 @@ widedeep_model_age_seconds{model="hybrid"} 172800.0
 
 
 def test_health_in_numbers(tmp_path):
-    (tmp_path / "m.txt").write_text(MEASURES)
+    (tmp_path / "m.txt").write_text(METRICS_TEXT)
     found = scrape_metrics(str(tmp_path / "m.txt"))
     assert (latency_quantile(found, 0.5), latency_quantile(found, 0.99)) == (0.01, 0.1)
     panel = health_panel(found)
     assert (
         panel.status == "ok"
         and "1,000 requests" in panel.summary
-        and "10 of them" in panel.summary
+        and "10 server errors" in panel.summary
         and "2.0 days" in panel.summary
     )
     for old, new in (
@@ -748,48 +770,48 @@ def test_health_in_numbers(tmp_path):
         ("lost 0", "lost 1"),
         ('le="0.1",path="/api/recommend"} 991', 'le="0.1",path="/api/recommend"} 980'),
     ):
-        (tmp_path / "m.txt").write_text(MEASURES.replace(old, new))
-        assert health_panel(scrape_metrics(str(tmp_path / "m.txt"))).state == "warn", old
-    with pytest.raises(UserError, match="no measures"):
+        (tmp_path / "m.txt").write_text(METRICS_TEXT.replace(old, new))
+        assert health_panel(scrape_metrics(str(tmp_path / "m.txt"))).status == "warn", old
+    with pytest.raises(UserError, match="no metrics"):
         scrape_metrics(str(tmp_path / "none.txt"))
-    with pytest.raises(UserError, match="no measures"):
+    with pytest.raises(UserError, match="no metrics"):
         scrape_metrics("http://127.0.0.1:9")
 
 
-def test_measures_of_a_real_service(before, run):
+def test_metrics_of_a_real_service(base_run, run):
     from widedeep_nb.serving import make_app
 
     httpx = pytest.importorskip("httpx")
     import asyncio
 
-    shop = open_service(run.folder, feedback_dir=str(run.folder / "service"))
+    service = open_service(run.folder, feedback_dir=str(run.folder / "service"))
 
     async def ask():
         async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(make_app(shop)), base_url="http://shop"
+            transport=httpx.ASGITransport(make_app(service)), base_url="http://shop"
         ) as client:
             for _ in range(20):
                 assert (await client.post("/api/recommend", json={"k": 3})).status_code == 200
             return (await client.get("/metrics")).text
 
     try:
-        (run.folder / "said.txt").write_text(asyncio.run(ask()))
+        (run.folder / "metrics.txt").write_text(asyncio.run(ask()))
     finally:
-        shop.close()
-    found = scrape_metrics(str(run.folder / "said.txt"))
+        service.close()
+    found = scrape_metrics(str(run.folder / "metrics.txt"))
     panel = health_panel(found)
     assert (
         latency_quantile(found, 0.99) is not None
         and panel.summary.startswith("20 requests")
-        and "lists came within" in panel.summary
+        and "Latency: median" in panel.summary
         and len(read_feedback(run.folder / "service")[0]) == 20
     )
 
 
 @pytest.fixture
-def booked(run):
-    "The run with a book of three days: of the lists of the first two days half were taken, of the last day's none."
-    book = FeedbackStore(run.folder / "service/feedback.sqlite")
+def run_with_feedback(run):
+    "A run with feedback of three days: half of the lists accepted, on the last day none."
+    store = FeedbackStore(run.folder / "service/feedback.sqlite")
     start, items = 1_700_000_000_000 // DAY * DAY, run.read("items.parquet")["item"].to_list()
     lists = [
         (
@@ -804,14 +826,14 @@ def booked(run):
         for d in range(3)
         for i in range(40)
     ]
-    book.log_impressions(lists)
-    book.close()
+    store.log_impressions(lists)
+    store.close()
     with closing(sqlite3.connect(run.folder / "service/feedback.sqlite")) as base:
         base.executemany(
             "INSERT INTO events VALUES (?, ?, ?, ?, 'click', NULL, ?)",
             [
-                (f"{l[0]}!", l[1] + 1000, l[2], items[0], l[0])
-                for n, l in enumerate(lists)
+                (f"{row[0]}!", row[1] + 1000, row[2], items[0], row[0])
+                for n, row in enumerate(lists)
                 if n % 2 and n < 80
             ],
         )
@@ -819,21 +841,21 @@ def booked(run):
     return run
 
 
-def test_share_of_lists_taken(booked):
-    lists, events = read_feedback(booked.folder / "service")
+def test_acceptance_rates(run_with_feedback):
+    lists, events = read_feedback(run_with_feedback.folder / "service")
     assert acceptance_rates(lists, events, "day")["value"].to_list() == [0.5, 0.5, 0.0]
     row = acceptance_rates(lists, events, "model").row(0, named=True)
     assert np.isclose(row["value"], 1 / 3) and row["lo"] < 1 / 3 < row["hi"] and row["n"] == 120
 
 
 @pytest.mark.parametrize("with_all", [False, True], ids=["a bare run", "a run with everything"])
-def test_the_page(booked, fits, tmp_path, with_all):
-    run = booked
+def test_dashboard_page(run_with_feedback, fits, tmp_path, with_all):
+    run = run_with_feedback
     if with_all:
-        shutil.copy(before_replay(run), run.folder / "replay.json")
-        (tmp_path / "m.txt").write_text(MEASURES)
+        shutil.copy(write_backtest(run), run.folder / "replay.json")
+        (tmp_path / "m.txt").write_text(METRICS_TEXT)
         run.write(
-            "experiment.json", experiment_found(("<b>hybrid</b>", "popularity"), mismatch=1e-6)
+            "experiment.json", experiment_results(("<b>hybrid</b>", "popularity"), mismatch=1e-6)
         )
     else:
         shutil.rmtree(run.folder / "service")
@@ -850,8 +872,8 @@ def test_the_page(booked, fits, tmp_path, with_all):
         assert (
             "<b>hybrid" not in text
             and "&lt;b&gt;hybrid" in text
-            and "look here" in text
-            and "so nothing can be said" in text
+            and "check" in text
+            and "so no conclusion is valid" in text
             and "1,000 requests" in text
         )
     else:
@@ -862,18 +884,18 @@ def test_the_page(booked, fits, tmp_path, with_all):
         )
 
 
-def experiment_found(pair, mismatch=0.5, lost=0):
-    "What chapter 20 leaves of an experiment."
+def experiment_results(pair, mismatch=0.5, lost=0):
+    "Return the results of an experiment."
     new, old = pair
     effects = [
-        {"what": what, "value": 0.1, "lo": 0.02, "hi": 0.18, "p": 0.01, "se": 0.04}
-        for what in ("purchases a person", "purchases a visit", PRIMARY_OUTCOME)
+        {"metric": metric, "value": 0.1, "lo": 0.02, "hi": 0.18, "p": 0.01, "se": 0.04}
+        for metric in ("purchases per user", "purchases per visit", PRIMARY_OUTCOME)
     ]
     arms = [
-        {"model": m, "people": 100, "visits": 220, "bought": n} for m, n in ((old, 40), (new, 50))
+        {"model": m, "users": 100, "visits": 220, "bought": n} for m, n in ((old, 40), (new, 50))
     ]
-    way = {
-        "people": [50, 200],
+    sequence = {
+        "users": [50, 200],
         "value": [0.1, 0.1],
         "lo": [-0.1, 0.01],
         "hi": [0.3, 0.2],
@@ -881,7 +903,7 @@ def experiment_found(pair, mismatch=0.5, lost=0):
     }
     return {
         "pair": list(pair),
-        "people": {"holdout": 20},
+        "users": {"holdout": 20},
         "lost": lost,
         "planned": {"effect": 0.05},
         "test": {
@@ -890,68 +912,70 @@ def experiment_found(pair, mismatch=0.5, lost=0):
             "mismatch": mismatch,
             "crossed": 0,
             "effects": effects,
-            "way": way,
+            "sequence": sequence,
         },
     }
 
 
-def test_the_panel_of_experiments_reads_chapter_20(booked):
-    "In order, unless groups are askew or visits were lost; the decision in its words."
-    for how, state, says in (
+def test_experiment_panel_states_the_decision(run_with_feedback):
+    "Check the status with a valid test, a sample-ratio mismatch and lost visits."
+    for options, status, text in (
         ({}, "ok", "So: use hybrid."),
-        ({"mismatch": 1e-6}, "warn", "so nothing can be said"),
+        ({"mismatch": 1e-6}, "warn", "so no conclusion is valid"),
         ({"lost": 3}, "warn", "3 visits were lost"),
     ):
-        booked.write("experiment.json", experiment_found(("hybrid", "popularity"), **how))
-        panel = experiment_panel(booked)
+        run_with_feedback.write(
+            "experiment.json", experiment_results(("hybrid", "popularity"), **options)
+        )
+        panel = experiment_panel(run_with_feedback)
         assert (
-            panel.status == state
-            and says in panel.summary
+            panel.status == status
+            and text in panel.summary
             and panel.table["model"].to_list() == ["popularity", "hybrid"]
             and panel.figure is not None
         )
 
 
-def before_replay(run):
-    "A replay of the run's own log, small."
+def write_backtest(run):
+    "Write a small backtest of the run's own log."
     rows = sort_by_time(drop_undated(training_events(run.read("interactions.parquet"))))
     calendar = make_period_grid(rows["timestamp"], min_rows=30)
     period, n = calendar.period_index(rows["timestamp"]), len(calendar.period_starts)
     rows, period = rows.filter(period < n), period[period < n]
-    each = {
+    results = {
         e: backtest_once(rows, period, e, n - 1, PROTOCOLS["strict"]) for e in range(n - 30, n - 1)
     }
-    users = pl.DataFrame([row for of in each.values() for row in of["users"]])
+    users = pl.DataFrame([row for result in results.values() for row in result["users"]])
     run.write(
-        "kept.json",
+        "backtest.json",
         {
             "unit": calendar.name,
-            "origins": len(each),
+            "origins": len(results),
             "ages": staleness_curve(users),
             "by_period": [],
             "outputs": output_drift_report(
-                {e: of["outputs"] for e, of in each.items()}, calendar, n - 3
+                {e: result["outputs"] for e, result in results.items()}, calendar, n - 3
             ),
         },
     )
-    return run.folder / "kept.json"
+    return run.folder / "backtest.json"
 
 
-def test_a_newer_log_is_told_of_drift(booked, tmp_path, before):
+def test_dashboard_with_a_newer_log(run_with_feedback, tmp_path, base_run):
     log = load("demo?ratings=2500").interactions[-300:]
     log.with_columns(rating=pl.lit(1.0).cast(pl.Float32), event=pl.lit("rating")).with_columns(
         pl.col("timestamp").dt.epoch("ms"),
         pl.when(pl.int_range(pl.len()) < 5).then(5.0).otherwise("rating").alias("rating"),
     ).write_csv(tmp_path / "new.csv")
     text = dashboard(
-        booked, log=str(tmp_path / "new.csv"), output=str(tmp_path / "page.html")
+        run_with_feedback, log=str(tmp_path / "new.csv"), output=str(tmp_path / "page.html")
     ).read_text()
     assert (
-        "Drift of what comes in" in text
+        "Input drift" in text
         and (tmp_path / "page.html").exists()
         and "Nothing has been appended" in text
     )
-    append(booked, before.parent / "one.csv", models=("popularity",))
+    append(run_with_feedback, base_run.parent / "one.csv", models=("popularity",))
     assert re.search(
-        r"\d+ events have been appended since the report", dashboard(booked).read_text()
+        r"\d+ events have been appended since the report", dashboard(run_with_feedback).read_text()
     )

@@ -1,4 +1,4 @@
-"Newcomers against second implementations: what is hidden stays hidden, what is known grows, and shares are shares."
+"Cold start and exposure against second implementations: hidden items, short histories, shares."
 
 from types import SimpleNamespace
 
@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import widedeep_nb.newcomers as chapter
 from widedeep_nb.content import add_catalog
 from widedeep_nb.core import (
     PROTOCOLS,
@@ -55,305 +56,237 @@ def split():
         pl.col("user").is_not_null(),
         pl.col("item").is_not_null(),
         pl.col("timestamp").dt.year().is_between(2000, 2030),
-    ).unique(["user", "item"], maintain_order=True)
-    return add_catalog(
-        prepare(to_interactions(log), "strict", shop.items, shop.users), shop.items, shop.users
-    ).for_final_fit()
+    )
+    log = to_interactions(log.unique(["user", "item"], maintain_order=True))
+    plain = prepare(log, "strict", shop.items, shop.users)
+    return add_catalog(plain, shop.items, shop.users).for_final_fit()
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.integers(0, 7))
 @settings(deadline=None)
-def test_shortened(sizes, k):
-    ptr = torch.tensor(np.cumsum([0] + sizes))
-    whole = History(
-        ptr, torch.arange(int(ptr[-1])), torch.ones(int(ptr[-1])), torch.arange(int(ptr[-1]))
-    )
-    short = truncate_history(whole, k)
-    for u in range(len(sizes)):
-        mine = whole.item[ptr[u] : ptr[u + 1]].tolist()
-        assert short.item[short.indptr[u] : short.indptr[u + 1]].tolist() == (
-            mine[-k:] if k else []
-        )
+def test_truncate_history(sizes, k):
+    indptr = torch.tensor(np.cumsum([0] + sizes))
+    events = torch.arange(int(indptr[-1]))
+    complete = History(indptr, events, torch.ones(len(events)), events)
+    short = truncate_history(complete, k)
+    for user in range(len(sizes)):
+        items = complete.item[indptr[user] : indptr[user + 1]].tolist()
+        kept = short.item[short.indptr[user] : short.indptr[user + 1]].tolist()
+        assert kept == (items[-k:] if k else [])
+
+
+def known_items(split):
+    return set(split.items["item"][: split.n_train_items])
+
+
+def ids_of(split, rows):
+    user, item = split.users["user"].gather(rows["user"]), split.items["item"].gather(rows["item"])
+    return pl.DataFrame({"user": user, "item": item})
 
 
 @given(st.floats(0.05, 0.9), st.integers(0, 5))
 @settings(deadline=None, max_examples=15)
-def test_hidden_products_are_hidden(split, share, seed):
-    less = hide_random_items(split, share, seed)
-    known, before = [set(s.items["item"][: s.n_train_items]) for s in (less, split)]
-    gone = before - known
-    assert (
-        len(gone) >= max(1, round(share * split.n_train_items))
-        and known < before
-        and len(less.test) == len(split.test)
-    )
-    ids = less.items["item"]
-    for part in (less.train, less.filtered_out, less.val):
-        assert not set(ids.gather(part["item"])) & gone or len(gone) > round(
-            share * split.n_train_items
-        )
-
-    def text(s):
-        return s.test.select(
-            pl.Series("user", s.users["user"].gather(s.test["user"])),
-            pl.Series("item", s.items["item"].gather(s.test["item"])),
-        )
-
-    assert text(less).equals(text(split))
+def test_hidden_items_are_hidden(split, fraction, seed):
+    reduced = hide_random_items(split, fraction, seed)
+    hidden = known_items(split) - known_items(reduced)
+    n_hidden = max(1, round(fraction * split.n_train_items))
+    assert len(hidden) >= n_hidden
+    assert known_items(reduced) < known_items(split)
+    for part in (reduced.train, reduced.filtered_out, reduced.val):
+        items = set(ids_of(reduced, part)["item"])
+        assert not items & hidden or len(hidden) > n_hidden
+    assert ids_of(reduced, reduced.test).equals(ids_of(split, split.test))
 
 
-def test_the_lot_of_hiding_does_not_look_at_popularity(split):
-    count = split.train["item"].value_counts().sort("item")["count"].to_numpy()
+def test_hiding_does_not_depend_on_popularity(split):
+    counts = split.train["item"].value_counts().sort("item")["count"].to_numpy()
     shares = []
     for seed in range(30):
-        known = set(
-            hide_random_items(split, 0.3, seed).items["item"][
-                : hide_random_items(split, 0.3, seed).n_train_items
-            ]
-        )
-        shares.append(
-            sum(c for c, i in zip(count, split.items["item"]) if i not in known) / count.sum()
-        )
+        known = known_items(hide_random_items(split, 0.3, seed))
+        hidden_counts = [c for c, item in zip(counts, split.items["item"]) if item not in known]
+        shares.append(sum(hidden_counts) / counts.sum())
     assert abs(np.mean(shares) - 0.3) < 0.03
 
 
-def test_all_events_shown_is_the_usual_question(split):
-    "Who has just so many events is shown whole, and by a model that knows no ids gets the usual list."
+def test_a_complete_history_gives_the_usual_result(split):
+    "Check it for users with exactly that many events and models that do not use ids."
     models = {name: make_recommender(name).fit(split) for name in ("popularity", "item-knn")}
-    found = metric_by_n_events(models, split, event_counts=(0, 4), few=1)
+    results = metric_by_n_events(models, split, event_counts=(0, 4), min_users=1)
     for name, model in models.items():
-        usual = {
-            u: v
-            for u, v, n in eval_ranking(model, split, "test", (20,))
-            .users.select("user", "NDCG@20", "n_seen")
-            .rows()
-            if n == 4
-        }
-        mine = dict(found.filter(model=name, events=4).select("user", "NDCG@20").rows())
-        assert len(usual) > 5 and all(
-            mine[user] == pytest.approx(value, abs=1e-6) for user, value in usual.items()
-        )
-        assert found.filter(model=name, events=0)["user"].to_list() == list(mine)
-
-    def of(k):
-        return found.filter(model="popularity", events=k)["NDCG@20"].to_list()
-
-    assert of(0) == of(4) and len(of(0)) > 20
+        users = eval_ranking(model, split, "test", (20,)).users
+        usual = dict(users.filter(n_seen=4).select("user", "NDCG@20").rows())
+        short = dict(results.filter(model=name, events=4).select("user", "NDCG@20").rows())
+        assert len(usual) > 5
+        for user, value in usual.items():
+            assert short[user] == pytest.approx(value, abs=1e-6)
+        assert results.filter(model=name, events=0)["user"].to_list() == list(short)
+    popularity = results.filter(model="popularity")
+    without, with_events = [popularity.filter(events=k)["NDCG@20"].to_list() for k in (0, 4)]
+    assert without == with_events and len(without) > 20
 
 
-def test_a_short_history_is_a_stranger_s(split):
-    "Neither the id nor the traits of a person reach the model."
+class RecordingModel:
+    "Model that records the users and histories it is given."
 
-    class Spy:
-        n_users, all_users, heard = split.n_train_users, split.users["user"], []
+    def __init__(self, split):
+        self.n_users, self.all_users = split.n_train_users, split.users["user"]
+        self.queries = []
 
-        def scores(self, users, history, items):
-            self.heard.append((users, history))
-            return torch.zeros(len(users), len(items))
-
-    spy = Spy()
-    metric_by_n_events({"spy": spy}, split, event_counts=(0, 2), few=10)
-    assert all((users == len(split.users)).all() for users, _ in spy.heard) and {
-        int(h.indptr.diff().max()) for _, h in spy.heard
-    } == {0, 2}
+    def scores(self, users, history, items):
+        self.queries.append((users, history))
+        return torch.zeros(len(users), len(items))
 
 
-def test_unknown_rows(split):
-    tiny = IdOnlyModel(0.5, passes=1).fit(split)
-    user, item = tiny.net.user.weight, tiny.net.item.weight
-    mean = with_mean_unknown_row(tiny)
-    assert (
-        len(id_embeddings(tiny)) == 4
-        and torch.allclose(mean.net.user.weight[-1], user[:-1].mean(0))
-        and torch.equal(mean.net.item.weight[:-1], item[:-1])
-    )
-    assert float(mean.predict([10**6], [0])) != float(tiny.predict([10**6], [0]))
+def test_ids_do_not_reach_the_model(split):
+    model = RecordingModel(split)
+    metric_by_n_events({"model": model}, split, event_counts=(0, 2), min_users=10)
+    assert all((users == len(split.users)).all() for users, _ in model.queries)
+    lengths = {int(history.indptr.diff().max()) for _, history in model.queries}
+    assert lengths == {0, 2}
 
 
-def test_a_learnt_row_is_better_than_one_as_drawn():
-    "Where ids are all there is: people of a log with strong tastes, asked about before anybody knows them."
-    draw = np.random.default_rng(0)
+def test_mean_row(split):
+    model = IdOnlyModel(0.5, epochs=1).fit(split)
+    user, item = model.net.user.weight, model.net.item.weight
+    mean = with_mean_unknown_row(model)
+    assert len(id_embeddings(model)) == 4
+    assert torch.allclose(mean.net.user.weight[-1], user[:-1].mean(0))
+    assert torch.equal(mean.net.item.weight[:-1], item[:-1])
+    unknown_user = [10**6]
+    assert float(mean.predict(unknown_user, [0])) != float(model.predict(unknown_user, [0]))
+
+
+def test_a_learned_row_is_better_than_a_random_one():
+    "Check it for unknown users of a log with strong tastes, where ids are the only features."
+    rng = np.random.default_rng(0)
     n = 6000
-    user, item = draw.integers(0, 300, n), draw.integers(0, 80, n)
-    stars = np.clip(
-        np.round(
-            3
-            + draw.normal(0, 1, 300)[user] * 0.3
-            + draw.normal(0, 1, 80)[item]
-            + draw.normal(0, 0.3, n)
-        ),
-        1,
-        5,
-    )
+    user, item = rng.integers(0, 300, n), rng.integers(0, 80, n)
+    user_bias = rng.normal(0, 1, 300)[user] * 0.3
+    item_bias = rng.normal(0, 1, 80)[item]
+    rating = np.clip(np.round(3 + user_bias + item_bias + rng.normal(0, 0.3, n)), 1, 5)
 
-    def rows(pick, of):
-        return to_interactions(
-            pl.DataFrame(
-                {
-                    "user": [f"{of}{u}" for u in user[pick]],
-                    "item": [f"i{i}" for i in item[pick]],
-                    "rating": stars[pick],
-                    "timestamp": np.arange(n)[pick],
-                }
-            )
-        )
+    def rows(start, stop, prefix):
+        columns = {
+            "user": [f"{prefix}{u}" for u in user[start:stop]],
+            "item": [f"i{i}" for i in item[start:stop]],
+            "rating": rating[start:stop],
+            "timestamp": np.arange(start, stop),
+        }
+        return to_interactions(pl.DataFrame(columns))
 
-    split = Split.from_frames(
-        rows(slice(0, 5000), "u"),
-        rows(slice(0, 0), "u"),
-        rows(slice(5000, n), "new "),
-        protocol=PROTOCOLS["given"],
-    )
+    train, val, test = rows(0, 5000, "u"), rows(0, 0, "u"), rows(5000, n, "new ")
+    split = Split.from_frames(train, val, test, protocol=PROTOCOLS["given"])
     tables = compare_unknown_rows(
-        lambda m: eval_ratings(m, split, "test"),
-        lambda hide: IdOnlyModel(hide, passes=8).fit(split),
+        lambda model: eval_ratings(model, split, "test"),
+        lambda id_dropout: IdOnlyModel(id_dropout, epochs=8).fit(split),
     )
-    found = {
-        r["row"]: r
-        for r in compare_with_learned(
-            "id-only", tables, "RMSE", {"new users": UNKNOWN_GROUPS["new users"]}
-        )
-    }
-    assert (
-        found["random init"]["hi"] < 0
-        and found["learned"]["value"] < found["random init"]["value"]
-        and found["learned"]["n"] == 1000
-    )
+    groups = {"new users": UNKNOWN_GROUPS["new users"]}
+    rows_by_kind = {r["row"]: r for r in compare_with_learned("id-only", tables, "RMSE", groups)}
+    random, learned = rows_by_kind["random init"], rows_by_kind["learned"]
+    assert random["hi"] < 0 and learned["value"] < random["value"] and learned["n"] == 1000
 
 
-def test_passes_are_chosen_on_validation(monkeypatch):
-    "The best on the validation part, for the mean row with the mean in place; then fitted on both parts."
-    import widedeep_nb.newcomers as chapter
-
+@pytest.mark.parametrize("id_dropout", [0.5, 0.0])
+def test_epochs_are_chosen_on_validation(monkeypatch, id_dropout):
+    "Check it for the learned row, and for the mean row with the mean in place."
     split = prepare(load("demo?ratings=4000").interactions, "strict")
-    monkeypatch.setattr(chapter, "EPOCH_GRID", (1, 9))
-    for hide in (0.5, 0.0):
-        made = [IdOnlyModel(hide, n, 3).fit(split) for n in (1, 9)]
-        costs = [
-            eval_ratings(m if hide else with_mean_unknown_row(m), split, "val")["RMSE"].mean()
-            for m in made
-        ]
-        chosen = chapter.fit_id_only(split, hide, 3)
-        assert chosen.epochs == (1, 9)[int(np.argmin(costs))] and costs[0] != costs[1]
-        eval_ratings(
-            chosen, split.for_final_fit(), "test"
-        )  # refused, had it been fitted on the first part only
+    grid = (1, 9)
+    monkeypatch.setattr(chapter, "EPOCH_GRID", grid)
+    losses = []
+    for epochs in grid:
+        model = IdOnlyModel(id_dropout, epochs, 3).fit(split)
+        model = model if id_dropout else with_mean_unknown_row(model)
+        losses.append(eval_ratings(model, split, "val")["RMSE"].mean())
+    chosen = chapter.fit_id_only(split, id_dropout, 3)
+    assert chosen.epochs == grid[int(np.argmin(losses))] and losses[0] != losses[1]
+    # refused for a model that is fitted on the training part only
+    eval_ratings(chosen, split.for_final_fit(), "test")
 
 
-def test_new_products(split):
-    models = {
-        name: make_recommender(
-            name, **({"epochs": 6, "patience": 6} if "towers" in name else {})
-        ).fit(hide_random_items(split, 0.3))
-        for name in ("kind-popularity", "content", "content-towers")
-    }
-    less = hide_random_items(split, 0.3)
-    tables = cold_item_results(
-        models | {"oracle": Oracle("demo?ratings=4000&seed=2").fit(less)}, less
-    )
-    worth = {name: table["NDCG@20"].mean() for name, table in tables.items()}
-    assert (
-        worth["oracle"] > worth["content-towers"] > worth["random"]
-        and worth["content"] > worth["random"]
-    )
-    assert len({len(t) for t in tables.values()}) == 1
+def test_cold_items(split):
+    reduced = hide_random_items(split, 0.3)
+    models = {name: make_recommender(name).fit(reduced) for name in ("kind-popularity", "content")}
+    towers = make_recommender("content-towers", epochs=6, patience=6)
+    models["content-towers"] = towers.fit(reduced)
+    models["oracle"] = Oracle("demo?ratings=4000&seed=2").fit(reduced)
+    tables = cold_item_results(models, reduced)
+    score = {name: table["NDCG@20"].mean() for name, table in tables.items()}
+    assert score["oracle"] > score["content-towers"] > score["random"]
+    assert score["content"] > score["random"]
+    assert len({len(table) for table in tables.values()}) == 1
 
 
-def test_sources_are_left_out(split):
-    less = hide_random_items(split, 0.3).for_final_fit()
-    assert side_feature_sources(less) == ["category", "brand", "price", "text", "user_features"]
-    found = source_ablation(less, passes=2)
-    assert [r["removed"] for r in found[::2]] == [
-        "nothing",
-        "category",
-        "brand",
-        "price",
-        "text",
-        "user_features",
-        "everything",
-    ] and found[0]["difference"] == 0 == found[1]["difference"]
-    value = {(r["removed"], r["items"]): r["value"] for r in found}
-    assert value[("nothing", "new")] > value[("everything", "new")]
-    for r in found:
-        assert r["difference"] == pytest.approx(
-            value[("nothing", r["items"])] - r["value"], abs=1e-9
-        )
+def test_sources_are_removed(split):
+    reduced = hide_random_items(split, 0.3).for_final_fit()
+    sources = ["category", "brand", "price", "text", "user_features"]
+    assert side_feature_sources(reduced) == sources
+    rows = source_ablation(reduced, epochs=2)
+    assert [row["removed"] for row in rows[::2]] == ["nothing", *sources, "everything"]
+    assert rows[0]["difference"] == 0 == rows[1]["difference"]
+    value = {(row["removed"], row["items"]): row["value"] for row in rows}
+    assert value["nothing", "new"] > value["everything", "new"]
+    for row in rows:
+        expected = value["nothing", row["items"]] - row["value"]
+        assert row["difference"] == pytest.approx(expected, abs=1e-9)
+
+
+def masks_by_kind(groups):
+    "Return the masks of groups by the property that defines them."
+    masks = {}
+    for (by, _), mask in groups.items():
+        masks.setdefault(by, []).append(mask)
+    return masks
 
 
 def test_groups(split):
-    people = user_groups(split)
-    events = [mine for (by, _), mine in people.items() if by == "events"]
-    assert (np.sum(events, 0) == 1).all() and {by for by, _ in people} == {
-        "events",
-        "age_group",
-        "region",
-    }
-    table = eval_ranking(make_recommender("popularity").fit(split), split, "test", (20,)).users
-    for r in metric_by_group({"popularity": table}, people, few=5):
-        mine = people[(r["by"], r["group"])]
-        assert r["value"] == pytest.approx(
-            np.mean([v for u, v in table.select("user", "NDCG@20").rows() if mine[u]])
-        )
-    for by in {by for by, _ in item_groups(split)}:
-        assert (
-            np.sum([mine for (b, _), mine in item_groups(split).items() if b == by], 0) == 1
-        ).all()
+    groups = user_groups(split)
+    assert set(masks_by_kind(groups)) == {"events", "age_group", "region"}
+    assert (np.sum(masks_by_kind(groups)["events"], 0) == 1).all()
+    for masks in masks_by_kind(item_groups(split)).values():
+        assert (np.sum(masks, 0) == 1).all()
+    users = eval_ranking(make_recommender("popularity").fit(split), split, "test", (20,)).users
+    for row in metric_by_group({"popularity": users}, groups, min_users=5):
+        mask = groups[row["by"], row["group"]]
+        values = [value for user, value in users.select("user", "NDCG@20").rows() if mask[user]]
+        assert row["value"] == pytest.approx(np.mean(values))
 
 
-def test_shares_of_places(split):
-    lists = eval_ranking(make_recommender("popularity").fit(split), split, "test", (20,)).lists
-    found = item_exposure({"popularity": lists}, split)
-    for by in {r["by"] for r in found}:
-        for what in {r["what"] for r in found}:
-            assert sum(
-                r["share"] for r in found if (r["by"], r["what"]) == (by, what)
-            ) == pytest.approx(1)
-    of = {(r["group"], r["what"]): r["share"] for r in found}
-    assert (
-        of[("head: half of all events", "taken before")]
-        <= 0.5
-        < of[("head: half of all events", "shown by popularity")]
-    )
+def test_exposure_shares(split):
+    results = eval_ranking(make_recommender("popularity").fit(split), split, "test", (20,))
+    rows = pl.DataFrame(item_exposure({"popularity": results.lists}, split))
+    totals = rows.group_by("by", "source").agg(pl.col("share").sum())["share"]
+    assert totals.to_numpy() == pytest.approx(1)
+    head = dict(rows.filter(group="head: half of all events").select("source", "share").rows())
+    assert head["earlier interactions"] <= 0.5 < head["recommended by popularity"]
 
 
-def test_words_follow_the_numbers():
-    def row(model, value, more, lo, hi):
-        return {
-            "scenario": "new in time",
-            "model": model,
-            "value": value,
-            "lo": value - 0.1,
-            "hi": value + 0.1,
-            "n": 9,
-            "difference": more,
-            "difference_lo": lo,
-            "difference_hi": hi,
-        }
+def test_cold_item_sentences():
+    def row(model, value, difference, lo, hi):
+        score = {"model": model, "value": value, "lo": value - 0.1, "hi": value + 0.1, "n": 9}
+        paired = {"difference": difference, "difference_lo": lo, "difference_hi": hi}
+        return {"scenario": "hidden at random"} | score | paired
 
-    assert "which is beaten" in describe_cold_items(
-        [row("content", 0.5, 0.2, 0.1, 0.3), row("kind-popularity", 0.3, None, None, None)]
-    )
-    assert "not told apart" in describe_cold_items(
-        [row("content", 0.5, 0.2, -0.1, 0.3), row("kind-popularity", 0.3, None, None, None)]
-    )
-    assert "which is surely better" in describe_cold_items(
-        [row("content", 0.3, -0.2, -0.3, -0.1), row("kind-popularity", 0.5, None, None, None)]
-    )
-    assert describe_cold_items([]) == "There are no new products to ask about."
+    def describe(value, baseline, *difference):
+        content = row("content", value, *difference)
+        return describe_cold_items([content, row("kind-popularity", baseline, None, None, None)])
+
+    better = describe(0.5, 0.3, 0.2, 0.1, 0.3)
+    assert better.startswith("Hidden at random: content has 0.500 [0.400, 0.600], significantly")
+    assert "significantly better than kind-popularity" in better
+    assert "not significantly different" in describe(0.5, 0.3, 0.2, -0.1, 0.3)
+    assert "significantly worse" in describe(0.3, 0.5, -0.2, -0.3, -0.1)
+    assert describe_cold_items([]) == "There are no cold-start items to evaluate."
 
 
-def test_a_share_that_is_none(tmp_path):
+def test_the_hidden_fraction_is_checked(tmp_path):
     with pytest.raises(UserError, match="between 0 and 1, not 1.5"):
-        evaluate_cold_start.__wrapped__(Run(tmp_path / "run"), hidden=1.5)
+        evaluate_cold_start.__wrapped__(Run(tmp_path / "run"), hidden_fraction=1.5)
 
 
-def test_windows_are_put_together_by_the_ids_of_people():
-    "Code 0 is another person in another window."
-    windows = [
-        SimpleNamespace(users=pl.DataFrame({"user": ids}))
-        for ids in (["ann", "bob"], ["bob", "cid"])
-    ]
-    found = concat_over_folds(
-        windows, lambda split: {"model": pl.DataFrame({"user": [0, 1], "RMSE": [1.0, 2.0]})}
-    )
-    assert found["model"].rows() == [("ann", 1.0), ("bob", 2.0), ("bob", 1.0), ("cid", 2.0)]
+def test_folds_are_concatenated_by_user_id():
+    "Check two folds in which code 0 is another user."
+    ids = (["ann", "bob"], ["bob", "cid"])
+    folds = [SimpleNamespace(users=pl.DataFrame({"user": fold_ids})) for fold_ids in ids]
+    table = pl.DataFrame({"user": [0, 1], "RMSE": [1.0, 2.0]})
+    results = concat_over_folds(folds, lambda split: {"model": table})
+    assert results["model"].rows() == [("ann", 1.0), ("bob", 2.0), ("bob", 1.0), ("cid", 2.0)]

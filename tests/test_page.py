@@ -1,4 +1,4 @@
-"The page of the service, clicked through in a browser."
+"Check the page of the service in a browser."
 
 import json
 import os
@@ -22,14 +22,20 @@ from widedeep_nb.shop import demo_shop
 
 ROOT = Path(__file__).parents[1]
 STATIC = ROOT / "widedeep_nb/static"
-SIMPLE = {
-    "lists": {"matrix": 0.6, "neighbours": 0.3, "popularity": 0.1},
-    "strangers": {"popularity": 1.0},
-    "newcomers": {},
-    "stars": {},
-    "passes": {},
-}  # a hybrid without networks
-FLAGS = [
+PLAN = {  # an ensemble without networks
+    "ranking": {"matrix": 0.6, "neighbors": 0.3, "popularity": 0.1},
+    "cold_users": {"popularity": 1.0},
+    "cold_items": {},
+    "rating": {},
+    "epochs": {},
+}
+MODELS = {
+    "hybrid": {"plan": PLAN},
+    "popularity": {},
+    "item-knn": {},
+    "wide-deep": {"epochs": 2},
+}
+CHROMIUM_OPTIONS = [
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
@@ -39,48 +45,44 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-EVIL, ODD = "<img src=x onerror=\"document.title='taken'\"><b>bold</b>", "a/b?c=d&e#f %20\"'<é>"
+HTML_TITLE = "<img src=x onerror=\"document.title='taken'\"><b>bold</b>"
+ODD_ID = "a/b?c=d&e#f %20\"'<é>"
+PHONE = {"width": 360, "height": 740}
+SERVE = """
+import json, sys
+from pathlib import Path
+from widedeep_nb.serving import serve
+serve(Path(sys.argv[1]), echo=lambda line: print(line, flush=True), **json.loads(sys.argv[2]))
+"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    "A run of a shop in which the product that most people have has a title of HTML, and the next one an id of signs."
-    place, shop = (
-        tmp_path_factory.mktemp("page"),
-        demo_shop(n_ratings=3000, views=0.0, corrupted_share=0.0),
-    )
+    "A run where the most popular item has a title of HTML, and the next one an id of signs."
+    folder = tmp_path_factory.mktemp("page")
+    shop = demo_shop(n_ratings=3000, views=0.0, corrupted_share=0.0)
     first, second = shop.interactions["item"].value_counts(sort=True)["item"][:2]
-    odd = pl.col("item").replace({second: ODD})
-    (place / "log").mkdir()
-    shop.interactions.select("user", odd, "rating", pl.col("timestamp").dt.epoch("ms")).write_csv(
-        place / "log/ratings.csv"
-    )
-    shop.items.select(
-        odd,
-        title=pl.when(pl.col("item") == first).then(pl.lit(EVIL)).otherwise("title"),
-        category="category",
-        brand="brand",
-        price="price",
-    ).write_csv(place / "log/items.csv")
-    run = Run(place / "run", dataset=str(place / "log"))
+    item = pl.col("item").replace({second: ODD_ID})
+    title = pl.when(pl.col("item") == first).then(pl.lit(HTML_TITLE)).otherwise("title")
+    (folder / "log").mkdir()
+    timestamp = pl.col("timestamp").dt.epoch("ms")
+    ratings = shop.interactions.select("user", item, "rating", timestamp)
+    ratings.write_csv(folder / "log/ratings.csv")
+    items = shop.items.select(item, "category", "brand", "price", title=title)
+    items.write_csv(folder / "log/items.csv")
+    run = Run(folder / "run", dataset=str(folder / "log"))
     preprocess(run)
     split = add_side_features(run)[-1].for_final_fit()
-    for name, how in {
-        "hybrid": {"plan": SIMPLE},
-        "popularity": {},
-        "item-knn": {},
-        "wide-deep": {"epochs": 2},
-    }.items():
-        make_recommender(name, **how).fit(split).save(run.model_folder(name))
+    for name, parameters in MODELS.items():
+        make_recommender(name, **parameters).fit(split).save(run.model_folder(name))
     return run.folder
 
 
 @contextmanager
-def service(folder, **how):
-    "A service of its own process; where it is, and the process."
-    code = "import json, sys; from pathlib import Path; from widedeep_nb.serving import serve; serve(Path(sys.argv[1]), tell=lambda line: print(line, flush=True), **json.loads(sys.argv[2]))"
+def running_service(folder, **options):
+    "Serve a run as a process; yield its address and the process."
     process = subprocess.Popen(
-        [sys.executable, "-c", code, folder, json.dumps({"port": 0} | how)],
+        [sys.executable, "-c", SERVE, folder, json.dumps({"port": 0} | options)],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -95,16 +97,16 @@ def service(folder, **how):
 
 
 @pytest.fixture(scope="module")
-def at(folder):
-    with service(folder) as (address, _):
+def address(folder):
+    with running_service(folder) as (address, _):
         yield address
 
 
 @pytest.fixture(scope="module")
-def guarded(folder):
-    "Another service, which wants a token for writing; the last test stops it."
-    with service(folder, token="open sesame") as found:
-        yield found
+def with_token(folder):
+    "Another service, which needs a token for writing; the last test stops it."
+    with running_service(folder, token="open sesame") as service:
+        yield service
 
 
 @pytest.fixture(scope="module")
@@ -114,582 +116,556 @@ def chromium():
         pytest.skip("needs chromium")
     sync = pytest.importorskip("playwright.sync_api")
     with sync.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_OPTIONS)
         yield browser
         browser.close()
 
 
+def watch_page(page, base, faults):
+    "Append requests to other sites, errors and blocked content of a page to `faults`."
+
+    def check_request(request):
+        if not request.url.startswith(base):
+            faults.append(request.url)
+
+    def check_message(message):
+        if "Content Security Policy" in message.text:
+            faults.append(message.text)
+
+    page.on("request", check_request)
+    page.on("console", check_message)
+    page.on("pageerror", lambda error: faults.append(str(error)))
+
+
 @pytest.fixture
-def visit(chromium, at):
-    "Open the page; what it asked elsewhere, what was blocked and what failed must be nothing."
+def visit(chromium, address):
+    "A function that opens the page; there must be no faults at the end."
     contexts, faults = [], []
 
-    def go(query="", base=at, **how):
-        context = chromium.new_context(
-            **{"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce"} | how
-        )
+    def open_page(query="", base=address, **options):
+        defaults = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce"}
+        context = chromium.new_context(**defaults | options)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(10_000)
-        page.on("request", lambda r: faults.append(r.url) if not r.url.startswith(base) else None)
-        page.on("pageerror", lambda e: faults.append(str(e)))
-        page.on(
-            "console",
-            lambda m: faults.append(m.text) if "Content Security Policy" in m.text else None,
-        )
+        watch_page(page, base, faults)
         page.goto(base + "/" + query)
-        settled(page)
+        wait_for_list(page)
         return page
 
-    yield go
+    yield open_page
     for context in contexts:
         context.close()
     assert faults == []
 
 
-def settled(page):
-    "Wait for the list that is asked for; a question waits its time before it is asked."
+def wait_for_list(page):
+    "Wait for the list that is requested; requests are delayed a little."
     page.wait_for_timeout(250)
     page.locator("#lists[aria-busy=false]").wait_for(state="attached")
 
 
 def items(page, column=0):
-    return (
-        page.locator(".column")
-        .nth(column)
-        .locator(".card")
-        .evaluate_all("cards => cards.map(c => c.dataset.item)")
-    )
+    "Return the items of a list."
+    cards = page.locator(".column").nth(column).locator(".card")
+    return cards.evaluate_all("cards => cards.map(card => card.dataset.item)")
 
 
 def titles(page, where="#past-rows"):
+    "Return the titles in a side list."
     return page.locator(f"{where} b").all_text_contents()
 
 
-def say(page, what, i=0):
-    return page.locator(".card").nth(i).get_by_role("button", name=what).click()
+def text(page, selector):
+    "Return the text of an element."
+    return page.locator(selector).text_content()
+
+
+def card_title(page, i):
+    "Return the title of a card."
+    return page.locator(".card h3").nth(i).text_content()
+
+
+def click(page, name, i=0):
+    "Click a button of a card."
+    page.locator(".card").nth(i).get_by_role("button", name=name).click()
 
 
 def options(page):
+    "Return the visible options of a combobox."
     return page.locator("[role=listbox]:visible [role=option]")
 
 
+def query_of(page):
+    "Return the query of the page's address."
+    return page.url.removeprefix(page.url.split("?")[0])
+
+
 def fits(page):
-    return page.evaluate(
-        "document.scrollingElement.scrollWidth <= innerWidth && [...document.querySelectorAll('main *, aside *, header *')].every(e => !e.checkVisibility() || e.getBoundingClientRect().right <= innerWidth + 1)"
-    )
+    "Return whether nothing is wider than the window."
+    return page.evaluate("""
+        document.scrollingElement.scrollWidth <= innerWidth
+        && [...document.querySelectorAll('main *, aside *, header *')].every(e =>
+            !e.checkVisibility() || e.getBoundingClientRect().right <= innerWidth + 1)
+    """)
 
 
-def find(page, field, text):
-    page.get_by_role("combobox", name=field).fill(text)
+def search(page, field, words):
+    "Type into a combobox and wait for its options."
+    page.get_by_role("combobox", name=field).fill(words)
     options(page).first.wait_for()
     page.wait_for_timeout(250)
 
 
-def heard(folder, user=None, least=0):
-    "What the service has written down, waited for."
-    end = time.monotonic() + 15
+def stored_feedback(folder, user=None, n_expected=0):
+    "Return the stored events (user, item, event, list); wait until there are enough."
+    deadline = time.monotonic() + 15
+    query = "SELECT user, item, event, list FROM events ORDER BY rowid"
     while True:
-        with closing(sqlite3.connect(folder / "service/feedback.sqlite")) as base:
-            rows = base.execute(
-                "SELECT user, item, event, list FROM events ORDER BY rowid"
-            ).fetchall()
-        rows = [r for r in rows if user is None or r[0] == user]
-        if len(rows) >= least or time.monotonic() > end:
+        with closing(sqlite3.connect(folder / "service/feedback.sqlite")) as connection:
+            rows = connection.execute(query).fetchall()
+        rows = [row for row in rows if user is None or row[0] == user]
+        if len(rows) >= n_expected or time.monotonic() > deadline:
             return rows
         time.sleep(0.1)
 
 
-def somebody(folder, place=0):
-    "One of those with most ratings."
-    return pl.read_parquet(folder / "interactions.parquet")["user"].value_counts(sort=True)["user"][
-        place
-    ]
+def active_user(folder, rank=0):
+    "Return one of the users with the most ratings."
+    users = pl.read_parquet(folder / "interactions.parquet")["user"]
+    return users.value_counts(sort=True)["user"][rank]
 
 
-def had(folder, user):
-    return set(pl.read_parquet(folder / "interactions.parquet").filter(user=user)["item"])
+# ---------------------------------------------------------------- new visitor
 
 
-# ---------------------------------------------------------------- a new visitor
-
-
-def test_a_new_visitor_builds_a_basket_and_the_list_follows(visit, folder):
+def test_new_visitor_builds_a_basket(visit):
+    "Check that the list follows the basket, and that the address holds the state."
     page = visit()
-    assert page.locator("h1").text_content() == "For a new visitor" and len(items(page)) == 10
-    card, before = page.locator(".card").nth(2), items(page)
-    assert all(
-        card.locator(part).text_content() for part in ("h3", ".kind", ".why", ".stars", ".price")
-    )
+    before = items(page)
+    assert text(page, "h1") == "For a new visitor" and len(before) == 10
+    card = page.locator(".card").nth(2)
+    for part in ("h3", ".kind", ".why", ".stars", ".price"):
+        assert card.locator(part).text_content()
     assert re.fullmatch(r"[1-5]\.\d ★", card.locator(".stars").text_content())
-    find(page, "Add a product", "smartphone")
-    option = options(page).first
-    title = option.evaluate("o => o.firstChild.textContent")
-    option.click()
-    settled(page)
-    assert (
-        titles(page) == [title]
-        and items(page) != before
-        and re.fullmatch(r"10 products, (all|\d+) new\.", page.locator("#news").text_content())
-    )
-    reasons = page.locator(".why").all_text_contents()
-    assert f"because you liked {title}" in reasons and "basket=" in page.url
-    shared = visit(page.url.removeprefix(page.url.split("?")[0]))  # the address holds it all
+    search(page, "Add a product", "smartphone")
+    title = options(page).first.evaluate("option => option.firstChild.textContent")
+    options(page).first.click()
+    wait_for_list(page)
+    assert titles(page) == [title] and items(page) != before
+    assert re.fullmatch(r"10 products, (all|\d+) new\.", text(page, "#news"))
+    assert f"because you liked {title}" in page.locator(".why").all_text_contents()
+    assert "basket=" in page.url
+    shared = visit(query_of(page))
     assert titles(shared) == [title] and items(shared) == items(page)
     page.get_by_role("button", name=f"Remove: {title}").click()
-    settled(page)
+    wait_for_list(page)
     assert titles(page) == [] and items(page) == before and "basket=" not in page.url
     page.go_back()
-    settled(page)
+    wait_for_list(page)
     assert titles(page) == [title] and items(page) == items(shared)
 
 
-def test_what_a_visitor_says_has_an_effect_and_is_written(visit, folder):
-    page, old = visit(), len(heard(folder))
-    said = []
-    for what, event in (("More like this", "more"), ("Not for me", "less"), ("Bought", "purchase")):
+def test_feedback_of_a_visitor(visit, folder):
+    "Check that feedback changes the list, can be undone, and is stored when the page is left."
+    page, n_before = visit(), len(stored_feedback(folder))
+    sent = []
+    for name, event in (("More like this", "more"), ("Not for me", "less"), ("Bought", "purchase")):
         before = items(page)
-        said.append((before[1], event))
-        say(page, what, 1)
-        assert (
-            page.locator("#said")
-            .text_content()
-            .startswith(
-                {"more": "More like this", "less": "Not for me", "purchase": "Bought"}[event]
-            )
-        )
-        settled(page)
+        sent.append((before[1], event))
+        click(page, name, 1)
+        assert text(page, "#said").startswith(name)
+        wait_for_list(page)
         assert before[1] not in items(page) and items(page) != before and len(items(page)) == 10
     assert len(titles(page)) == 2 and len(titles(page, "#less-rows")) == 1
-    say(page, "Not for me", 3)
-    settled(page)
-    unsaid = page.locator("#said").text_content()
-    page.get_by_role(
-        "button", name="Undo"
-    ).click()  # the last word is taken back before it is written
-    settled(page)
-    assert len(titles(page, "#less-rows")) == 1 and unsaid.startswith("Not for me")
+    click(page, "Not for me", 3)
+    wait_for_list(page)
+    assert text(page, "#said").startswith("Not for me")
+    page.get_by_role("button", name="Undo").click()  # before it is sent
+    wait_for_list(page)
+    assert len(titles(page, "#less-rows")) == 1
     page.get_by_role("button", name="Allow again").click()
-    settled(page)
-    assert said[1][0] in items(page)
-    said.append((items(page)[4], "purchase"))
-    say(page, "Bought", 4)
-    settled(page)
-    page.goto("about:blank")  # what was said last is written when the page is left
-    rows = heard(folder, least=old + 4)[old:]
-    assert (
-        [(item, event) for _, item, event, _ in rows] == said
-        and len({user for user, *_ in rows}) == 1
-        and rows[0][0].startswith("visitor-")
-    )
-    with closing(sqlite3.connect(folder / "service/feedback.sqlite")) as base:
-        shown = {row[0]: json.loads(row[1]) for row in base.execute("SELECT id, items FROM lists")}
-    assert all(item in shown[on] for _, item, _, on in rows)  # in the list that was shown
+    wait_for_list(page)
+    assert sent[1][0] in items(page)
+    sent.append((items(page)[4], "purchase"))
+    click(page, "Bought", 4)
+    wait_for_list(page)
+    page.goto("about:blank")
+    rows = stored_feedback(folder, n_expected=n_before + 4)[n_before:]
+    assert [(item, event) for _, item, event, _ in rows] == sent
+    assert len({user for user, *_ in rows}) == 1 and rows[0][0].startswith("visitor-")
+    with closing(sqlite3.connect(folder / "service/feedback.sqlite")) as connection:
+        lists = dict(connection.execute("SELECT id, items FROM lists").fetchall())
+    assert all(item in json.loads(lists[list_id]) for _, item, _, list_id in rows)
 
 
-# ---------------------------------------------------------------- somebody known
+# ---------------------------------------------------------------- known user
 
 
-def test_somebody_known_has_a_history_and_says_more(visit, folder):
-    page, user = visit(), somebody(folder)
-    find(page, "For whom", user.lower())
+def test_history_and_feedback_of_a_known_user(visit, folder):
+    "Check the history, that its items are not recommended, and that feedback is on disk at once."
+    page, user = visit(), active_user(folder)
+    search(page, "User", user.lower())
     options(page).first.click()
-    settled(page)
-    assert page.locator("h1").text_content() == f"For {user}" and f"user={user}" in page.url
-    title, stars, when = (
-        pl.read_parquet(folder / "interactions.parquet")
-        .filter(user=user)
-        .sort("timestamp")
-        .join(pl.read_parquet(folder / "items.parquet"), on="item", maintain_order="left")
-        .select("title", "rating", "timestamp")
-        .row(-1)
+    wait_for_list(page)
+    assert text(page, "h1") == f"For {user}" and f"user={user}" in page.url
+    log = pl.read_parquet(folder / "interactions.parquet").filter(user=user).sort("timestamp")
+    log = log.join(
+        pl.read_parquet(folder / "items.parquet"), on="item", how="left", maintain_order="left"
     )
-    told, newest = (
-        page.locator("#past-rows li", has_text=title).text_content(),
-        page.locator("#past-rows li").first,
-    )
-    assert f"{stars:g} ★ · {when.day} " in told and f" {when.year}" in told
-    assert not set(items(page)) & had(folder, user)
-    said = []
-    for what, event, words in (
-        ("More like this", "more", "more like this"),
-        ("Not for me", "less", "not for me"),
-        ("Bought", "purchase", "bought"),
-    ):
-        before = items(page)
-        name = page.locator(".card h3").nth(2).text_content()
-        said.append((user, before[2], event))
-        say(page, what, 2)
-        page.locator("#said", has_text=f"Written: {words}").wait_for()
-        settled(page)
-        assert (
-            before[2] not in items(page)
-            and titles(page)[0] == name
-            and words in newest.text_content()
-        )
-        assert [row[:3] for row in heard(folder, user)] == said  # on the disk once it is said so
-    again = visit(f"?user={user}")
-    assert items(again) == items(page)
+    title, rating, timestamp = log.select("title", "rating", "timestamp").row(-1)
+    row = page.locator("#past-rows li", has_text=title).text_content()
+    assert f"{rating:g} ★ · {timestamp.day} " in row and f" {timestamp.year}" in row
+    assert not set(items(page)) & set(log["item"])
+    sent = []
+    for name, event in (("More like this", "more"), ("Not for me", "less"), ("Bought", "purchase")):
+        before, title = items(page), card_title(page, 2)
+        sent.append((user, before[2], event))
+        click(page, name, 2)
+        page.locator("#said", has_text=f"Saved: {name.lower()}").wait_for()
+        wait_for_list(page)
+        assert before[2] not in items(page) and titles(page)[0] == title
+        assert name.lower() in page.locator("#past-rows li").first.text_content()
+        assert [row[:3] for row in stored_feedback(folder, user)] == sent
+    assert items(visit(f"?user={user}")) == items(page)
 
 
 def test_similar_products_of_a_card(visit):
     page = visit()
-    button = page.locator(".card").nth(2).get_by_role("button", name="Similar")
+    card = page.locator(".card").nth(2)
+    button, similar = card.get_by_role("button", name="Similar"), card.locator(".similar li")
     button.click()
-    near = page.locator(".card").nth(2).locator(".similar li")
-    near.first.wait_for()
-    assert button.get_attribute("aria-expanded") == "true" and near.count() == 5
-    title = near.first.locator("b").text_content()
-    near.first.get_by_role("button").click()
-    settled(page)
+    similar.first.wait_for()
+    assert button.get_attribute("aria-expanded") == "true" and similar.count() == 5
+    title = similar.first.locator("b").text_content()
+    similar.first.get_by_role("button").click()
+    wait_for_list(page)
     assert titles(page) == [title]
 
 
-# ---------------------------------------------------------------- models, rules
+# ---------------------------------------------------------------- models and rules
 
 
-def test_two_models_side_by_side(visit, folder):
-    user = somebody(folder, 1)
-    page = visit(f"?user={user}")
+def column_boxes(page):
+    "Return the positions of two lists."
+    return [page.locator(".column").nth(i).bounding_box() for i in (0, 1)]
+
+
+def test_comparison_of_two_models(visit, folder):
+    "Check both lists and their common items, side by side and, on a phone, one below the other."
+    page = visit(f"?user={active_user(folder, 1)}")
     page.get_by_label("Compare with").select_option("popularity")
-    settled(page)
+    wait_for_list(page)
     left, right = items(page), items(page, 1)
-    assert (
-        len(left) == len(right) == 10
-        and left != right
-        and f"{len(set(left) & set(right))} in both lists" in page.locator("#news").text_content()
-    )
+    assert len(left) == len(right) == 10 and left != right
+    assert f"{len(set(left) & set(right))} in both lists" in text(page, "#news")
     assert page.locator(".column h2").all_text_contents() == ["hybrid", "popularity"]
-    boxes = [page.locator(".column").nth(i).bounding_box() for i in (0, 1)]
-    assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
-    for column, mine, other, name in ((0, left, right, "popularity"), (1, right, left, "hybrid")):
+    a, b = column_boxes(page)
+    assert a["y"] == b["y"] and a["x"] + a["width"] <= b["x"]
+    for column, own, other, name in ((0, left, right, "popularity"), (1, right, left, "hybrid")):
         marks = page.locator(".column").nth(column).locator(".both").all_text_contents()
-        assert marks == [
-            f"in both: no. {other.index(i) + 1} of {name}" if i in other else "" for i in mine
-        ]
-    page.set_viewport_size({"width": 360, "height": 740})
-    boxes = [page.locator(".column").nth(i).bounding_box() for i in (0, 1)]
-    assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"] and fits(page)
-    shared = visit(page.url.removeprefix(page.url.split("?")[0]))
+        for item, mark in zip(own, marks, strict=True):
+            rank = other.index(item) + 1 if item in other else None
+            assert mark == (f"in both: no. {rank} of {name}" if rank else "")
+    page.set_viewport_size(PHONE)
+    a, b = column_boxes(page)
+    assert a["y"] + a["height"] <= b["y"] and fits(page)
+    shared = visit(query_of(page))
     assert (items(shared), items(shared, 1)) == (left, right)
 
 
-def test_rules_order_and_diversity(visit, folder):
+def test_order_and_diversity(visit, folder):
     page = visit()
-    before, prices = (
-        items(page),
-        dict(pl.read_parquet(folder / "items.parquet").select("item", "price").iter_rows()),
-    )
+    before = items(page)
+    prices = dict(pl.read_parquet(folder / "items.parquet").select("item", "price").iter_rows())
     page.locator("#diversity").fill("0.9")
-    settled(page)
-    varied = items(page)
+    wait_for_list(page)
+    assert items(page) != before
     page.locator("#diversity").fill("0")
     page.get_by_label("Order by").select_option("revenue")
-    settled(page)
-    dear = items(page)
-    assert varied != before and sum(prices[i] or 0 for i in dear) > sum(
-        prices[i] or 0 for i in before
-    )
+    wait_for_list(page)
+    revenue = sum(prices[item] or 0 for item in items(page))
+    assert revenue > sum(prices[item] or 0 for item in before)
     page.get_by_label("Order by").select_option("score")
-    page.locator("summary").click()
-    page.get_by_label("Price to").fill("30")
-    settled(page)
-    assert "highest=30" in page.url and items(page) and all(prices[i] <= 30 for i in items(page))
-    page.get_by_label("Price to").fill("0.001")
-    settled(page)
-    assert (
-        items(page) == []
-        and "Nothing is left by the rules." in page.locator(".note").text_content()
-    )
-    page.locator(".column").get_by_role("button", name="Clear the rules").click()
-    settled(page)
-    assert items(page) == before and page.get_by_label("Price to").input_value() == ""
-    find(page, "Not these categories", "elec")
-    options(page).first.click()
-    settled(page)
-    assert items(page) == [] and "blocked=Electronics" in page.url
-    page.get_by_role("button", name="No longer: Electronics").click()
-    settled(page)
-    assert items(page) == before
+    wait_for_list(page)
     page.get_by_role("button", name="Ten more").click()
-    settled(page)
+    wait_for_list(page)
     assert len(items(page)) == 20 and items(page)[:10] == before
 
 
-# ---------------------------------------------------------------- by keyboard, on a telephone, at night
+def test_rules(visit, folder):
+    page = visit()
+    before = items(page)
+    prices = dict(pl.read_parquet(folder / "items.parquet").select("item", "price").iter_rows())
+    page.locator("summary").click()
+    page.get_by_label("Price to").fill("30")
+    wait_for_list(page)
+    cheap = items(page)
+    assert "highest=30" in page.url and cheap and all(prices[item] <= 30 for item in cheap)
+    page.get_by_label("Price to").fill("0.001")
+    wait_for_list(page)
+    assert items(page) == [] and "The rules leave no product." in text(page, ".note")
+    page.locator(".column").get_by_role("button", name="Clear the rules").click()
+    wait_for_list(page)
+    assert items(page) == before and page.get_by_label("Price to").input_value() == ""
+    search(page, "Not these categories", "elec")
+    options(page).first.click()
+    wait_for_list(page)
+    assert items(page) == [] and "blocked=Electronics" in page.url
+    page.get_by_role("button", name="No longer: Electronics").click()
+    wait_for_list(page)
+    assert items(page) == before
 
 
-def test_wholly_by_keyboard(visit, folder):
-    page, key = visit(), lambda *keys: [page.keyboard.press(k) for k in keys]
+# ---------------------------------------------------------------- keyboard, phone, dark mode
 
-    def focus():
-        return page.evaluate("document.activeElement.id || document.activeElement.ariaLabel")
 
-    def tab_to(name):
-        for _ in range(80):
-            if focus() == name:
-                return
-            key("Tab")
-            assert page.evaluate(
-                "document.activeElement === document.body || getComputedStyle(document.activeElement).outlineStyle !== 'none'"
-            ), focus()  # it is seen
-        raise AssertionError(f"{name} is not reached, {focus()} is")
+def press(page, *keys):
+    "Press keys, one after the other."
+    for key in keys:
+        page.keyboard.press(key)
 
-    tab_to("add")
+
+def focus(page):
+    "Return the id or the label of the element with the focus."
+    return page.evaluate("document.activeElement.id || document.activeElement.ariaLabel")
+
+
+def tab_to(page, name):
+    "Press Tab until an element has the focus; every focus must be visible."
+    is_visible = (
+        "document.activeElement === document.body"
+        " || getComputedStyle(document.activeElement).outlineStyle !== 'none'"
+    )
+    for _ in range(80):
+        if focus(page) == name:
+            return
+        press(page, "Tab")
+        assert page.evaluate(is_visible), focus(page)
+    raise AssertionError(f"{name} is not reached, {focus(page)} is")
+
+
+def test_combobox_by_keyboard(visit):
+    page = visit()
+    tab_to(page, "add")
     page.keyboard.type("phone")
     options(page).first.wait_for()
     page.wait_for_timeout(250)
-    key("ArrowDown", "ArrowDown", "ArrowUp")
+    press(page, "ArrowDown", "ArrowDown", "ArrowUp")
     box = page.get_by_role("combobox", name="Add a product")
     marked = page.locator(f"#{box.get_attribute('aria-activedescendant')}")
-    assert (
-        box.get_attribute("aria-expanded") == "true"
-        and marked.get_attribute("aria-selected") == "true"
-        and page.locator("[role=option][aria-selected=true]").count() == 1
-    )
-    key("Escape")
-    assert (
-        box.get_attribute("aria-expanded") == "false"
-        and box.input_value() == "phone"
-        and titles(page) == []
-    )
-    key("ArrowDown")
+    assert box.get_attribute("aria-expanded") == "true"
+    assert marked.get_attribute("aria-selected") == "true"
+    assert page.locator("[role=option][aria-selected=true]").count() == 1
+    press(page, "Escape")
+    assert box.get_attribute("aria-expanded") == "false"
+    assert box.input_value() == "phone" and titles(page) == []
+    press(page, "ArrowDown")
     page.wait_for_timeout(250)
-    key("ArrowDown", "Enter")
-    settled(page)
-    assert len(titles(page)) == 1 and focus() == "add" and box.input_value() == ""
+    press(page, "ArrowDown", "Enter")
+    wait_for_list(page)
+    assert len(titles(page)) == 1 and focus(page) == "add" and box.input_value() == ""
     page.keyboard.type("phone")
-    key("Enter")  # at once, before anything is found
-    settled(page)
+    press(page, "Enter")  # before the options are there
+    wait_for_list(page)
     assert len(titles(page)) == 2
-    third = page.locator(".card h3").nth(2).text_content()
-    tab_to(f"Not for me: {third}")
-    key("Enter")
-    settled(page)
+
+
+def test_feedback_and_users_by_keyboard(visit, folder):
+    page, user = visit(), active_user(folder, 2)
+    tab_to(page, "add")
+    page.keyboard.type("phone")
+    press(page, "Enter")
+    wait_for_list(page)
+    third = card_title(page, 2)
+    tab_to(page, f"Not for me: {third}")
+    press(page, "Enter")
+    wait_for_list(page)
     assert titles(page, "#less-rows") == [third]
-    assert (
-        focus() == f"Not for me: {page.locator('.card h3').nth(2).text_content()}"
-    )  # on what took its place
+    assert focus(page) == f"Not for me: {card_title(page, 2)}"  # the item that replaced it
     page.evaluate("document.activeElement.blur()")
-    user = somebody(folder, 2)
     page.locator("#who").click()
     options(page).first.wait_for()
-    key("Enter")
-    settled(page)
-    assert len(titles(page)) == 2  # nothing was typed, nothing is lost
+    press(page, "Enter")
+    wait_for_list(page)
+    assert len(titles(page)) == 1  # nothing was typed, so the basket stays
     page.keyboard.type(user)
-    key("Enter")
-    settled(page)
-    assert page.locator("h1").text_content() == f"For {user}"
+    press(page, "Enter")
+    wait_for_list(page)
+    assert text(page, "h1") == f"For {user}"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_on_a_telephone_by_day_and_by_night(visit, folder, scheme):
-    page = visit(
-        f"?basket={'%20'.join(['x' * 60] * 3)}&versus=popularity",
-        color_scheme=scheme,
-        viewport={"width": 360, "height": 740},
-    )
+def test_phone_in_light_and_dark_mode(visit, scheme):
+    style = {"color_scheme": scheme, "viewport": PHONE}
+    long_ids = "%20".join(["x" * 60] * 3)
+    page = visit(f"?basket={long_ids}&versus=popularity", **style)
     page.locator("summary").click()
-    say(page, "Similar", 1)
-    find(page, "Add a product", "a")
-    assert fits(page) and fits(
-        visit("?user=" + "y" * 190, color_scheme=scheme, viewport={"width": 360, "height": 740})
-    )
-    ink, paper, rest = page.evaluate(
-        "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('.kind')).color]"
-    )
-    contrast = abs(light_of(ink) - light_of(paper)), abs(light_of(rest) - light_of(paper))
-    assert (
-        (light_of(paper) > 0.9) == (scheme == "light") and contrast[0] > 0.7 and contrast[1] > 0.4
-    )
+    click(page, "Similar", 1)
+    search(page, "Add a product", "a")
+    assert fits(page) and fits(visit("?user=" + "y" * 190, **style))
+    ink, paper, small_print = page.evaluate("""[
+        getComputedStyle(document.body).color,
+        getComputedStyle(document.body).backgroundColor,
+        getComputedStyle(document.querySelector('.kind')).color,
+    ]""")
+    assert (light_of(paper) > 0.9) == (scheme == "light")
+    assert abs(light_of(ink) - light_of(paper)) > 0.7
+    assert abs(light_of(small_print) - light_of(paper)) > 0.4
 
 
-# ---------------------------------------------------------------- what goes wrong
+# ---------------------------------------------------------------- odd data and failures
 
 
-def test_whatever_is_shown_is_text(visit, folder):
+def test_titles_and_ids_are_shown_as_text(visit):
     page = visit()
-    assert (
-        EVIL in page.locator(".card h3").all_text_contents()
-        and page.locator("main img, main h3 b").count() == 0
-    )
-    find(page, "Add a product", "onerror")
+    assert HTML_TITLE in page.locator(".card h3").all_text_contents()
+    assert page.locator("main img, main h3 b").count() == 0
+    search(page, "Add a product", "onerror")
     options(page).first.click()
-    settled(page)
-    assert (
-        titles(page) == [EVIL]
-        and EVIL in page.locator("#said").text_content()
-        and page.locator("img").count() == 0
-        and page.title() != "taken"
-    )
+    wait_for_list(page)
+    assert titles(page) == [HTML_TITLE] and HTML_TITLE in text(page, "#said")
+    assert page.locator("img").count() == 0 and page.title() != "taken"
     page = visit("?user=%3Cimg%20src%3Dx%20onerror%3Dalert(1)%3E&model=%3Cb%3E")
-    assert (
-        page.locator("h1").text_content() == "For <img src=x onerror=alert(1)>"
-        and page.locator("img").count() == 0
-    )
-    assert (
-        "nobody of that id" in page.locator(".note").text_content()
-        and "nobody of that id" in page.locator("#past-note").text_content()
-    )
+    assert text(page, "h1") == "For <img src=x onerror=alert(1)>"
+    assert page.locator("img").count() == 0
+    assert "unknown user" in text(page, ".note") and "unknown user" in text(page, "#past-note")
 
 
-def test_ids_of_any_signs(visit, folder):
+def test_odd_item_ids(visit):
     page = visit()
-    place = items(page).index(ODD)
-    say(page, "Similar", place)
+    position = items(page).index(ODD_ID)
+    click(page, "Similar", position)
     page.locator(".similar li b").first.wait_for()
-    say(page, "More like this", place)
-    settled(page)
-    assert len(titles(page)) == 1 and ODD not in items(page)
-    shared = visit(page.url.removeprefix(page.url.split("?")[0]))
+    click(page, "More like this", position)
+    wait_for_list(page)
+    assert len(titles(page)) == 1 and ODD_ID not in items(page)
+    shared = visit(query_of(page))
     assert titles(shared) == titles(page) and items(shared) == items(page)
 
 
-def test_late_answers_are_dropped_and_the_old_list_stays_until_then(visit):
-    page, held = visit(), []
+def test_late_answers_are_dropped(visit):
+    "Check that the old list stays until the answer to the last request."
+    page, delayed = visit(), []
     before = items(page)
-    page.route(
-        "**/api/recommend",
-        lambda route: (
-            held.append(route) if '"revenue"' in route.request.post_data else route.continue_()
-        ),
-    )
+
+    def delay_revenue(route):
+        if '"revenue"' in route.request.post_data:
+            delayed.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/api/recommend", delay_revenue)
     page.locator("#order").select_option("revenue")
     page.wait_for_timeout(400)
-    assert (
-        items(page) == before
-        and page.locator("#lists").get_attribute("aria-busy") == "true"
-        and len(held) == 1
-    )
+    assert items(page) == before and len(delayed) == 1
+    assert page.locator("#lists").get_attribute("aria-busy") == "true"
     page.locator("#order").select_option("score")
     page.locator("#diversity").fill("0.9")
-    settled(page)
-    varied = items(page)
+    wait_for_list(page)
+    diverse = items(page)
+    answer = {"list": "x", "model": "hybrid", "user": None, "explored": False, "items": []}
     try:
-        held[0].fulfill(
-            status=200,
-            content_type="application/json",
-            body=json.dumps(
-                {"list": "x", "model": "hybrid", "user": None, "explored": False, "items": []}
-            ),
-        )
+        delayed[0].fulfill(json=answer)
     except Exception:
-        pass  # the page has given the question up
+        pass  # the page has cancelled the request
     page.wait_for_timeout(200)
-    assert items(page) == varied != before
+    assert items(page) == diverse != before
 
 
-def test_what_cannot_be_written_is_said_and_written_once_when_it_can(visit, folder):
-    user, keys = somebody(folder, 3), []
+def test_feedback_that_cannot_be_stored(visit, folder):
+    "Check that the page reports it, and that a later try stores it once."
+    user, keys = active_user(folder, 3), []
     page = visit(f"?user={user}")
-    page.on(
-        "request",
-        lambda r: (
-            keys.append(json.loads(r.post_data)["key"]) if r.url.endswith("/api/feedback") else None
-        ),
-    )
-    page.route(
-        "**/api/feedback",
-        lambda route: route.fulfill(status=507, json={"error": "the disk is full"}),
-    )
+
+    def collect_key(request):
+        if request.url.endswith("/api/feedback"):
+            keys.append(json.loads(request.post_data)["key"])
+
+    def refuse(route):
+        route.fulfill(status=507, json={"error": "the disk is full"})
+
+    page.on("request", collect_key)
+    page.route("**/api/feedback", refuse)
     before = items(page)
-    say(page, "Bought", 1)
-    page.locator("#said", has_text="Not written: the disk is full.").wait_for()
-    assert (
-        items(page) == before and page.locator(".said").count() == 0 and heard(folder, user) == []
-    )
+    click(page, "Bought", 1)
+    page.locator("#said", has_text="Not saved: the disk is full.").wait_for()
+    assert items(page) == before and page.locator(".said").count() == 0
+    assert stored_feedback(folder, user) == []
     page.unroute("**/api/feedback")
     page.get_by_role("button", name="Try again").click()
-    page.locator("#said", has_text="Written: bought").wait_for()
-    settled(page)
-    assert (
-        len(keys) == 3
-        and len(set(keys)) == 1
-        and [row[1:3] for row in heard(folder, user)] == [(before[1], "purchase")]
-        and before[1] not in items(page)
-    )
+    page.locator("#said", has_text="Saved: bought").wait_for()
+    wait_for_list(page)
+    assert len(keys) == 3 and len(set(keys)) == 1
+    assert [row[1:3] for row in stored_feedback(folder, user)] == [(before[1], "purchase")]
+    assert before[1] not in items(page)
 
 
-def test_a_token_for_writing(visit, folder, guarded):
-    user = somebody(folder, 4)
-    page = visit(f"?user={user}", base=guarded[0])
+def test_token_for_feedback(visit, folder, with_token):
+    address, _ = with_token
+    user = active_user(folder, 4)
+    page = visit(f"?user={user}", base=address)
     before = items(page)
-    say(page, "More like this", 0)
-    page.locator("#said", has_text="wants a token").wait_for()
-    assert items(page) == before and heard(folder, user) == []
+    click(page, "More like this")
+    page.locator("#said", has_text="needs a token").wait_for()
+    assert items(page) == before and stored_feedback(folder, user) == []
     page.get_by_role("button", name="Enter it").click()
-    assert page.evaluate("document.activeElement.id") == "token"
+    assert focus(page) == "token"
     page.keyboard.type("open sesame")
-    page.keyboard.press("Enter")
-    say(page, "More like this", 0)
-    page.locator("#said", has_text="Written").wait_for()
-    settled(page)
-    assert before[0] not in items(page) and [row[1:3] for row in heard(folder, user)] == [
-        (before[0], "more")
-    ]
+    press(page, "Enter")
+    click(page, "More like this")
+    page.locator("#said", has_text="Saved").wait_for()
+    wait_for_list(page)
+    assert before[0] not in items(page)
+    assert [row[1:3] for row in stored_feedback(folder, user)] == [(before[0], "more")]
 
 
-def test_a_log_without_stars_prices_and_categories(visit, at):
+def test_catalog_without_ratings_prices_and_categories(visit, address):
+    "Check that the page shows ids, and no controls for what is missing."
     page = visit()
-    page.route(
-        "**/api/about",
-        lambda route: route.fulfill(
-            json=route.fetch().json() | {"stars": False, "prices": False, "categories": []}
-        ),
-    )
 
-    def bare(route):
+    def strip_about(route):
+        about = {"stars": False, "prices": False, "categories": []}
+        route.fulfill(json=route.fetch().json() | about)
+
+    def strip_items(route):
         answer = route.fetch().json()
-        route.fulfill(
-            json=answer
-            | {
-                "items": [
-                    i | {"title": None, "category": None, "price": None, "stars": None}
-                    for i in answer["items"]
-                ]
-            }
-        )
+        missing = {"title": None, "category": None, "price": None, "stars": None}
+        route.fulfill(json=answer | {"items": [item | missing for item in answer["items"]]})
 
-    page.route("**/api/recommend", bare)
-    page.goto(f"{at}/?order=revenue&highest=3")
-    settled(page)
+    page.route("**/api/about", strip_about)
+    page.route("**/api/recommend", strip_items)
+    page.goto(f"{address}/?order=revenue&highest=3")
+    wait_for_list(page)
     assert page.locator(".card h3").all_text_contents() == items(page) and len(items(page)) == 10
-    assert not any(
-        page.locator(f"{what}:visible").count()
-        for what in (".kind", ".stars", ".price", "#order", "#prices", ".kinds")
-    )
+    for selector in (".kind", ".stars", ".price", "#order", "#prices", ".kinds"):
+        assert page.locator(f"{selector}:visible").count() == 0
 
 
-def test_nothing_is_set_as_html():
+def test_source_sets_no_html():
+    "Check that no script sets HTML, and that the page has no inline code and no foreign address."
     script, page = (STATIC / "shop.js").read_text(), (STATIC / "shop.html").read_text()
-    assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|setHTML|createContextualFragment|\beval\b|new Function",
-        script,
-    )
-    assert not re.search(
-        r"<style|style=|<script(?![^>]+src=)|\son\w+=|https?://", page
-    ) and "http" not in re.sub(r"//.*", "", script)
+    functions = ("innerHTML", "outerHTML", "insertAdjacentHTML", r"document\.write", "DOMParser")
+    functions += ("setHTML", "createContextualFragment", r"\beval\b", "new Function")
+    assert not re.search("|".join(functions), script)
+    assert not re.search(r"<style|style=|<script(?![^>]+src=)|\son\w+=|https?://", page)
+    assert "http" not in re.sub(r"//.*", "", script)
 
 
-def test_the_service_is_gone_and_comes_back(visit, folder, guarded):
-    address, process = guarded
+def test_service_that_stops_and_comes_back(visit, folder, with_token):
+    address, process = with_token
     page = visit(base=address)
     before = items(page)
     process.kill()
     process.wait()
-    say(page, "Not for me", 1)
-    page.get_by_role("alert").wait_for()
-    assert (
-        page.get_by_role("alert").text_content().startswith("The service does not answer.")
-        and items(page) == before
-    )
+    click(page, "Not for me", 1)
+    alert = page.get_by_role("alert")
+    alert.wait_for()
+    assert alert.text_content().startswith("The service does not answer.")
+    assert items(page) == before
     page.locator("#diversity").fill("0.5")
-    with service(folder, port=int(address.rsplit(":", 1)[1])):
+    with running_service(folder, port=int(address.rsplit(":", 1)[1])):
         page.get_by_role("button", name="Try again").click()
-        settled(page)
-        assert (
-            page.get_by_role("alert").count() == 0
-            and before[1] not in items(page)
-            and len(items(page)) == 10
-        )
+        wait_for_list(page)
+        assert alert.count() == 0
+        assert before[1] not in items(page) and len(items(page)) == 10

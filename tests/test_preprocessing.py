@@ -1,8 +1,9 @@
-"Filters count what they say, cuts keep time apart, features know the past only."
+"Check that filters count as they say, splits respect time, and features see the past only."
 
 import math
 from collections import Counter
 from dataclasses import replace
+from operator import itemgetter
 
 import numpy as np
 import polars as pl
@@ -17,6 +18,7 @@ from widedeep_nb.core import (
     SPLIT_NAMES,
     History,
     Protocol,
+    Run,
     UserError,
     load_recommender,
     make_recommender,
@@ -39,358 +41,337 @@ from widedeep_nb.preprocessing import (
     time_blocks,
 )
 
-rows_of = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60)
+COLUMNS = ["user", "item", "rating", "timestamp"]
+id_pairs = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60)
 
 
-def random_log(n=600, users=25, items=15, seed=0, skew=False):
+def random_log(n=600, n_users=25, n_items=15, seed=0, skew=False):
+    "Make a random log; with `skew` few users have most rows."
     rng = np.random.default_rng(seed)
-    who = rng.zipf(1.3, n) % 200 if skew else rng.integers(0, users, n)
-    return to_interactions(
-        pl.DataFrame(
-            {
-                "user": [f"u{i}" for i in who],
-                "item": [f"i{i}" for i in rng.integers(0, items, n)],
-                "rating": rng.integers(1, 6, n),
-                "timestamp": rng.integers(0, 200, n) * 10**8,
-            }
-        ).unique(["user", "item", "timestamp"], maintain_order=True)
+    user = rng.zipf(1.3, n) % 200 if skew else rng.integers(0, n_users, n)
+    log = pl.DataFrame(
+        {
+            "user": [f"u{u}" for u in user],
+            "item": [f"i{i}" for i in rng.integers(0, n_items, n)],
+            "rating": rng.integers(1, 6, n),
+            "timestamp": rng.integers(0, 200, n) * 10**8,
+        }
     )
+    return to_interactions(log.unique(["user", "item", "timestamp"], maintain_order=True))
 
 
-@given(rows_of, st.integers(1, 4), st.integers(1, 4))
-@settings(max_examples=100, deadline=None)
-def test_filters_against_plain_python(pairs, a, b):
-    frame = pl.DataFrame(pairs, schema=["user", "item"], orient="row")
-
-    def once(rows):
-        users, items = Counter(u for u, _ in rows), Counter(i for _, i in rows)
-        return [(u, i) for u, i in rows if users[u] >= a and items[i] >= b]
-
-    assert frame.filter(min_count_filter(a, b)).rows() == once(pairs)
-    kept = pairs
-    while kept != once(kept):
-        kept = once(kept)
-    assert k_core(frame, a, b).rows() == kept
+def numbered_users(log, rows_per_user=1):
+    "Give every `rows_per_user` rows a user of their own."
+    return log.with_columns(user=pl.format("u{}", pl.int_range(pl.len()) // rows_per_user))
 
 
-@st.composite
-def logs(draw, names=tuple(PROTOCOLS), parts=False):
-    "A small log with ties in time, rows without a time, pairs that come again, few users; a protocol with thresholds that bite."
-    rows = draw(
-        st.lists(
-            st.tuples(
-                st.integers(0, 5),
-                st.integers(0, 4),
-                st.integers(1, 5),
-                st.one_of(st.none(), st.integers(1, 12)),
-            ),
-            min_size=12,
-            max_size=70,
-            unique_by=lambda r: (r[0], r[1], r[3]),
-        )
-    )
-    user, item, rating, time = zip(*rows)
-    log = to_interactions(
-        pl.DataFrame(
-            {
-                "user": [f"u{x}" for x in user],
-                "item": [f"i{x}" for x in item],
-                "rating": rating,
-                "timestamp": time,
-            },
-            schema_overrides={"timestamp": pl.Int64},
-        )
-    )
-    protocol = PROTOCOLS[draw(st.sampled_from(names))]
-    if protocol.split_by == "given":
-        return log.with_columns(
-            part=pl.Series(
-                draw(
-                    st.lists(st.sampled_from(SPLIT_NAMES), min_size=len(rows), max_size=len(rows))
-                ),
-                dtype=pl.Enum(SPLIT_NAMES),
-            )
-        ), protocol
-    return log, replace(
-        protocol, min_user=draw(st.integers(1, 4)), min_item=draw(st.integers(1, 4))
-    )
-
-
-def splits_of(log, protocol):
-    "What `prepare` gives, as a list; logs that it refuses are not of interest here."
-    try:
-        splits = prepare(log, protocol)
-    except UserError:
-        assume(False)
+def as_list(splits):
     return splits if isinstance(splits, list) else [splits]
 
 
-def as_text(split, part):
-    "Rows of a part as the shop has them."
-    rows = getattr(split, part)
-    return (
-        rows.with_columns(
-            user=split.users["user"].gather(rows["user"]),
-            item=split.items["item"].gather(rows["item"]),
-        )
-        .select("user", "item", "rating", "timestamp")
-        .rows()
+@given(id_pairs, st.integers(1, 4), st.integers(1, 4))
+@settings(max_examples=100, deadline=None)
+def test_filters_against_plain_python(pairs, min_user, min_item):
+    frame = pl.DataFrame(pairs, schema=["user", "item"], orient="row")
+    counted_once = filtered_rows(pairs, min_user, min_item, False)
+    assert frame.filter(min_count_filter(min_user, min_item)).rows() == counted_once
+    core = filtered_rows(pairs, min_user, min_item, True)
+    assert k_core(frame, min_user, min_item).rows() == core
+
+
+@st.composite
+def logs(draw, names=tuple(PROTOCOLS)):
+    "Draw a small log with ties and gaps in time, and a protocol with thresholds that matter."
+    row = st.tuples(
+        st.integers(0, 5),
+        st.integers(0, 4),
+        st.integers(1, 5),
+        st.one_of(st.none(), st.integers(1, 12)),
     )
+    user_item_time = itemgetter(0, 1, 3)
+    rows = draw(st.lists(row, min_size=12, max_size=70, unique_by=user_item_time))
+    user, item, rating, time = zip(*rows)
+    frame = pl.DataFrame(
+        {
+            "user": [f"u{u}" for u in user],
+            "item": [f"i{i}" for i in item],
+            "rating": rating,
+            "timestamp": time,
+        },
+        schema_overrides={"timestamp": pl.Int64},
+    )
+    log = to_interactions(frame)
+    protocol = PROTOCOLS[draw(st.sampled_from(names))]
+    if protocol.split_by == "given":
+        part = st.lists(st.sampled_from(SPLIT_NAMES), min_size=len(rows), max_size=len(rows))
+        return log.with_columns(part=pl.Series(draw(part), dtype=pl.Enum(SPLIT_NAMES))), protocol
+    minimum = st.integers(1, 4)
+    return log, replace(protocol, min_user=draw(minimum), min_item=draw(minimum))
 
 
-def placed(log, protocol):
-    "Plain Python: the rows that can be put in order, in order where there is a time."
-    rows = log.select("user", "item", "rating", "timestamp").rows()
-    if protocol.split_by == "given" or all(r[3] is None for r in rows):
+def splits_of(log, protocol):
+    "Return the splits of a log as a list; skip logs that `prepare` refuses."
+    try:
+        return as_list(prepare(log, protocol))
+    except UserError:
+        assume(False)
+
+
+def rows_with_ids(split, part):
+    "Return the rows of a part with the ids of the log."
+    rows = getattr(split, part)
+    user = split.users["user"].gather(rows["user"])
+    item = split.items["item"].gather(rows["item"])
+    return rows.with_columns(user=user, item=item).select(COLUMNS).rows()
+
+
+def rows_of_parts(split, parts=SPLIT_NAMES):
+    return [row for part in parts for row in rows_with_ids(split, part)]
+
+
+def sorted_rows(log, protocol):
+    "Drop undated rows and sort by time, in plain Python."
+    rows = log.select(COLUMNS).rows()
+    if protocol.split_by == "given" or all(time is None for *_, time in rows):
         return rows
     return sorted((r for r in rows if r[3] is not None), key=lambda r: (r[3], r[0], r[1]))
 
 
-def kept_by(rows, a, b, again):
-    "Plain Python: rows whose user has `a` rows and whose item has `b`, counted once or until nothing changes."
+def filtered_rows(rows, min_user, min_item, repeat):
+    "Filter rows by counts, once or until nothing changes, in plain Python."
     users, items = Counter(r[0] for r in rows), Counter(r[1] for r in rows)
-    left = [r for r in rows if users[r[0]] >= a and items[r[1]] >= b]
-    return left if not again or left == rows else kept_by(left, a, b, again)
+    left = [r for r in rows if users[r[0]] >= min_user and items[r[1]] >= min_item]
+    if not repeat or left == rows:
+        return left
+    return filtered_rows(left, min_user, min_item, repeat)
+
+
+def check_time_order(past, future):
+    assert max(time for *_, time in past) <= min(time for *_, time in future)
+
+
+def check_train_filter(split, protocol, train, filtered_out):
+    before = train + filtered_out
+    expected = filtered_rows(before, protocol.min_user, protocol.min_item, False)
+    sparse = len(expected) < 0.1 * len(before)
+    assert (split.protocol.min_user == 1) == (sparse or protocol.min_user == 1)
+    assert Counter(train) == Counter(before if sparse else expected)
+
+
+def check_leave_one_out(rows, train, val, test):
+    "Check that the last rows of each user, in the order of `rows`, are its val and test rows."
+    for user in {r[0] for r in rows}:
+        own = [r for r in rows if r[0] == user]
+        own_parts = [[r for r in part if r[0] == user] for part in (train, val, test)]
+        assert sum(own_parts, []) == own
+        assert own_parts[1:] == [own[-2:-1], own[-1:]]
 
 
 @given(logs())
 @settings(max_examples=300, deadline=None)
-def test_protocols_do_what_they_say(made):
-    "Against plain Python: which rows are kept, where they are cut, and that nothing to be learnt is later than what is asked."
-    log, protocol = made
-    splits, rows = splits_of(log, protocol), placed(log, protocol)
-    timed = len({r[3] for r in rows}) > 1
+def test_protocols_against_plain_python(log_and_protocol):
+    "Check which rows are kept, where they are split, and that no training row is newer than the test."
+    log, protocol = log_and_protocol
+    splits, rows = splits_of(log, protocol), sorted_rows(log, protocol)
+    timed = len({time for *_, time in rows}) > 1
+    by_time = protocol.split_by == "time"
     if protocol.filter_scope != "train":
-        rows = kept_by(rows, protocol.min_user, protocol.min_item, protocol.filter_scope == "core")
+        repeat = protocol.filter_scope == "core"
+        rows = filtered_rows(rows, protocol.min_user, protocol.min_item, repeat)
     assert len(splits) == len(protocol.folds)
-    for split, window in zip(splits, protocol.folds):
-        train, val, test, aside = [as_text(split, p) for p in (*SPLIT_NAMES, "filtered_out")]
-        ends = (
-            [round(round(w, 6) * len(rows)) for w in window]
-            if protocol.split_by == "time"
-            else [None, None, None]
-        )
-        assert Counter(train + aside + val + test) == Counter(
-            rows[: ends[2]]
-        )  # nothing twice, nothing lost
-        if protocol.split_by == "time" and timed:
+    for split, fold_bounds in zip(splits, protocol.folds):
+        parts = (*SPLIT_NAMES, "filtered_out")
+        train, val, test, filtered_out = [rows_with_ids(split, part) for part in parts]
+        before = train + filtered_out
+        ends = [round(round(share, 6) * len(rows)) for share in fold_bounds]
+        in_fold = rows[: ends[2]] if by_time else rows
+        assert Counter(before + val + test) == Counter(in_fold)
+        if by_time and timed:
             assert (val, test) == (rows[ends[0] : ends[1]], rows[ends[1] : ends[2]])
-            assert max(r[3] for r in train + aside) <= min(r[3] for r in val + test) and max(
-                r[3] for r in train + aside + val
-            ) <= min(r[3] for r in test)
+            check_time_order(before, val + test)
+            check_time_order(before + val, test)
         if protocol.filter_scope == "train":
-            before = train + aside
-            want = kept_by(before, protocol.min_user, protocol.min_item, False)
-            sparse = len(want) < 0.1 * len(before)
-            assert (split.protocol.min_user == 1) == (sparse or protocol.min_user == 1) and Counter(
-                train
-            ) == Counter(before if sparse else want)
+            check_train_filter(split, protocol, train, filtered_out)
         else:
-            assert not aside and split.protocol == protocol
+            assert not filtered_out and split.protocol == protocol
         if protocol.split_by == "leave-one-out":
-            for user in {r[0] for r in rows}:
-                own = [r for r in (rows if timed else train + val + test) if r[0] == user]
-                assert [r for p in (train, val, test) for r in p if r[0] == user] == own
-                assert ([r for r in val if r[0] == user], [r for r in test if r[0] == user]) == (
-                    own[-2:-1],
-                    own[-1:],
-                )
+            check_leave_one_out(rows if timed else train + val + test, train, val, test)
         if protocol.split_by == "given":
             for part in SPLIT_NAMES:
-                assert Counter(as_text(split, part)) == Counter(
-                    log.filter(pl.col("part") == part)
-                    .select("user", "item", "rating", "timestamp")
-                    .rows()
-                )
+                expected = log.filter(pl.col("part") == part).select(COLUMNS).rows()
+                assert Counter(rows_with_ids(split, part)) == Counter(expected)
 
 
 @given(logs(names=("rolling",)))
 @settings(max_examples=50, deadline=None)
-def test_rolling_windows_meet(made):
-    "Each row of the last 40 % is asked about once, and each window learns from all before it."
-    splits = splits_of(*made)
-    asked = [r for s in splits for r in as_text(s, "test")]
-    last = [r for p in SPLIT_NAMES for r in as_text(splits[-1], p)]
-    assert len(splits) == 4 and asked == last[len(last) - len(asked) :]
-    for s in splits:
-        seen = [r for p in ("train", "val") for r in as_text(s, p)]
-        assert (
-            seen == last[: len(seen)]
-            and as_text(s, "test") == last[len(seen) : len(seen) + len(s.test)]
-        )
+def test_rolling_folds_meet(log_and_protocol):
+    "Check that each of the last rows is tested once, and each fold learns from all rows before it."
+    splits = splits_of(*log_and_protocol)
+    tested = [row for split in splits for row in rows_with_ids(split, "test")]
+    rows = rows_of_parts(splits[-1])
+    assert len(splits) == 4 and tested == rows[len(rows) - len(tested) :]
+    for split in splits:
+        before = rows_of_parts(split, ("train", "val"))
+        n = len(before)
+        assert before == rows[:n]
+        assert rows_with_ids(split, "test") == rows[n : n + len(split.test)]
 
 
 @given(logs(), st.randoms(use_true_random=False))
 @settings(max_examples=150, deadline=None)
-def test_order_does_not_depend_on_the_file(made, chance):
-    "Shuffled rows give the same parts, row by row, ties in time broken by user, then item."
-    log, protocol = made
-    assume(
-        log.select(
-            log.select("user", "item").is_duplicated().any() & (log["timestamp"].n_unique() < 2)
-        ).item()
-        is False
-    )  # by lot, a pair that comes twice is a tie
-    where = list(range(len(log)))
-    chance.shuffle(where)
-    for a, b in zip(splits_of(log, protocol), splits_of(log[where], protocol)):
+def test_order_does_not_depend_on_the_file(log_and_protocol, random):
+    "Check that shuffled rows give the same parts; ties in time break by user, then item."
+    log, protocol = log_and_protocol
+    repeated_pairs = log.select("user", "item").is_duplicated().any()
+    assume(not (repeated_pairs and log["timestamp"].n_unique() < 2))  # a tie in the hash order
+    shuffled = list(range(len(log)))
+    random.shuffle(shuffled)
+    for a, b in zip(splits_of(log, protocol), splits_of(log[shuffled], protocol)):
         assert a.users.equals(b.users) and a.items.equals(b.items)
         for part in (*SPLIT_NAMES, "filtered_out"):
             x, y = getattr(a, part), getattr(b, part)
-            assert (
-                x.equals(y)
-                or protocol.split_by == "given"
-                and Counter(x.rows()) == Counter(y.rows())
-            )
+            if protocol.split_by == "given":
+                assert Counter(x.rows()) == Counter(y.rows())
+            else:
+                assert x.equals(y)
+
+
+def check_codes(split):
+    "Check that training ids have the first codes, and that the tables have no id twice."
+    for column, n_train, table in (
+        ("user", split.n_train_users, split.users),
+        ("item", split.n_train_items, split.items),
+    ):
+        assert sorted(split.train[column].unique().to_list()) == list(range(n_train))
+        assert table[column].n_unique() == len(table)
 
 
 @given(logs())
 @settings(max_examples=150, deadline=None)
-def test_codes_begin_with_the_known(made):
-    "Ids that training knows have the first codes, before and after the final fit."
-    log, protocol = made
+def test_training_ids_have_the_first_codes(log_and_protocol):
+    "Check codes and parts before and after the final fit."
+    log, protocol = log_and_protocol
     for split in splits_of(log, protocol):
-        for s in (split, split.for_final_fit(), split.merge_train_val()):
-            for column, known, table in (
-                ("user", s.n_train_users, s.users),
-                ("item", s.n_train_items, s.items),
-            ):
-                assert sorted(s.train[column].unique().to_list()) == list(range(known)) and table[
-                    column
-                ].n_unique() == len(table)
-        again = split.merge_train_val()
+        merged = split.merge_train_val()
+        for variant in (split, split.for_final_fit(), merged):
+            check_codes(variant)
         if protocol.filter_scope != "train":
-            assert Counter(as_text(again, "train")) == Counter(
-                as_text(split, "train") + as_text(split, "val")
-            )
-        assert as_text(again, "test") == as_text(split, "test") and not len(again.val)
-        if again.train["timestamp"].null_count() == 0 and protocol.split_by == "time":
-            assert again.train["timestamp"].is_sorted()
+            expected = rows_of_parts(split, ("train", "val"))
+            assert Counter(rows_with_ids(merged, "train")) == Counter(expected)
+        assert rows_with_ids(merged, "test") == rows_with_ids(split, "test")
+        assert not len(merged.val)
+        if merged.train["timestamp"].null_count() == 0 and protocol.split_by == "time":
+            assert merged.train["timestamp"].is_sorted()
 
 
-@pytest.mark.parametrize(
-    "name, parts",
-    {
-        "strict": [(1600, 200, 200)],
-        "filtered-first": [(1600, 200, 200)],
-        "as-reported": [(1800, 0, 200)],
-        "leave-one-out": [(1960, 20, 20)],
-        "rolling": [(1000, 200, 200), (1200, 200, 200), (1400, 200, 200), (1600, 200, 200)],
-        "given": [(1000, 600, 400)],
-    }.items(),
-)
-def test_sizes_of_the_parts_by_hand(name, parts):
-    "2,000 rows of 20 users on 10 items, none too rare for any filter."
+PART_SIZES = {
+    "strict": [(1600, 200, 200)],
+    "filtered-first": [(1600, 200, 200)],
+    "as-reported": [(1800, 0, 200)],
+    "leave-one-out": [(1960, 20, 20)],
+    "rolling": [(1000, 200, 200), (1200, 200, 200), (1400, 200, 200), (1600, 200, 200)],
+    "given": [(1000, 600, 400)],
+}
+
+
+def sizes(split):
+    return tuple(len(getattr(split, part)) for part in SPLIT_NAMES)
+
+
+@pytest.mark.parametrize("protocol, expected", PART_SIZES.items())
+def test_sizes_of_the_parts(protocol, expected):
+    "Check the parts of 2,000 rows of 20 users on 10 items, none too rare for any filter."
     row = pl.int_range(2000, eager=True)
-    log = to_interactions(
-        pl.DataFrame(
-            {
-                "user": "u" + (row % 20).cast(pl.String),
-                "item": "i" + (row // 7 % 10).cast(pl.String),
-                "rating": row % 5 + 1,
-                "timestamp": row * 10**8,
-                "part": ["train"] * 1000 + ["val"] * 600 + ["test"] * 400,
-            }
-        )
+    frame = pl.DataFrame(
+        {
+            "user": "u" + (row % 20).cast(pl.String),
+            "item": "i" + (row // 7 % 10).cast(pl.String),
+            "rating": row % 5 + 1,
+            "timestamp": row * 10**8,
+            "part": ["train"] * 1000 + ["val"] * 600 + ["test"] * 400,
+        }
     )
-    splits = prepare(log, name)
-    assert [
-        tuple(len(getattr(s, p)) for p in SPLIT_NAMES)
-        for s in (splits if isinstance(splits, list) else [splits])
-    ] == parts
+    splits = as_list(prepare(to_interactions(frame), protocol))
+    assert [sizes(split) for split in splits] == expected
 
 
-def test_each_window_has_its_own_filter():
-    "An early window that is too sparse for the filter does not switch it off for the later ones."
-    log = pl.concat(
-        [
-            random_log(400).with_columns(user=pl.format("{}x{}", "user", pl.int_range(pl.len()))),
-            random_log(2000, users=10).with_columns(
-                timestamp=pl.col("timestamp") + pl.duration(days=4000)
-            ),
-        ]
-    )
-    early, late = prepare(log, Protocol("two", 5, 5, folds=((0.1, 0.12, 0.15), (0.8, 0.9, 1.0))))
+def test_each_fold_has_its_own_filter():
+    "Check that an early fold too sparse for the filter does not drop it for the later ones."
+    sparse = random_log(400)
+    sparse = sparse.with_columns(user=pl.format("{}x{}", "user", pl.int_range(pl.len())))
+    later = pl.col("timestamp") + pl.duration(days=4000)
+    log = pl.concat([sparse, random_log(2000, n_users=10).with_columns(timestamp=later)])
+    protocol = Protocol("two", 5, 5, folds=((0.1, 0.12, 0.15), (0.8, 0.9, 1.0)))
+    early, late = prepare(log, protocol)
     assert (early.protocol.min_user, late.protocol.min_user) == (1, 5)
 
 
-def test_what_cannot_be_done_is_said_in_one_line():
-    log = random_log(60)
-    one, few = (
-        log.with_columns(user=pl.lit("a")),
-        log.with_columns(user=pl.format("u{}", pl.int_range(pl.len()))),
-    )
-    for bad, protocol, message in (
-        (one, "strict", "all 60 rows are of one user, 'a'"),
-        (log.with_columns(item=pl.lit("b")), "given", "all 60 rows are of one item, 'b'"),
-        (log[:0], "strict", "no training rows of the 0"),
-        (log[:1], "strict", "no test rows of the 1"),
-        (few, "filtered-first", "none of 60 rows has a user with 20 ratings and an item with 20"),
-        (few, "leave-one-out", "none of 60 .* 5"),
-        (
-            few,
-            Protocol("mine", 1, 1, "all", folds=((0.0, 0.5, 1.0),)),
-            "'mine' leaves no training rows",
-        ),
-        (few, replace(PROTOCOLS["strict"], split_by="tmie"), "unknown cut 'tmie'; known: time"),
-        (
-            log.with_columns(part=pl.lit(None, pl.Enum(SPLIT_NAMES))),
-            "given",
-            "60 rows name no part; each is one of train, val, test",
-        ),
-        (log, "given", "train.* and test"),
-    ):
-        with pytest.raises(UserError, match=message) as said:
-            prepare(bad, protocol)
-        assert "\n" not in str(said.value)
+ROWS = random_log(60)
+ONE_EACH = numbered_users(ROWS)
+REFUSED = [
+    (ROWS.with_columns(user=pl.lit("a")), "strict", "all 60 rows are of one user, 'a'"),
+    (ROWS.with_columns(item=pl.lit("b")), "given", "all 60 rows are of one item, 'b'"),
+    (ROWS[:0], "strict", "no training rows of 0"),
+    (ROWS[:1], "strict", "no test rows of 1"),
+    (ONE_EACH, "filtered-first", "none of 60 rows has a user with 20 ratings and an item with 20"),
+    (ONE_EACH, "leave-one-out", "none of 60 .* 5"),
+    (
+        ONE_EACH,
+        Protocol("mine", 1, 1, "all", folds=((0.0, 0.5, 1.0),)),
+        "'mine' leaves no training rows",
+    ),
+    (
+        ONE_EACH,
+        replace(PROTOCOLS["strict"], split_by="tmie"),
+        "unknown split strategy 'tmie'; known: time",
+    ),
+    (
+        ROWS.with_columns(part=pl.lit(None, pl.Enum(SPLIT_NAMES))),
+        "given",
+        "60 rows name no part; each is one of train, val, test",
+    ),
+    (ROWS, "given", "train.* and test"),
+]
 
 
-def test_one_moment_for_all_is_no_order():
-    "Where all times are equal the order is drawn by lot: the end of the log is not the end of the alphabet."
-    log = (
-        random_log(600, items=60)
-        .with_columns(timestamp=pl.lit(10**9).cast(pl.Datetime("ms")))
-        .unique(["user", "item"], maintain_order=True)
-    )
-    split = prepare(log, Protocol("plain", 0, 0))
-    assert (
-        split.test["user"].n_unique() > 10
-        and split.test["user"].is_in(split.train["user"].implode()).all()
-    )
+@pytest.mark.parametrize("log, protocol, message", REFUSED)
+def test_impossible_requests_give_one_line(log, protocol, message):
+    with pytest.raises(UserError, match=message) as error:
+        prepare(log, protocol)
+    assert "\n" not in str(error.value)
+
+
+def test_without_times_the_order_is_random():
+    "Check that with one time for all rows the test part is not the end of the alphabet."
+    moment = pl.lit(10**9).cast(pl.Datetime("ms"))
+    log = random_log(600, n_items=60).with_columns(timestamp=moment)
+    split = prepare(log.unique(["user", "item"], maintain_order=True), Protocol("plain", 0, 0))
+    users = split.test["user"]
+    assert users.n_unique() > 10 and users.is_in(split.train["user"].implode()).all()
 
 
 def test_strict_counts_training_rows_only():
-    "A user whose ratings all come after the cut is no reason to keep anything before it."
+    "Check that ratings after the split do not keep a user in the training part."
     log = random_log(900, skew=True)
-    split = prepare(log)
-    assert (
-        len(split.filtered_out) > 20 and split.merge_train_val().n_train_users > split.n_train_users
-    )
-    counts = split.train.group_by("user").len()["len"], split.train.group_by("item").len()["len"]
-    a = log.sort("timestamp", "user", "item")[: round(0.8 * len(log))]
-    assert sorted(split.users["user"][split.train["user"].to_numpy()].to_list()) == sorted(
-        a.filter(min_count_filter(5, 5))["user"].to_list()
-    )
-    assert (
-        len(split.train) + len(split.filtered_out) == len(a)
-        and len(split.rows_before("val")) == len(a)
-        and split.rows_before("val")["timestamp"].is_sorted()
-    )
-    again = split.merge_train_val()
-    assert len(again.train) == len(
-        log.sort("timestamp", "user", "item")[: round(0.9 * len(log))].filter(
-            min_count_filter(5, 5)
-        )
-    ) and len(again.rows_before("test")) == round(0.9 * len(log))
-    assert min(counts[0].min(), counts[1].min()) >= 1 and len(split.val) == round(
-        0.9 * len(log)
-    ) - round(0.8 * len(log))
+    split, n = prepare(log), len(log)
+    rows = log.sort("timestamp", "user", "item")
+    until_val, until_test = rows[: round(0.8 * n)], rows[: round(0.9 * n)]
+    merged = split.merge_train_val()
+    assert len(split.filtered_out) > 20 and merged.n_train_users > split.n_train_users
+    users = split.users["user"][split.train["user"].to_numpy()].to_list()
+    expected = until_val.filter(min_count_filter(5, 5))["user"].to_list()
+    assert sorted(users) == sorted(expected)
+    assert len(split.train) + len(split.filtered_out) == len(until_val)
+    before_val = split.rows_before("val")
+    assert len(before_val) == len(until_val) and before_val["timestamp"].is_sorted()
+    assert len(merged.train) == len(until_test.filter(min_count_filter(5, 5)))
+    assert len(merged.rows_before("test")) == len(until_test)
+    assert len(split.val) == len(until_test) - len(until_val)
 
 
-def test_given_parts_and_no_val():
+def test_predefined_parts_without_val():
     log = random_log(100).with_columns(part=pl.Series(["train"] * 60 + ["test"] * 40))[:100]
-    split = prepare(to_interactions(log), "given")
-    assert (len(split.train), len(split.val), len(split.test)) == (60, 0, 40)
+    assert sizes(prepare(to_interactions(log), "given")) == (60, 0, 40)
     with pytest.raises(UserError, match="train.* and test"):
         prepare(random_log(100), "given")
 
@@ -403,240 +384,213 @@ event = st.tuples(
     st.sampled_from([1.0, 2.0, 3.0, 4.0, 5.0, None]),
     st.integers(1, 900),
 )
+events_lists = st.lists(event, max_size=30)
 
 
-def as_rows(events):
-    "Training rows as a split has them; time in days."
-    return pl.DataFrame(
-        events,
-        schema={"user": pl.Int32, "item": pl.Int32, "rating": pl.Float32, "timestamp": pl.Int64},
-        orient="row",
-    ).with_columns((pl.col("timestamp") * 86_400_000).cast(pl.Datetime("ms")))
+def coded_rows(events):
+    "Make rows with codes, as of a split, from (user, item, rating, day)."
+    schema = {"user": pl.Int32, "item": pl.Int32, "rating": pl.Float32, "timestamp": pl.Int64}
+    time = (pl.col("timestamp") * 86_400_000).cast(pl.Datetime("ms"))
+    return pl.DataFrame(events, schema=schema, orient="row").with_columns(time)
 
 
-@given(
-    st.lists(event, min_size=1, max_size=30),
-    st.lists(event, max_size=30),
-    st.lists(event, max_size=30),
-    st.booleans(),
-)
+def history_of(events, n_users=1):
+    return History.from_rows(coded_rows(events), n_users)
+
+
+def pair_features(state, user, history, item):
+    "Build the input for one pair."
+    users, items = torch.tensor([user]), torch.tensor([item])
+    return build_batch(state, users, history, torch.tensor([0]), items)
+
+
+def equal_batches(a, b, n=None):
+    "Return whether the first `n` rows of two batches are equal in all fields."
+    return all(
+        torch.equal(getattr(a, name)[:n], getattr(b, name)[:n])
+        for name in Batch.__dataclass_fields__
+    )
+
+
+@given(st.lists(event, min_size=1, max_size=30), events_lists, events_lists, st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_features_do_not_see_the_future(past, future, other, timed):
-    "Whatever comes later may change, vanish or grow, with items that nobody has seen: features of what was before stay the same, bit for bit."
+    "Check that features of past rows stay the same, bit for bit, whatever follows."
     past, future, other = [sorted(e, key=lambda e: e[3]) for e in (past, future, other)]
+    end = past[-1][3]
 
-    def later(events, new):
-        return [(u, i + new, stars, past[-1][3] + day) for u, i, stars, day in events]
+    def after(events, item_offset):
+        return [(user, item + item_offset, rating, end + day) for user, item, rating, day in events]
 
-    category, brand, n = torch.arange(9) % 3, torch.arange(9) % 4, len(past)
-    made = []
-    for events in (past + later(future, 0), past + later(other, 3)):
-        rows = (
-            as_rows(events)
-            if timed
-            else as_rows(events).with_columns(timestamp=pl.lit(None, pl.Datetime("ms")))
-        )
-        made.append(
-            pointwise_examples(
-                rows, category, 5, 9, n_blocks=len(rows), warm_up=0.0, brand=brand, features=ALL
-            )[0]
-        )  # a block a row
-    for field in Batch.__dataclass_fields__:
-        assert torch.equal(getattr(made[0], field)[:n], getattr(made[1], field)[:n]), field
+    category, brand = torch.arange(9) % 3, torch.arange(9) % 4
+    batches = []
+    for events in (past + after(future, 0), past + after(other, 3)):
+        rows = coded_rows(events)
+        if not timed:
+            rows = rows.with_columns(timestamp=pl.lit(None, pl.Datetime("ms")))
+        # a block for each row
+        options = dict(n_blocks=len(rows), warm_up=0.0, brand=brand, features=ALL)
+        batches.append(pointwise_examples(rows, category, 5, 9, **options)[0])
+    assert equal_batches(*batches, len(past))
 
 
-def test_a_row_does_not_see_its_own_stars():
-    log = random_log(300)
-    split = prepare(log, PLAIN)
-    sizes = split.n_train_users, split.n_train_items
-    x, _ = pointwise_examples(
-        split.train, torch.zeros(len(split.items), dtype=torch.int64), *sizes, n_blocks=500
-    )
-    flipped = split.train.with_columns(
-        rating=pl.when(pl.int_range(pl.len()) == len(split.train) - 1)
-        .then(6 - pl.col("rating"))
-        .otherwise("rating")
-    )
-    z, _ = pointwise_examples(
-        flipped, torch.zeros(len(split.items), dtype=torch.int64), *sizes, n_blocks=500
-    )
-    assert torch.equal(x.x_user[-1], z.x_user[-1]) and torch.equal(x.x_item[-1], z.x_item[-1])
+def test_a_row_does_not_see_its_own_rating():
+    split = prepare(random_log(300), PLAIN)
+    category = torch.zeros(len(split.items), dtype=torch.int64)
+    n_users, n_items, last = split.n_train_users, split.n_train_items, len(split.train) - 1
+    is_last = pl.int_range(pl.len()) == last
+    flipped = pl.when(is_last).then(6 - pl.col("rating")).otherwise("rating")
+    batches = []
+    for rows in (split.train, split.train.with_columns(rating=flipped)):
+        batches.append(pointwise_examples(rows, category, n_users, n_items, n_blocks=500)[0])
+    original, changed = batches
+    assert torch.equal(original.x_user[-1], changed.x_user[-1])
+    assert torch.equal(original.x_item[-1], changed.x_item[-1])
 
 
 def test_features_against_plain_python():
-    log = random_log(300)
-    split = prepare(log, PLAIN)
+    split = prepare(random_log(300), PLAIN)
     category = torch.arange(len(split.items)) % 3
-    full = History.from_rows(split.train, split.n_train_users)
-    snap = build_feature_state(full, category, split.n_train_items)
-    mean, _, by_item = damped_bias(
-        full.user_index, full.item, full.rating, split.n_train_users, split.n_train_items + 1
+    n_users, n_items = split.n_train_users, split.n_train_items
+    history = History.from_rows(split.train, n_users)
+    state = build_feature_state(history, category, n_items)
+    mean, _, item_bias = damped_bias(
+        history.user_index, history.item, history.rating, n_users, n_items + 1
     )
     user, item = 4, 7
+    x = pair_features(state, user, history.select(torch.tensor([user])), item)
     rows = split.train.filter(pl.col("user") == user).to_dicts()
-    x = build_batch(
-        snap,
-        torch.tensor([user]),
-        full.select(torch.tensor([user])),
-        torch.tensor([0]),
-        torch.tensor([item]),
-    )
-    own = [r["rating"] - float(mean) - float(by_item[r["item"]]) for r in rows]
-    deviation = sum(own) / (len(own) + 5)
-    spread = (sum((o - deviation) ** 2 for o in own) + 5 * float(snap.spread)) / (len(own) + 5)
-    top = (sum(r["rating"] == 5 for r in rows) + 5 * float(snap.top[1])) / (len(own) + 5)
-    assert x.x_user[0].tolist() == pytest.approx(
-        [deviation, np.log1p(len(own)), spread, top], abs=1e-5
-    )
-    kind = [o - deviation for r, o in zip(rows, own) if r["item"] % 3 == item % 3]
-    assert x.x_cross[0].tolist() == pytest.approx(
-        [sum(kind) / (len(kind) + 5), np.log1p(len(kind))], abs=1e-5
-    )
+    own = [row["rating"] - float(mean) - float(item_bias[row["item"]]) for row in rows]
+    n = len(own) + 5
+    deviation = sum(own) / n
+    squares = sum((value - deviation) ** 2 for value in own)
+    variance = (squares + 5 * float(state.residual_var)) / n
+    top_share = (sum(row["rating"] == 5 for row in rows) + 5 * float(state.top_rating[1])) / n
+    expected = [deviation, np.log1p(len(own)), variance, top_share]
+    assert x.x_user[0].tolist() == pytest.approx(expected, abs=1e-5)
+    same_category = [
+        value - deviation for row, value in zip(rows, own) if row["item"] % 3 == item % 3
+    ]
+    expected = [sum(same_category) / (len(same_category) + 5), np.log1p(len(same_category))]
+    assert x.x_cross[0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
-YEAR = 365.25
+YEAR_DAYS = 365.25
 
 
 def recency_frequency_age(days, now, start):
-    "Plain Python; `days` of the events of one user or item, None for an event without a time."
-    days = [now if d is None else max(d, start) for d in days]
+    "Compute the features of one user or item from the days of its events; None is undated."
+    days = [now if day is None else max(day, start) for day in days]
     first, last = (min(days), max(days)) if days else (now, start)
-    return (
-        math.log1p(now - last),
-        math.log1p(30 * len(days) / (max(days) - first + 30 if days else 30)),
-        math.log1p(now - first),
-    )
+    active_days = max(days) - first + 30 if days else 30
+    frequency = 30 * len(days) / active_days
+    return math.log1p(now - last), math.log1p(frequency), math.log1p(now - first)
 
 
-def of_its_kind(events, mean, kind, k):
-    "Plain Python: damped deviation from the mean of all stars on items of kind `k`."
-    stars = [s - mean for _, i, s, _ in events if kind[i] == k and s is not None]
-    return sum(stars) / (sum(kind[i] == k for _, i, _, _ in events) + 20)
+def season_of(now, start, end):
+    "Compute sine and cosine of the place in the year; 0 for a log shorter than a year."
+    if end - start < YEAR_DAYS:
+        return (0, 0)
+    angle = 2 * math.pi * now / YEAR_DAYS
+    return (math.sin(angle), math.cos(angle))
 
 
-@given(
-    st.lists(event, min_size=1, max_size=40),
-    st.lists(st.tuples(st.integers(0, 7), st.one_of(st.none(), st.integers(1, 1500))), max_size=6),
-    st.integers(0, 4),
-    st.integers(0, 7),
+def label_deviation(events, mean, labels, label):
+    "Compute the damped deviation from the mean rating of the items with a label."
+    ratings = [
+        rating - mean
+        for _, item, rating, _ in events
+        if labels[item] == label and rating is not None
+    ]
+    n = sum(labels[item] == label for _, item, _, _ in events)
+    return sum(ratings) / (n + 20)
+
+
+def features_by_name(x):
+    "Return the features of one pair as three dicts: of the user, of the item, of both."
+    values = [tensor[0].tolist() for tensor in (x.x_user, x.x_item, x.x_cross)]
+    return [dict(zip(names, row)) for names, row in zip(feature_names(ALL), values)]
+
+
+CATEGORY, BRAND = [0, 1, 2, 0, 1, 2, 0, 1], [0, 1, 1, 2, 2, 3, 3, 0]
+later_events = st.lists(
+    st.tuples(st.integers(0, 7), st.one_of(st.none(), st.integers(1, 1500))), max_size=6
 )
+
+
+@given(st.lists(event, min_size=1, max_size=40), later_events, st.integers(0, 4), st.integers(0, 7))
 @settings(max_examples=200, deadline=None)
-def test_features_of_time_and_brand_against_plain_python(events, extra, user, item):
-    "A user's own log, going on after the snapshot or with a basket at its end; items 6 and 7 are not known to training."
+def test_time_and_brand_features_against_plain_python(events, later, user, item):
+    "Check queries whose history goes on after the feature state, or ends with undated items."
     events = sorted(events, key=lambda e: e[3])
-    category, brand = [0, 1, 2, 0, 1, 2, 0, 1], [0, 1, 1, 2, 2, 3, 3, 0]
-    snap = build_feature_state(
-        History.from_rows(as_rows(events), 5),
-        torch.tensor(category),
-        6,
-        5.0,
-        torch.tensor(brand),
-        ALL,
+    n_items = 6  # items 6 and 7 are unknown to training
+    state = build_feature_state(
+        history_of(events, 5), torch.tensor(CATEGORY), n_items, 5.0, torch.tensor(BRAND), ALL
     )
-    own = [(i, s, t) for u, i, s, t in events if u == user] + [(i, None, t) for i, t in extra]
-    history = History.from_rows(as_rows([(0, i, s, t) for i, s, t in own]), 1)
-    x = build_batch(snap, torch.tensor([user]), history, torch.tensor([0]), torch.tensor([item]))
-    of_user, of_item, of_both = [
-        dict(zip(names, values[0].tolist()))
-        for names, values in zip(feature_names(ALL), (x.x_user, x.x_item, x.x_cross))
-    ]
+    own = [(i, rating, day) for u, i, rating, day in events if u == user]
+    own += [(i, None, day) for i, day in later]
+    history = history_of([(0, *event) for event in own])
+    of_user, of_item, of_both = features_by_name(pair_features(state, user, history, item))
     start, end = events[0][3], events[-1][3]
-    now = max([end] + [t for _, _, t in own if t is not None])
-    recency, frequency, _ = recency_frequency_age([t for _, _, t in own], now, start)
-    assert (of_user["recency"], of_user["frequency"]) == pytest.approx(
-        (recency, frequency), abs=1e-5
-    )
-    recency, frequency, age = recency_frequency_age(
-        [t for _, i, _, t in events if i == item], end, start
-    )
-    assert (of_item["recency"], of_item["frequency"], of_item["age"]) == pytest.approx(
-        (recency, frequency, age), abs=1e-5
-    )
-    there = [now if t is None else t for i, _, t in own if category[i] == category[item]]
-    assert of_both["recency in the category"] == pytest.approx(
-        math.log1p(now - max(there + [start])), abs=1e-5
-    )
-    season = (
-        (math.sin(2 * math.pi * now / YEAR), math.cos(2 * math.pi * now / YEAR))
-        if end - start >= YEAR
-        else (0, 0)
-    )
-    assert (of_user["sine of the season"], of_user["cosine of the season"]) == pytest.approx(
-        season, abs=1e-5
-    )
-    stars = [s for _, _, s, _ in events if s is not None]
-    mean = sum(stars) / len(stars) if stars else 0
-    assert of_item["deviation of its brand"] == pytest.approx(
-        of_its_kind(events, mean, brand, brand[item]), abs=1e-5
-    )
-    left = [
-        (
-            i,
-            0.0
-            if s is None
-            else s - mean - float(snap.deviation[min(i, 6)]) - of_user["deviation"],
-        )
-        for i, s, _ in own
+    days = [day for _, _, day in own]
+    now = max([end, *(day for day in days if day is not None)])
+
+    recency, frequency, _ = recency_frequency_age(days, now, start)
+    actual = (of_user["recency"], of_user["frequency"])
+    assert actual == pytest.approx((recency, frequency), abs=1e-5)
+    item_days = [day for _, i, _, day in events if i == item]
+    expected = recency_frequency_age(item_days, end, start)
+    actual = (of_item["recency"], of_item["frequency"], of_item["age"])
+    assert actual == pytest.approx(expected, abs=1e-5)
+    category_days = [day for i, _, day in own if CATEGORY[i] == CATEGORY[item]]
+    last = max([start, *(now if day is None else day for day in category_days)])
+    assert of_both["recency in the category"] == pytest.approx(math.log1p(now - last), abs=1e-5)
+    actual = (of_user["sine of the season"], of_user["cosine of the season"])
+    assert actual == pytest.approx(season_of(now, start, end), abs=1e-5)
+
+    ratings = [rating for _, _, rating, _ in events if rating is not None]
+    mean = sum(ratings) / len(ratings) if ratings else 0
+    expected = label_deviation(events, mean, BRAND, BRAND[item])
+    assert of_item["deviation of its brand"] == pytest.approx(expected, abs=1e-5)
+    with_brand = [(i, rating) for i, rating, _ in own if BRAND[i] == BRAND[item]]
+    residuals = [
+        rating - mean - float(state.deviation[min(i, n_items)]) - of_user["deviation"]
+        for i, rating in with_brand
+        if rating is not None
     ]
-    with_brand = [(r, own[k][1]) for k, (i, r) in enumerate(left) if brand[i] == brand[item]]
-    assert of_both["deviation with the brand"] == pytest.approx(
-        sum(r for r, s in with_brand if s is not None) / (len(with_brand) + 5), abs=1e-5
-    )
-    assert of_both["log events with the brand"] == pytest.approx(
-        math.log1p(len(with_brand)), abs=1e-5
-    )
+    expected = sum(residuals) / (len(with_brand) + 5)
+    assert of_both["deviation with the brand"] == pytest.approx(expected, abs=1e-5)
+    expected = math.log1p(len(with_brand))
+    assert of_both["log events with the brand"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_without_times_or_brands_the_features_are_zero():
+UNTIMED = pl.lit(None, pl.Datetime("ms")).alias("timestamp")
+
+
+@pytest.mark.parametrize("groups", [("time", "season"), ("brand",)])
+def test_without_times_or_brands_the_features_are_zero(groups):
     log = random_log(300)
-    for column, groups in (("timestamp", ("time", "season")), ("brand", ("brand",))):
-        split = prepare(
-            log.with_columns(pl.lit(None, pl.Datetime("ms")).alias("timestamp"))
-            if column == "timestamp"
-            else log,
-            PLAIN,
-        )
-        category, brand = (
-            category_codes(split.items)[0],
-            brand_codes(split.items, split.n_train_items)[0],
-        )
-        x, _ = pointwise_examples(
-            split.train,
-            category,
-            split.n_train_users,
-            split.n_train_items,
-            brand=brand,
-            features=groups,
-        )
-        plain, _ = pointwise_examples(
-            split.train, category, split.n_train_users, split.n_train_items
-        )
-        for side, chosen, basic in zip(
-            ("x_user", "x_item", "x_cross"), feature_names(groups), feature_names()
-        ):
-            columns, n = getattr(x, side), len(basic)
-            assert (
-                torch.equal(columns[:, :n], getattr(plain, side))
-                and columns.shape[1] == len(chosen)
-                and not columns[:, n:].any()
-            )
-        late = History.from_rows(
-            as_rows([(0, 1, 4.0, 10**4)]), 1
-        )  # a query that knows a time, asked of a log that does not
-        if column == "timestamp":
-            asked = build_batch(
-                build_feature_state(
-                    History.from_rows(split.train, split.n_train_users),
-                    category,
-                    split.n_train_items,
-                    features=groups,
-                ),
-                torch.tensor([0]),
-                late,
-                torch.tensor([0]),
-                torch.tensor([1]),
-            )
-            assert not asked.x_user[:, 4:].any() and not asked.x_item[:, 6:].any()
+    split = prepare(log.with_columns(UNTIMED) if "time" in groups else log, PLAIN)
+    n_users, n_items = split.n_train_users, split.n_train_items
+    category, brand = category_codes(split.items)[0], brand_codes(split.items, n_items)[0]
+    options = dict(brand=brand, features=groups)
+    x, _ = pointwise_examples(split.train, category, n_users, n_items, **options)
+    plain, _ = pointwise_examples(split.train, category, n_users, n_items)
+    for side, names, plain_names in zip(
+        ("x_user", "x_item", "x_cross"), feature_names(groups), feature_names()
+    ):
+        columns, n = getattr(x, side), len(plain_names)
+        assert columns.shape[1] == len(names) and not columns[:, n:].any()
+        assert torch.equal(columns[:, :n], getattr(plain, side))
+
+
+def test_a_dated_query_to_an_undated_log_has_no_time_features():
+    split = prepare(random_log(300).with_columns(UNTIMED), PLAIN)
+    history = History.from_rows(split.train, split.n_train_users)
+    category, groups = category_codes(split.items)[0], ("time", "season")
+    state = build_feature_state(history, category, split.n_train_items, features=groups)
+    x = pair_features(state, 0, history_of([(0, 1, 4.0, 10**4)]), 1)
+    assert not x.x_user[:, 4:].any() and not x.x_item[:, 6:].any()
 
 
 @given(
@@ -645,20 +599,23 @@ def test_without_times_or_brands_the_features_are_zero():
     st.integers(1, 4),
 )
 @settings(max_examples=100, deadline=None)
-def test_brand_codes_against_plain_python(brands, known, most):
-    codes, names = brand_codes(
-        pl.DataFrame({"brand": brands}, schema={"brand": pl.String}), known, most
-    )
-    count = Counter(b for b in brands[:known] if b)
-    frequent = sorted(count, key=lambda b: (-count[b], b))[:most]
-    assert names == ["unknown"] + frequent and codes.tolist() == [
-        frequent.index(b) + 1 if b in frequent else 0 for b in brands
-    ]
+def test_brand_codes_against_plain_python(brands, n_known_items, max_brands):
+    items = pl.DataFrame({"brand": brands}, schema={"brand": pl.String})
+    codes, names = brand_codes(items, n_known_items, max_brands)
+    counts = Counter(brand for brand in brands[:n_known_items] if brand)
+    frequent = sorted(counts, key=lambda brand: (-counts[brand], brand))[:max_brands]
+    expected = [frequent.index(brand) + 1 if brand in frequent else 0 for brand in brands]
+    assert names == ["unknown"] + frequent and codes.tolist() == expected
+
+
+def scores_after(model, rows, days):
+    "Score user 0 whose last event is repeated some days later."
+    later = rows[-1:].with_columns(pl.col("timestamp") + pl.duration(days=days))
+    return model.scores([0], History.from_rows(pl.concat([rows, later]), 1))[0]
 
 
 def test_a_model_with_all_features(tmp_path):
-    "It is saved and comes back, answers pairs and grids alike, and hears of a new event and of its time."
-    log = random_log(1500)
+    "Check saving, pairs against grids, and that new events and their times change the scores."
     items = pl.DataFrame(
         {
             "item": [f"i{i}" for i in range(15)],
@@ -666,152 +623,108 @@ def test_a_model_with_all_features(tmp_path):
             "brand": ["Ox", "Yak", None] * 5,
         }
     )
-    split = prepare(log, items=items)
+    split = prepare(random_log(1500), items=items)
     with pytest.raises(UserError, match="unknown group of features 'tmie'; known: stars, time"):
         make_recommender("wide-deep", features=("tmie",)).fit(split)
     model = make_recommender("wide-deep", epochs=12, lr=0.02, features=ALL).fit(split)
-    assert model.net.deep.user_mean.shape == (8,) and not torch.equal(
-        model.net.deep.user_layer.weight[:, 4:8], torch.zeros(32, 4)
-    )
+    assert model.net.deep.user_mean.shape == (8,)
+    weight = model.net.deep.user_layer.weight[:, 4:8]
+    assert not torch.equal(weight, torch.zeros(32, 4))
     model.save(tmp_path)
-    back, users = load_recommender(tmp_path), torch.arange(9)
+    loaded, users = load_recommender(tmp_path), torch.arange(9)
     grid = model.scores(users)
-    assert torch.equal(back.scores(users), grid) and tuple(back.features) == ALL
-    pairs = model.predict(
-        users.repeat_interleave(model.n_items), torch.arange(model.n_items).repeat(9)
-    ).view(9, -1)
+    assert torch.equal(loaded.scores(users), grid) and tuple(loaded.features) == ALL
+    items = torch.arange(model.n_items)
+    pairs = model.predict(users.repeat_interleave(model.n_items), items.repeat(9)).view(9, -1)
     assert torch.allclose(grid.clamp(*model.rating_range), pairs, atol=1e-5)
-    told = [
-        History.from_rows(
-            pl.concat(
-                [
-                    split.train.filter(user=0),
-                    split.train.filter(user=0)[-1:].with_columns(
-                        pl.col("timestamp") + pl.duration(days=d)
-                    ),
-                ]
-            ),
-            1,
-        )
-        for d in (1, 900)
-    ]
-    soon, late = [model.scores([0], h)[0] for h in told]
-    assert (
-        not torch.allclose(soon, late, atol=1e-4)
-        and torch.isfinite(model.scores([model.n_users])).all()
-    )
+    rows = split.train.filter(user=0)
+    soon, late = scores_after(model, rows, 1), scores_after(model, rows, 900)
+    assert not torch.allclose(soon, late, atol=1e-4)
+    assert torch.isfinite(model.scores([model.n_users])).all()
+
+
+def interval_width(result):
+    _, lo, hi = result
+    return float((hi - lo)[0])
 
 
 def test_rank_correlation_against_scipy():
-    "The value is Spearman's; who always says the same three times over makes the interval no narrower."
+    "Check Spearman's value; rows repeated within a cluster do not narrow the interval."
     rng = np.random.default_rng(0)
     y = torch.from_numpy(rng.integers(1, 6, 90)).float()
-    x = torch.column_stack(
-        [
-            y + torch.from_numpy(rng.normal(0, 3, 90)),
-            torch.from_numpy(rng.integers(0, 3, 90)),
-            torch.zeros(90),
-        ]
-    )
-    value, lo, hi = spearman_with_ci(x, y, torch.arange(90))
-    assert value[:2] == pytest.approx(
-        [spearmanr(x[:, i], y).statistic for i in (0, 1)], abs=1e-9
-    ) and np.isnan(value[2])
-    thrice = spearman_with_ci(x.repeat(3, 1), y.repeat(3), torch.arange(90).repeat(3))
-    careless = spearman_with_ci(x.repeat(3, 1), y.repeat(3), torch.arange(270))
-
-    def width(r):
-        return float((r[2] - r[1])[0])
-
-    assert (
-        thrice[0][:2] == pytest.approx(value[:2], abs=1e-9)
-        and width(thrice) == pytest.approx(hi[0] - lo[0], rel=0.05)
-        and width(careless) < 0.7 * width(thrice)
-    )
+    noisy = y + torch.from_numpy(rng.normal(0, 3, 90))
+    unrelated = torch.from_numpy(rng.integers(0, 3, 90))
+    x = torch.column_stack([noisy, unrelated, torch.zeros(90)])
+    result = spearman_with_ci(x, y, torch.arange(90))
+    value, lo, hi = result
+    expected = [spearmanr(x[:, i], y).statistic for i in (0, 1)]
+    assert value[:2] == pytest.approx(expected, abs=1e-9) and np.isnan(value[2])
     assert lo[0] < value[0] < hi[0]
+    tripled_x, tripled_y = x.repeat(3, 1), y.repeat(3)
+    clustered = spearman_with_ci(tripled_x, tripled_y, torch.arange(90).repeat(3))
+    independent = spearman_with_ci(tripled_x, tripled_y, torch.arange(270))
+    assert clustered[0][:2] == pytest.approx(value[:2], abs=1e-9)
+    assert interval_width(clustered) == pytest.approx(interval_width(result), rel=0.05)
+    assert interval_width(independent) < 0.7 * interval_width(clustered)
 
 
-def test_packing_and_strangers():
+def test_packing_of_unrated_examples():
     log = random_log(300).with_columns(rating=pl.lit(None, pl.Float32))
     split = prepare(log, PLAIN)
     category, names = category_codes(split.items)
-    x, y = pointwise_examples(
-        split.train, category, split.n_train_users, split.n_train_items, n_negatives=2
-    )
-    back = Batch.from_tensors(*x.to_tensors())
-    for field in Batch.__dataclass_fields__:
-        assert torch.equal(getattr(back, field), getattr(x, field))
-    assert (
-        names == ["unknown"] and y.sum() * 3 == len(y) and torch.isfinite(x.to_tensors()[1]).all()
-    )
+    n_users, n_items = split.n_train_users, split.n_train_items
+    x, y = pointwise_examples(split.train, category, n_users, n_items, n_negatives=2)
+    assert equal_batches(Batch.from_tensors(*x.to_tensors()), x)
+    assert names == ["unknown"] and y.sum() * 3 == len(y)
+    assert torch.isfinite(x.to_tensors()[1]).all()
 
 
-def test_damped_bias_reproduces_the_floor(ciao):
+def test_damped_bias_reproduces_the_baseline_on_ciao(ciao):
     rows = ciao.for_final_fit().train
     user, item, rating = [torch.tensor(rows[c].to_numpy()) for c in ("user", "item", "rating")]
-    mean, by_user, by_item = damped_bias(
+    mean, user_bias, item_bias = damped_bias(
         user.long(), item.long(), rating, len(ciao.users), len(ciao.items)
     )
-    u, i, r = [torch.tensor(ciao.test[c].to_numpy()) for c in ("user", "item", "rating")]
-
-    def rmse(p):
-        return float((p - r).square().mean().sqrt())
-
-    assert (
-        sum(len(getattr(ciao, p)) for p in SPLIT_NAMES) == 54_320
-        and len(ciao.users) == 3_384
-        and len(ciao.items) == 1_458
-        and len(ciao.test) == 5_432
-    )
-    assert rmse(mean) == pytest.approx(1.0873, abs=5e-4) and rmse(
-        (mean + by_user[u.long()] + by_item[i.long()]).clamp(1, 5)
-    ) == pytest.approx(0.9817, abs=5e-4)
+    user, item, rating = [torch.tensor(ciao.test[c].to_numpy()) for c in ("user", "item", "rating")]
+    prediction = (mean + user_bias[user.long()] + item_bias[item.long()]).clamp(1, 5)
+    assert sum(sizes(ciao)) == 54_320 and len(ciao.test) == 5_432
+    assert len(ciao.users) == 3_384 and len(ciao.items) == 1_458
+    rmse = [float((p - rating).square().mean().sqrt()) for p in (mean, prediction)]
+    assert rmse == pytest.approx([1.0873, 0.9817], abs=5e-4)
 
 
 def test_a_run_keeps_the_filter_that_was_used(tmp_path):
-    "On a sparse log `strict` does without its filter, in the final fit of a run too."
-    from widedeep_nb.core import Run
-
-    log = random_log(500).with_columns(user=pl.format("u{}", pl.int_range(pl.len()) // 2))
-    split = prepare(log)
+    "Check that `strict` without its filter, on a sparse log, is saved with the split."
+    split = prepare(numbered_users(random_log(500), 2))
     run = Run(tmp_path / "run")
     run.save_splits([split])
-    back = run.load_splits()[0]
-    assert (
-        back.protocol == split.protocol
-        and back.protocol.min_user == 1
-        and len(back.for_final_fit().train) == len(split.train) + len(split.val)
-    )
+    loaded = run.load_splits()[0]
+    assert loaded.protocol == split.protocol and loaded.protocol.min_user == 1
+    assert len(loaded.for_final_fit().train) == len(split.train) + len(split.val)
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.integers(1, 9))
-def test_the_past_of_a_block_is_each_users_rows_in_order(users, blocks):
-    "Told row by row, with no sorting."
-    rows = to_interactions(
-        pl.DataFrame(
-            {
-                "user": [str(u) for u in users],
-                "item": ["x"] * len(users),
-                "rating": [1 + i % 5 for i in range(len(users))],
-                "timestamp": range(len(users)),
-            }
-        ).with_columns(pl.from_epoch("timestamp", "ms"))
-    ).with_columns(
-        user=pl.Series(users, dtype=pl.Int32), item=pl.Series(range(len(users)), dtype=pl.Int32)
+def test_the_past_of_a_block_is_each_users_rows_in_order(users, n_blocks):
+    "Check the histories of the blocks row by row, without sorting."
+    n = len(users)
+    frame = pl.DataFrame(
+        {
+            "user": [str(user) for user in users],
+            "item": ["x"] * n,
+            "rating": [1 + i % 5 for i in range(n)],
+            "timestamp": range(n),
+        }
     )
-    start = 0
-    for block, log, *_ in time_blocks(
-        rows,
-        torch.zeros(len(users) + 1, dtype=torch.int64),
-        7,
-        len(users),
-        n_blocks=blocks,
-        warm_up=0.0,
-    ):
-        past, start = users[:start], start + len(block)
-        wanted = [[i for i, u in enumerate(past) if u == user] for user in range(7)]
-        assert log.item.tolist() == sum(wanted, []) and log.indptr.diff().tolist() == [
-            len(w) for w in wanted
-        ]
-    assert start == len(users)
+    rows = to_interactions(frame.with_columns(pl.from_epoch("timestamp", "ms")))
+    user, item = pl.Series(users, dtype=pl.Int32), pl.Series(range(n), dtype=pl.Int32)
+    rows = rows.with_columns(user=user, item=item)
+    category, start = torch.zeros(n + 1, dtype=torch.int64), 0
+    blocks = time_blocks(rows, category, 7, n, n_blocks=n_blocks, warm_up=0.0)
+    for block, history, *_ in blocks:
+        past = users[:start]
+        start += len(block)
+        expected = [[i for i, u in enumerate(past) if u == user] for user in range(7)]
+        assert history.item.tolist() == sum(expected, [])
+        assert history.indptr.diff().tolist() == [len(items) for items in expected]
+    assert start == n

@@ -1,4 +1,4 @@
-"Losses that rank: gradients, invariances, the correction of draws, and models trained with each."
+"Ranking losses: gradients, invariances, the correction of samples, and models trained with each."
 
 import inspect
 import math
@@ -15,7 +15,6 @@ from widedeep_nb import ranking
 from widedeep_nb.baselines import Popularity
 from widedeep_nb.core import (
     LOSSES,
-    POINTWISE,
     Run,
     UserError,
     load_recommender,
@@ -44,7 +43,7 @@ from widedeep_nb.ranking import (
 )
 from widedeep_nb.training import check_feature_memory, train
 
-LISTS = [name for name in LOSSES if name not in POINTWISE]
+LISTWISE = [name for name, loss in LOSSES.items() if loss.kind == "listwise"]
 
 
 def gradient_of(name):
@@ -56,35 +55,33 @@ lists = arrays(
     st.tuples(st.integers(1, 5), st.integers(2, 9)),
     elements=st.integers(-400, 400).map(lambda x: x / 100),
 ).map(torch.from_numpy)
-each_list = pytest.mark.parametrize("name", LISTS)
+each_loss = pytest.mark.parametrize("name", LISTWISE)
 
 
-def likely(scores, seed=0):
-    "Log-probabilities for the columns of some lists."
-    return (
-        torch.rand(scores.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        .clamp(min=0.01)
-        .log()
-    )
+def random_log_q(scores, seed=0):
+    "Draw log-probabilities for the columns of lists."
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.rand(scores.shape, dtype=torch.float64, generator=generator)
+    return q.clamp(min=0.01).log()
 
 
-def apart(scores):
-    "Are all items away from the margin, where WARP jumps?"
+def off_margin(scores):
+    "Tell whether no score is at the margin, where WARP jumps."
     return bool(((scores[:, 1:] - scores[:, :1] + 1).abs() > 1e-3).all())
 
 
 # --- the losses
 
 
-@each_list
+@each_loss
 @settings(max_examples=60, deadline=None)
 @given(scores=lists)
-def test_gradients_are_those_of_autograd_and_of_small_steps(name, scores):
-    loss, log_q = make_loss(name), likely(scores)
-    by_hand, asked = gradient_of(name)(scores, log_q), scores.clone().requires_grad_()
-    loss(asked, log_q).backward()
-    assert torch.allclose(by_hand, asked.grad, atol=1e-12)
-    if name == "warp" and not apart(scores):
+def test_gradients_equal_those_of_autograd_and_of_differences(name, scores):
+    loss, log_q = make_loss(name), random_log_q(scores)
+    by_hand, variable = gradient_of(name)(scores, log_q), scores.clone().requires_grad_()
+    loss(variable, log_q).backward()
+    assert torch.allclose(by_hand, variable.grad, atol=1e-12)
+    if name == "warp" and not off_margin(scores):
         return
     h = 1e-5
     steps = [
@@ -100,21 +97,24 @@ def test_gradients_are_those_of_autograd_and_of_small_steps(name, scores):
     assert torch.allclose(by_hand, small, atol=1e-7)
 
 
-@each_list
+@each_loss
 @settings(max_examples=60, deadline=None)
 @given(scores=lists, shift=st.integers(-50, 50))
-def test_what_is_added_to_all_scores_of_a_list_changes_nothing(name, scores, shift):
-    loss, log_q = make_loss(name), likely(scores)
+def test_a_constant_added_to_all_scores_changes_nothing(name, scores, shift):
+    loss, log_q = make_loss(name), random_log_q(scores)
     assert torch.isclose(loss(scores + shift, log_q), loss(scores, log_q), atol=1e-9)
     assert gradient_of(name)(scores, log_q).sum(1).abs().max() < 1e-12
 
 
-@each_list
+@each_loss
 @settings(max_examples=60, deadline=None)
 @given(scores=lists)
-def test_the_taken_item_is_lifted(name, scores):
-    "Always, but by ListNet, which is content when it has its share; others are pushed down, but by ListNet those below theirs."
-    log_q, push = likely(scores), gradient_of(name)(scores, likely(scores))
+def test_the_score_of_the_taken_item_is_raised(name, scores):
+    """Check that the taken item is raised and the others are lowered.
+
+    ListNet raises the taken item up to its target probability only.
+    """
+    push = gradient_of(name)(scores, random_log_q(scores))
     if name != "listnet":
         assert (push[:, 0] <= 0).all() and (push[:, 1:] >= 0).all()
         return
@@ -126,25 +126,23 @@ def test_the_taken_item_is_lifted(name, scores):
 @settings(max_examples=40, deadline=None)
 @given(scores=lists, more=st.integers(1, 300))
 def test_the_loss_falls_as_the_taken_item_rises(name, scores, more):
-    log_q, higher = likely(scores), scores.clone()
+    log_q, higher = random_log_q(scores), scores.clone()
     higher[:, 0] += more / 100
     assert make_loss(name)(higher, log_q) < make_loss(name)(scores, log_q)
 
 
-@each_list
-def test_a_row_is_a_row_and_the_loss_their_mean(name):
+@each_loss
+def test_the_loss_is_the_mean_over_rows(name):
     scores = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    log_q, loss = likely(scores), make_loss(name)
+    log_q, loss = random_log_q(scores), make_loss(name)
     rows = [loss(scores[i : i + 1], log_q[i : i + 1]) for i in range(7)]
     assert torch.isclose(loss(scores, log_q), torch.stack(rows).mean())
-    order = torch.tensor(
-        [0, 3, 1, 4, 2]
-    )  # who stands beside the taken item in which column does not matter
+    order = torch.tensor([0, 3, 1, 4, 2])  # the columns of the other items can be permuted
     assert torch.isclose(loss(scores[:, order], log_q[:, order]), loss(scores, log_q))
 
 
-def test_warp_counts_the_rank_and_weighs_it():
-    "Three of four within the margin of one: rank 3, cost 1 + 1/2 + 1/3, a third of it each."
+def test_warp_weighs_by_the_counted_rank():
+    "Check a list with three of four items within the margin: rank 3, cost 1 + 1/2 + 1/3, / 3 each."
     scores = torch.tensor([[1.0, 3.0, 1.0, 0.5, -0.5]], dtype=torch.float64)
     assert float(ranking.warp(scores)) == pytest.approx(
         (1 + 1 / 2 + 1 / 3) / 3 * ((1 - 1 + 3) + (1 - 1 + 1) + (1 - 1 + 0.5))
@@ -154,7 +152,7 @@ def test_warp_counts_the_rank_and_weighs_it():
         -ranking.warp_gradient(torch.tensor([[0.0] + [1.0] * n + [-9.0] * (99 - n)]))[0, 0]
         for n in (1, 50)
     ]
-    assert 4 < bottom / top < 5  # 50 mistakes cost 4.5 times as much as one, not 50 times
+    assert 4 < bottom / top < 5  # 50 items ahead cost 4.5 times as much as one, not 50 times
 
 
 def test_listnet_against_scipy():
@@ -175,74 +173,50 @@ def test_full_softmax_is_cross_entropy():
     )
 
 
-# --- drawing, and taking it back
+# --- sampling and its correction
 
 
 @settings(max_examples=40, deadline=None)
 @given(scores=lists)
-def test_all_others_drawn_alike_is_the_full_softmax(scores):
+def test_uniform_samples_of_all_others_give_the_full_softmax(scores):
     log_q = torch.full_like(scores, -math.log(scores.shape[1] - 1))
     log_q[:, 0] = 0
-    assert torch.isclose(
-        ranking.sampled_softmax(scores, log_q), ranking.full_softmax(scores)
-    ) and torch.equal(logq_corrected(scores), scores)
+    assert torch.isclose(ranking.sampled_softmax(scores, log_q), ranking.full_softmax(scores))
+    assert torch.equal(logq_corrected(scores), scores)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_the_corrected_sum_is_right_in_the_mean(alpha):
-    "Exactly: over all possible draws of one item, each weighed by its chance."
-    score, sold = (
-        torch.tensor([0.3, 2.0, -1.0, 0.7, 0.0], dtype=torch.float64),
-        torch.tensor([7, 0, 3, 50, 1]),
-    )
+def test_the_corrected_sum_is_unbiased(alpha):
+    "Check the mean over all possible samples of one item, weighted by probability."
+    score = torch.tensor([0.3, 2.0, -1.0, 0.7, 0.0], dtype=torch.float64)
+    sold = torch.tensor([7, 0, 3, 50, 1])
     q = (1.0 + sold).double() ** alpha
     for taken in range(5):
         others = torch.tensor([i for i in range(5) if i != taken])
         chance = q[others] / q[others].sum()
-        listed = torch.stack([torch.full((4,), taken), others], 1)
-        sums = (
-            logq_corrected(
-                score[listed], torch.stack([torch.zeros(4, dtype=torch.float64), chance.log()], 1)
-            )
-            .exp()
-            .sum(1)
-        )
+        lists = torch.stack([torch.full((4,), taken), others], 1)
+        log_q = torch.stack([torch.zeros(4, dtype=torch.float64), chance.log()], 1)
+        sums = logq_corrected(score[lists], log_q).exp().sum(1)
         assert torch.isclose((sums * chance).sum(), score.exp().sum())
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_many_draws_give_the_full_softmax(alpha):
-    "With the drawer that training uses; without the correction, popular draws lead it astray."
-    score, sold = (
-        torch.tensor([0.3, 2.0, -1.0, 0.7, 0.0], dtype=torch.float64),
-        torch.tensor([7, 0, 3, 50, 1]),
-    )
-    listed, log_q = sample_negatives(
+def test_many_samples_give_the_full_softmax(alpha):
+    "Check `sample_negatives` of training; without the correction, popular items bias the loss."
+    score = torch.tensor([0.3, 2.0, -1.0, 0.7, 0.0], dtype=torch.float64)
+    sold = torch.tensor([7, 0, 3, 50, 1])
+    lists, log_q = sample_negatives(
         torch.tensor([1, 3]), sold, 40_000, alpha, torch.Generator().manual_seed(0)
     )
-    for row in range(2):
-        truth = ranking.full_softmax(
-            score[
-                torch.cat(
-                    [listed[row, :1], torch.tensor([i for i in range(5) if i != listed[row, 0]])]
-                )
-            ][None]
-        )
-        assert float(
-            ranking.sampled_softmax(score[listed[row : row + 1]], log_q[row : row + 1])
-        ) == pytest.approx(float(truth), abs=0.02)
+    uniform = torch.full((1, 40_001), -math.log(4))
+    for row, taken in enumerate((1, 3)):
+        all_items = torch.tensor([taken, *(i for i in range(5) if i != taken)])
+        truth = float(ranking.full_softmax(score[all_items][None]))
+        scores = score[lists[row : row + 1]]
+        estimate = float(ranking.sampled_softmax(scores, log_q[row : row + 1]))
+        assert estimate == pytest.approx(truth, abs=0.02)
         if alpha:
-            assert (
-                abs(
-                    float(
-                        ranking.sampled_softmax(
-                            score[listed[row : row + 1]], torch.full((1, 40_001), -math.log(4))
-                        )
-                    )
-                    - float(truth)
-                )
-                > 0.1
-            )
+            assert abs(float(ranking.sampled_softmax(scores, uniform)) - truth) > 0.1
 
 
 @settings(max_examples=30, deadline=None)
@@ -252,25 +226,22 @@ def test_many_draws_give_the_full_softmax(alpha):
     alpha=st.sampled_from([0.0, 0.5, 1.0]),
     seed=st.integers(0, 5),
 )
-def test_draws_are_other_items_and_their_chances_add_up(n, negatives, alpha, seed):
-    random = np.random.default_rng(seed)
-    taken, count = (
-        torch.from_numpy(random.integers(0, n, 20)),
-        torch.from_numpy(random.integers(0, 50, n)),
-    )
-    listed, log_q = sample_negatives(
+def test_samples_are_other_items_with_their_probabilities(n, negatives, alpha, seed):
+    rng = np.random.default_rng(seed)
+    taken = torch.from_numpy(rng.integers(0, n, 20))
+    count = torch.from_numpy(rng.integers(0, 50, n))
+    lists, log_q = sample_negatives(
         taken, count, negatives, alpha, torch.Generator().manual_seed(seed)
     )
-    assert (
-        listed.shape == log_q.shape == (20, 1 + negatives)
-        and torch.equal(listed[:, 0], taken)
-        and (log_q[:, 0] == 0).all()
-    )
-    assert ((listed >= 0) & (listed < n)).all() and (listed[:, 1:] != taken[:, None]).all()
+    assert lists.shape == log_q.shape == (20, 1 + negatives)
+    assert torch.equal(lists[:, 0], taken)
+    assert (log_q[:, 0] == 0).all()
+    assert ((lists >= 0) & (lists < n)).all()
+    assert (lists[:, 1:] != taken[:, None]).all()
     weight = (1.0 + count).double() ** alpha
     assert torch.allclose(
         log_q[:, 1:].double().exp(),
-        weight[listed[:, 1:]] / (weight.sum() - weight[taken])[:, None],
+        weight[lists[:, 1:]] / (weight.sum() - weight[taken])[:, None],
         atol=1e-6,
     )
     everything, _ = sample_negatives(taken, count, -1, 0.0, torch.Generator())
@@ -285,8 +256,8 @@ def test_one_item_makes_no_list():
 # --- the model
 
 
-def planted(n=5000, seed=0, stars=True):
-    "People buy what is of their kind (even or odd); a fifth of what is bought is the one thing that everybody needs."
+def synthetic_split(n=5000, seed=0, ratings=True):
+    "Make users who take items of their own parity; a fifth of all rows are one popular item."
     rng = np.random.default_rng(seed)
     user, item = rng.integers(0, 150, n), rng.integers(0, 60, n)
     item = np.where(rng.random(n) < 0.2, 0, np.where((user + item) % 2 == 0, item, (item + 1) % 60))
@@ -295,7 +266,7 @@ def planted(n=5000, seed=0, stars=True):
             "user": [f"u{x}" for x in user],
             "item": [f"i{x}" for x in item],
             "timestamp": np.arange(n) * 10**8,
-            "rating": rng.integers(1, 6, n).astype("float32") if stars else [None] * n,
+            "rating": rng.integers(1, 6, n).astype("float32") if ratings else [None] * n,
         },
         schema_overrides={"rating": pl.Float32},
     )
@@ -314,16 +285,16 @@ def planted(n=5000, seed=0, stars=True):
 
 @pytest.fixture(scope="module")
 def split():
-    return planted()
+    return synthetic_split()
 
 
 def ndcg(model, split):
     return eval_ranking(model, split, "val", (10,)).users["NDCG@10"].mean()
 
 
-@pytest.mark.parametrize("loss", ["logistic", *LISTS])
-def test_each_loss_finds_what_was_planted(split, loss, tmp_path):
-    "Stars are noise here: only who takes what has anything to say."
+@pytest.mark.parametrize("loss", ["logistic", *LISTWISE])
+def test_each_loss_learns_the_synthetic_tastes(split, loss, tmp_path):
+    "Check that a model beats popularity; ratings are noise here."
     model = make_recommender(
         "wide-deep",
         loss=loss,
@@ -332,97 +303,87 @@ def test_each_loss_finds_what_was_planted(split, loss, tmp_path):
         batch_size=128 if loss != "logistic" else 640,
         lr=0.01,
     ).fit(split)
-    assert not model.predicts_ratings and ndcg(model, split) > 1.3 * ndcg(
-        Popularity().fit(split), split
-    )
-    with pytest.raises(UserError, match="does not predict stars"):
+    assert not model.predicts_ratings
+    assert ndcg(model, split) > 1.3 * ndcg(Popularity().fit(split), split)
+    with pytest.raises(UserError, match="does not predict ratings"):
         model.predict([0], [0])
     model.save(tmp_path)
     back = load_recommender(tmp_path)
-    assert (
-        back.loss == loss
-        and not back.predicts_ratings
-        and torch.equal(back.scores([0, 7, model.n_users]), model.scores([0, 7, model.n_users]))
-    )
-    assert model._val_loss(split, loss, {"full-softmax": -1}.get(loss, 4))(
-        model.net
-    ) == pytest.approx(min(row["val"] for row in model.loss_curve), rel=1e-4)
+    users = [0, 7, model.n_users]
+    assert back.loss == loss
+    assert not back.predicts_ratings
+    assert torch.equal(back.scores(users), model.scores(users))
+    val_loss = model._val_loss(split, loss, {"full-softmax": -1}.get(loss, 4))
+    best = min(row["val"] for row in model.loss_curve)
+    assert val_loss(model.net) == pytest.approx(best, rel=1e-4)
 
 
-def test_stars_do_not_matter_to_a_loss_of_lists(split):
-    "Other stars, of the same mean and in other places, leave what is learnt from alone: targets are what was taken."
+def test_ratings_do_not_change_listwise_examples(split):
+    "Check that other ratings with the same mean give the same examples."
     x, y = listwise_examples(
         split.train, category_codes(split.items)[0], split.n_train_users, split.n_train_items, 3
     )
-    turned = split.train.with_columns(rating=6 - pl.col("rating"))
+    flipped = split.train.with_columns(rating=6 - pl.col("rating"))
     other, z = listwise_examples(
-        turned, category_codes(split.items)[0], split.n_train_users, split.n_train_items, 3
+        flipped, category_codes(split.items)[0], split.n_train_users, split.n_train_items, 3
     )
-    assert (
-        torch.equal(y, z)
-        and torch.equal(x.item, other.item)
-        and torch.equal(x.popularity, other.popularity)
-    )
+    assert torch.equal(y, z)
+    assert torch.equal(x.item, other.item)
+    assert torch.equal(x.popularity, other.popularity)
 
 
-def test_lists_and_rows_have_the_same_features(split):
-    "What a list says of its first column is what a row says; a list of lists goes in and out of `to_tensors` as it is."
-    about = category_codes(split.items)[0], split.n_train_users, split.n_train_items
-    rows, (x, log_q) = (
-        pointwise_examples(split.train, *about, features=("time",))[0],
-        listwise_examples(split.train, *about, 5, features=("time",)),
-    )
+def test_listwise_and_pointwise_examples_have_the_same_features(split):
+    "Check that the first column of a list has the features of its row; batches survive `to_tensors`."
+    sizes = category_codes(split.items)[0], split.n_train_users, split.n_train_items
+    rows = pointwise_examples(split.train, *sizes, features=("time",))[0]
+    x, log_q = listwise_examples(split.train, *sizes, 5, features=("time",))
     for name in Batch.__dataclass_fields__:
         one, many = getattr(rows, name), getattr(x, name)
         assert torch.equal(one, many[:, 0]), name
     back = Batch.from_tensors(*[t[:9] for t in x.to_tensors()])
-    assert (
-        torch.equal(back.x_cross, x.x_cross[:9])
-        and back.item.shape == (9, 6)
-        and back.user.shape == (9, 1)
-    )
-    thin, thin_q = listwise_examples(split.train, *about, 5, features=("time",), row_stride=7)
-    assert len(log_q) / 8 < len(thin_q) < len(log_q) / 5 and set(map(int, thin.item[:, 0])) <= set(
-        map(int, x.item[:, 0])
-    )
+    assert torch.equal(back.x_cross, x.x_cross[:9])
+    assert back.item.shape == (9, 6)
+    assert back.user.shape == (9, 1)
+    thin, thin_q = listwise_examples(split.train, *sizes, 5, features=("time",), row_stride=7)
+    assert len(log_q) / 8 < len(thin_q) < len(log_q) / 5
+    assert set(map(int, thin.item[:, 0])) <= set(map(int, x.item[:, 0]))
 
 
-def test_the_default_is_what_it_was(split):
-    "No loss asked for is mse where there are stars and logistic where there are none, bit for bit."
-    for log, loss in ((split, "mse"), (planted(stars=False), "logistic")):
-        asked, default = [
-            make_recommender("wide-deep", epochs=2, **how).fit(log) for how in ({"loss": loss}, {})
-        ]
-        assert (
-            torch.equal(asked.scores([0, 5]), default.scores([0, 5]))
-            and default.predicts_ratings == (loss == "mse")
-            and default.loss_curve == asked.loss_curve
-        )
+def test_the_default_loss_depends_on_the_log(split):
+    "Check that the default is mse with ratings and logistic without, bit for bit."
+    for log, loss in ((split, "mse"), (synthetic_split(ratings=False), "logistic")):
+        explicit = make_recommender("wide-deep", epochs=2, loss=loss).fit(log)
+        default = make_recommender("wide-deep", epochs=2).fit(log)
+        assert torch.equal(explicit.scores([0, 5]), default.scores([0, 5]))
+        assert default.predicts_ratings == (loss == "mse")
+        assert default.loss_curve == explicit.loss_curve
     two = make_recommender("wide-deep", epochs=2, n_negatives=2).fit(log)
     assert torch.equal(two.scores([0, 5]), default.scores([0, 5]))
 
 
-def test_same_seed_same_model_other_seed_other_draws(split, monkeypatch):
-    drawn = []
+def test_same_seed_same_model_other_seed_other_samples(split, monkeypatch):
+    sampled = []
 
-    def watched(*args, **how):
-        made = listwise_examples(*args, **how)
-        drawn.append(made[0].item)
-        return made
+    def recorded(*args, **options):
+        examples = listwise_examples(*args, **options)
+        sampled.append(examples[0].item)
+        return examples
 
-    monkeypatch.setattr("widedeep_nb.training.training_lists", watched)
+    monkeypatch.setattr("widedeep_nb.training.listwise_examples", recorded)
     one, two, three = [
         make_recommender("wide-deep", loss="sampled-softmax", epochs=1, n_negatives=3, seed=s)
         .fit(split)
         .scores([0])
         for s in (1, 1, 2)
     ]
-    assert torch.equal(one, two) and not torch.equal(one, three)
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(one, two)
+    assert not torch.equal(one, three)
+    assert torch.equal(sampled[0], sampled[1])
+    assert not torch.equal(sampled[0], sampled[2])
 
 
 def test_validation_is_the_loss_on_validation_rows(split):
-    "By hand from the scores of all items: for each validation row of a known item, the surprise at it."
+    "Check the loss with the scores of all items, for the validation rows of known items."
     model = make_recommender("wide-deep", loss="full-softmax", epochs=1, row_stride=10).fit(split)
     rows = split.val.filter(pl.col("item") < split.n_train_items)
     chances = torch.log_softmax(model.scores(rows["user"].to_numpy()), 1)
@@ -430,39 +391,34 @@ def test_validation_is_the_loss_on_validation_rows(split):
     assert model.loss_curve[0]["val"] == pytest.approx(float(by_hand), rel=1e-4)
 
 
-def test_what_is_wrong_is_said_in_a_line(split, tmp_path, monkeypatch):
-    def said(f):
-        return str(pytest.raises(UserError, f).value)
+def error_of(f):
+    return str(pytest.raises(UserError, f).value)
 
-    unknown = said(lambda: make_recommender("wide-deep", loss="bqr").fit(split))
-    assert (
-        unknown
-        == said(lambda: make_loss("bqr"))
-        == "unknown loss 'bqr'; known: " + ", ".join(LOSSES)
-    )
-    assert "learns stars, and this log has none" in said(
-        lambda: make_recommender("wide-deep", loss="mse").fit(planted(stars=False))
-    )
-    large = said(lambda: check_feature_memory(10_000_000, 100_000, ()))
-    assert "sampled-softmax" in large and "GB" in large and "\n" not in large
+
+def test_errors_are_one_line(split, tmp_path, monkeypatch):
+    unknown = "unknown loss 'bqr'; known: " + ", ".join(LOSSES)
+    assert error_of(lambda: make_recommender("wide-deep", loss="bqr").fit(split)) == unknown
+    assert error_of(lambda: make_loss("bqr")) == unknown
+    unrated = synthetic_split(ratings=False)
+    message = error_of(lambda: make_recommender("wide-deep", loss="mse").fit(unrated))
+    assert "this log has none" in message
+    message = error_of(lambda: check_feature_memory(10_000_000, 100_000, ()))
+    assert "sampled-softmax" in message
+    assert "GB" in message
+    assert "\n" not in message
     monkeypatch.setattr("widedeep_nb.training.MAX_FEATURE_BYTES", 10**5)
-    assert "sampled-softmax" in said(
-        lambda: make_recommender("wide-deep", loss="full-softmax").fit(split)
-    )
+    message = error_of(lambda: make_recommender("wide-deep", loss="full-softmax").fit(split))
+    assert "sampled-softmax" in message
     run = Run(tmp_path / "run", dataset="demo?ratings=2000")
-    assert "unknown loss" in said(
-        lambda: train(run, loss="bqr")
-    ) and "epochs is at least 1" in said(lambda: compare_losses.__wrapped__(run, passes=0))
+    assert "unknown loss" in error_of(lambda: train(run, loss="bqr"))
+    message = error_of(lambda: compare_losses.__wrapped__(run, epochs=0))
+    assert "epochs must be at least 1" in message
 
 
-def test_every_loss_of_lists_has_the_same_face():
-    assert set(POINTWISE) < set(LOSSES)
-    for name in LISTS:
-        assert (
-            list(inspect.signature(make_loss(name)).parameters)
-            == list(inspect.signature(gradient_of(name)).parameters)
-            == ["scores", "log_q"]
-        )
+def test_every_listwise_loss_has_the_same_arguments():
+    for name in LISTWISE:
+        for function in (make_loss(name), gradient_of(name)):
+            assert list(inspect.signature(function).parameters) == ["scores", "log_q"]
 
 
 # --- the chapter's step
@@ -479,51 +435,43 @@ def run(tmp_path_factory):
     return made
 
 
-def test_each_loss_is_measured_as_every_model_is(run):
-    notes, records = (
-        run.read("ranking.json"),
-        run.metrics().filter(
-            split="test", metric="NDCG@20", users="all", items="all", relevant="any"
-        ),
+def test_each_loss_is_evaluated_like_every_model(run):
+    notes = run.read("ranking.json")
+    records = run.metrics().filter(
+        split="test", metric="NDCG@20", users="all", items="all", relevant="any"
     )
-    assert notes["excluded"] == {} and {f["loss"] for f in notes["fits"]} == set(LOSSES)
+    split = run.load_splits()[-1].for_final_fit()
+    assert notes["excluded"] == {}
+    assert {f["loss"] for f in notes["fits"]} == set(LOSSES)
     for loss in LOSSES:
         name = f"wide-deep-{loss}"
         model = load_recommender(run.model_folder(name))
-        assert (
-            model.loss == loss
-            and model.predicts_ratings == (loss == "mse")
-            and model.features == [g for g in FEATURES if g != "stars"]
-        )
-        own = (
-            eval_ranking(model, run.load_splits()[-1].for_final_fit(), "test", (20,))
-            .users["NDCG@20"]
-            .mean()
-        )
-        assert records.filter(pl.col("versus").is_null(), model=name)[
-            "value"
-        ].item() == pytest.approx(own)
+        assert model.loss == loss
+        assert model.predicts_ratings == (loss == "mse")
+        assert model.features == [g for g in FEATURES if g != "stars"]
+        own = eval_ranking(model, split, "test", (20,)).users["NDCG@20"].mean()
+        recorded = records.filter(pl.col("versus").is_null(), model=name)["value"].item()
+        assert recorded == pytest.approx(own)
         assert len(records.filter(model="wide-deep", versus=name)) == 1
         assert (run.folder / f"evaluation/{name}/ranked.parquet").exists()
     assert len(records.filter(pl.col("versus").is_null(), model="popularity")) == 1
 
 
 def test_the_budget_is_the_same(run):
-    "Pairs scored in a pass: within a tenth, but for the loss of stars, which draws nothing."
+    "Check that an epoch scores as many pairs with each listwise loss, within a tenth."
     split = run.load_splits()[-1].for_final_fit()
-    every = {f["loss"]: f["row_stride"] for f in run.read("ranking.json")["fits"]}
-    assert {name: n for name, n in every.items() if name != "full-softmax"} == dict.fromkeys(
-        set(LOSSES) - {"full-softmax"}, 1
-    )
-    assert split.n_train_items / every["full-softmax"] == pytest.approx(1 + 2, rel=0.1)
+    row_stride = {f["loss"]: f["row_stride"] for f in run.read("ranking.json")["fits"]}
+    stride = row_stride.pop("full-softmax")
+    assert row_stride == dict.fromkeys(set(LOSSES) - {"full-softmax"}, 1)
+    assert split.n_train_items / stride == pytest.approx(1 + 2, rel=0.1)
 
 
-def test_a_killed_comparison_goes_on(run, monkeypatch, tmp_path):
-    "Killed before the fourth fit, three are not made again, and nothing that comes out is another."
+def test_a_killed_comparison_resumes(run, monkeypatch, tmp_path):
+    "Check that a run killed before the fourth fit keeps three fits and gives the same metrics."
     import shutil
 
     shutil.copytree(run.folder, tmp_path / "again")
-    again, made = Run(tmp_path / "again"), []
+    again, fitted = Run(tmp_path / "again"), []
     before = again.metrics()
     few = dict(list(LOSSES.items())[:4])
     monkeypatch.setattr(ranking, "LOSSES", few)
@@ -531,23 +479,23 @@ def test_a_killed_comparison_goes_on(run, monkeypatch, tmp_path):
         steps={k: v for k, v in again.manifest["steps"].items() if k != "compare_losses"}
     )
 
-    def watched(*args, **params):
-        if len(made) == 3 and not any(m is None for m in made):
-            made.append(None)
+    def killed_once(*args, **params):
+        if len(fitted) == 3 and None not in fitted:
+            fitted.append(None)
             raise KeyboardInterrupt
-        made.append(args[3])
+        fitted.append(args[3])
         return fit_with_loss(*args, **params)
 
-    monkeypatch.setattr(ranking, "fit_with_loss", watched)
+    monkeypatch.setattr(ranking, "fit_with_loss", killed_once)
     with pytest.raises(KeyboardInterrupt):
         compare_losses(again, epochs=1, n_negatives=2)
     compare_losses(again, epochs=1, n_negatives=2)
-    assert [m for m in made if m] == list(few)
+    assert [loss for loss in fitted if loss] == list(few)
     key = [c for c in before.columns if c not in ("value", "lo", "hi", "n")]
     assert before.sort(key).equals(again.metrics().sort(key))
 
 
-def people(ndcg):
+def users_with(ndcg):
     return pl.DataFrame(
         {
             "user": range(len(ndcg)),
@@ -561,38 +509,30 @@ def people(ndcg):
     )
 
 
-def test_words_follow_the_numbers():
+def test_sentences_follow_the_numbers():
     even = np.linspace(0.2, 0.4, 40)
     tables = {
-        "popularity": people(even),
-        "bpr": people(even + 0.1),
-        "mse": people(even - 0.1),
-        "warp": people(even + 0.1 + 0.02 * np.cos(np.arange(40) * np.pi)),
+        "popularity": users_with(even),
+        "bpr": users_with(even + 0.1),
+        "mse": users_with(even - 0.1),
+        "warp": users_with(even + 0.1 + 0.02 * np.cos(np.arange(40) * np.pi)),
     }
     rows = loss_leaderboard(tables)
-    assert set(rows["name"][:2]) == {"bpr", "warp"} and rows["name"].to_list()[2:] == [
-        "popularity",
-        "mse",
-    ]
-    best, other = rows["name"][:2]
+    names = rows["name"].to_list()
+    assert set(names[:2]) == {"bpr", "warp"}
+    assert names[2:] == ["popularity", "mse"]
+    best, other = names[:2]
     gaps = gap_to_best(tables, best)
-    assert dict(gaps.select("name", "sure").rows()) == {
-        other: False,
-        "popularity": True,
-        "mse": True,
-    }
+    significant = dict(gaps.select("name", "significant").rows())
+    assert significant == {other: False, "popularity": True, "mse": True}
     assert gaps.filter(name="mse")["value"].item() == pytest.approx(0.2)
-    words = describe_losses(rows, gaps)
-    assert (
-        f"are those of {best}" in words
-        and f"told apart from {other}." in words
-        and "Below popularity, which knows nobody: mse." in words
-    )
-    floor = {"popularity": people(even), "mse": people(even - 0.1)}
-    assert "not worth its cost" in describe_losses(
-        loss_leaderboard(floor), gap_to_best(floor, "popularity")
-    )
+    text = describe_losses(rows, gaps)
+    assert f"{best} has the best lists." in text
+    assert f"no significant difference from {other}." in text
+    assert "Below the baseline popularity: mse." in text
+    two = {"popularity": users_with(even), "mse": users_with(even - 0.1)}
+    text = describe_losses(loss_leaderboard(two), gap_to_best(two, "popularity"))
+    assert "not cost-effective" in text
     axes = plot_loss_comparison(rows).axes
-    assert [ax.get_xlabel() for ax in axes] == ["NDCG@20", "Recall@20"] and [
-        t.get_text() for t in axes[0].get_yticklabels()
-    ] == rows["name"].to_list()
+    assert [ax.get_xlabel() for ax in axes] == ["NDCG@20", "Recall@20"]
+    assert [t.get_text() for t in axes[0].get_yticklabels()] == names

@@ -1,4 +1,4 @@
-"The whole report, as a person would run it."
+"Tests of the whole report, run as a user would run it."
 
 import json
 import os
@@ -17,30 +17,19 @@ from widedeep_nb.run import main
 from widedeep_nb.sequence import SEQUENCE_MODELS
 
 ROOT = Path(__file__).parents[1]
-QUICK = [
-    "-p",
-    "seeds=1",
-    "-p",
-    "epochs=3",
-    "-p",
-    "passes=1",
-    "-p",
-    "trials=1",
-    "-p",
-    "time_budget_min=.2",
-    "-p",
-    "shops=2",
-    "-p",
-    "max_visitors=60",
-    "-p",
-    "bench_ratings=2000",
-    "-p",
-    "bench_rows=20000",
-    "-p",
-    "bench_repeats=1",
-    "-p",
-    "growth=4000",
-]
+SETTINGS = {
+    "seeds": 1,
+    "epochs": 3,
+    "trials": 1,
+    "time_budget_min": 0.2,
+    "n_shops": 2,
+    "max_visitors": 60,
+    "bench_ratings": 2000,
+    "bench_rows": 20000,
+    "bench_repeats": 1,
+    "scaling_rows": 4000,
+}
+QUICK = [word for name, value in SETTINGS.items() for word in ("-p", f"{name}={value}")]
 
 
 def widedeep(*args, cwd=ROOT):
@@ -83,11 +72,11 @@ def test_page_is_one_file_with_everything(report):
     )
 
 
-def test_page_fits_desk_and_telephone_by_day_and_by_night(report, fits):
+def test_page_fits_desktop_and_phone_in_both_themes(report, fits):
     fits(report / "index.html")
 
 
-def test_every_figure_of_the_contract_is_there(report):
+def test_all_metrics_of_the_contract_are_there(report):
     records = pl.DataFrame(
         json.loads((report / "metrics.json").read_text()), infer_schema_length=None
     )
@@ -116,20 +105,20 @@ def test_every_figure_of_the_contract_is_there(report):
     assert {c["status"] for c in about["chapters"].values()} == {"done"} and about["data"]["sha256"]
 
 
-def test_asking_the_run(report, capsys):
+def test_recommendations_of_the_run(report, capsys):
     user = pl.read_parquet(report / "split/users.parquet")["user"][0]
     items = pl.read_parquet(report / "split/items.parquet")["item"][:2].to_list()
     for who in (["--user", user], ["--user", "nobody"], ["--basket", f"{items[0]}:5,{items[1]}"]):
         for model in ([], ["--model", "wide-deep"]):
             main(["recommend", str(report), *who, "-k", "5", "--json", *model])
-            told = json.loads(capsys.readouterr().out)
-            assert len(told["items"]) == 5 and (
-                who[0] != "--basket" or not {i["item"] for i in told["items"]} & set(items)
+            result = json.loads(capsys.readouterr().out)
+            assert len(result["items"]) == 5 and (
+                who[0] != "--basket" or not {i["item"] for i in result["items"]} & set(items)
             )
 
 
 def test_an_early_chapter_runs_again_on_a_finished_run(report, tmp_path):
-    "What later chapters have written by then does not disturb it."
+    "Check that results of later chapters stay when an early chapter runs again."
     shutil.copytree(report, tmp_path / "run")
     assert widedeep("run", "--out", tmp_path / "run", "--chapters", "06").returncode == 0
     before, after = [
@@ -139,7 +128,7 @@ def test_an_early_chapter_runs_again_on_a_finished_run(report, tmp_path):
 
 
 @pytest.mark.long
-def test_same_seed_same_figures(tmp_path):
+def test_same_seed_gives_same_metrics(tmp_path):
     for name in ("once", "again"):
         run_report(
             tmp_path / name, "--dataset", "demo?ratings=3000", "-p", "time_budget_min=10"
@@ -182,4 +171,4 @@ def test_real_logs(shared, tmp_path, name, args, stars):
     if name == "ciao":
         assert sorted(dropped.values()) == [34, 1433]
     if not stars:
-        assert "no stars" in (tmp_path / "run/index.html").read_text()
+        assert "no ratings" in (tmp_path / "run/index.html").read_text()

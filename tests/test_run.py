@@ -1,4 +1,4 @@
-"The command line, the runner, the page, the site's filter and publishing, on small notebooks made here."
+"Tests of the command line, runner, page, site filter and publishing, on small notebooks."
 
 import ast
 import json
@@ -27,12 +27,12 @@ from widedeep_nb.core import (
     Run,
     Split,
     UserError,
+    dataset_slug,
     register,
     to_interactions,
 )
 from widedeep_nb.run import (
     CASTS,
-    bare_name,
     list_chapters,
     main,
     make_run_plan,
@@ -49,15 +49,31 @@ from widedeep_nb.run import (
 
 ROOT = Path(__file__).parents[1]
 REAL = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
-COUNT = "from pathlib import Path\nif out: print(file=open(Path(out) / f'{name}.ran', 'a'))"  # one line each time the chapter is run
+# writes one line each time the chapter is run
+COUNT = "from pathlib import Path\nif out: print(file=open(Path(out) / f'{name}.ran', 'a'))"
+BADGE = "[![Open in Colab](https://colab.example/badge.svg)](https://colab.example/{name})"
+SAME_FIGURE = """from IPython.display import HTML, display
+display(HTML('<figure id="fig-same"><a href="#fig-same">here</a></figure>'))"""
+FAILING = """class UserError(ValueError): pass
+assert fail != 'bug', 'as asked'
+if fail == 'problem': raise UserError('the file is empty; give another')
+(n, rate)"""
+EXTERNAL = """import sys
+from IPython.display import HTML
+print('secret ' + 'of the machine', file=sys.stderr)
+HTML('<img src="https://far.example/a.png"><script src="https://far.example/a.js"></script>done')"""
+QUOTING = """from widedeep_nb.run import load_results
+print([(n, r['metrics'][0]['value']) for n, r in load_results('../results').items()])"""
+TABLE = (
+    '<div class="wd-table"><table class="wd" id="tbl-b"><caption>All.</caption>'
+    "<tr></tr></table></div>"
+)
 
 
 def chapter(folder, name, parameters, *cells):
     nb = new_notebook(
         cells=[
-            new_markdown_cell(
-                f"# Chapter {name[3:]}\n\n[![Open in Colab](https://colab.example/badge.svg)](https://colab.example/{name})"
-            ),
+            new_markdown_cell(f"# Chapter {name[3:]}\n\n{BADGE.format(name=name)}"),
             new_code_cell("#| hide\nfrom typing import Optional"),
             new_code_cell(
                 f"out: str = ''  # run folder\n{parameters}", metadata={"tags": ["parameters"]}
@@ -73,9 +89,7 @@ def chapter(folder, name, parameters, *cells):
 def nbs(tmp_path):
     folder = tmp_path / "nbs"
     folder.mkdir()
-    same = new_code_cell(
-        'from IPython.display import HTML, display\ndisplay(HTML(\'<figure id="fig-same"><a href="#fig-same">here</a></figure>\'))'
-    )
+    same = new_code_cell(SAME_FIGURE)
     chapter(
         folder,
         "00_first",
@@ -90,25 +104,21 @@ def nbs(tmp_path):
         folder,
         "01_second",
         "n: int = 2  # a number\nrate: Optional[float] = None  # a rate\nfail: str = ''  # how to fail",
-        new_code_cell(
-            "class Problem(ValueError): pass\nassert fail != 'bug', 'as asked'\nif fail == 'problem': raise Problem('the file is empty; give another')\n(n, rate)"
-        ),
+        new_code_cell(FAILING),
     )
     chapter(
         folder,
         "02_third",
         "pause: float = 0.0  # seconds",
         new_code_cell("import time\ntime.sleep(pause)"),
-        new_code_cell(
-            "import sys\nfrom IPython.display import HTML\nprint('secret ' + 'of the machine', file=sys.stderr)\nHTML('<img src=\"https://far.example/a.png\"><script src=\"https://far.example/a.js\"></script>done')"
-        ),
+        new_code_cell(EXTERNAL),
         same,
     )
     return folder
 
 
 def widedeep(*words):
-    "Call the command line here; its exit code."
+    "Call the command line in this process; return its exit code."
     try:
         main([str(w) for w in words])
     except SystemExit as stopped:
@@ -133,7 +143,7 @@ def source_of(path):
     return "\n".join(c.source for c in nbformat.read(path, 4).cells)
 
 
-# --- what is refused, before anything is written
+# --- invalid input, before anything is written
 
 
 @pytest.mark.parametrize(
@@ -148,8 +158,8 @@ def source_of(path):
                 "pause: float = 0.0",
             ],
         ),
-        (["-p", "n=two"], ["n=two is no int", "n: int = 2"]),
-        (["-p", "rate=fast"], ["rate=fast is no Optional[float]"]),
+        (["-p", "n=two"], ["n=two is not of type int", "n: int = 2"]),
+        (["-p", "rate=fast"], ["rate=fast is not of type Optional[float]"]),
         (["-p", "n"], ["'-p n' has no value"]),
         (["-p", "out=/tmp"], ["unknown parameter 'out'"]),
         (["--chapters", "00", "-p", "pause=1"], ["unknown parameter 'pause'"]),
@@ -270,7 +280,7 @@ def test_run_chapters_and_resume(nbs, tmp_path, capsys):
     assert not list(out.glob("**/.*.ipynb")) and Path(out / "index.html").exists()
 
 
-def test_without_resume_all_is_computed_anew(nbs, tmp_path):
+def test_without_resume_everything_is_computed_again(nbs, tmp_path):
     out = tmp_path / "run"
     (nbs / "03_steps.ipynb").write_text(
         nbformat.writes(
@@ -386,7 +396,7 @@ def start(out, nbs, *words):
 
 
 def wait_for(out, process, name, status, also=lambda: True):
-    "Until a chapter has got so far; the process must still be there."
+    "Wait until a chapter has a status; the process must still run."
     for _ in range(3000):
         try:
             if statuses(out).get(name) == status and also():
@@ -433,7 +443,7 @@ def test_ctrl_c(nbs, tmp_path):
     _, said = process.communicate(timeout=60)
     assert (
         process.returncode == 130
-        and said.strip().startswith("stopped; go on with: widedeep run --out")
+        and said.strip().startswith("stopped; resume with: widedeep run --out")
         and said.strip().count("\n") == 0
     ), said
     assert (
@@ -447,7 +457,7 @@ def test_ctrl_c(nbs, tmp_path):
 
 
 def outside(html):
-    "Everything that a page would load, or that points into nothing."
+    "Return everything that a page would load, and links without a target."
     soup = BeautifulSoup(html, "html.parser")
     found = [
         (t.name, k, v)
@@ -465,7 +475,7 @@ def outside(html):
     return found + [t for t in soup.find_all(["script", "iframe", "link"])]
 
 
-def test_the_page_is_one_file_and_loads_nothing(nbs, tmp_path):
+def test_page_is_one_file_and_loads_nothing(nbs, tmp_path):
     out = tmp_path / "run"
     assert widedeep("run", "--out", out, "--notebooks", nbs) == 0
     made = (out / "index.html").read_text()
@@ -500,10 +510,10 @@ def records(*rows):
         split="test",
         users="all",
         items="all",
-        n_relevant="any",
+        relevant="any",
         metric="NDCG@20",
         n=50,
-        reference=None,
+        versus=None,
     )
     return pl.DataFrame(
         [base | dict(zip(("model", "versus", "value", "lo", "hi"), row)) for row in rows],
@@ -529,11 +539,11 @@ def records(*rows):
                 ("popularity", None, 0.1, 0.05, 0.15),
                 ("wide-deep", "popularity", 0.1, -0.01, 0.2),
             ],
-            "use wide-deep (NDCG@20 0.2000), though it is not surely better than popularity",
+            "use wide-deep (NDCG@20 0.2000), but it is not significantly better than popularity",
         ),
         (
             [("wide-deep", None, 0.2, 0.1, 0.3), ("popularity", None, 0.1, 0.05, 0.15)],
-            "not surely better than popularity",
+            "not significantly better than popularity",
         ),
         (
             [
@@ -541,7 +551,7 @@ def records(*rows):
                 ("popularity", None, 0.2, 0.05, 0.15),
                 ("wide-deep", "popularity", -0.1, -0.2, -0.01),
             ],
-            "use popularity (NDCG@20 0.2000): it beats wide-deep, by an interval",
+            "use popularity (NDCG@20 0.2000): it beats wide-deep; the 95 % interval excludes zero",
         ),
         (
             [
@@ -549,9 +559,9 @@ def records(*rows):
                 ("popularity", None, 0.2, 0.05, 0.15),
                 ("wide-deep", "popularity", -0.1, -0.2, 0.01),
             ],
-            "too close to call",
+            "no significant difference",
         ),
-        ([("popularity", None, 0.2, 0.05, 0.15)], "wide-deep has not been measured"),
+        ([("popularity", None, 0.2, 0.05, 0.15)], "wide-deep has not been evaluated"),
     ],
 )
 def test_the_advice_follows_the_figures(tmp_path, rows, said):
@@ -564,15 +574,15 @@ def test_the_advice_follows_the_figures(tmp_path, rows, said):
         pl.lit("RMSE").alias("metric"), pl.lit("rating").alias("task")
     )  # lower is better: value and interval turn round
     run.add_metrics(worse.with_columns(value=-pl.col("value"), lo=-pl.col("hi"), hi=-pl.col("lo")))
-    rating = summary_text(run).split("To predict stars")[1]
+    rating = summary_text(run).split("To predict ratings")[1]
     assert said.split("):")[-1].split("),")[-1].strip() in rating
 
 
-# --- asking
+# --- recommendations
 
 
 class Count(Recommender):
-    "How often each item was taken."
+    "Number of training events of each item."
 
     def _fit(self, split):
         self.count = torch.bincount(
@@ -620,7 +630,7 @@ def test_recommend(tmp_path, capsys, monkeypatch):
         and found["note"] == ""
     )
     _, found = ask("--user", "zoe", "-k", "2")
-    assert "nobody called" in found["note"] and {r["item"] for r in found["items"]} == {
+    assert "is not in the log" in found["note"] and {r["item"] for r in found["items"]} == {
         "007",
         "bag",
     }
@@ -628,7 +638,7 @@ def test_recommend(tmp_path, capsys, monkeypatch):
     assert "hat" in found["note"] and {r["item"] for r in found["items"]} == {"bag", "cam"}
     assert widedeep("recommend", run.folder, "--user", "zoe") == 0
     shown = capsys.readouterr()
-    assert "nobody called" in shown.err and "A film" in shown.out
+    assert "is not in the log" in shown.err and "A film" in shown.out
     for words, said in [
         (["--user", "ann", "--basket", "007"], "either"),
         ([], "either"),
@@ -642,7 +652,7 @@ def test_recommend(tmp_path, capsys, monkeypatch):
     )
 
 
-def test_baskets_as_they_are_typed():
+def test_parse_basket():
     assert parse_basket("007:4.5, bag,a:b") == {"007": 4.5, "bag": None, "a:b": None}
     with pytest.raises(UserError):
         parse_basket(" , ")
@@ -670,9 +680,7 @@ def labelled(label="fig-a"):
 def test_site_filter_as_a_command():
     table = new_output(
         "display_data",
-        {
-            "text/html": '<div class="wd-table"><table class="wd" id="tbl-b"><caption>All.</caption><tr></tr></table></div>'
-        },
+        {"text/html": TABLE},
         metadata={"widedeep": {"label": "tbl-b", "caption": "All."}},
     )
     nb = new_notebook(
@@ -722,12 +730,8 @@ def test_site_filter_as_a_command():
 def test_site_filter_leaves_no_directive_of_nbdev(path):
     for cell in site_filter(nbformat.read(path, 4)).cells:
         if cell.cell_type == "code":
-            options = (
-                yaml.safe_load(
-                    "\n".join(l[2:] for l in cell.source.splitlines() if l.startswith("#|"))
-                )
-                or {}
-            )
+            lines = [line[2:] for line in cell.source.splitlines() if line.startswith("#|")]
+            options = yaml.safe_load("\n".join(lines)) or {}
             assert isinstance(options, dict) and not set(options) & {
                 "export",
                 "eval",
@@ -737,7 +741,7 @@ def test_site_filter_leaves_no_directive_of_nbdev(path):
 
 
 def finished(nbs, out, *words):
-    "A run of the small chapters, with a figure and a log."
+    "Make a run of the small chapters, with a metric and a log."
     shutil.copy(ROOT / "settings.ini", nbs.parent)
     assert widedeep("run", "--out", out, "--notebooks", nbs, *words) == 0
     run = Run(out)
@@ -755,16 +759,7 @@ def test_publish(nbs, tmp_path, capsys):
         "",
         new_code_cell("import sys\nprint('warned', file=sys.stderr)\nprint(out)\nobject()"),
     )
-    nbformat.write(
-        new_notebook(
-            cells=[
-                new_code_cell(
-                    "from widedeep_nb.run import published\nprint([(n, r['metrics'][0]['value']) for n, r in published('../results').items()])"
-                )
-            ]
-        ),
-        nbs / "discussion.ipynb",
-    )
+    nbformat.write(new_notebook(cells=[new_code_cell(QUOTING)]), nbs / "discussion.ipynb")
     nbformat.write(
         new_notebook(
             cells=[
@@ -854,9 +849,9 @@ def test_badges_point_at_the_notebook_itself(path):
     assert links == [f"nbs/{path.name}"] and (ROOT / links[0]).exists()
 
 
-def test_names_of_datasets_say_nothing_of_the_machine():
+def test_dataset_slugs_have_no_path():
     assert [
-        bare_name(d)
+        dataset_slug(d)
         for d in (
             "demo?ratings=4000",
             "/data/me/ratings.csv.gz",
@@ -865,8 +860,8 @@ def test_names_of_datasets_say_nothing_of_the_machine():
     ] == ["demo", "ratings", "shop"]
 
 
-def test_a_known_user_is_no_stranger_though_the_filter_took_all_they_did(tmp_path):
-    "The log knows more than the model was fitted on: nothing that a user has is recommended."
+def test_a_user_of_the_log_is_known_though_filtered_out(tmp_path):
+    "Check that items of the whole log are masked, also those after the fit."
     from widedeep_nb.core import Split, make_recommender, to_interactions
 
     log = to_interactions(
@@ -883,9 +878,9 @@ def test_a_known_user_is_no_stranger_though_the_filter_took_all_they_did(tmp_pat
     make_recommender("popularity").fit(Split.from_frames(log[:3], log[:0], log[3:])).save(
         run.model_folder("popularity")
     )  # eve's row came after the fit
-    told = recommend_from_run(run, user="bob", k=2)
-    assert [r["item"] for r in told["items"]] == ["bag"] and told["note"] == ""
+    result = recommend_from_run(run, user="bob", k=2)
+    assert [r["item"] for r in result["items"]] == ["bag"] and result["note"] == ""
     assert (
         recommend_from_run(run, user="eve", k=2)["note"] == ""
-        and "nobody called zoe" in recommend_from_run(run, user="zoe", k=2)["note"]
+        and "user zoe is not in the log" in recommend_from_run(run, user="zoe", k=2)["note"]
     )

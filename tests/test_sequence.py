@@ -1,4 +1,4 @@
-"Order: no position sees its future, a planted order is learnt, and both models keep the face of a recommender."
+"Check the sequence models: causality, training, the order of events, and the recommender API."
 
 import numpy as np
 import polars as pl
@@ -30,24 +30,24 @@ from widedeep_nb.sequence import (
     shuffle_ties,
 )
 
-both = pytest.mark.parametrize("name", sequence.SEQUENCE_MODELS)
-QUICK = dict(embedding_dim=16, dropout=0.1, batch_size=128, patience=0)
+both_models = pytest.mark.parametrize("name", sequence.SEQUENCE_MODELS)
+QUICK = dict(embedding=16, dropout=0.1, batch_size=128, patience=0)
 N = 9
 
 
 def nets(n_items=N):
     torch.manual_seed(0)
-    made = [
+    held_out = [
         GRUNet(n_items, 8, 0.2, torch.zeros(n_items), 2),
         AttentionNet(n_items, 8, 0.2, torch.zeros(n_items), 2, 2, 20),
     ]
     with torch.no_grad():
-        made[1].relative_bias.normal_()  # as after training
-    return [net.eval() for net in made]
+        held_out[1].relative_bias.normal_()  # as after training
+    return [net.eval() for net in held_out]
 
 
-def log_of(histories, times=True, step=1):
-    "A log from lists of items, a list a user; without times in the order of the rows."
+def make_log(histories, times=True, step=1):
+    "Return a log from lists of items, a list a user; without times in the order of the rows."
     rows = [
         (f"u{u:03d}", item, (t + 1) * step)
         for u, items in enumerate(histories)
@@ -57,17 +57,20 @@ def log_of(histories, times=True, step=1):
     return to_interactions(log if times else log.drop("timestamp"))
 
 
-def split_of(train, val=None, test=None):
+def make_split(train, val=None, test=None):
     return Split.from_frames(
         train, train.clear() if val is None else val, train.clear() if test is None else test
     )
 
 
-def cycles(n=120, steps=5, of="abcdefgh", times=True, both_ways=False):
-    "Each goes round from another start; or half of them the other way round."
-    return log_of(
+def cycles(n=120, steps=5, items="abcdefgh", times=True, both_ways=False):
+    "Return users who walk in circles from different starts; `both_ways`: half of them backwards."
+    return make_log(
         [
-            [of[(u + (-1) ** (both_ways * (u // len(of))) * t) % len(of)] for t in range(steps)]
+            [
+                items[(u + (-1) ** (both_ways * (u // len(items))) * t) % len(items)]
+                for t in range(steps)
+            ]
             for u in range(n)
         ],
         times,
@@ -75,7 +78,9 @@ def cycles(n=120, steps=5, of="abcdefgh", times=True, both_ways=False):
 
 
 def sixth(n):
-    return cycles(n, 6).filter(pl.col("timestamp").dt.epoch("ms") == 6)  # what follows on the five
+    return cycles(n, 6).filter(
+        pl.col("timestamp").dt.epoch("ms") == 6
+    )  # the events after the first five
 
 
 def history_of(*items):
@@ -87,52 +92,57 @@ def history_of(*items):
     )
 
 
-# ---------------------------------------------------------------- no position sees its future
+# ---------------------------------------------------------------- causality
 
 
-def changes(net):
-    "For each length of a past: does what is said of it change when what comes later does?"
+def depends_on_later(net):
+    "Return for each length of a past whether its output depends on later events."
     draw = torch.Generator().manual_seed(1)
     events = torch.randint(N, (5, 12), generator=draw)
-    said, found = net(events), []
-    for at in range(1, 12):
-        other = torch.cat([events[:, :at], torch.randint(N, (5, 12 - at), generator=draw)], 1)
-        found.append(not torch.equal(net(other)[:, :at], said[:, :at]))
-    return found
+    output, changed = net(events), []
+    for n_past in range(1, 12):
+        other = torch.cat(
+            [events[:, :n_past], torch.randint(N, (5, 12 - n_past), generator=draw)], 1
+        )
+        changed.append(not torch.equal(net(other)[:, :n_past], output[:, :n_past]))
+    return changed
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=sequence.SEQUENCE_MODELS)
 def test_no_position_sees_its_future_to_the_last_bit(which):
     with torch.no_grad():
-        assert not any(changes(nets()[which]))
+        assert not any(depends_on_later(nets()[which]))
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=sequence.SEQUENCE_MODELS)
 def test_the_loss_at_a_position_does_not_depend_on_later_events(which):
-    "By its gradient: of the vectors that are read, only those up to the position have one."
+    "Check by the gradient: only the embeddings up to the position have one."
     net, seen = nets()[which], []
-    hook = net.item.register_forward_hook(
-        lambda module, given, out: (out.retain_grad(), seen.append(out))[1] and None
-    )
+
+    def keep_gradient(module, inputs, output):
+        output.retain_grad()
+        seen.append(output)
+
+    hook = net.item.register_forward_hook(keep_gradient)
     net(torch.randint(N, (2, 7), generator=torch.Generator().manual_seed(0)))[:, 3].select(
         1, 0
-    ).sum().backward()  # one number: the sum of all is the same whatever was read, as they are brought to a common scale
+    ).sum().backward()  # one number, because layer normalization makes the sum of all constant
     hook.remove()
     assert (seen[0].grad[:, :4].abs().sum(2) > 0).all() and (seen[0].grad[:, 4:] == 0).all()
 
 
-def test_without_the_mask_the_future_would_be_seen(monkeypatch):
-    "So that the tests above test something."
+def test_without_the_mask_later_events_are_seen(monkeypatch):
+    "Check that the causality tests fail without the mask."
 
     def unmasked(weight, n):
         return relative_causal_bias(weight, n).nan_to_num(neginf=0)
 
     monkeypatch.setattr(sequence, "relative_causal_bias", unmasked)
     with torch.no_grad():
-        assert all(changes(nets()[1]))
+        assert all(depends_on_later(nets()[1]))
 
 
-def test_a_longer_history_says_of_its_beginning_what_the_beginning_said():
+def test_a_longer_history_starts_with_the_same_outputs():
     events = torch.randint(N, (3, 10), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for net in nets():
@@ -142,7 +152,7 @@ def test_a_longer_history_says_of_its_beginning_what_the_beginning_said():
 # ---------------------------------------------------------------- parts
 
 
-def test_last_events_is_the_plain_loop():
+def test_pad_histories_equals_a_loop():
     rng = np.random.default_rng(0)
     lists = [rng.integers(12, size=n).tolist() for n in (0, 3, 9, 1, 0, 5)]
     history = History(
@@ -153,17 +163,17 @@ def test_last_events_is_the_plain_loop():
     )
     for n_items, length in ((12, 50), (12, 4), (7, 3), (1, 2)):
         events, count = pad_histories(history, n_items, length)
-        want = [[i for i in x if i < n_items][-length:] for x in lists]
+        expected = [[i for i in x if i < n_items][-length:] for x in lists]
         assert (
-            count.tolist() == [len(x) for x in want]
-            and [row[:n].tolist() for row, n in zip(events, count)] == want
+            count.tolist() == [len(x) for x in expected]
+            and [row[:n].tolist() for row, n in zip(events, count)] == expected
         )
         assert all((row[n:] == n_items).all() for row, n in zip(events, count))
     events, count = pad_histories(history.select(torch.tensor([0, 99])), 12, 4)
     assert events.shape[0] == 2 and count.tolist() == [0, 0]
 
 
-def test_filling_up_changes_nothing():
+def test_padding_changes_nothing():
     events = torch.tensor([[0, 3, 1, N, N], [2, N, N, N, N]])
     with torch.no_grad():
         for net in nets():
@@ -174,45 +184,45 @@ def test_filling_up_changes_nothing():
             assert torch.allclose(
                 next_item_loss(net, wider), next_item_loss(net, events), atol=1e-6
             )
-            by_hand = [
+            expected = [
                 -net.scores(net(events[:1, :n])[0, -1]).log_softmax(0)[events[0, n]] for n in (1, 2)
             ]
             assert torch.isclose(
-                next_item_loss(net, events), torch.stack(by_hand).mean(), atol=1e-6
+                next_item_loss(net, events), torch.stack(expected).mean(), atol=1e-6
             )
 
 
-def test_every_history_is_learnt_from_once_a_pass():
+def test_every_history_is_used_once_an_epoch():
     length = torch.from_numpy(np.random.default_rng(0).integers(1, 50, 300))
     one, two = length_batches(length, 200), length_batches(length, 200)
     assert torch.cat(one).sort()[0].tolist() == torch.cat(two).sort()[0].tolist() == list(
         range(300)
     ) and not torch.equal(torch.cat(one), torch.cat(two))
-    questions = sorted(int(length[rows].sum()) for rows in one)
-    assert questions[1] > 150 and questions[-1] < 250  # what is left over makes one smaller batch
+    sizes = sorted(int(length[rows].sum()) for rows in one)
+    assert sizes[1] > 150 and sizes[-1] < 250  # the rest makes one smaller batch
     padded = sum(int(length[rows].max()) * len(rows) for rows in one)
     assert padded < 1.5 * length.sum()
     assert [rows.tolist() for rows in length_batches(length[:1], 5)] == [[0]]
 
 
-def test_drawn_items_stand_for_the_catalogue():
+def test_sampled_softmax_approximates_the_full_softmax():
     for net in nets():
         events = torch.randint(N, (6, 5), generator=torch.Generator().manual_seed(0))
-        whole = torch.autograd.grad(next_item_loss(net, events), net.bias)[0]
-        drawn = [next_item_loss(net, events, 500) for _ in range(60)]
-        assert abs(torch.stack(drawn).mean() - next_item_loss(net, events)) < 0.01
+        full_gradient = torch.autograd.grad(next_item_loss(net, events), net.bias)[0]
+        losses = [next_item_loss(net, events, 500) for _ in range(60)]
+        assert abs(torch.stack(losses).mean() - next_item_loss(net, events)) < 0.01
         assert torch.allclose(
-            torch.autograd.grad(torch.stack(drawn).mean(), net.bias)[0], whole, atol=0.01
+            torch.autograd.grad(torch.stack(losses).mean(), net.bias)[0], full_gradient, atol=0.01
         )
 
 
-def test_a_large_catalogue_is_learnt_from_drawn_items():
-    split = split_of(cycles())
+def test_a_large_catalog_is_learnt_with_sampled_items():
+    split = make_split(cycles())
     model = make_recommender("gru", **QUICK, full_softmax_max_items=5, n_negatives=20).fit(split)
     assert model.recommend([["a", "b"]], k=1)["item"].to_list() == ["c"]
 
 
-def test_ties_are_settled_by_lot_and_nothing_else_is_moved():
+def test_only_ties_are_shuffled():
     time = torch.tensor([1, 1, 1, 2, 1, 1, 0, 0, 3])
     history = History(torch.tensor([0, 4, 6, 9]), torch.arange(9), torch.arange(9).float(), time)
     seen = [shuffle_ties(history, seed) for seed in range(50)]
@@ -232,9 +242,10 @@ def test_ties_are_settled_by_lot_and_nothing_else_is_moved():
             and torch.equal(h.indptr, history.indptr)
         )
     assert torch.equal(seen[0].item, shuffle_ties(history, 0).item)
-    mixed = as_simultaneous(history, 1)
-    assert torch.equal(mixed.user_index, history.user_index) and all(
-        sorted(mixed.item[a:b].tolist()) == list(range(a, b)) for a, b in zip([0, 4, 6], [4, 6, 9])
+    shuffled = as_simultaneous(history, 1)
+    assert torch.equal(shuffled.user_index, history.user_index) and all(
+        sorted(shuffled.item[a:b].tolist()) == list(range(a, b))
+        for a, b in zip([0, 4, 6], [4, 6, 9])
     )
     empty = History.from_rows(
         pl.DataFrame(
@@ -250,47 +261,48 @@ def test_ties_are_settled_by_lot_and_nothing_else_is_moved():
     assert len(shuffle_ties(empty).item) == 0
 
 
-def test_an_order_by_id_within_a_moment_is_not_learnt():
-    "Everybody takes two things at once, and the log lists them by id: that is no order."
+def test_an_order_by_id_among_ties_is_not_learnt():
+    "Check that two items with one timestamp, listed by id, are in random order."
     pairs = [["a", "b"], ["c", "d"], ["e", "f"]]
     rows = [(f"u{u:03d}", item, u + 1) for u in range(150) for item in pairs[u % 3]]
-    split = split_of(
+    split = make_split(
         to_interactions(pl.DataFrame(rows, schema=["user", "item", "timestamp"], orient="row"))
     )
     model = make_recommender("gru", **QUICK).fit(split)
     code = {item: i for i, item in enumerate(split.items["item"])}
-    there, back = (
+    forward, backward = (
         model.scores([999], history_of(code[x])).softmax(1)[0, code[y]]
         for x, y in (("a", "b"), ("b", "a"))
     )
-    assert there > 0.5 and back > 0.5  # each follows the other
+    assert forward > 0.5 and backward > 0.5  # each follows the other
 
 
 # ---------------------------------------------------------------- the recommenders
 
 
-@both
+@both_models
 def test_a_planted_order_is_learnt_by_both_and_not_by_popularity(name):
-    split = split_of(cycles(), None, sixth(120))
+    split = make_split(cycles(), None, sixth(120))
 
     def quality(model):
         return eval_ranking(model.fit(split), split, "test", (1,)).users["HitRate@1"].mean()
 
     assert quality(make_recommender(name, **QUICK)) > 0.95
     assert (
-        max(quality(make_recommender(usual)) for usual in ("popularity", "recent-popularity")) < 0.5
+        max(quality(make_recommender(popular)) for popular in ("popularity", "recent-popularity"))
+        < 0.5
     )
 
 
-@both
+@both_models
 def test_the_history_in_the_query_and_its_order_matter(name):
-    model = make_recommender(name, **QUICK).fit(split_of(cycles(both_ways=True)))
+    model = make_recommender(name, **QUICK).fit(make_split(cycles(both_ways=True)))
     assert not torch.allclose(
         model.scores([0], history_of(0, 1, 2)), model.scores([0], history_of(2, 1, 0))
     )
     assert torch.equal(
         model.scores([0], history_of(0, 1, 2)), model.scores([5], history_of(0, 1, 2))
-    )  # whoever asks
+    )  # for any user
     assert not torch.equal(ShuffledHistory(model).scores(range(50)), model.scores(range(50)))
     assert model.recommend([["c", "b", "a"], ["a", "b", "c"]], k=1)["item"].to_list() == ["h", "d"]
     assert torch.allclose(
@@ -308,9 +320,9 @@ def test_the_history_in_the_query_and_its_order_matter(name):
     )
 
 
-@both
+@both_models
 def test_only_the_last_events_are_read(name):
-    model = make_recommender(name, **QUICK, lengths=3, epochs=2).fit(split_of(cycles()))
+    model = make_recommender(name, **QUICK, length=3, epochs=2).fit(make_split(cycles()))
     assert torch.equal(
         model.scores([0], history_of(7, 6, 1, 2, 3)), model.scores([0], history_of(1, 2, 3))
     )
@@ -319,45 +331,45 @@ def test_only_the_last_events_are_read(name):
     )
 
 
-@both
-def test_strangers_and_new_items(name):
-    split = split_of(cycles())
-    model, usual = (
+@both_models
+def test_cold_users_and_new_items(name):
+    split = make_split(cycles())
+    model, popular = (
         make_recommender(name, **QUICK, epochs=2).fit(split),
         make_recommender("recent-popularity").fit(split),
     )
     assert (
-        torch.equal(model.scores([999]), usual.scores([999]))
+        torch.equal(model.scores([999]), popular.scores([999]))
         and model.recommend([[]], k=3)["item"].to_list()
-        == usual.recommend([[]], k=3)["item"].to_list()
+        == popular.recommend([[]], k=3)["item"].to_list()
     )
     scores = model.scores([0, 999], items=[0, 1, 2, 3, 4, 5, 6, 7, 8, 99])
     assert (scores[:, 8:].amax(1) < scores[:, :8].amin(1)).all() and torch.isfinite(scores).all()
     assert torch.equal(
         model.scores([0], history_of(3, 50)), model.scores([0], history_of(3))
-    )  # an item that it does not know is passed over
-    assert torch.equal(model.scores([0], history_of(50)), usual.scores([999]))
+    )  # an unknown item is ignored
+    assert torch.equal(model.scores([0], history_of(50)), popular.scores([999]))
 
 
-@both
+@both_models
 def test_saved_and_loaded_equal(name, tmp_path):
-    model = make_recommender(name, **QUICK, epochs=2, layers=2).fit(split_of(cycles()))
+    model = make_recommender(name, **QUICK, epochs=2, layers=2).fit(make_split(cycles()))
     model.save(tmp_path)
-    back = load_recommender(tmp_path)
-    assert torch.equal(back.scores([0, 3, 999]), model.scores([0, 3, 999])) and torch.equal(
-        back.scores([0], history_of(2, 1)), model.scores([0], history_of(2, 1))
+    backward = load_recommender(tmp_path)
+    assert torch.equal(backward.scores([0, 3, 999]), model.scores([0, 3, 999])) and torch.equal(
+        backward.scores([0], history_of(2, 1)), model.scores([0], history_of(2, 1))
     )
     assert sorted(f.name for f in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
     with pytest.raises(UserError, match="does not predict"):
-        back.predict([0], [0])
+        backward.predict([0], [0])
 
 
-@both
-def test_same_seed_same_weights_and_the_outside_is_left_alone(name):
+@both_models
+def test_same_seed_same_weights_and_global_rng_unchanged(name):
     def fit(seed):
         return (
             make_recommender(name, **QUICK, epochs=2, seed=seed)
-            .fit(split_of(cycles()))
+            .fit(make_split(cycles()))
             .net.state_dict()
         )
 
@@ -369,31 +381,31 @@ def test_same_seed_same_weights_and_the_outside_is_left_alone(name):
     assert not torch.equal(first["item.weight"], fit(1)["item.weight"])
 
 
-@both
+@both_models
 @pytest.mark.parametrize("patience", [0, 2])
 def test_two_rows_suffice(name, patience):
     for histories in ([["a"], ["b"]], [["a", "b"]], [["a", "b"], ["b"]], [["a"] * 3]):
-        model = make_recommender(name, embedding_dim=8, epochs=2, patience=patience).fit(
-            split_of(log_of(histories))
+        model = make_recommender(name, embedding=8, epochs=2, patience=patience).fit(
+            make_split(make_log(histories))
         )
         assert torch.isfinite(model.scores([0, 9])).all() and len(model.recommend([["a"], []], k=5))
 
 
-@both
+@both_models
 def test_a_log_without_times_keeps_the_order_of_its_rows(name):
-    model = make_recommender(name, **QUICK).fit(split_of(cycles(times=False, both_ways=True)))
+    model = make_recommender(name, **QUICK).fit(make_split(cycles(times=False, both_ways=True)))
     assert model.recommend([["a", "b", "c"], ["f", "e", "d"]], k=1)["item"].to_list() == ["d", "c"]
 
 
-@both
+@both_models
 def test_stops_early_and_keeps_the_best(name):
-    split = split_of(cycles(), sixth(40))
+    split = make_split(cycles(), sixth(40))
     model = make_recommender(name, **QUICK | {"patience": 2}, epochs=40).fit(split)
     values = [row["val"] for row in model.loss_curve]
     assert model.best_epoch == 1 + int(np.argmax(values)) == len(values) - 2 < 38
     assert np.isclose(
         val_score(model, split, "NDCG@20"), max(values)
-    )  # the weights are those of the best pass
+    )  # the weights are those of the best epoch
     replayed = make_recommender(name, **QUICK, epochs=model.best_epoch).fit(split)
     assert all(
         torch.equal(a, b)
@@ -401,9 +413,9 @@ def test_stops_early_and_keeps_the_best(name):
     )
 
 
-@both
-def test_without_a_validation_part_some_last_events_choose(name):
-    split = split_of(cycles())
+@both_models
+def test_without_a_validation_part_some_last_events_are_held_out(name):
+    split = make_split(cycles())
     model = make_recommender(name, **QUICK | {"patience": 2}, epochs=30, seed=3).fit(split)
     chosen = make_recommender(name, **QUICK | {"patience": 2}, epochs=30, seed=3).fit(
         holdout_last_events(split, 3)
@@ -413,32 +425,32 @@ def test_without_a_validation_part_some_last_events_choose(name):
     )
 
 
-def test_what_is_set_aside_is_the_last_of_some():
-    split = split_of(cycles(60, 4))
-    made = holdout_last_events(split, 1)
+def test_held_out_are_the_last_events_of_some_users():
+    split = make_split(cycles(60, 4))
+    held_out = holdout_last_events(split, 1)
     assert (
-        len(made.val) == 6
-        and made.val["user"].n_unique() == 6
-        and len(made.train) == len(split.train) - 6
+        len(held_out.val) == 6
+        and held_out.val["user"].n_unique() == 6
+        and len(held_out.train) == len(split.train) - 6
     )
     last = split.train.group_by("user", maintain_order=True).last()
-    assert len(made.val.join(last, on=["user", "item", "timestamp"])) == 6
-    assert not holdout_last_events(split, 2).val.equals(made.val) and holdout_last_events(
+    assert len(held_out.val.join(last, on=["user", "item", "timestamp"])) == 6
+    assert not holdout_last_events(split, 2).val.equals(held_out.val) and holdout_last_events(
         split, 1
-    ).val.equals(made.val)
-    assert len(holdout_last_events(split_of(log_of([["a"], ["b"]]))).val) == 0
+    ).val.equals(held_out.val)
+    assert len(holdout_last_events(make_split(make_log([["a"], ["b"]]))).val) == 0
 
 
-def test_a_catalogue_beyond_memory_is_refused_in_a_line():
+def test_a_catalog_beyond_memory_raises_a_user_error():
     with pytest.raises(UserError, match="item-knn"):
-        make_recommender("self-attention", max_items=7).fit(split_of(cycles()))
-    make_recommender("self-attention", **QUICK, max_items=8, epochs=1).fit(split_of(cycles()))
+        make_recommender("self-attention", max_items=7).fit(make_split(cycles()))
+    make_recommender("self-attention", **QUICK, max_items=8, epochs=1).fit(make_split(cycles()))
 
 
-# ---------------------------------------------------------------- what is said of them
+# ---------------------------------------------------------------- results by history length
 
 
-def test_groups_by_history_cover_everybody_once():
+def test_history_length_bins_cover_all_users_once():
     seen = pl.DataFrame({"n_seen": range(60)})
     assert (
         seen.select(
@@ -450,9 +462,9 @@ def test_groups_by_history_cover_everybody_once():
     )
 
 
-def test_better_and_worse_are_claimed_only_beyond_chance():
+def test_better_and_worse_only_if_significant():
     rng = np.random.default_rng(0)
-    people = pl.DataFrame(
+    users = pl.DataFrame(
         {
             "user": [f"u{i}" for i in range(300)],
             "n_seen": rng.integers(0, 30, 300),
@@ -462,11 +474,11 @@ def test_better_and_worse_are_claimed_only_beyond_chance():
         }
     )
 
-    def of(gain):
-        return people.with_columns(pl.Series("NDCG@20", rng.random(300) / 5 + gain))
+    def items(gain):
+        return users.with_columns(pl.Series("NDCG@20", rng.random(300) / 5 + gain))
 
     rows = metric_by_history_length(
-        {"usual": of(0), "same": of(0), "good": of(0.3), "bad": of(-0.3)}, "usual"
+        {"usual": items(0), "same": items(0), "good": items(0.3), "bad": items(-0.3)}, "usual"
     ).filter(pl.col("history_length") != "0")
     assert {
         m: set(rows.filter(model=m)["direction"]) for m in ("usual", "same", "good", "bad")

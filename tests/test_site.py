@@ -1,4 +1,4 @@
-"The site: every page is reachable, every link and reference has its target, every figure a caption and a text alternative."
+"Tests of the site: reachable pages, targets of links and references, captions and text alternatives."
 
 import ast
 import json
@@ -64,7 +64,7 @@ def outputs(path):
 
 
 def markdown(path):
-    "All prose of a page, that of its outputs too, without code."
+    "Return the prose of a page and of its outputs, without code."
     if path.suffix != ".ipynb":
         text = path.read_text()
     else:
@@ -85,7 +85,7 @@ def markdown(path):
 
 
 def anchors(path):
-    "What a heading of a page is called in an address."
+    "Return the anchors of the headings of a page."
     headings = re.findall(
         r"^#+ (.+)$",
         path.read_text()
@@ -172,7 +172,7 @@ def test_the_workflow_publishes_what_make_site_renders():
 
 @each(TEXTS)
 def test_links_within_have_a_target(path):
-    for link in [l for l in links(markdown(path)) if not urlsplit(l).scheme]:
+    for link in [x for x in links(markdown(path)) if not urlsplit(x).scheme]:
         place, _, anchor = link.partition("#")
         target = (path.parent / place).resolve() if place else path
         assert target.exists(), f"{name(path)} links to {link}"
@@ -183,7 +183,7 @@ def test_links_within_have_a_target(path):
 
 @each(TEXTS)
 def test_links_without_are_https_to_known_hosts(path):
-    for link in [l for l in links(markdown(path)) if urlsplit(l).scheme]:
+    for link in [x for x in links(markdown(path)) if urlsplit(x).scheme]:
         parts = urlsplit(link)
         assert (
             parts.scheme == "https"
@@ -195,12 +195,12 @@ def test_links_without_are_https_to_known_hosts(path):
 
 
 def test_links_are_found():
-    "So that the tests above test something."
+    "Check that links and anchors are found."
     assert (
         "nbs/00_core.ipynb" in links(markdown(ROOT / "README.md"))
         and sum(len(links(markdown(p))) for p in TEXTS) > 40
     )
-    assert "stars-and-lists-are-two-questions" in anchors(ROOT / "nbs/discussion.ipynb")
+    assert "rating-prediction-and-ranking" in anchors(ROOT / "nbs/discussion.ipynb")
 
 
 # --- the bibliography
@@ -239,7 +239,7 @@ def test_entries_are_whole(key):
     needed = {
         "article": ["author", "journal", "volume", "pages"],
         "inproceedings": ["author", "booktitle"],
-        "feedback_dir": ["editor", "publisher"],
+        "book": ["editor", "publisher"],
         "misc": ["author", "howpublished", "url"],
     }[entry["type"]]
     assert all(entry.get(field) for field in ["title", "year", *needed])
@@ -319,7 +319,7 @@ def test_every_figure_has_a_caption_and_a_text_alternative(path):
 
 
 @each(RESULT_PAGES)
-def test_no_figure_is_typed_into_prose(path):
+def test_no_number_is_typed_into_prose(path):
     prose = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"]
     code = [
         n.value
@@ -356,7 +356,7 @@ def test_result_pages_say_what_results_say(path, tmp_path):
 @pytest.mark.long
 @each(RESULT_PAGES)
 def test_result_pages_hold_for_other_runs_too(path, tmp_path):
-    "A log without stars, times and strangers, and one log under two protocols."
+    "Check logs without ratings, times and cold-start users, and one log under two protocols."
     runs = {f.stem: json.loads(f.read_text()) for f in (ROOT / "results").glob("*.json")}
     bare = json.loads(json.dumps(runs["demo-strict"])) | {"dataset": "bare", "protocol": "given"}
     bare["log"] |= {"has_stars": False, "first": None, "last": None}
@@ -386,17 +386,17 @@ def test_result_pages_hold_for_other_runs_too(path, tmp_path):
     )
 
 
-def test_result_pages_fit_desk_and_telephone(tmp_path, fits):
-    "In the clothes of the report's page: Quarto's are not at hand."
+def test_result_pages_fit_desktop_and_phone(tmp_path, fits):
+    "Check the layout with the CSS of the report."
     for path in RESULT_PAGES:
         file = tmp_path / f"{path.stem}.html"
-        file.write_text(
-            f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{page_css()}</style><div class="layout"><nav></nav><main>{render_chapter(path)}</main></div>'
-        )
+        head = '<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        body = f'<div class="layout"><nav></nav><main>{render_chapter(path)}</main></div>'
+        file.write_text(f"{head}<style>{page_css()}</style>{body}")
         fits(file)
 
 
-def test_colours_of_the_night():
+def test_dark_theme_colors_match_the_site():
     css = (ROOT / "site.css").read_text()
     rules = re.findall(r'style\*="(\w+): (#\w+)"\] \{ (\w+): (#\w+) !important', css)
     assert sorted(rules) == sorted(

@@ -1,4 +1,4 @@
-"Wide & Deep: starts as the damped bias, learns, stops, resumes, and answers for strangers."
+"Check that Wide & Deep starts as the damped bias, learns, stops, resumes and serves cold-start users."
 
 import numpy as np
 import polars as pl
@@ -24,90 +24,83 @@ from widedeep_nb.preprocessing import (
 from widedeep_nb.training import train_loop
 
 
-def made_log(n=3000, stars=True, seed=0):
-    "Users like even or odd items."
+def parity_split(n=3000, rated=True, seed=0):
+    "Make a split of a log whose users like either the even or the odd items."
     rng = np.random.default_rng(seed)
-    u, i = rng.integers(0, 60, n), rng.integers(0, 30, n)
-    liked = (u + i) % 2 == 0
-    if not stars:
-        u, i = u[liked], i[liked]
-    rating = np.where(liked, 5, 2).astype("float32") if stars else [None] * len(u)
+    user, item = rng.integers(0, 60, n), rng.integers(0, 30, n)
+    liked = (user + item) % 2 == 0
+    if not rated:
+        user, item = user[liked], item[liked]
+    rating = np.where(liked, 5, 2).astype("float32") if rated else [None] * len(user)
     log = pl.DataFrame(
         {
-            "user": [f"u{x}" for x in u],
-            "item": [f"i{x}" for x in i],
+            "user": [f"u{u}" for u in user],
+            "item": [f"i{i}" for i in item],
             "rating": rating,
-            "timestamp": np.arange(len(u)) * 10**8,
+            "timestamp": np.arange(len(user)) * 10**8,
         },
         schema_overrides={"rating": pl.Float32},
     )
+    log = log.unique(["user", "item"], keep="first", maintain_order=True)
     items = pl.DataFrame(
-        {
-            "item": [f"i{x}" for x in range(30)],
-            "category": [("even", "odd")[x % 2] for x in range(30)],
-        }
+        {"item": [f"i{i}" for i in range(30)], "category": ["even", "odd"] * 15},
     )
-    return prepare(
-        to_interactions(log.unique(["user", "item"], keep="first", maintain_order=True)),
-        "strict",
-        items,
-    )
+    return prepare(to_interactions(log), "strict", items)
+
+
+def rmse_on(rows, model):
+    prediction = model.predict(rows["user"].to_numpy(), rows["item"].to_numpy())
+    rating = torch.tensor(rows["rating"].to_numpy())
+    return float((prediction - rating).square().mean().sqrt())
 
 
 def test_starts_as_the_damped_bias():
-    split = made_log()
-    category, n = category_codes(split.items)[0], (split.n_train_users, split.n_train_items)
-    log = History.from_rows(split.train, n[0])
-    snap = build_feature_state(log, category, n[1])
-    mean, by_user, by_item = damped_bias(log.user_index, log.item, log.rating, n[0], n[1] + 1)
-    user, item = torch.arange(10), torch.arange(10)
-    net = WideDeepNet(*n, int(category.max()) + 1).eval()
-    said = net(build_batch(snap, user, log.select(user), torch.arange(10), item))
-    assert torch.allclose(said.double(), mean + by_user[user] + by_item[item], atol=1e-5)
-
-
-def test_learns_what_only_a_cross_product_can_say():
-    split = made_log()
-
-    def rmse(model):
-        return float(
-            (
-                model.predict(split.val["user"].to_numpy(), split.val["item"].to_numpy())
-                - torch.tensor(split.val["rating"].to_numpy())
-            )
-            .square()
-            .mean()
-            .sqrt()
-        )
-
-    both = make_recommender("wide-deep", epochs=40, embedding_lr=0.01).fit(split)
-    assert rmse(both) < 0.8 * rmse(make_recommender("damped-bias").fit(split))
-    assert rmse(both) < 0.8 * float(split.train["rating"].std())
-
-
-@pytest.mark.parametrize("stars", [True, False])
-def test_strangers_baskets_and_files(tmp_path, stars):
-    split = made_log(stars=stars)
-    model = make_recommender("wide-deep", epochs=15).fit(split)
-    assert model.predicts_ratings == stars
-    stranger = model.scores([model.n_users, 10**6])
-    assert torch.isfinite(stranger).all() and torch.equal(stranger[0], stranger[1])
-    assert not torch.equal(stranger[0], model.scores([0])[0])
-    known = model.train_history.select(torch.tensor([3]))
-    as_basket = model.scores([model.n_users], known)  # a stranger with the history of user 3
-    assert not torch.equal(as_basket[0], stranger[0])
-    model.save(tmp_path)
-    back = load_recommender(tmp_path)
-    assert (
-        torch.equal(back.scores([0, 5, model.n_users]), model.scores([0, 5, model.n_users]))
-        and back.predicts_ratings == stars
+    split = parity_split()
+    category = category_codes(split.items)[0]
+    n_users, n_items = split.n_train_users, split.n_train_items
+    history = History.from_rows(split.train, n_users)
+    state = build_feature_state(history, category, n_items)
+    mean, user_bias, item_bias = damped_bias(
+        history.user_index, history.item, history.rating, n_users, n_items + 1
     )
-    ranked = model.recommend([{"i0": 5, "i2": 5}, ["i1"], []], k=4)
-    assert len(ranked) == 12 and not set(ranked.filter(user="basket 1")["item"]) & {"i0", "i2"}
+    user, item = torch.arange(10), torch.arange(10)
+    net = WideDeepNet(n_users, n_items, int(category.max()) + 1).eval()
+    batch = build_batch(state, user, history.select(user), torch.arange(10), item)
+    expected = mean + user_bias[user] + item_bias[item]
+    assert torch.allclose(net(batch).double(), expected, atol=1e-5)
+
+
+def test_learns_what_only_a_cross_product_explains():
+    split = parity_split()
+    model = make_recommender("wide-deep", epochs=40, embedding_lr=0.01).fit(split)
+    rmse = rmse_on(split.val, model)
+    assert rmse < 0.8 * rmse_on(split.val, make_recommender("damped-bias").fit(split))
+    assert rmse < 0.8 * float(split.train["rating"].std())
+
+
+@pytest.mark.parametrize("rated", [True, False])
+def test_cold_start_users_baskets_and_files(tmp_path, rated):
+    split = parity_split(rated=rated)
+    model = make_recommender("wide-deep", epochs=15).fit(split)
+    assert model.predicts_ratings == rated
+    cold = model.scores([model.n_users, 10**6])
+    assert torch.isfinite(cold).all() and torch.equal(cold[0], cold[1])
+    assert not torch.equal(cold[0], model.scores([0])[0])
+    history = model.train_history.select(torch.tensor([3]))
+    with_history = model.scores([model.n_users], history)
+    assert not torch.equal(with_history[0], cold[0])
+    model.save(tmp_path)
+    loaded = load_recommender(tmp_path)
+    users = [0, 5, model.n_users]
+    assert torch.equal(loaded.scores(users), model.scores(users))
+    assert loaded.predicts_ratings == rated
+    recommended = model.recommend([{"i0": 5, "i2": 5}, ["i1"], []], k=4)
+    assert len(recommended) == 12
+    assert not set(recommended.filter(user="basket 1")["item"]) & {"i0", "i2"}
 
 
 def test_grid_and_pairs_agree():
-    split = made_log()
+    split = parity_split()
     model = make_recommender("wide-deep", epochs=3).fit(split)
     users, items = torch.arange(7), torch.arange(model.n_items)
     grid = model.scores(users)
@@ -115,77 +108,67 @@ def test_grid_and_pairs_agree():
     assert torch.allclose(grid.clamp(*model.rating_range), pairs, atol=1e-5)
 
 
-def test_same_seed_same_model_other_seed_another():
-    split = made_log()
-    one, two, three = [
-        make_recommender("wide-deep", epochs=3, seed=s).fit(split).scores([0]) for s in (1, 1, 2)
+def test_the_seed_decides_the_model():
+    split = parity_split()
+    first, again, other = [
+        make_recommender("wide-deep", epochs=3, seed=seed).fit(split).scores([0])
+        for seed in (1, 1, 2)
     ]
-    assert torch.equal(one, two) and not torch.equal(one, three)
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_sigmoid_stays_within_the_stars():
-    split = made_log()
+def test_sigmoid_stays_within_the_rating_range():
+    split = parity_split()
     model = make_recommender("wide-deep", epochs=3, output="sigmoid").fit(split)
     scores = model.scores(torch.arange(20))
-    assert (
-        scores.min() >= model.rating_range[0]
-        and scores.max() <= model.rating_range[1]
-        and scores.std() > 0
-    )
+    low, high = model.rating_range
+    assert scores.min() >= low and scores.max() <= high and scores.std() > 0
 
 
 def test_stops_early_and_keeps_the_best():
-    split = made_log(400)
+    split = parity_split(400)
     model = make_recommender("wide-deep", epochs=200, patience=2, lr=0.02).fit(split)
     val = [row["val"] for row in model.loss_curve]
     assert len(val) < 200 and len(val) == 1 + int(np.argmin(val)) + 2
-    judge = model._val_loss(split, "mse", 0)
-    assert judge(model.net) == pytest.approx(min(val), rel=1e-5)
+    val_loss = model._val_loss(split, "mse", 0)
+    assert val_loss(model.net) == pytest.approx(min(val), rel=1e-5)
 
 
 def test_resumes_bit_for_bit(tmp_path):
-    "Stopped after any pass, training goes on as if nothing had happened: dropout, shuffling and Adam's memory included."
-    split = made_log(600)
-    x, y = pointwise_examples(
-        split.train, category_codes(split.items)[0], split.n_train_users, split.n_train_items
-    )
+    "Check that training resumed after any epoch equals training without a stop, dropout included."
+    split = parity_split(600)
+    n_users, n_items = split.n_train_users, split.n_train_items
+    x, y = pointwise_examples(split.train, category_codes(split.items)[0], n_users, n_items)
+    data = (*x.to_tensors(), y)
+    params = dict(lr=0.01, embedding_lr=0.01, weight_decay=0.01, swa_start=2, seed=5)
 
-    def net():
+    def new_net():
         torch.manual_seed(0)
-        return WideDeepNet(split.n_train_users, split.n_train_items, 3)
+        return WideDeepNet(n_users, n_items, 3)
 
-    pace = dict(lr=0.01, embedding_lr=0.01, weight_decay=0.01, swa_start=2, seed=5)
-    whole, _ = train_loop(net(), (*x.to_tensors(), y), epochs=6, **pace)
+    uninterrupted, _ = train_loop(new_net(), data, epochs=6, **params)
     for stop in (1, 3, 5):
-        place = tmp_path / f"{stop}.safetensors"
-        train_loop(net(), (*x.to_tensors(), y), epochs=stop, checkpoint=place, **pace)
-        resumed, _ = train_loop(net(), (*x.to_tensors(), y), epochs=6, checkpoint=place, **pace)
-        for a, b in zip(whole.parameters(), resumed.parameters()):
-            assert torch.equal(a, b)
+        checkpoint = tmp_path / f"{stop}.safetensors"
+        train_loop(new_net(), data, epochs=stop, checkpoint=checkpoint, **params)
+        resumed, _ = train_loop(new_net(), data, epochs=6, checkpoint=checkpoint, **params)
+        for expected, actual in zip(uninterrupted.parameters(), resumed.parameters()):
+            assert torch.equal(expected, actual)
 
 
-def test_losses_by_hand():
+def test_losses_against_formulas():
     assert make_loss("mse")(torch.tensor([4.0, 2.0]), torch.tensor([5.0, 2.0])) == 0.5
-    assert float(make_loss("logistic")(torch.tensor([2.0]), torch.tensor([1.0]))) == pytest.approx(
-        np.log1p(np.exp(-2))
-    )
+    logistic = make_loss("logistic")(torch.tensor([2.0]), torch.tensor([1.0]))
+    assert float(logistic) == pytest.approx(np.log1p(np.exp(-2)))
 
 
 @pytest.mark.long
 def test_beats_the_damped_bias_on_ciao(ciao):
     final = ciao.for_final_fit()
-    user, item, rating = (
-        ciao.test["user"].to_numpy(),
-        ciao.test["item"].to_numpy(),
-        torch.tensor(ciao.test["rating"].to_numpy()),
-    )
-
-    def rmse(model):
-        return float((model.predict(user, item) - rating).square().mean().sqrt())
-
-    found = []
+    rmse_by_seed = []
     for seed in range(5):
-        chosen = make_recommender("wide-deep", seed=seed).fit(ciao)
-        best = 1 + int(np.argmin([row["val"] for row in chosen.loss_curve]))
-        found.append(rmse(make_recommender("wide-deep", seed=seed, epochs=best).fit(final)))
-    assert np.mean(found) <= rmse(make_recommender("damped-bias").fit(final))
+        model = make_recommender("wide-deep", seed=seed).fit(ciao)
+        best = 1 + int(np.argmin([row["val"] for row in model.loss_curve]))
+        model = make_recommender("wide-deep", seed=seed, epochs=best).fit(final)
+        rmse_by_seed.append(rmse_on(ciao.test, model))
+    baseline = rmse_on(ciao.test, make_recommender("damped-bias").fit(final))
+    assert np.mean(rmse_by_seed) <= baseline

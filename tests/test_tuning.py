@@ -1,4 +1,4 @@
-"The same chance for everybody: spaces, searches that survive a kill, and rows that no trial may see."
+"Tuning: search spaces, studies that survive a kill, and rows that no trial may read."
 
 import json
 import math
@@ -12,13 +12,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from widedeep_nb import comparison
+from widedeep_nb import comparison, ranking
 from widedeep_nb.baselines import PARAM_GRIDS
 from widedeep_nb.comparison import (
-    BASE_PARAMS,
     RANKING_METRIC,
     RATING_METRIC,
-    SEARCH_SPACES,
     best_trial,
     completed_trials,
     default_params,
@@ -27,6 +25,7 @@ from widedeep_nb.comparison import (
     diagnose_curve,
     final_params,
     from_optuna_params,
+    loss_variants,
     next_trial,
     objectives_for,
     open_journal,
@@ -34,6 +33,7 @@ from widedeep_nb.comparison import (
     recommender_params,
     run_study,
     run_trial,
+    search_spaces,
     study_name,
     to_optuna_params,
     to_registry_name,
@@ -47,56 +47,52 @@ from widedeep_nb.sequence import SEQUENCE_MODELS
 
 ROOT = Path(__file__).parents[1]
 FEW = ("mean", "damped-bias", "item-knn", "svd", "funk-svd", "gru", "wide-deep", "wide-deep-bpr")
-everyone = [(name, metric) for name, of in SEARCH_SPACES.items() for metric in of]
+OBJECTIVES = [(name, metric) for name, spaces in search_spaces().items() for metric in spaces]
+BOTH = {RANKING_METRIC: 0, RATING_METRIC: 0}
 
 
-def told(trials):
-    return [
-        (t["settings"], t["value"], t.get("curve"), t.get("epochs"), t.get("reason"))
-        for t in trials
-    ]
+def comparable(trials):
+    "Return what must be equal in equal trials: all but the seconds."
+    keys = ("settings", "value", "curve", "epochs", "reason")
+    return [[trial.get(key) for key in keys] for trial in trials]
 
 
-def step_alone(run, **how):
-    "The step without the chapters before it, and with nothing left of an earlier try but its trials."
+def tune_alone(run, **options):
+    "Run the step without those before it; of earlier work only the trials remain."
     shutil.rmtree(run.folder / ".work", ignore_errors=True)
-    return tune.__wrapped__(run, **how)
+    return tune.__wrapped__(run, **options)
 
 
-def log_of(n=1200, seed=0, stars=True):
-    "Sixty people of two tastes, thirty things."
+def toy_log(n=1200, seed=0, with_ratings=True):
+    "Make a log of 60 users with two tastes and 30 items."
     rng = np.random.default_rng(seed)
     user, item = rng.integers(0, 60, n), rng.integers(0, 30, n)
     item = np.where(rng.random(n) < 0.7, item - (item + user) % 2 * (item > 0), item)
     rating = (3 + (user % 2 == item % 2) + rng.integers(-1, 2, n)).astype("float32")
-    log = pl.DataFrame(
-        {
-            "user": [f"u{u}" for u in user],
-            "item": [f"i{i}" for i in item],
-            "rating": rating if stars else [None] * n,
-            "timestamp": 15 * 10**11 + np.arange(n) * 10**8,
-        },
-        schema_overrides={"rating": pl.Float32},
-    )
+    columns = {
+        "user": [f"u{u}" for u in user],
+        "item": [f"i{i}" for i in item],
+        "rating": rating if with_ratings else [None] * n,
+        "timestamp": 15 * 10**11 + np.arange(n) * 10**8,
+    }
+    log = pl.DataFrame(columns, schema_overrides={"rating": pl.Float32})
     return to_interactions(log.unique(["user", "item"], keep="first", maintain_order=True))
 
 
 @pytest.fixture(scope="module")
 def small():
-    return prepare(log_of(), "strict")
+    return prepare(toy_log(), "strict")
 
 
-def run_of(folder, log=None, protocol="strict", seed=0):
-    "A run whose rows are there, and who is asked; no model."
-    place = folder / "toy"
-    place.mkdir(parents=True)
-    (log_of() if log is None else log).with_columns(pl.col("timestamp").dt.epoch("ms")).write_csv(
-        place / "ratings.csv"
-    )
-    pl.DataFrame(
-        {"item": [f"i{k}" for k in range(30)], "category": [f"A > {k % 2}" for k in range(30)]}
-    ).write_csv(place / "items.csv")
-    run = Run(folder / "run", dataset=str(place), protocol=protocol, seed=seed)
+def toy_run(folder, log=None, protocol="strict", seed=0):
+    "Make a run with its splits and evaluation settings, but without models."
+    data = folder / "toy"
+    data.mkdir(parents=True)
+    log = toy_log() if log is None else log
+    log.with_columns(pl.col("timestamp").dt.epoch("ms")).write_csv(data / "ratings.csv")
+    ids, categories = [f"i{k}" for k in range(30)], [f"A > {k % 2}" for k in range(30)]
+    pl.DataFrame({"item": ids, "category": categories}).write_csv(data / "items.csv")
+    run = Run(folder / "run", dataset=str(data), protocol=protocol, seed=seed)
     preprocess(run)
     run.write("evaluation.json", {"relevant": 4.0, "max_users": 40})
     return run
@@ -104,614 +100,561 @@ def run_of(folder, log=None, protocol="strict", seed=0):
 
 @pytest.fixture
 def few(monkeypatch):
-    "A handful of contestants, quickly fitted."
-    monkeypatch.setattr(comparison, "SEARCH_SPACES", {name: SEARCH_SPACES[name] for name in FEW})
+    "Reduce the comparison to a few models that are fitted quickly."
+    spaces = {name: search_spaces()[name] for name in FEW}
+    monkeypatch.setattr(comparison, "search_spaces", lambda: spaces)
     return FEW
 
 
-def answers(run):
-    "What tuning said, but not how long it took."
-    tuning = run.read("tuning.json")
-    for c in tuning["models"]:
-        for timed in (c, *c["objectives"], *(t for q in c["objectives"] for t in q["results"])):
-            timed.pop("seconds")
-    return {k: v for k, v in tuning.items() if k != "seconds"}
+def report_of(run):
+    "Return the tuning report without its seconds."
+    report = run.read("tuning.json")
+    report.pop("seconds")
+    for model in report["models"]:
+        model.pop("seconds")
+        for objective in model["objectives"]:
+            objective.pop("seconds")
+            for result in objective["results"]:
+                result.pop("seconds")
+    return report
 
 
-def counted(monkeypatch):
-    "Which trials are really made."
+def count_trials(monkeypatch):
+    "Record which trials are really run."
     made = []
 
-    def watched(name, metric, *args, **how):
+    def counted_trial(name, metric, *args, **options):
         made.append((name, metric))
-        return run_trial(name, metric, *args, **how)
+        return run_trial(name, metric, *args, **options)
 
-    monkeypatch.setattr(comparison, "run_trial", watched)
+    monkeypatch.setattr(comparison, "run_trial", counted_trial)
     return made
 
 
-# --- the spaces
+# --- search spaces
 
 
-def test_everybody_is_there():
-    assert set(SEARCH_SPACES) == {
-        *PARAM_GRIDS,
-        *SEQUENCE_MODELS,
-        "content",
-        "content-towers",
-        "wide-deep",
-        *(f"wide-deep-{loss}" for loss in LOSSES),
-    }
-    assert (
-        [name for name, of in SEARCH_SPACES.items() if not of]
-        == ["mean", "popularity", "content"]
-        == [name for name, grid in PARAM_GRIDS.items() if not grid] + ["content"]
-    )
-    assert all(set(PARAM_GRIDS[name]) == set(SEARCH_SPACES[name]) for name in PARAM_GRIDS)
+def test_all_models_have_a_space():
+    content = ("content", "content-towers")
+    wide_deep = [f"wide-deep-{loss}" for loss in LOSSES]
+    expected = {*PARAM_GRIDS, *SEQUENCE_MODELS, *content, "wide-deep", *wide_deep}
+    assert set(search_spaces()) == expected
+    untuned = [name for name, spaces in search_spaces().items() if not spaces]
+    assert untuned == ["mean", "popularity", "content"]
+    assert untuned == [name for name, grid in PARAM_GRIDS.items() if not grid] + ["content"]
+    for name, grid in PARAM_GRIDS.items():
+        assert set(grid) == set(search_spaces()[name])
 
 
-@pytest.mark.parametrize("name, metric", everyone)
-def test_spaces_hold_the_default_and_nothing_unknown(name, metric):
-    space, default = SEARCH_SPACES[name][metric], default_params(name, metric)
-    assert (
-        set(space) <= set(recommender_params(name))
-        and "seed" not in space
-        and set(BASE_PARAMS.get(name, {})) <= set(recommender_params(name))
-    )
-    for k, within in space.items():
-        if isinstance(within, list):
-            assert default[k] in within and len(set(map(str, within))) == len(within) > 1
+@pytest.mark.parametrize("name, metric", OBJECTIVES)
+def test_spaces_contain_the_default_and_no_unknown_setting(name, metric):
+    space, default = search_spaces()[name][metric], default_params(name, metric)
+    known = set(recommender_params(name))
+    assert set(space) <= known and "seed" not in space
+    assert set(loss_variants().get(name, {})) <= known
+    for setting, search_range in space.items():
+        value = default[setting]
+        if isinstance(search_range, list):
+            assert value in search_range
+            assert len(set(map(str, search_range))) == len(search_range) > 1
         else:
-            assert (
-                within[0] <= default[k] <= within[1]
-                and within[0] < within[1]
-                and type(default[k]) is (int if "int" in str(within[2:]) else float)
-            )
+            low, high, *scale = search_range
+            assert low < high and low <= value <= high
+            assert type(value) is (int if "int" in str(scale) else float)
     assert from_optuna_params(space, to_optuna_params(space, default)) == default
     if name in PARAM_GRIDS:
-        assert all(
-            PARAM_GRIDS[name][metric][0][k] == default[k] for k in PARAM_GRIDS[name][metric][0]
-        )
+        for setting, value in PARAM_GRIDS[name][metric][0].items():
+            assert value == default[setting]
+
+
+def corner_of(name, metric, side):
+    "Return settings that are all at the same end of their ranges."
+    settings = {}
+    for setting, search_range in search_spaces()[name][metric].items():
+        is_choice = isinstance(search_range, list)
+        settings[setting] = search_range[-side] if is_choice else search_range[side]
+    return settings | ({"epochs": 2} if name == "neumf" else {})
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_the_corners_can_be_fitted(small, side):
-    "With every setting at the same end of its range, each contestant learns, and its settings serve for the final fit."
-    for name, metric in everyone:
-        corner = {
-            k: w[-side] if isinstance(w, list) else w[side]
-            for k, w in SEARCH_SPACES[name][metric].items()
-        } | ({"epochs": 2} if name == "neumf" else {})
-        found = run_trial(name, metric, corner, small, 20, epochs=2)
-        assert math.isfinite(found["value"]) and (
-            ("epochs" in found) == ("patience" in recommender_params(name))
-        )
-        settings = json.loads(
-            json.dumps(final_params(name, [{"settings": corner, **found}], small))
-        )
-        made = make_recommender(
-            to_registry_name(name),
-            **settings,
-            **({"seed": 3} if "seed" in recommender_params(name) else {}),
-        )
-        if "epochs" in found:
-            assert made.epochs == found["epochs"] and "seed" not in settings
+def test_corners_can_be_fitted(small, side):
+    "Check that each model can be fitted there, and that the final settings are complete."
+    for name, metric in OBJECTIVES:
+        known = recommender_params(name)
+        corner = corner_of(name, metric, side)
+        result = run_trial(name, metric, corner, small, 20, epochs=2)
+        assert math.isfinite(result["value"])
+        assert ("epochs" in result) == ("patience" in known)
+        settings = final_params(name, [{"settings": corner, **result}], small)
+        settings = json.loads(json.dumps(settings))
+        seed = {"seed": 3} if "seed" in known else {}
+        model = make_recommender(to_registry_name(name), **settings, **seed)
+        if "epochs" in result:
+            assert model.epochs == result["epochs"] and "seed" not in settings
 
 
-def test_the_losses_are_trained_as_in_chapter_08(small, tmp_path, monkeypatch):
-    "Batch, thinning, features and draws are those that `fit_with_loss` gives the model."
-    from widedeep_nb import ranking
-
+def test_losses_are_trained_as_in_chapter_08(small, tmp_path, monkeypatch):
+    "Check that batch size, stride, features and negatives are those of `fit_with_loss`."
     made = {}
+    parent = ranking.WideDeepRecommender
 
-    class Watched(ranking.WideDeep):
+    class RecordedWideDeep(parent):
+        loss_curve = []
+
         def fit(self, split):
             return made.setdefault(self.loss, self)
 
         def save(self, folder):
-            self.loss_curve = []
+            pass
 
-    monkeypatch.setattr(ranking, "WideDeep", Watched)
+    monkeypatch.setattr(ranking, "WideDeepRecommender", RecordedWideDeep)
     for loss in LOSSES:
-        monkeypatch.setattr(Watched, "curve", [], raising=False)
         ranking.fit_with_loss(small, tmp_path, tmp_path / "c", loss, 8, 5, alpha=0.5, seed=0)
-        ours = comparison.full_params(f"wide-deep-{loss}", {}, small)
-        assert {
-            k: list(v) if k == "features" else v for k, v in vars(made[loss]).items() if k in ours
-        } == ours
+        expected = comparison.full_params(f"wide-deep-{loss}", {}, small)
+        settings = {k: v for k, v in vars(made[loss]).items() if k in expected}
+        settings["features"] = list(settings["features"])
+        assert settings == expected
 
 
-# --- a search
+# --- studies
 
 
-def test_a_trial_is_the_default_first_then_others(small):
-    tried = run_study(open_study(None, "a", RATING_METRIC), "funk-svd", RATING_METRIC, 6, small)
-    assert (
-        tried[0]["settings"] == default_params("funk-svd", RATING_METRIC)
-        and len({json.dumps(t["settings"]) for t in tried}) == 6
-    )
-    for t in tried:
-        assert t["value"] == run_trial("funk-svd", RATING_METRIC, t["settings"], small)["value"]
-    assert best_trial(tried, RATING_METRIC)["value"] == min(t["value"] for t in tried)
-    other = run_study(
-        open_study(None, "a", RATING_METRIC), "funk-svd", RATING_METRIC, 6, small, seed=1
-    )
-    assert (
-        other[0]["settings"] == tried[0]["settings"]
-        and other[1]["settings"] != tried[1]["settings"]
-    )
-    assert (
-        SEARCH_SPACES["user-knn"][RANKING_METRIC] == SEARCH_SPACES["item-knn"][RANKING_METRIC]
-    )  # the same space, but not the same luck
-    near = [
-        run_study(open_study(None, "a", RANKING_METRIC), name, RANKING_METRIC, 2, small)
-        for name in ("user-knn", "item-knn")
-    ]
-    assert (
-        near[0][0]["settings"] == near[1][0]["settings"]
-        and near[0][1]["settings"] != near[1][1]["settings"]
-    )
+def svd_study(journal=None):
+    return open_study(journal, "a", RANKING_METRIC)
 
 
-def test_the_best_of_lists_is_the_largest(small):
-    tried = run_study(open_study(None, "a", RANKING_METRIC), "svd", RANKING_METRIC, 5, small)
-    assert best_trial(tried, RANKING_METRIC)["value"] == max(t["value"] for t in tried)
+def funk_study(journal=None):
+    return open_study(journal, "a", RATING_METRIC)
+
+
+def run_svd(study, n, split):
+    return run_study(study, "svd", RANKING_METRIC, n, split)
+
+
+def run_funk(study, n, split, **options):
+    return run_study(study, "funk-svd", RATING_METRIC, n, split, **options)
+
+
+def test_the_first_trial_is_the_default(small):
+    trials = run_funk(funk_study(), 6, small)
+    settings = [trial["settings"] for trial in trials]
+    assert settings[0] == default_params("funk-svd", RATING_METRIC)
+    assert len({json.dumps(s) for s in settings}) == 6
+    for trial in trials:
+        repeated = run_trial("funk-svd", RATING_METRIC, trial["settings"], small)
+        assert trial["value"] == repeated["value"]
+    best = best_trial(trials, RATING_METRIC)
+    assert best["value"] == min(trial["value"] for trial in trials)
+    other_seed = run_funk(funk_study(), 6, small, seed=1)
+    assert other_seed[0]["settings"] == settings[0] and other_seed[1]["settings"] != settings[1]
+
+
+def test_equal_spaces_have_different_random_trials(small):
+    names = ("user-knn", "item-knn")
+    user_space, item_space = [search_spaces()[name][RANKING_METRIC] for name in names]
+    assert user_space == item_space
+    user, item = [run_study(svd_study(), name, RANKING_METRIC, 2, small) for name in names]
+    assert user[0]["settings"] == item[0]["settings"]
+    assert user[1]["settings"] != item[1]["settings"]
+
+
+def test_the_best_ranking_is_the_largest(small):
+    trials = run_svd(svd_study(), 5, small)
+    assert best_trial(trials, RANKING_METRIC)["value"] == max(trial["value"] for trial in trials)
 
 
 @pytest.mark.parametrize(
     "name, metric, sign", [("svd", RANKING_METRIC, 1), ("damped-bias", RATING_METRIC, -1)]
 )
-def test_it_looks_where_good_settings_were(monkeypatch, name, metric, sign):
-    "A figure that is best near the upper end: what is proposed later lies nearer to it."
-    ((setting, (low, high, _)),) = SEARCH_SPACES[name][metric].items()
+def test_later_trials_are_nearer_to_good_settings(monkeypatch, name, metric, sign):
+    "Check this for a score that is best near the upper end of the range."
+    ((setting, (low, high, _)),) = search_spaces()[name][metric].items()
 
-    def off(chosen):
-        return abs(math.log(chosen[setting] / low) / math.log(high / low) - 0.9)
+    def distance(settings):
+        return abs(math.log(settings[setting] / low) / math.log(high / low) - 0.9)
 
-    monkeypatch.setattr(
-        comparison,
-        "run_trial",
-        lambda name, metric, chosen, *args, **how: {"value": 1 - sign * off(chosen)},
-    )
-    far = [
-        off(t["settings"]) for t in run_study(open_study(None, "a", metric), name, metric, 30, None)
-    ]
-    assert np.median(far[15:]) < 0.5 * np.median(far[1:8])
+    def scored_trial(name, metric, params, *args, **options):
+        return {"value": 1 - sign * distance(params)}
+
+    monkeypatch.setattr(comparison, "run_trial", scored_trial)
+    trials = run_study(open_study(None, "a", metric), name, metric, 30, None)
+    distances = [distance(trial["settings"]) for trial in trials]
+    assert np.median(distances[15:]) < 0.5 * np.median(distances[1:8])
 
 
-def test_cut_off_after_any_trial_it_goes_on_alike(small, tmp_path, monkeypatch):
-    "Eight trials, so that what was learnt from the first four is part of it; cut off in the middle of each of them."
-    whole = told(
-        run_study(open_study(None, "a", RATING_METRIC), "funk-svd", RATING_METRIC, 8, small)
-    )
+def test_a_study_continues_after_any_interruption(small, tmp_path, monkeypatch):
+    "Check all of eight trials, so that proposals from four earlier results are among them."
+    complete = comparable(run_funk(funk_study(), 8, small))
     for k in range(1, 9):
         made = []
 
-        def cut(*args, **how):
+        def interrupted_trial(*args, **options):
             made.append(args)
             if len(made) == k:
                 raise KeyboardInterrupt
-            return run_trial(*args, **how)
+            return run_trial(*args, **options)
 
         path = tmp_path / str(k)
-        monkeypatch.setattr(comparison, "run_trial", cut)
+        monkeypatch.setattr(comparison, "run_trial", interrupted_trial)
         with pytest.raises(KeyboardInterrupt):
-            run_study(
-                open_study(open_journal(path), "a", RATING_METRIC),
-                "funk-svd",
-                RATING_METRIC,
-                8,
-                small,
-            )
-        with open(path, "ab") as f:
-            f.write(b'{"op_code": 5, "worker')
-        Path(f"{path}.lock").touch()
+            run_funk(funk_study(open_journal(path)), 8, small)
+        with open(path, "ab") as file:
+            file.write(b'{"op_code": 5, "worker')
+        lock = Path(f"{path}.lock")
+        lock.touch()
         journal = open_journal(path)
-        assert not Path(f"{path}.lock").exists()
-        study = open_study(journal, "a", RATING_METRIC)
-        assert (
-            told(run_study(study, "funk-svd", RATING_METRIC, 8, small)) == whole and len(made) == 9
-        )
+        assert not lock.exists()
+        study = funk_study(journal)
+        assert comparable(run_funk(study, 8, small)) == complete and len(made) == 9
         assert len(study.trials) == 9 and len(completed_trials(study)) == 8
 
 
-def test_left_overs_do_not_change_what_is_proposed(small):
-    plain, littered = [open_study(None, "a", RATING_METRIC) for _ in range(2)]
+def test_unfinished_trials_do_not_change_proposals(small):
+    clean, littered = funk_study(), funk_study()
     for n in range(1, 8):
         for _ in range(3):
             next_trial(littered, "funk-svd", RATING_METRIC)
-        assert told(run_study(littered, "funk-svd", RATING_METRIC, n, small)) == told(
-            run_study(plain, "funk-svd", RATING_METRIC, n, small)
-        )
+        expected = comparable(run_funk(clean, n, small))
+        assert comparable(run_funk(littered, n, small)) == expected
 
 
-def test_killed_between_two_strokes_of_the_pen(small):
-    "With the default written down as the next one, but not begun."
-    study = open_study(None, "a", RANKING_METRIC)
-    study.enqueue_trial(
-        to_optuna_params(
-            SEARCH_SPACES["svd"][RANKING_METRIC], default_params("svd", RANKING_METRIC)
-        )
-    )
-    assert told(run_study(study, "svd", RANKING_METRIC, 4, small)) == told(
-        run_study(open_study(None, "a", RANKING_METRIC), "svd", RANKING_METRIC, 4, small)
-    )
+def test_an_enqueued_default_is_not_enqueued_again(small):
+    study, space = svd_study(), search_spaces()["svd"][RANKING_METRIC]
+    study.enqueue_trial(to_optuna_params(space, default_params("svd", RANKING_METRIC)))
+    expected = comparable(run_svd(svd_study(), 4, small))
+    assert comparable(run_svd(study, 4, small)) == expected
 
 
 def test_the_seed_is_that_of_the_run(small):
-    one, two, again = [
+    first, other, repeated = [
         run_trial("gru", RANKING_METRIC, {}, small, epochs=2, seed=seed) for seed in (0, 1, 0)
     ]
-    assert one == again and one["curve"] != two["curve"]
+    assert first == repeated and first["curve"] != other["curve"]
 
 
-def test_more_trials_go_on_and_fewer_are_the_first(small, tmp_path, monkeypatch):
-    made = counted(monkeypatch)
-    whole = told(run_study(open_study(None, "a", RANKING_METRIC), "svd", RANKING_METRIC, 6, small))
-    for n, new in ((2, 2), (5, 3), (6, 1), (4, 0), (6, 0)):
+def test_more_trials_are_added_and_fewer_are_the_first(small, tmp_path, monkeypatch):
+    made = count_trials(monkeypatch)
+    complete = comparable(run_svd(svd_study(), 6, small))
+    for n, n_new in ((2, 2), (5, 3), (6, 1), (4, 0), (6, 0)):
         made.clear()
-        study = open_study(open_journal(tmp_path / "journal"), "a", RANKING_METRIC)
-        assert (
-            told(run_study(study, "svd", RANKING_METRIC, n, small)) == whole[:n]
-            and len(made) == new
-        )
+        study = svd_study(open_journal(tmp_path / "journal"))
+        assert comparable(run_svd(study, n, small)) == complete[:n] and len(made) == n_new
 
 
-def test_a_trial_that_cannot_be_made_counts_with_its_reason(small, monkeypatch):
+def test_a_failed_trial_counts_with_its_reason(small, monkeypatch):
     calls = []
 
-    def picky(name, metric, chosen, *args, **how):
-        calls.append(chosen)
+    def failing_trial(name, metric, params, *args, **options):
+        calls.append(params)
         if len(calls) in (2, 4):
             raise UserError("too large")
-        return run_trial(name, metric, chosen, *args, **how)
+        return run_trial(name, metric, params, *args, **options)
 
-    monkeypatch.setattr(comparison, "run_trial", picky)
-    study = open_study(None, "a", RANKING_METRIC)
-    tried = run_study(study, "svd", RANKING_METRIC, 6, small)
-    assert [t.get("reason") for t in tried] == [
-        None,
-        "too large",
-        None,
-        "too large",
-        None,
-        None,
-    ] and [t["value"] is None for t in tried] == [False, True, False, True, False, False]
-    assert (
-        len(calls) == 6
-        and len({json.dumps(c) for c in calls}) > 4
-        and best_trial(tried, RANKING_METRIC)["value"] is not None
-    )
-    calls.clear(), calls.append(None)
+    monkeypatch.setattr(comparison, "run_trial", failing_trial)
+    trials = run_svd(svd_study(), 6, small)
+    failed = [False, True, False, True, False, False]
+    assert [trial.get("reason") for trial in trials] == ["too large" if f else None for f in failed]
+    assert [trial["value"] is None for trial in trials] == failed
+    assert len(calls) == 6 and len({json.dumps(params) for params in calls}) > 4
+    assert best_trial(trials, RANKING_METRIC)["value"] is not None
+    calls[:] = [None]
     study = open_study(None, "b", RANKING_METRIC)
-    for _ in range(2):  # and not again on another day
+    for _ in range(2):  # a default that failed is not tried again later
         with pytest.raises(UserError, match="too large"):
-            run_study(study, "svd", RANKING_METRIC, 6, small)
+            run_svd(study, 6, small)
         assert len(calls) == 2
+
+
+def test_a_score_must_be_finite(small, monkeypatch):
     monkeypatch.setattr(comparison, "val_score", lambda *args: math.nan)
-    with pytest.raises(UserError, match="no numbers"):
+    with pytest.raises(UserError, match="not a finite number"):
         run_trial("svd", RANKING_METRIC, {}, small)
 
 
-def test_passes_and_curve_are_those_of_the_best_trial(small, tmp_path):
-    for name, metric in (("gru", RANKING_METRIC), ("wide-deep", RATING_METRIC)):
-        one = comparison.tune_model(
-            name, {metric: "toy"}, small, tmp_path / name, 3, how={"epochs": 4}
-        )
-        best = best_trial(
-            run_study(
-                open_study(open_journal(tmp_path / name), "toy", metric), name, metric, 3, small
-            ),
-            metric,
-        )
-        assert one["curve"] == best["curve"] and one["settings"]["epochs"] == best[
-            "epochs"
-        ] == best_epoch(name, best["curve"])
-        judged = [row["val"] for row in best["curve"]]
-        assert best["epochs"] == 1 + judged.index((max if name == "gru" else min)(judged))
-        for final in (
-            small.merge_train_val(),
-            small,
-        ):  # under some protocols the final fit has a validation part, and must not stop at it
-            assert (
-                len(make_recommender(name, **one["settings"]).fit(final).loss_curve)
-                == best["epochs"]
-            )
+@pytest.mark.parametrize("name, metric", [("gru", RANKING_METRIC), ("wide-deep", RATING_METRIC)])
+def test_epochs_and_curve_are_those_of_the_best_trial(small, tmp_path, name, metric):
+    path, studies = tmp_path / name, {metric: "toy"}
+    model = comparison.tune_model(name, studies, small, path, 3, options={"epochs": 4})
+    study = open_study(open_journal(path), "toy", metric)
+    best = best_trial(run_study(study, name, metric, 3, small), metric)
+    epochs, settings = best["epochs"], model["settings"]
+    assert model["curve"] == best["curve"]
+    assert settings["epochs"] == epochs == best_epoch(name, best["curve"])
+    values = [row["val"] for row in best["curve"]]
+    best_value = max(values) if name == "gru" else min(values)
+    assert epochs == 1 + values.index(best_value)
+    # under some protocols the final fit has a validation part, and must not stop early
+    for split in (small.merge_train_val(), small):
+        assert len(make_recommender(name, **settings).fit(split).loss_curve) == epochs
 
 
 # --- the step
 
 
 @pytest.fixture(scope="module")
-def everybody(tmp_path_factory):
-    run = run_of(tmp_path_factory.mktemp("all") / "x")
-    step_alone(run, results=2, epochs=1)
+def tuned(tmp_path_factory):
+    run = toy_run(tmp_path_factory.mktemp("all") / "x")
+    tune_alone(run, trials=2, epochs=1)
     return run
 
 
-def test_everybody_has_as_many_trials(everybody):
-    tuning = everybody.read("tuning.json")
-    assert (
-        tuning["excluded"] == {}
-        and [c["model"] for c in tuning["models"]] == list(SEARCH_SPACES)
-        and tuning["trials"] == 2
-    )
-    asked = {c["model"]: [q["metric"] for q in c["objectives"]] for c in tuning["models"]}
-    assert asked == {
-        name: [RATING_METRIC] if name == "wide-deep" else list(of)
-        for name, of in SEARCH_SPACES.items()
+def test_all_models_have_equally_many_trials(tuned):
+    report = tuned.read("tuning.json")
+    assert report["excluded"] == {} and report["trials"] == 2
+    objectives = {
+        model["model"]: [objective["metric"] for objective in model["objectives"]]
+        for model in report["models"]
     }
-    for c in tuning["models"]:
-        assert set(c) == {
-            "model",
-            "registry_name",
-            "settings",
-            "seconds",
-            "objectives",
-            "curve",
-        } and (c["curve"] is not None) == ("patience" in recommender_params(c["model"]))
-        for q in c["objectives"]:
-            assert (
-                q["trials"] == len(q["results"]) == 2
-                and q["results"][0]["value"] == q["default"]
-                and q["best"] == best_trial(q["results"], q["metric"])["value"]
-            )
-            assert q["results"][0]["settings"] == json.loads(
-                json.dumps(default_params(c["model"], q["metric"]))
-            )
-            chosen = best_trial(q["results"], q["metric"])["settings"]
-            assert {k: c["settings"][k] for k in chosen if k != "epochs" or "epochs" in chosen} == {
-                k: v for k, v in chosen.items() if k != "epochs" or "epochs" in chosen
-            }
-        make_recommender(c["registry_name"], **c["settings"])
-    assert tuning["split_note"] == "the validation part" and set(tuning["baselines"]) == {
-        RATING_METRIC,
-        RANKING_METRIC,
-    }
-    assert {p.stem for p in (everybody.folder / "tuning").glob("*.journal")} >= {
-        c["model"] for c in tuning["models"] if c["objectives"]
-    } and (everybody.folder / "tuning.json").exists()
+    expected = {name: list(spaces) for name, spaces in search_spaces().items()}
+    assert objectives == expected | {"wide-deep": [RATING_METRIC]}
+    assert list(objectives) == list(search_spaces())
+    assert report["split_note"] == "the validation part"
+    assert set(report["baselines"]) == {RATING_METRIC, RANKING_METRIC}
+    journals = {path.stem for path in (tuned.folder / "tuning").glob("*.journal")}
+    assert journals >= {name for name, metrics in objectives.items() if metrics}
+
+
+def test_reports_hold_the_default_and_the_best_trial(tuned):
+    for model in tuned.read("tuning.json")["models"]:
+        name = model["model"]
+        keys = {"model", "registry_name", "settings", "seconds", "objectives", "curve"}
+        assert set(model) == keys
+        assert (model["curve"] is not None) == ("patience" in recommender_params(name))
+        for objective in model["objectives"]:
+            results, metric = objective["results"], objective["metric"]
+            assert objective["trials"] == len(results) == 2
+            default = json.loads(json.dumps(default_params(name, metric)))
+            assert results[0]["settings"] == default
+            assert results[0]["value"] == objective["default"]
+            best = best_trial(results, metric)
+            assert best["value"] == objective["best"]
+            assert best["settings"].items() <= model["settings"].items()
+        make_recommender(model["registry_name"], **model["settings"])
 
 
 KILLED = """
 import os, signal, sys
 from widedeep_nb import comparison as c
-made, attempt, tell = [], c.attempt, c.optuna.Study.tell
-c.SPACES = {name: c.SPACES[name] for name in %r}
-def die(): os.kill(os.getpid(), signal.SIGKILL)
-def counted(*args, **how):
+
+made, run_trial, tell = [], c.run_trial, c.optuna.Study.tell
+spaces = {name: c.search_spaces()[name] for name in %r}
+c.search_spaces = lambda: spaces
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dying_trial(*args, **options):
     made.append(args)
-    found = attempt(*args, **how)
-    if len(made) == %d and %r == "in a trial": die()
-    return found
-def told(self, trial, *args, **how):
-    if len(made) == %d and %r == "before it is told" and not isinstance(trial, int): die()
-    return tell(self, trial, *args, **how)
-c.attempt, c.optuna.Study.tell = counted, told
+    result = run_trial(*args, **options)
+    if len(made) == %d and %r == "in a trial":
+        die()
+    return result
+
+
+def dying_tell(self, trial, *args, **options):
+    if len(made) == %d and %r == "before its result is stored" and not isinstance(trial, int):
+        die()
+    return tell(self, trial, *args, **options)
+
+
+c.run_trial, c.optuna.Study.tell = dying_trial, dying_tell
 c.tune.__wrapped__(c.Run(sys.argv[1]), trials=3, epochs=2)
 """
 
 
-def test_killed_for_good(tmp_path, few):
-    "A process that really dies, in the middle of a trial and with a trial made but not told; what goes on is what would have been."
-    run = run_of(tmp_path / "a")
-    fresh = [shutil.copytree(run.folder.parent, tmp_path / str(i)) / "run" for i in range(2)]
-    step_alone(run, results=3, epochs=2)
-    for folder, k, when in zip(fresh, (1, 15), ("in a trial", "before it is told")):
-        died = subprocess.run(
-            [sys.executable, "-c", KILLED % (FEW, k, when, k, when), str(folder)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert died.returncode == -signal.SIGKILL, died.stderr
-        assert (
-            any(p.stat().st_size for p in (folder / "tuning").iterdir())
-            and not (folder / "tuning.json").exists()
-        )
-        made = pytest.MonkeyPatch()
-        calls = counted(made)
-        step_alone(Run(folder), results=3, epochs=2)
-        made.undo()
-        assert answers(Run(folder)) == answers(run) and len(calls) == 3 * 8 - k + 1
+def test_a_killed_process_is_continued(tmp_path, few):
+    "Check that a process killed in a trial, or before its result is stored, is continued alike."
+    run = toy_run(tmp_path / "a")
+    copies = [shutil.copytree(run.folder.parent, tmp_path / str(i)) / "run" for i in range(2)]
+    tune_alone(run, trials=3, epochs=2)
+    moments = ("in a trial", "before its result is stored")
+    for folder, k, moment in zip(copies, (1, 15), moments):
+        code = KILLED % (FEW, k, moment, k, moment)
+        command = [sys.executable, "-c", code, str(folder)]
+        killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert any(path.stat().st_size for path in (folder / "tuning").iterdir())
+        assert not (folder / "tuning.json").exists()
+        with pytest.MonkeyPatch.context() as patch:
+            made = count_trials(patch)
+            tune_alone(Run(folder), trials=3, epochs=2)
+        assert report_of(Run(folder)) == report_of(run) and len(made) == 3 * 8 - k + 1
 
 
-def without_order(part):
-    return part.with_columns(item=pl.col("item").reverse(), rating=6 - pl.col("rating").reverse())
+def scramble(part):
+    flipped = 6 - pl.col("rating").reverse()
+    return part.with_columns(item=pl.col("item").reverse(), rating=flipped)
+
+
+def unread_tables(protocol):
+    "List the tables that tuning must not read."
+    if protocol == "strict":
+        return ["test.parquet"]
+    later = [f"{fold}{part}" for fold in ("cuts/1/", "cuts/2/", "") for part in ("train", "val")]
+    tests = [f"{fold}test" for fold in ("cuts/0/", "cuts/1/", "cuts/2/", "")]
+    return [f"{name}.parquet" for name in later + tests]
 
 
 @pytest.mark.parametrize("protocol", ["strict", "rolling"])
-def test_test_rows_are_never_read(tmp_path, few, monkeypatch, protocol):
-    "Other test rows, and under a rolling protocol other later windows: the same answers. Other validation rows: others."
-    log = log_of() if protocol == "strict" else log_of(4000)
-    run = run_of(tmp_path / "a", log, protocol)
-    copies = [Run(shutil.copytree(run.folder, tmp_path / str(i))) for i in range(2)]
-    tables = (
-        ["test.parquet"]
-        if protocol == "strict"
-        else [
-            f"{at}{part}.parquet"
-            for at in ("cuts/1/", "cuts/2/", "")
-            for part in ("train", "val", "test")
-        ]
-        + ["cuts/0/test.parquet"]
-    )
-    for name in tables:
-        copies[0].write(name, without_order(run.read(name)))
-    first = "" if protocol == "strict" else "cuts/0/"
-    copies[1].write(f"{first}val.parquet", without_order(run.read(f"{first}val.parquet")))
-    for r in (run, *copies):
-        step_alone(r, results=2, epochs=1)
-    assert answers(copies[0]) == answers(run) != answers(copies[1])
-    assert len(run.read("tuning.json")["models"]) == len(FEW)
-    assert ("oldest of 4 windows" in answers(run)["split_note"]) == (protocol == "rolling")
-
-
-def test_other_data_never_meets_old_trials(tmp_path, few, monkeypatch):
-    "In one folder: other rows, another seed, another protocol, another space, other passes."
-    made, run = counted(monkeypatch), run_of(tmp_path / "a")
-    step_alone(run, results=2, epochs=1)
-    total = len(made)
-    made.clear(), step_alone(run, results=2, epochs=1)
-    assert not made
-    row = run.read("train.parquet")
-    run.write(
-        "train.parquet",
-        row.with_columns(
-            rating=pl.when(pl.int_range(pl.len()) == 5)
-            .then(6 - pl.col("rating"))
-            .otherwise(pl.col("rating"))
-        ),
-    )
-    made.clear(), step_alone(run, results=2, epochs=1)
-    assert len(made) == total
-    run.write("train.parquet", row)
-    made.clear(), step_alone(run, results=2, epochs=1)
-    assert not made
-    step_alone(run, results=2, epochs=2)
-    assert len(made) == total
-    run.update_manifest(seed=1)
-    made.clear(), step_alone(run, results=2, epochs=1)
-    assert len(made) == total
-    run.update_manifest(seed=0)
-    monkeypatch.setitem(
-        comparison.SEARCH_SPACES, "svd", {RANKING_METRIC: {"factors": (2, 127, "log int")}}
-    )
-    made.clear(), step_alone(run, results=2, epochs=1)
-    assert made == [("svd", RANKING_METRIC)] * 2
-    names = [
-        study_name(run, "svd", RANKING_METRIC, max_softmax_items=most, epochs=1)
-        for most in (40, 41)
+def test_test_rows_are_never_read(tmp_path, few, protocol):
+    "Check that other test rows and other later folds change nothing, and other validation rows do."
+    log = toy_log() if protocol == "strict" else toy_log(4000)
+    run = toy_run(tmp_path / "a", log, protocol)
+    other_test, other_val = [
+        Run(shutil.copytree(run.folder, tmp_path / name)) for name in ("test", "val")
     ]
-    assert names[0] != names[1] and all(
-        part in names[0] for part in ("svd", RANKING_METRIC, "toy", "strict", "seed 0")
-    )
-    table = run.read("split/protocol.json")
-    run.write("split/protocol.json", table | {"mask_seen": False})
-    assert study_name(run, "svd", RANKING_METRIC, max_softmax_items=40, epochs=1) != names[0]
+    for name in unread_tables(protocol):
+        other_test.write(name, scramble(run.read(name)))
+    val = "val.parquet" if protocol == "strict" else "cuts/0/val.parquet"
+    other_val.write(val, scramble(run.read(val)))
+    for each in (run, other_test, other_val):
+        tune_alone(each, trials=2, epochs=1)
+    assert report_of(other_test) == report_of(run) != report_of(other_val)
+    assert len(report_of(run)["models"]) == len(FEW)
+    assert ("oldest of 4 folds" in report_of(run)["split_note"]) == (protocol == "rolling")
 
 
-def test_what_is_wrong_is_said_in_a_line(tmp_path, few, monkeypatch):
-    run = run_of(tmp_path / "a")
-    for how, said in (
+def test_other_data_never_reuse_trials(tmp_path, few, monkeypatch):
+    "Check other rows, epochs, seeds and spaces in one folder."
+    made, run = count_trials(monkeypatch), toy_run(tmp_path / "a")
+
+    def n_new_trials(epochs=1):
+        made.clear()
+        tune_alone(run, trials=2, epochs=epochs)
+        return len(made)
+
+    total = n_new_trials()
+    assert total and n_new_trials() == 0
+    rows = run.read("train.parquet")
+    is_sixth, flipped = pl.int_range(pl.len()) == 5, 6 - pl.col("rating")
+    rating = pl.when(is_sixth).then(flipped).otherwise(pl.col("rating"))
+    run.write("train.parquet", rows.with_columns(rating=rating))
+    assert n_new_trials() == total
+    run.write("train.parquet", rows)
+    assert n_new_trials() == 0 and n_new_trials(epochs=2) == total
+    run.update_manifest(seed=1)
+    assert n_new_trials() == total
+    run.update_manifest(seed=0)
+    other_space = {RANKING_METRIC: {"factors": (2, 127, "log int")}}
+    spaces = comparison.search_spaces() | {"svd": other_space}
+    monkeypatch.setattr(comparison, "search_spaces", lambda: spaces)
+    assert n_new_trials() == 2 and made == [("svd", RANKING_METRIC)] * 2
+
+
+def test_study_names(tmp_path, few):
+    run = toy_run(tmp_path / "a")
+    options = {"max_users": 40, "epochs": 1}
+    name = study_name(run, "svd", RANKING_METRIC, **options)
+    for text in ("svd", RANKING_METRIC, "toy", "strict", "seed 0"):
+        assert text in name
+    assert name != study_name(run, "svd", RANKING_METRIC, **options | {"max_users": 41})
+    protocol = run.read("split/protocol.json")
+    run.write("split/protocol.json", protocol | {"mask_seen": False})
+    assert name != study_name(run, "svd", RANKING_METRIC, **options)
+
+
+def test_errors(tmp_path, few, monkeypatch):
+    run = toy_run(tmp_path / "a")
+    for options, message in (
         ({"trials": 0}, "trials is at least 1, not 0"),
         ({"trials": -3}, "trials is at least 1"),
         ({"epochs": 0}, "epochs is at least 1"),
     ):
-        with pytest.raises(UserError, match=said):
-            step_alone(run, **how)
+        with pytest.raises(UserError, match=message):
+            tune_alone(run, **options)
     assert not (run.folder / "tuning.json").exists()
     (run.folder / "tuning").mkdir()
     (run.folder / f"tuning/{FEW[1]}.journal").write_text("no journal\n{}\n{}\n")
-    with pytest.raises(UserError, match="remove it to tune anew"):
-        step_alone(run)
+    with pytest.raises(UserError, match="remove it to tune again"):
+        tune_alone(run)
     shutil.rmtree(run.folder / "tuning")
 
-    def narrow(name, *args, **how):
+    def limited_trial(name, *args, **options):
         if name in ("gru", "item-knn"):
             raise UserError(f"{name} would take too much")
-        return run_trial(name, *args, **how)
+        return run_trial(name, *args, **options)
 
-    monkeypatch.setattr(comparison, "run_trial", narrow)
-    step_alone(run, results=2, epochs=1)
-    tuning = run.read("tuning.json")
-    assert tuning["excluded"] == {
-        name: f"{name} would take too much" for name in ("item-knn", "gru")
-    }
-    assert [c["model"] for c in tuning["models"]] == [n for n in FEW if n not in tuning["excluded"]]
+    monkeypatch.setattr(comparison, "run_trial", limited_trial)
+    tune_alone(run, trials=2, epochs=1)
+    report, failed = run.read("tuning.json"), ("item-knn", "gru")
+    assert report["excluded"] == {name: f"{name} would take too much" for name in failed}
+    assert [model["model"] for model in report["models"]] == [n for n in FEW if n not in failed]
 
 
-def test_without_stars_only_lists_are_asked_for(tmp_path, monkeypatch):
-    keep = (*FEW, "ease", "wide-deep-mse")
-    monkeypatch.setattr(comparison, "SEARCH_SPACES", {name: SEARCH_SPACES[name] for name in keep})
-    run = run_of(tmp_path / "a", log_of(stars=False))
-    step_alone(run, results=2, epochs=1)
-    tuning = run.read("tuning.json")
-    assert set(tuning["excluded"]) == {"mean", "damped-bias", "funk-svd", "wide-deep-mse"} and set(
-        tuning["excluded"].values()
-    ) == {"this log has no stars to learn from"}
-    assert {c["model"]: [q["metric"] for q in c["objectives"]] for c in tuning["models"]} == {
-        n: [RANKING_METRIC] for n in keep if n not in tuning["excluded"]
-    }
-    assert list(tuning["baselines"]) == [RANKING_METRIC]
+def test_without_ratings_only_ranking_is_tuned(tmp_path, monkeypatch):
+    names = (*FEW, "ease", "wide-deep-mse")
+    spaces = {name: search_spaces()[name] for name in names}
+    monkeypatch.setattr(comparison, "search_spaces", lambda: spaces)
+    run = toy_run(tmp_path / "a", toy_log(with_ratings=False))
+    tune_alone(run, trials=2, epochs=1)
+    report = run.read("tuning.json")
+    rating_models = {"mean", "damped-bias", "funk-svd", "wide-deep-mse"}
+    reason = "this log has no ratings to learn from"
+    assert report["excluded"] == dict.fromkeys(rating_models, reason)
+    assert [m["model"] for m in report["models"]] == [n for n in names if n not in rating_models]
+    for model in report["models"]:
+        assert [objective["metric"] for objective in model["objectives"]] == [RANKING_METRIC]
+    assert list(report["baselines"]) == [RANKING_METRIC]
 
 
-@pytest.mark.parametrize("reason", ["no rows", "nobody knows their items"])
-def test_without_validation_the_defaults_stay(tmp_path, few, why):
-    run = run_of(tmp_path / "a", log_of(stars=False) if why != "no rows" else None)
+@pytest.mark.parametrize("cause", ["no rows", "no known items"])
+def test_without_validation_the_defaults_stay(tmp_path, few, cause):
+    log = toy_log() if cause == "no rows" else toy_log(with_ratings=False)
+    run = toy_run(tmp_path / "a", log)
     val = run.read("val.parquet")
-    run.write(
-        "val.parquet",
-        val.clear()
-        if why == "no rows"
-        else val.with_columns(item=pl.lit(run.load_splits()[0].n_train_items, pl.Int32)).cast(
-            val.schema
-        ),
-    )
-    step_alone(run, results=2, epochs=1)
-    tuning = run.read("tuning.json")
-    assert (
-        tuning["split_note"].startswith("none: nobody in the validation part")
-        and tuning["baselines"] == {}
-        and tuning["seconds"] == 0
-    )
-    assert all(
-        c["objectives"] == [] and c["curve"] is None and c["seconds"] == 0 for c in tuning["models"]
-    )
-    settings = {c["model"]: c["settings"] for c in tuning["models"]}
-    assert (
-        all(settings[n] == {} for n in settings if n not in BASE_PARAMS)
-        and settings["wide-deep-bpr"]["epochs"] == 5
-    )
-    assert len(tuning_gains(tuning)) == 0
+    if cause == "no rows":
+        run.write("val.parquet", val.clear())
+    else:
+        unknown_item = pl.lit(run.load_splits()[0].n_train_items, pl.Int32)
+        run.write("val.parquet", val.with_columns(item=unknown_item).cast(val.schema))
+    tune_alone(run, trials=2, epochs=1)
+    report = run.read("tuning.json")
+    assert report["split_note"].startswith("none: no user of the validation part")
+    assert report["baselines"] == {} and report["seconds"] == 0
+    for model in report["models"]:
+        assert model["objectives"] == [] and model["curve"] is None and model["seconds"] == 0
+    settings = {model["model"]: model["settings"] for model in report["models"]}
+    assert all(not params for name, params in settings.items() if name not in loss_variants())
+    assert settings["wide-deep-bpr"]["epochs"] == 5
+    assert len(tuning_gains(report)) == 0
 
 
-# --- words
+# --- objectives and sentences
 
 
-def test_questions_do_not_tune_a_setting_twice():
-    assert objectives_for("wide-deep", {RANKING_METRIC: 0, RATING_METRIC: 0}) == [
-        RATING_METRIC
-    ] and objectives_for("user-knn", {RANKING_METRIC: 0, RATING_METRIC: 0}) == [
-        RANKING_METRIC,
-        RATING_METRIC,
-    ]
-    assert (
-        objectives_for("user-knn", {})
-        == []
-        == objectives_for("mean", {RANKING_METRIC: 0, RATING_METRIC: 0})
-    )
+def test_no_setting_is_tuned_twice():
+    assert objectives_for("wide-deep", BOTH) == [RATING_METRIC]
+    assert objectives_for("user-knn", BOTH) == [RANKING_METRIC, RATING_METRIC]
+    assert objectives_for("user-knn", {}) == [] == objectives_for("mean", BOTH)
 
 
-def test_words_follow_the_numbers(everybody):
-    tuning = everybody.read("tuning.json")
-    rows = tuning_gains(tuning)
-    assert (
-        len(rows) == sum(len(c["objectives"]) for c in tuning["models"])
-        and (rows["gain"] >= 0).all()
-    )
+def test_gains(tuned):
+    report = tuned.read("tuning.json")
+    rows = tuning_gains(report)
+    assert len(rows) == sum(len(model["objectives"]) for model in report["models"])
+    assert (rows["gain"] >= 0).all()
     for metric, sign in ((RANKING_METRIC, 1), (RATING_METRIC, -1)):
-        mine = rows.filter(metric=metric)
-        assert (
-            mine["best"].to_list() == sorted(mine["best"], reverse=sign > 0)
-            and ((mine["best"] - mine["default"]) * sign >= 0).all()
-        )
-        assert describe_tuning_gains(mine).startswith(f"In {metric}")
-    level = rows.filter(metric=RANKING_METRIC).with_columns(best="default", gain=pl.lit(0.0))
-    assert describe_tuning_gains(level) == "In NDCG@20 no trial beats a default."
+        of_metric = rows.filter(metric=metric)
+        best = of_metric["best"]
+        assert best.to_list() == sorted(best, reverse=sign > 0)
+        assert ((best - of_metric["default"]) * sign >= 0).all()
+        assert describe_tuning_gains(of_metric).startswith(f"In {metric},")
+    no_gain = rows.filter(metric=RANKING_METRIC).with_columns(best="default", gain=pl.lit(0.0))
+    assert describe_tuning_gains(no_gain) == "In NDCG@20, no trial beats a default."
 
-    def line(train, val):
-        return [{"epoch": i + 1, "train": t, "val": v} for i, (t, v) in enumerate(zip(train, val))]
 
-    assert (
-        diagnose_curve("gru", line([3, 2, 1], [0.1, 0.3, 0.2])) == "overfits"
-        and diagnose_curve("gru", line([3, 2, 2.5], [0.1, 0.3, 0.2])) == "levels off"
-    )
-    assert (
-        diagnose_curve("wide-deep", line([3, 2, 1], [0.1, 0.3, 0.2])) == "overfits"
-        and diagnose_curve("wide-deep", line([3, 2], [0.3, 0.1])) == "still learns"
-    )
-    assert (
-        describe_fit({"gru": line([3, 2], [0.1, 0.3])})
-        == "None overfits within its passes. It still got better in its last pass: gru (2)."
+def toy_curve(train, val):
+    return [{"epoch": i + 1, "train": t, "val": v} for i, (t, v) in enumerate(zip(train, val))]
+
+
+def test_learning_curves():
+    peak, improving = [0.1, 0.3, 0.2], [0.3, 0.1]
+    assert diagnose_curve("gru", toy_curve([3, 2, 1], peak)) == "overfits"
+    assert diagnose_curve("gru", toy_curve([3, 2, 2.5], peak)) == "plateaus"
+    assert diagnose_curve("wide-deep", toy_curve([3, 2, 1], peak)) == "overfits"
+    assert diagnose_curve("wide-deep", toy_curve([3, 2], improving)) == "still improves"
+    assert describe_fit({"gru": toy_curve([3, 2], [0.1, 0.3])}) == (
+        "No model overfits within its epochs. Still improving in the last epoch: gru (2)."
     )

@@ -1,11 +1,32 @@
 "The report that runs: from a shop's rating log to an honest report and a recommender that can be served."
+
+from importlib import import_module
+
 __version__ = "0.1.0"
-__all__ = ["make_recommender", "load_recommender"]
+
+_HOMES = {  # where the public names live; each module is imported when one of its names is first asked for
+    "load": "data",
+    "prepare": "preprocessing",
+    "evaluate": "evaluation",
+    "make_recommender": "core",
+    "load_recommender": "core",
+    "register": "core",
+    "check_recommender": "core",
+    "Run": "core",
+    "Split": "core",
+    "Protocol": "core",
+    "Recommender": "core",
+}
+__all__ = list(_HOMES)
 
 
 def __getattr__(name):
-    "`make_recommender` and `load_recommender`, read from `widedeep_nb.core` when they are first asked for."
-    if name in __all__:
-        from . import core
-        return getattr(core, name)
-    raise AttributeError(f"module 'widedeep_nb' has no attribute '{name}'")
+    "Import a public name when it is first asked for."
+    if name not in _HOMES:
+        raise AttributeError(f"module 'widedeep_nb' has no attribute '{name}'")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__():
+    "List the public names, imported or not."
+    return sorted([*globals(), *__all__])

@@ -174,13 +174,13 @@ async function say(event, product, list) {
   const attempt = async () => {
     try {
       await write(told);
-      announce(`Written: ${DID[event]}, ${name(product)}`);
+      announce(`Saved: ${DID[event]}, ${name(product)}`);
       saying.delete(product.item);
       if (state.user === user) { past(); refresh(); }
     } catch (wrong) {
       saying.delete(product.item); marks();
-      if (wrong.status === 401) announce(token() ? "Not written: the token is not right." : "Not written: this service wants a token for writing.", "Enter it", () => $("token").focus(), true);
-      else announce(`Not written: ${cause(wrong)}.`, "Try again", attempt, true);
+      if (wrong.status === 401) announce(token() ? "Not saved: the token is wrong." : "Not saved: this service needs a token for feedback.", "Enter it", () => $("token").focus(), true);
+      else announce(`Not saved: ${cause(wrong)}.`, "Try again", attempt, true);
     }
   };
   await attempt();
@@ -230,7 +230,7 @@ async function past() {
       }));
     } else {
       $("past-title").textContent = "Basket";
-      $("past-note").textContent = had.length ? "" : "Empty. Add a product, or say of one in the list what you think of it.";
+      $("past-note").textContent = had.length ? "" : "Empty. Add a product, or give feedback on one in the list.";
       $("past-rows").replaceChildren(...had.map(p => row(p, [short(p)], "Remove", () => unsay(p.item))).reverse());
     }
     $("less-part").hidden = !less.length;
@@ -304,7 +304,7 @@ function column(section, answer, other, before) {
   section.dataset.kind = kind(answer.model); section.ariaLabel = `List of ${answer.model}`;
   title.textContent = answer.model;
   section.classList.toggle("empty", !n);
-  note.textContent = answer.error ? `${answer.error}.` : (n >= state.k ? "" : ruled().length ? (n ? "No more is left by the rules." : "Nothing is left by the rules.") : n ? "The shop has no more." : "Nothing is left: everything here was had or is not wanted.");
+  note.textContent = answer.error ? `${answer.error}.` : (n >= state.k ? "" : ruled().length ? (n ? "The rules leave no more products." : "The rules leave no product.") : n ? "There are no more products." : "Nothing is left: all products are in the history or not wanted.");
   const now = answer.items.map(p => {
     const rank = other?.items.find(q => q.item === p.item)?.rank;
     return card(old.get(p.item) ?? from("card"), know(p), answer, known, rank && `in both: no. ${rank} of ${other.model}`, before && !before.has(p.item));
@@ -323,7 +323,7 @@ function card(li, p, answer, known, both, fresh) {
   part(".rank").textContent = p.rank;
   part("h3").textContent = part("h3").title = name(p);
   part(".kind").textContent = path(p);
-  part(".why").replaceChildren(...(p.because ? [p.because.liked === false ? "because you had " : "because you liked ", make("b", p.because.title || p.because.item)] : [known ? "no single product speaks for it" : "a first guess: you are new here"]));
+  part(".why").replaceChildren(...(p.because ? [p.because.liked === false ? "because you had " : "because you liked ", make("b", p.because.title || p.because.item)] : [known ? "no single product explains it" : "a first guess: you are new here"]));
   part(".both").textContent = both ?? "";
   part(".stars").textContent = p.stars == null ? "" : `${p.stars.toFixed(1)} ★`;
   part(".stars").title = "predicted stars"; part(".stars").ariaLabel = `predicted ${p.stars?.toFixed(1)} stars`;
@@ -348,7 +348,7 @@ async function near(li, button, product, model) {
       add.ariaLabel = `Add: ${name(p)}`; add.onclick = () => say("cart", p);
       return one;
     }));
-    if (!items.length) box.replaceChildren(make("li", "Nothing is similar."));
+    if (!items.length) box.replaceChildren(make("li", "No similar product."));
   } catch (wrong) { if (wrong instanceof Refused) box.replaceChildren(make("li", wrong.message)); else failed(wrong); }
 }
 
@@ -392,9 +392,9 @@ function someone(user) {
 }
 
 function listen() {
-  combobox("who", people, one => someone(one.value), "Nobody of that name.");
-  combobox("add", goods, one => say("cart", one.value), "No product has all these words.");
-  for (const [id, key] of [["allow", "allowed"], ["block", "blocked"]]) combobox(id, async text => categories(text), one => { change({ [key]: [...new Set([...state[key], one.value])] }); refresh(); }, "No category of that name.");
+  combobox("who", people, one => someone(one.value), "No user found.");
+  combobox("add", goods, one => say("cart", one.value), "No product found.");
+  for (const [id, key] of [["allow", "allowed"], ["block", "blocked"]]) combobox(id, async text => categories(text), one => { change({ [key]: [...new Set([...state[key], one.value])] }); refresh(); }, "No category found.");
   $("who").addEventListener("focus", () => $("who").select());
   $("who").addEventListener("blur", face);
   for (const id of ["model", "versus", "order", "candidates"]) $(id).addEventListener("change", () => { change({ [id]: $(id).value, ...(id === "model" && $(id).value === state.versus && { versus: "" }) }); shown &&= id !== "model"; refresh(); });
@@ -411,13 +411,13 @@ function listen() {
   });
 }
 
-const keep = () => { $("token-note").textContent = token() ? "A token is kept until this tab is closed." : "Without it nothing that you say is written."; };
+const keep = () => { $("token-note").textContent = token() ? "The token is kept until this tab is closed." : "Without it no feedback is saved."; };
 
 async function start() {
   try { about = await ask("api/about"); }
   catch (wrong) { failed(wrong); return $("trouble").querySelector("button").onclick = () => { $("trouble").hidden = true; start(); }; }
   $("trouble").querySelector("button").onclick = null; $("trouble").hidden = true;
-  $("shop").textContent = about.dataset; $("size").textContent = `${count(about.items, "product")} · ${count(about.users, "person", "people")}`;
+  $("shop").textContent = about.dataset; $("size").textContent = `${count(about.items, "product")} · ${count(about.users, "user")}`;
   $("model").replaceChildren(...about.models.map(m => new Option(m)));
   $("versus").replaceChildren(new Option("no other", ""), ...about.models.map(m => new Option(m)));
   $("ordering").hidden = $("prices").hidden = !about.prices;
