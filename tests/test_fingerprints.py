@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from widedeep_nb import core
+from widedeep_nb import core, data
 from widedeep_nb.core import Run, code_hash, import_closure, parse_code, step
 from widedeep_nb.run import unexported_code
 
@@ -125,6 +125,13 @@ def test_docstrings_comments_and_the_list_of_names_do_not_count():
     )
     assert same("from .core import Run", "from widedeep_nb.core import Run")
     assert not same("def f(): return 1", "def f(): return 2")
+
+
+def test_the_demo_log_changes_with_the_code_of_its_shop(monkeypatch):
+    before = data.fingerprint("demo")
+    assert data.fingerprint("demo") == before
+    monkeypatch.setattr(data, "code_hash", lambda module: f"edited {module}")
+    assert data.fingerprint("demo") != before
 
 
 @pytest.mark.long

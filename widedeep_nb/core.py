@@ -1441,7 +1441,7 @@ class Run:
         if run_format != RUN_FORMAT:
             raise UserError(
                 f"{folder} was made by another version (format {run_format}, here {RUN_FORMAT}); "
-                "choose a new folder"
+                "run the report again in a new folder"
             )
         if settings:
             self.update_manifest(**settings)

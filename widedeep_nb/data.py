@@ -54,6 +54,7 @@ from widedeep_nb.core import (
     UserError,
     atomic_write,
     check_choice,
+    code_hash,
     display_md,
     file_sha256,
     open_run,
@@ -1368,8 +1369,10 @@ def synthetic_checksum(
     name: str,  # name of a synthetic dataset
     options: dict,  # from `parse_options`
 ) -> str:
-    "Compute the checksum of a synthetic log from its generator and options."
-    identity = json.dumps([DATASETS[name].generator, options], sort_keys=True)
+    "Compute the checksum of a synthetic log from its generator, the generator's code and options."
+    generator = DATASETS[name].generator
+    module = generator.split(":")[0].removeprefix("widedeep_nb.")
+    identity = json.dumps([generator, code_hash(module), options], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
