@@ -224,7 +224,7 @@ def test_every_figure_on_every_log(name, shown):
     if name == "events":
         assert "click (66.7 %), purchase (33.3 %)" in shown[0][1]
     if not dated:
-        assert "No times" in shown[3][1]
+        assert "has no times" in shown[3][1]
 
 
 SOME_LOGS = ["full", "events", "no time", "bare", "one user", "one row", "two rows", "a week"]

@@ -485,7 +485,7 @@ def _commit(
             self.connection.execute("ROLLBACK")
         self.last_error = str(e)
         self.dropped += sum(len(entry) for entry, future in batch if not future)
-        message = f"feedback cannot be written ({e}); send it again later"
+        message = f"feedback cannot be written ({e}); send it again when there is room"
         answers = [HTTPException(507, message)] * len(batch)
     for (_, future), answer in zip(batch, answers):
         if future:
