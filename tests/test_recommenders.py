@@ -71,12 +71,11 @@ class Constant(Recommender):
     "Score every item by its number of interactions; a correct model that the wrong ones below start from."
 
     def _fit(self, split):
-        self.count = torch.bincount(
-            to_index(split.train["item"]), minlength=split.n_train_items
-        ).float()
+        codes = to_index(split.train["item"])
+        self.count = torch.bincount(codes, minlength=split.n_train_items + 1).float()
 
     def _scores(self, users, history, items):
-        return self.count[items].expand(len(users), -1)
+        return self.count[items.clamp(max=self.n_items)].expand(len(users), -1)
 
 
 class ReadsTheTestPart(Constant):
@@ -121,6 +120,11 @@ class PredictsOutOfRange(Constant):
         return torch.full((len(users),), 9.0)
 
 
+class KnowsNoOtherItems(Constant):
+    def _scores(self, users, history, items):
+        return self.count[: self.n_items][items].expand(len(users), -1)
+
+
 class HasNoSuchParameter(Constant):
     search_space = {"ranking": {"factors": (2, 8, "int")}}
 
@@ -133,6 +137,7 @@ WRONG = {
     ScoresDependOnTheCandidates: "which other items",
     PredictsOutOfRange: "in range",
     HasNoSuchParameter: "factors",
+    KnowsNoOtherItems: "n_items or more",
 }
 
 
@@ -182,7 +187,7 @@ class Newest(Recommender):
     days: float = 10.0
 
     def _fit(self, split):
-        last = torch.zeros(split.n_train_items, dtype=torch.float64)
+        last = torch.zeros(split.n_train_items + 1, dtype=torch.float64)
         time = split.train["timestamp"].cast(int).to_torch().double()
         item = split.train["item"].to_torch().long()
         last.scatter_reduce_(0, item, time, "amax")
@@ -190,7 +195,7 @@ class Newest(Recommender):
         self.value = torch.exp(-age / self.days).float()
 
     def _scores(self, users, history, items):
-        return self.value[items].expand(len(users), -1)
+        return self.value[items.clamp(max=self.n_items)].expand(len(users), -1)
 """,
     "acme_recommenders-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: acme-recommenders\nVersion: 1.0\n",
     "acme_recommenders-1.0.dist-info/entry_points.txt": """

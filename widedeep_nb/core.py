@@ -1261,6 +1261,16 @@ def _check_attributes(model: Recommender):
         for param in space:
             check_choice(param, hyperparameters, f"parameter in the search space of {name}")
 
+# %% ../nbs/00_core.ipynb #2bd47e98
+def _check_unknown_item(model: Recommender, users: torch.Tensor):
+    "Check that an item that was not in training gets a score."
+    message = "item codes of n_items or more get a finite score; clamp them to n_items and keep a value for it"
+    try:
+        scores = model.scores(users, items=torch.tensor([0, len(model.all_items)]))
+    except IndexError:
+        scores = torch.tensor(torch.nan)
+    _require(bool(scores.isfinite().all()), model.name, message)
+
 # %% ../nbs/00_core.ipynb #64fded0d
 def _check_scores(model: Recommender, users: torch.Tensor):
     "Check shape and values of the scores, and that they depend on the history of the query."
@@ -1286,6 +1296,7 @@ def _check_scores(model: Recommender, users: torch.Tensor):
     empty = baskets_to_history([[] for _ in users], {})
     finite = bool(model.scores(users, history=empty).isfinite().all())
     _require(finite, name, "users without a history must get finite scores too")
+    _check_unknown_item(model, users)
 
 # %% ../nbs/00_core.ipynb #9bff409e
 def _check_lists(model: Recommender, k: int = 5):
