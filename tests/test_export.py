@@ -15,6 +15,7 @@ import polars as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CHROMIUM_OPTIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -445,16 +446,6 @@ def test_exported_items(hybrid, split):
 # ---------------------------------------------------------------- browser page
 
 BASKETS = [[], [0], [5, 3, 7], [1, 2, 1, 1], list(range(30)) * 3]
-CHROMIUM_OPTIONS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from conftest import light_of
+from conftest import CHROMIUM_OPTIONS, light_of
 
 from widedeep_nb.content import add_side_features
 from widedeep_nb.core import Run, make_recommender
@@ -35,16 +35,6 @@ MODELS = {
     "item-knn": {},
     "wide-deep": {"epochs": 2},
 }
-CHROMIUM_OPTIONS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 HTML_TITLE = "<img src=x onerror=\"document.title='taken'\"><b>bold</b>"
 ODD_ID = "a/b?c=d&e#f %20\"'<é>"
 PHONE = {"width": 360, "height": 740}

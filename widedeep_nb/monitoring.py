@@ -1524,7 +1524,7 @@ def update_model(
     split: Split,  # all data of today
     epochs: int = 2,  # over old and new events, for models that train in epochs
 ) -> Recommender:  # fitted on the split
-    "Update a model from its weights if it is updatable and categories are the same; else fit it anew."
+    "Update a model from its weights if it is updatable and categories are the same; else fit it again."
     model = make_recommender(base.name, **asdict(base))
     category_codes_changed = hasattr(base, "feature_state") and not same_category_codes(base, split)
     if not base.updatable or category_codes_changed:
