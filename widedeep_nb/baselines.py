@@ -1086,7 +1086,7 @@ def save_metrics(
     run.add_metrics(metric_records(name, tables, reference_tables))
 
 # %% ../nbs/07_baselines.ipynb #dc9cbf3e
-def _load_models(run: Run, name: str, fits: list) -> dict:  # by (fold, seed)
+def load_fitted_models(run: Run, name: str, fits: list) -> dict:  # by (fold, seed)
     return {
         (f["cut"], f["seed"]): load_recommender(run.model_folder(name, f["seed"], f["cut"]))
         for f in fits
@@ -1117,7 +1117,7 @@ def compare_baselines(
         fits += notes
         save_metrics(run, name, evaluate_on_test(models, splits, thresholds, max_users), wide_deep)
     for name in ABLATIONS:
-        models = _load_models(run, name, trained)
+        models = load_fitted_models(run, name, trained)
         save_metrics(run, name, evaluate_on_test(models, splits, thresholds, max_users), wide_deep)
     run.write("compare.json", {"fits": fits, "excluded": skipped})
 

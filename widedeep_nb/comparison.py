@@ -8,9 +8,10 @@ __all__ = ['RATING_METRIC', 'RANKING_METRIC', 'OBJECTIVES', 'loss_variants', 'se
            'full_params', 'run_trial', 'open_journal', 'open_study', 'completed_trials', 'next_trial', 'run_study',
            'objectives_for', 'best_trial', 'final_params', 'tune_model', 'study_name', 'tune', 'tuning_gains',
            'describe_tuning_gains', 'diagnose_curve', 'describe_fit', 'track_resources', 'count_params',
-           'fit_and_measure', 'drop_component', 'build_leaderboard', 'paired_comparisons', 'join_names',
-           'describe_hybrid_wins', 'plot_forest', 'plot_forest_by_group', 'rank_models', 'leaderboard_table',
-           'describe_rating_sort', 'describe_ablation', 'cost_table', 'statistical_ties', 'takeaways']
+           'fit_and_measure', 'drop_component', 'build_leaderboard', 'is_better_when_high', 'paired_comparisons',
+           'join_names', 'describe_hybrid_wins', 'plot_forest', 'plot_forest_by_group', 'rank_models',
+           'format_intervals', 'leaderboard_table', 'describe_rating_sort', 'describe_ablation', 'cost_table',
+           'statistical_ties', 'takeaways']
 
 # %% ../nbs/12_comparison.ipynb #b8fc3755
 import ctypes
@@ -1100,7 +1101,7 @@ def build_leaderboard(
     run.write("leaderboard.json", report)
 
 # %% ../nbs/12_comparison.ipynb #ef41a4ca
-def _higher_is_better(metric):
+def is_better_when_high(metric):
     return metric not in RATING_METRICS
 
 
@@ -1118,7 +1119,7 @@ def paired_comparisons(
         items="all",
         relevant="any",
     )
-    sign = 1 if _higher_is_better(metric) else -1
+    sign = 1 if is_better_when_high(metric) else -1
     direction = (pl.col("value") * sign).sign().cast(pl.Int64)
     excludes_zero = ((pl.col("lo") > 0) | (pl.col("hi") < 0)).fill_null(False)
     p_holm = holm(rows["p"].fill_null(1.0).to_numpy())
@@ -1130,7 +1131,7 @@ def paired_comparisons(
         significant=pl.when(excludes_zero).then(direction).otherwise(0),
         significant_holm=pl.when(pl.col("p_holm") < 0.05).then(direction).otherwise(0),
     )
-    return rows.sort("value", descending=_higher_is_better(metric), maintain_order=True)
+    return rows.sort("value", descending=is_better_when_high(metric), maintain_order=True)
 
 # %% ../nbs/12_comparison.ipynb #5bee65be
 def join_names(
@@ -1216,7 +1217,7 @@ def plot_forest(
             ax.plot([lo, hi], [y, y], color=color, lw=2, solid_capstyle="round")
         ax.plot(value, y, "o", color=color, ms=5)
         _label_difference(ax, y, value, lo, hi, color)
-    better = "right" if _higher_is_better(metric) else "left"
+    better = "right" if is_better_when_high(metric) else "left"
     ax.set(
         yticks=range(len(rows)),
         yticklabels=rows["model"],
@@ -1265,11 +1266,11 @@ def rank_models(
     return (
         rows.drop_nulls("value")
         .select("model", "value", "lo", "hi", "n")
-        .sort("value", descending=_higher_is_better(metric), maintain_order=True)
+        .sort("value", descending=is_better_when_high(metric), maintain_order=True)
     )
 
 
-def _format_intervals(rows, column, digits, sign=""):
+def format_intervals(rows, column, digits, sign=""):
     "Return model and a text column with value and interval."
     intervals = rows.select("value", "lo", "hi").rows()
     texts = [format_ci(*interval, sign=sign, digits=digits) for interval in intervals]
@@ -1287,11 +1288,11 @@ def leaderboard_table(
     for users in ("all", "warm", "cold"):
         rows = rank_models(records, metric, users)
         if len(rows):
-            columns.append(_format_intervals(rows, users, digits))
+            columns.append(format_intervals(rows, users, digits))
     comparisons = paired_comparisons(records, metric)
     labels = {1: "significantly worse", 0: "no significant difference", -1: "significantly better"}
     label = pl.col("significant").replace_strict(labels, return_dtype=pl.String)
-    columns.append(_format_intervals(comparisons, "hybrid minus model", digits, "+"))
+    columns.append(format_intervals(comparisons, "hybrid minus model", digits, "+"))
     columns.append(comparisons.select("model", label.alias("versus hybrid")))
     for column in columns:
         table = table.join(column, on="model", how="left", maintain_order="left")
@@ -1352,7 +1353,7 @@ def describe_ablation(
     if not rows:
         return ""
     p_holm = holm([1.0 if row["p"] is None else row["p"] for row in rows])
-    sign = 1 if _higher_is_better(metric) else -1
+    sign = 1 if is_better_when_high(metric) else -1
     by_result = {result: [] for result in _ABLATION_RESULTS}
     for row, p in zip(rows, p_holm):
         direction = 1 if row["value"] * sign > 0 else -1

@@ -807,7 +807,7 @@ class RawSource:
     rejected: Counter = field(default_factory=Counter)  # malformed rows, by reason
 
 # %% ../nbs/01_data.ipynb #9f8f549c
-def _check_counts(
+def check_row_counts(
     name: str,  # name of the log in a message
     counts: dict,  # reason -> rows left out; None: valid rows
 ):
@@ -826,7 +826,7 @@ def _check_counts(
         raise UserError(f"{name}: no row is left; all are excluded")
 
 # %% ../nbs/01_data.ipynb #6147bab1
-def _write_interactions(
+def write_interactions(
     valid: pl.LazyFrame,  # valid rows
     columns: list,  # columns of the raw log
     scale: Optional[tuple],  # rating scale
@@ -858,9 +858,9 @@ def validate(
     checked, scale = validate_rows(source.log)
     counts = dict(checked.group_by("reason").len().collect(engine="streaming").iter_rows())
     counts |= source.rejected
-    _check_counts(name, counts)
+    check_row_counts(name, counts)
     valid = checked.filter(pl.col("reason").is_null())
-    _write_interactions(valid, source.log.collect_schema().names(), scale, path)
+    write_interactions(valid, source.log.collect_schema().names(), scale, path)
     log = pl.scan_parquet(path, glob=False)
     ids = {}
     for key in ("item", "user"):

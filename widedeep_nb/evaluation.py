@@ -361,7 +361,7 @@ class UserResults:
     task: EvalTask  # with the counts of the excluded users and pairs
 
 # %% ../nbs/06_evaluation.ipynb #ef762942
-def _count_candidates(
+def count_candidates(
     split: Split,
     task: EvalTask,
     history: History,  # of the task's users
@@ -394,7 +394,7 @@ def eval_ranking(
         "warm": n_seen > 0,
         "n_seen": n_seen,
         "n_relevant": n_relevant,
-        "n_candidates": _count_candidates(split, task, history),
+        "n_candidates": count_candidates(split, task, history),
     }
     columns |= ranking_metrics(hits, n_relevant, ks)
     columns |= beyond_accuracy(lists, hits, task, split)
@@ -413,7 +413,7 @@ def expected_random_ndcg(
     return random_gain / gain[np.minimum(k, n_relevant)]
 
 # %% ../nbs/06_evaluation.ipynb #7036263b
-def _predict_in_batches(
+def predict_in_batches(
     recommender: Recommender,
     split: Split,
     history: History,  # of all users of the split
@@ -444,7 +444,7 @@ def eval_ratings(
     rows = getattr(split, part).select("user", "item", "rating").drop_nulls("rating")
     if not recommender.predicts_ratings:
         rows = rows.clear()
-    predicted = _predict_in_batches(recommender, split, history, rows, batch_size)
+    predicted = predict_in_batches(recommender, split, history, rows, batch_size)
     n_seen = history.indptr.diff()[to_index(rows["user"])]
     rows = rows.with_columns(
         pl.Series("predicted", predicted.numpy()),

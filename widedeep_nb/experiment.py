@@ -1074,7 +1074,7 @@ class RewardFeatures(NamedTuple):
         return np.concatenate([self.items[rows].mean(-2), ratings], -1)
 
 # %% ../nbs/20_experiment.ipynb #6364b801
-def _reward_features(
+def reward_features(
     log: pl.DataFrame,  # interactions
     items: pl.Series,  # ids of items, by row
     logged: pl.DataFrame,  # logged lists
@@ -1121,7 +1121,7 @@ def evaluate_policies(
         closing(open_service(run.folder, models, feedback_dir=empty)) as service,
     ):
         items = service.catalog.products["item"]
-        features = _reward_features(run.read("interactions.parquet"), items, logged)
+        features = reward_features(run.read("interactions.parquet"), items, logged)
         lists = encode_ids(logged["items"].explode(), items).to_numpy().reshape(-1, k)
         logged_features = features.of_lists(lists)
         users = logged["user"].to_list()
@@ -1224,7 +1224,7 @@ def plan_from_pilot(
     return {"users": n, "sd": sd, "effect": minimum_detectable_effect(n, sd)}
 
 # %% ../nbs/20_experiment.ipynb #20b00018
-def _experiment_name(
+def experiment_name(
     arms_pair: tuple,  # names: treatment, control
 ) -> str:
     "Return the name of an experiment; it salts the assignment."
@@ -1262,7 +1262,7 @@ def run_simulation(
 ) -> dict:  # planned, test, policies, lost (visits), users (per arm)
     "Run a pilot and an A/B test with simulated users against the real service."
     treatment, control = arms_pair
-    name, shares = _experiment_name(arms_pair), {control: 0.5, treatment: 0.5}
+    name, shares = experiment_name(arms_pair), {control: 0.5, treatment: 0.5}
     pre_period = pre_period_stats(run.read("interactions.parquet"))
     pre_period = pre_period.filter(pl.col("user").is_in(simulator.users.implode()))
     arm = assign_arms(pre_period["user"], name, shares, holdout)
@@ -1317,7 +1317,7 @@ def run_experiment(
     pair = pick_arms(run, treatment, control)
     users = log["user"].unique().sort()
     shares = {pair[1]: 0.5, pair[0]: 0.5}
-    groups = assign_arms(users, _experiment_name(pair), shares, holdout)
+    groups = assign_arms(users, experiment_name(pair), shares, holdout)
     results = {
         "pair": pair,
         "required_sizes": required_sample_sizes(log),

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ONNX_FILES', 'EmbeddingTable', 'Int8Table', 'quantize_int8', 'make_basket_batch', 'batch_histories', 'to_module',
-           'exportable_hybrid', 'to_network', 'GraphBuilder', 'TracedTensor', 'to_onnx', 'OnnxRecommender',
-           'exported_items', 'write_export', 'estimate_normalizer', 'overlap_at_k', 'ann_recall', 'build_ann_index',
-           'TwoStageRetriever', 'sparse_scores', 'lookup_scores', 'synthetic_split', 'synthetic_hybrid',
-           'strip_histories', 'component_recall', 'measure_two_stages', 'export', 'latency_percentiles']
+           'exportable_hybrid', 'plan_components', 'to_network', 'GraphBuilder', 'TracedTensor', 'to_onnx',
+           'OnnxRecommender', 'exported_items', 'write_export', 'estimate_normalizer', 'overlap_at_k', 'ann_recall',
+           'build_ann_index', 'TwoStageRetriever', 'sparse_scores', 'lookup_scores', 'synthetic_split',
+           'synthetic_hybrid', 'strip_histories', 'component_recall', 'measure_two_stages', 'export',
+           'latency_percentiles']
 
 # %% ../nbs/15_export.ipynb #15c0ca03
 import base64
@@ -649,7 +650,7 @@ def exportable_hybrid(
     return exported
 
 
-def _plan_components(
+def plan_components(
     plan: dict,  # of an ensemble
 ) -> list:
     "Return the names of the components that rank, for warm and for cold-start users."
@@ -663,7 +664,7 @@ def to_network(
     "Return a fitted model as a network of plain operations; raise UserError if that is impossible."
     if isinstance(model, EnsembleRecommender):
         exported = exportable_hybrid(model)
-        return HybridModule(exported, _plan_components(exported.plan)).eval()
+        return HybridModule(exported, plan_components(exported.plan)).eval()
     fallback = None
     if isinstance(model, HistoryRecommender):
         fallback = model.popularity[: model.n_items]
@@ -1292,7 +1293,7 @@ class TwoStageRetriever:
             raise UserError(f"two-stage retrieval needs the hybrid ensemble, not {name}")
         self.model = model
         self.n_candidates, self.n_ann_candidates = n_candidates, n_ann_candidates
-        self.names = _plan_components(model.plan)
+        self.names = plan_components(model.plan)
         towers = [m for m in model.models.values() if isinstance(m, TwoTower)]
         self.user_features = towers[0].user_features if towers else None
         with torch.no_grad():
@@ -1851,7 +1852,7 @@ def export(
     model = load_recommender(run.model_folder("hybrid"))
     folder = run.folder / "export"
     files = write_export(model, split.items, folder, length, run.data_name)
-    exported = _plan_components(exportable_hybrid(model).plan)
+    exported = plan_components(exportable_hybrid(model).plan)
     max_users = run.read("evaluation.json")["max_users"]
     users = torch.from_numpy(np.random.default_rng(run.seed).permutation(model.n_users)[:200])
     users = F.pad(users, (0, 1), value=len(model.all_users))  # the last one is unknown
@@ -1865,7 +1866,7 @@ def export(
         "items": model.n_items,
         "files": files,
         "exported": exported,
-        "excluded": [n for n in _plan_components(model.plan) if n not in exported],
+        "excluded": [n for n in plan_components(model.plan) if n not in exported],
         "fidelity": compare_to_torch(model, folder, history),
         "speeds": time_inference(model, folder, history),
         "metrics": run.cached("metrics", lambda: export_metrics(model, folder, split, max_users)),

@@ -960,7 +960,7 @@ def fill_plan_defaults(
     return {"rating": {}, "epochs": {}, "cold_items": {}} | plan | {"cold_users": cold_users}
 
 # %% ../nbs/11_hybrid.ipynb #9bcb67b6
-def _fit_applicable_models(
+def fit_applicable_models(
     split: Split,  # with a validation part
     seconds: float,  # that it may take
     seed: int,  # of the ensemble
@@ -987,7 +987,7 @@ def select_components(
 ) -> tuple:  # the plan; and the models that were fitted for it, by key
     "Choose components, epochs and weights on validation within a time budget."
     started = time.perf_counter()
-    models = _fit_applicable_models(split, time_budget_min * 60, seed)
+    models = fit_applicable_models(split, time_budget_min * 60, seed)
 
     def fitted(components):
         names = [name for name in components if MODEL_KEY[name] in models]

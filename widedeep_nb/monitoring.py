@@ -6,10 +6,10 @@
 __all__ = ['FALSE_ALARM_RATE', 'DRIFT_SCENARIOS', 'ALL_USERS', 'make_period_grid', 'MonitoredFeature', 'distribution_distance',
            'reference_distances', 'conformal_alarm', 'detect_drift', 'drift_calibration_trial', 'run_drift',
            'describe_drift', 'split_at_period', 'split_at_age', 'full_eval_task', 'top_k_with_scores', 'backtest_once',
-           'staleness_curve', 'output_drift_report', 'backtest', 'describe_staleness', 'describe_output_drift',
-           'new_rows', 'warm_start', 'update_model', 'current_run', 'append', 'evaluate_per_user',
-           'compare_update_modes', 'compare_warm_start', 'describe_warm_start', 'scrape_metrics', 'latency_quantile',
-           'health_panel', 'read_feedback', 'acceptance_rates', 'experiment_panel', 'dashboard']
+           'overall_ndcg', 'staleness_curve', 'output_drift_report', 'backtest', 'describe_staleness',
+           'describe_output_drift', 'new_rows', 'warm_start', 'update_model', 'current_run', 'append',
+           'evaluate_per_user', 'compare_update_modes', 'compare_warm_start', 'describe_warm_start', 'scrape_metrics',
+           'latency_quantile', 'health_panel', 'read_feedback', 'acceptance_rates', 'experiment_panel', 'dashboard']
 
 # %% ../nbs/21_monitoring.ipynb #21a1df19
 import html
@@ -314,7 +314,7 @@ def distribution_distance(
         return distance, distance * np.sqrt(n * m / (n + m))
 
 # %% ../nbs/21_monitoring.ipynb #21a1cecb
-def _unseen_scores(
+def unseen_scores(
     counts: np.ndarray,  # float [periods, periods since the first event]
     window: int,  # periods in the reference window
     t: np.ndarray,  # int [periods, lags]: period
@@ -342,7 +342,7 @@ def reference_distances(
     lags = np.arange(1, n_lags + 1)
     t, lag = np.meshgrid(np.arange(len(counts)), lags, indexing="ij")
     if feature.kind == "unseen":
-        return _unseen_scores(counts, window, t, lag)
+        return unseen_scores(counts, window, t, lag)
     start = t - lag + 1 - window
     cumulative = np.concatenate([np.zeros((1, counts.shape[1])), counts.cumsum(0)])
     reference = cumulative[np.maximum(start + window, 0)] - cumulative[np.maximum(start, 0)]
@@ -440,7 +440,7 @@ def _finite(
     return float(x) if np.isfinite(x) else None
 
 
-def _drift_row(
+def drift_row(
     result: DriftResult,  # of the period
     distance: np.ndarray,  # float [features]
     names: list,  # of the features
@@ -481,7 +481,7 @@ def drift_report(
         if t > train_end or t in before[-N_PLOTTED_PERIODS:]:
             row = {"start": str(calendar.period_starts[t])[:16], "trained": t <= train_end}
             lag = max(t - train_end, 1)
-            rows.append(row | _drift_row(result, distance[:, t, lag - 1], names))
+            rows.append(row | drift_row(result, distance[:, t, lag - 1], names))
     past_alarms = {"alarms": sum(results[t].alarm for t in before), "periods": len(before)}
     settings = {"unit": calendar.name, "rate": FALSE_ALARM_RATE, "window": calendar.window}
     return {"features": names} | settings | {"periods": rows, "before": past_alarms}
@@ -673,7 +673,7 @@ def binomial_ci(
 NO_TIMES = "this log has no times, so drift cannot be measured"
 
 
-def _trained_until(
+def last_training_time(
     run: Run,  # with splits
 ) -> Optional[datetime]:  # None: a log without times
     "Return the last time of the training data of the final models."
@@ -687,7 +687,7 @@ def run_drift(
 ):
     "Detect drift after training, and calibrate the alarm on injected drift."
     log, items = run.read("interactions.parquet"), run.read("items.parquet")
-    last = _trained_until(run)
+    last = last_training_time(run)
     try:
         if last is None:
             raise UserError(NO_TIMES)
@@ -1008,7 +1008,7 @@ def backtest_once(
 ALL_USERS = {"all": pl.lit(True)}  # the only group of `aggregate`
 
 
-def _mean_ndcg(
+def overall_ndcg(
     table: pl.DataFrame,  # user, NDCG@20
     reference: Optional[pl.DataFrame] = None,  # of the same users, to subtract
 ) -> dict:  # value, lo, hi, n
@@ -1042,7 +1042,7 @@ def staleness_curve(
         youngest = users.filter(model=name, age=ages[0])
         for age in ages:
             table = users.filter(model=name, age=age)
-            score, change = _mean_ndcg(table), _mean_ndcg(table, youngest)
+            score, change = overall_ndcg(table), overall_ndcg(table, youngest)
             row = {"model": name, "age": age, "n": score["n"]}
             row |= {key: score[key] for key in ("value", "lo", "hi")}
             row |= {"more": change["value"], "more_lo": change["lo"], "more_hi": change["hi"]}
@@ -1075,7 +1075,7 @@ def output_drift_report(
     return report | {"window": n_reference}
 
 # %% ../nbs/21_monitoring.ipynb #21a1685e
-def _backtest_grid(
+def backtest_grid(
     times: pl.Series,  # of the rows, with nulls
 ) -> PeriodGrid:
     "Divide time into months where the log spans two years; raise UserError without a time span."
@@ -1084,7 +1084,7 @@ def _backtest_grid(
     return make_period_grid(times.drop_nulls(), unit=unit)
 
 
-def _training_ends(
+def training_ends(
     period: np.ndarray,  # int [rows]
     n_periods: int,  # number of periods
     n_origins: int,  # maximum training ends; 0: by the number of rows
@@ -1104,7 +1104,7 @@ USER_RESULTS = {
 }
 
 # %% ../nbs/21_monitoring.ipynb #0281349e
-def _results_by_period(
+def results_by_period(
     users: pl.DataFrame,  # model, age, period, user, NDCG@20
     calendar: PeriodGrid,  # periods of the log
 ) -> list:  # dicts: model, period, value, n, start
@@ -1133,7 +1133,7 @@ def _backtest_results(
         "unit": calendar.name,
         "origins": len(ends),
         "ages": staleness_curve(users),
-        "by_period": _results_by_period(users, calendar),
+        "by_period": results_by_period(users, calendar),
         "outputs": output_drift_report(outputs, calendar, train_end),
     }
 
@@ -1145,15 +1145,15 @@ def backtest(
 ):
     "Train at the end of each of the last periods, and evaluate on the periods after it."
     rows = sort_by_time(drop_undated(training_events(run.read("interactions.parquet"))))
-    rows, last = rows.drop("part", strict=False), _trained_until(run)
+    rows, last = rows.drop("part", strict=False), last_training_time(run)
     try:
-        calendar = _backtest_grid(rows["timestamp"])
+        calendar = backtest_grid(rows["timestamp"])
     except UserError as e:
         return run.write("replay.json", {"reason": str(e)})
     period, n = calendar.period_index(rows["timestamp"]), len(calendar.period_starts)
     complete = period < n
     rows, period = rows.filter(complete), period[complete]
-    ends = _training_ends(period, n, n_origins)
+    ends = training_ends(period, n, n_origins)
     if len(ends) < 2:
         reason = f"{n} {calendar.name}s with events are too few for training and evaluation"
         return run.write("replay.json", {"reason": reason})
@@ -1247,7 +1247,7 @@ def _describe_model_ages(
     return text
 
 # %% ../nbs/21_monitoring.ipynb #3d67a0c4
-def _age_of_first_loss(
+def age_of_first_loss(
     rows: list,  # "ages" of replay.json
 ) -> Optional[int]:  # periods; None: no significant loss
     "Return the age at which the neighbor model has a significant loss."
@@ -1266,7 +1266,7 @@ def describe_staleness(
     for row in rows:
         by_model.setdefault(row["model"], []).append(row)
     models = "; of ".join(_describe_model_ages(ages, unit) for ages in by_model.values())
-    loss = _age_of_first_loss(rows)
+    loss = age_of_first_loss(rows)
     if loss:
         advice = f"So retrain before {loss} {unit}s have passed."
     else:
@@ -1460,7 +1460,7 @@ def refresh_features(
     model.feature_state = state
 
 # %% ../nbs/21_monitoring.ipynb #21a11ce2
-def _initial_weights(
+def initial_weights(
     net: torch.nn.Module,  # freshly initialized
     base: Recommender,  # fitted
     model: Recommender,  # of the same kind, to be fitted
@@ -1490,7 +1490,7 @@ def warm_start(
 
     def build_warm():
         net = build()
-        net.load_state_dict(_initial_weights(net, base, model))
+        net.load_state_dict(initial_weights(net, base, model))
         return net
 
     model._build = build_warm
@@ -1576,7 +1576,7 @@ def merge_side_table(
     return merged.drop([f"{c} new" for c in shared])
 
 # %% ../nbs/21_monitoring.ipynb #21a1ab51
-def _filtered_split(
+def filtered_split(
     rows: pl.DataFrame,  # training rows, ids as text
     test: pl.DataFrame,  # test rows, ids as text
     protocol,  # protocol of the run, with the filter
@@ -1599,7 +1599,7 @@ def full_training_split(
 ) -> Split:  # without validation and test rows
     "Make a split with the whole log as training part."
     rows = sort_by_time(drop_undated(training_events(log)))
-    split = _filtered_split(rows, rows.clear(), run.protocol, items, users)
+    split = filtered_split(rows, rows.clear(), run.protocol, items, users)
     numbered = list((run.folder / "content").glob("*.parquet"))
     numbered.sort(key=lambda p: int(p.stem) if p.stem.isdecimal() else -1)
     if not numbered:
@@ -1847,7 +1847,7 @@ def compare_warm_start(
     base = _fitted_hybrid(run, old, run.read("hybrid.json")["plans"][-1]["plan"])
     rows = _decode_ids(concat_by_time([old.train, old.filtered_out, new]), old)
     test = _decode_ids(later, old)
-    split = _filtered_split(rows, test, run.protocol, old.items, old.users)
+    split = filtered_split(rows, test, run.protocol, old.items, old.users)
     models = {"stale": base}
     seconds = {}
     started = time.perf_counter()
@@ -2269,7 +2269,7 @@ def drift_panels(
     log: str = "",  # a newer log, as for `load`; empty: the appended events
 ) -> list:  # of Panel
     "Summarize drift of inputs and outputs."
-    current, last = Run(current_run(run.folder)), _trained_until(run)
+    current, last = Run(current_run(run.folder)), last_training_time(run)
     rows, items = align_events(current.read("interactions.parquet")), current.read("items.parquet")
     if log:
         loaded = load(log)
@@ -2331,12 +2331,12 @@ def staleness_panel(
     folder = current_run(run.folder)
     update = None if folder == run.folder else run.read(LIVE_FILE)
     log_end = Run(folder).read("interactions.parquet")["timestamp"].max()
-    trained = log_end if update else _trained_until(run)
+    trained = log_end if update else last_training_time(run)
     summary = _append_summary(update)
     if "reason" in results or trained is None:
         expected = "Expected: a model younger than the age of its first significant loss."
         return Panel(title, "none", f"{summary} {describe_staleness(results)}", expected)
-    unit, loss = results["unit"], _age_of_first_loss(results["ages"])
+    unit, loss = results["unit"], age_of_first_loss(results["ages"])
     age = (log_end - trained).total_seconds() / 86400 / DAYS_PER_UNIT[unit]
     summary += (
         f" The served models were trained up to {trained:%Y-%m-%d}, and the log ends at "

@@ -326,7 +326,7 @@ def mean_over_seeds(
 _ALL_USERS = {"all": pl.lit(True)}
 
 
-def _aggregate_ndcg(table, reference=None):
+def aggregate_ndcg(table, reference=None):
     "Return value, interval and n of NDCG@20 over all users, or of its paired difference."
     reference = None if reference is None else [reference]
     return aggregate([table], ["NDCG@20"], _ALL_USERS, reference=reference).row(0, named=True)
@@ -355,10 +355,10 @@ def summarize_cold_items(
     for name, table in tables.items():
         if not len(table):
             continue
-        score = _aggregate_ndcg(table)
+        score = aggregate_ndcg(table)
         difference = {}
         if name != "kind-popularity":
-            difference = _aggregate_ndcg(table, tables["kind-popularity"])
+            difference = aggregate_ndcg(table, tables["kind-popularity"])
         row = {"scenario": scenario, "model": name}
         row |= {key: score[key] for key in ("value", "lo", "hi", "n")}
         row["difference"] = difference.get("value")
@@ -386,7 +386,7 @@ class Oracle(Recommender):
         return torch.from_numpy(affinity).float()
 
 # %% ../nbs/13_newcomers.ipynb #fe7e889b
-def _has_ground_truth(dataset):
+def has_ground_truth(dataset):
     no_ids = pl.Series([], dtype=pl.String)
     return synthetic_ground_truth(dataset, no_ids, no_ids) is not None
 
@@ -405,7 +405,7 @@ def eval_cold_items(
 
     def evaluate(split):
         models = {name: make_recommender(name, **s).fit(split) for name, s in settings.items()}
-        if _has_ground_truth(dataset):
+        if has_ground_truth(dataset):
             models["oracle"] = Oracle(dataset).fit(split)
         return cold_item_results(models, split, max_users)
 
@@ -467,8 +467,8 @@ def source_ablation(
     for removed in tqdm(["nothing", *sources, "everything"], desc="source ablation", leave=False):
         reduced = complete if removed == "nothing" else evaluate(removed)
         for items, table in complete.items():
-            value = _aggregate_ndcg(reduced[items])["value"]
-            difference = _aggregate_ndcg(table, reduced[items])
+            value = aggregate_ndcg(reduced[items])["value"]
+            difference = aggregate_ndcg(table, reduced[items])
             row = {"removed": removed, "items": items, "value": value}
             row["difference"] = difference["value"]
             rows.append(row | {"lo": difference["lo"], "hi": difference["hi"]})
@@ -514,7 +514,7 @@ def metric_by_group(
             members = table.filter(pl.Series(is_member[table["user"].to_numpy()]))
             if len(members) < min_users:
                 continue
-            score = _aggregate_ndcg(members)
+            score = aggregate_ndcg(members)
             row = {"by": by, "group": group, "model": name}
             rows.append(row | {k: v for k, v in score.items() if k in ("value", "lo", "hi", "n")})
     return rows
@@ -663,7 +663,7 @@ def _evaluate_n_events(models, split, max_users):
     table = metric_by_n_events(models, split, max_users=max_users or 2000)
     rows = []
     for (model, n_events), users in table.group_by("model", "events", maintain_order=True):
-        score = _aggregate_ndcg(users)
+        score = aggregate_ndcg(users)
         row = {"model": model, "events": n_events}
         rows.append(row | {key: score[key] for key in ("value", "lo", "hi", "n")})
     return rows

@@ -384,10 +384,10 @@ class TrainedVariants:
         return cls(split, models, epochs)
 
 # %% ../nbs/19_original.ipynb #6dc3cf91
-_ON_TRAIN, _ON_TEST = "epoch chosen on training rows", "epoch chosen on the test part"
-_CLIPPED, _MEAN_FOR_UNKNOWN = "clipped to the rating scale", "mean for unknown ids"
-CUMULATIVE_CHANGES = (*INIT_VARIANTS, f"+ {_ON_TRAIN}", f"+ {_CLIPPED}", "mean", "damped-bias")
-SINGLE_CHANGES = ("biases start at 0", _ON_TRAIN, _ON_TEST, _CLIPPED, _MEAN_FOR_UNKNOWN)
+EPOCH_ON_TRAIN, EPOCH_ON_TEST = "epoch chosen on training rows", "epoch chosen on the test part"
+CLIPPED, MEAN_FOR_UNKNOWN = "clipped to the rating scale", "mean for unknown ids"
+CUMULATIVE_CHANGES = (*INIT_VARIANTS, f"+ {EPOCH_ON_TRAIN}", f"+ {CLIPPED}", "mean", "damped-bias")
+SINGLE_CHANGES = ("biases start at 0", EPOCH_ON_TRAIN, EPOCH_ON_TEST, CLIPPED, MEAN_FOR_UNKNOWN)
 _KNOWN_USER, _KNOWN_ITEM = pl.col("warm"), pl.col("warm_item")
 ID_GROUPS = {
     "all": pl.lit(True),
@@ -416,12 +416,12 @@ def _variant_predictions(
         selected[name] = [m.val_predictions[e - 1] for m, e in zip(models, epochs)]
     fixed = selected[FIXED_INIT]
     return last | {
-        _ON_TRAIN: selected[PRINTED],
-        _ON_TEST: [m.val_predictions[best_val_epoch(m) - 1] for m in printed],
-        _CLIPPED: [p.clamp(*rating_range) for p in last[PRINTED]],
-        _MEAN_FOR_UNKNOWN: [torch.where(is_known, p, mean_rating) for p in last[PRINTED]],
-        f"+ {_ON_TRAIN}": fixed,
-        f"+ {_CLIPPED}": [p.clamp(*rating_range) for p in fixed],
+        EPOCH_ON_TRAIN: selected[PRINTED],
+        EPOCH_ON_TEST: [m.val_predictions[best_val_epoch(m) - 1] for m in printed],
+        CLIPPED: [p.clamp(*rating_range) for p in last[PRINTED]],
+        MEAN_FOR_UNKNOWN: [torch.where(is_known, p, mean_rating) for p in last[PRINTED]],
+        f"+ {EPOCH_ON_TRAIN}": fixed,
+        f"+ {CLIPPED}": [p.clamp(*rating_range) for p in fixed],
     }
 
 # %% ../nbs/19_original.ipynb #19c0de01
@@ -610,7 +610,7 @@ def evaluate_other_filter(
     return pl.concat(rated).to_dicts(), ranked
 
 # %% ../nbs/19_original.ipynb #566accfa
-def _training_summary(
+def training_summary(
     trained: TrainedVariants,  # all models
 ) -> dict:  # for original.json
     "Collect the sizes, losses, offsets and epochs of the trained models."
@@ -631,7 +631,7 @@ def _training_summary(
     }
 
 # %% ../nbs/19_original.ipynb #a8eccac6
-def _original_metrics(
+def original_metrics(
     trained: TrainedVariants,  # all models
     max_users: int,  # maximum number of users
 ) -> pl.DataFrame:  # records of metrics.json
@@ -688,8 +688,8 @@ def replicate_original(
         "versus popularity": difference,
         "other_filter": {"rating": other_rating, "ranking": other_ranking},
     }
-    run.write("original.json", settings | _training_summary(trained) | results)
-    run.add_metrics(_original_metrics(trained, max_users))
+    run.write("original.json", settings | training_summary(trained) | results)
+    run.add_metrics(original_metrics(trained, max_users))
 
 # %% ../nbs/19_original.ipynb #71238b77
 def _waterfall_color(variant: str, highlighted: set, muted: tuple) -> str:

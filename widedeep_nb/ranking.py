@@ -183,7 +183,7 @@ def fit_with_loss(
     return {"seconds": seconds, "row_stride": row_stride, "curve": model.loss_curve}
 
 # %% ../nbs/08_ranking.ipynb #5d20c8e7
-def _evaluate_and_save(
+def save_loss_metrics(
     run: Run,
     name: str,
     models: dict,  # by (fold, seed)
@@ -196,7 +196,7 @@ def _evaluate_and_save(
     save_metrics(run, name, tables, wide_deep)
 
 # %% ../nbs/08_ranking.ipynb #c42d6bf2
-def _fit_folds_and_seeds(
+def fit_folds_and_seeds(
     run: Run,
     splits: list,
     loss: str,
@@ -236,18 +236,18 @@ def compare_losses(
     popularity = {
         (fold, 0): make_recommender("popularity").fit(split) for fold, split in enumerate(splits)
     }
-    _evaluate_and_save(run, "popularity", popularity, splits)
+    save_loss_metrics(run, "popularity", popularity, splits)
     fits = []
     skipped = {}
     params = {"n_negatives": n_negatives, "epochs": epochs, "alpha": alpha}
     for loss in LOSSES:
         try:
-            models, loss_fits = _fit_folds_and_seeds(run, splits, loss, seeds, **params)
+            models, loss_fits = fit_folds_and_seeds(run, splits, loss, seeds, **params)
         except UserError as e:
             skipped[loss] = str(e)
             continue
         fits += loss_fits
-        _evaluate_and_save(run, f"wide-deep-{loss}", models, splits)
+        save_loss_metrics(run, f"wide-deep-{loss}", models, splits)
     run.write("ranking.json", {"fits": fits, "excluded": skipped})
 
 # %% ../nbs/08_ranking.ipynb #d10393f3

@@ -907,15 +907,17 @@ def intra_list_diversity(
 
 # %% ../nbs/14_recommend.ipynb #14a10029
 LIST_CUTOFFS = (5, 10, 20)  # of revenue; the other metrics use the last one
-_K = LIST_CUTOFFS[-1]
+LIST_LENGTH = LIST_CUTOFFS[-1]
 
 
-def _rank_task(pipeline, task, options):
+def rank_for_task(pipeline, task, options):
     "Rank items for all users of a task, in blocks; int64 [n, 20]."
-    lists = [torch.zeros(0, _K, dtype=torch.int64)]
+    lists = [torch.zeros(0, LIST_LENGTH, dtype=torch.int64)]
     if len(task.users):
         for users in task.users.split(256):
-            lists.append(pipeline.rank(users, task.history.select(users), _K, **options)[0])
+            lists.append(
+                pipeline.rank(users, task.history.select(users), LIST_LENGTH, **options)[0]
+            )
     return torch.cat(lists)
 
 # %% ../nbs/14_recommend.ipynb #7fb599a0
@@ -925,13 +927,13 @@ def evaluate_variant(
     **options,  # rules, diversity, order: as for `RankingPipeline.rank`
 ) -> pl.DataFrame:  # one row per user: user, warm, NDCG@20, ILD@20, slots, Revenue@5, @10 and @20
     "Evaluate lists with given options for every user of a task."
-    lists = _rank_task(pipeline, task, options)
+    lists = rank_for_task(pipeline, task, options)
     hits, n_relevant = hit_matrix(lists, task)
     columns = {
         "user": task.users,
         "warm": torch.ones(len(lists)).bool(),
-        f"NDCG@{_K}": ndcg(hits, n_relevant, _K),
-        f"ILD@{_K}": intra_list_diversity(lists, pipeline.space),
+        f"NDCG@{LIST_LENGTH}": ndcg(hits, n_relevant, LIST_LENGTH),
+        f"ILD@{LIST_LENGTH}": intra_list_diversity(lists, pipeline.space),
         "slots": (lists >= 0).sum(1).double(),
     }
     if "price" in pipeline.items.columns:
@@ -1036,7 +1038,7 @@ def evaluate_reranking(
 
 # %% ../nbs/14_recommend.ipynb #14a10030
 def _metric_rows(rows, metric):
-    return rows.filter(metric=f"{metric}@{_K}")
+    return rows.filter(metric=f"{metric}@{LIST_LENGTH}")
 
 
 def _is_loss(difference_hi):
@@ -1080,7 +1082,10 @@ def plot_diversity_cost(
         ax.plot(diversity, difference, "o", color=color, ms=5.5)
     points = np.c_[x, accuracy["difference"].to_numpy()]
     _label_strengths(ax, accuracy["name"].to_list(), points)
-    ax.set(xlabel=f"intra-list diversity of {_K} items", ylabel=f"change of NDCG@{_K}")
+    ax.set(
+        xlabel=f"intra-list diversity of {LIST_LENGTH} items",
+        ylabel=f"change of NDCG@{LIST_LENGTH}",
+    )
     return fig
 
 # %% ../nbs/14_recommend.ipynb #14a1030b
@@ -1103,7 +1108,9 @@ def describe_diversity_cost(
 
     first, last = accuracy[0], accuracy[-1]
     score = format_ci(first["value"], first["lo"], first["hi"], digits=4)
-    sentences = [f"Plain lists have a diversity of {diversity[0]:.3f} and an NDCG@{_K} of {score}."]
+    sentences = [
+        f"Plain lists have a diversity of {diversity[0]:.3f} and an NDCG@{LIST_LENGTH} of {score}."
+    ]
     if first_loss > 1:
         strength = accuracy[first_loss - 1]["name"]
         effect_text = effect(first_loss - 1)
@@ -1139,9 +1146,9 @@ def describe_revenue_order(
 ) -> str:  # two sentences
     "Compare the order by expected revenue with the order by score in revenue and accuracy."
     by_metric = {row["metric"]: row for row in rows.filter(name="revenue").rows(named=True)}
-    revenue, accuracy = by_metric[f"Revenue@{_K}"], by_metric[f"NDCG@{_K}"]
-    revenue_result = _REVENUE_RESULTS[_significance(revenue)].format(k=_K)
-    accuracy_result = _ACCURACY_RESULTS[_significance(accuracy)].format(k=_K)
+    revenue, accuracy = by_metric[f"Revenue@{LIST_LENGTH}"], by_metric[f"NDCG@{LIST_LENGTH}"]
+    revenue_result = _REVENUE_RESULTS[_significance(revenue)].format(k=LIST_LENGTH)
+    accuracy_result = _ACCURACY_RESULTS[_significance(accuracy)].format(k=LIST_LENGTH)
     return (
         f"{revenue_result}: {_format_difference(revenue, 2)} a user. "
         f"{accuracy_result}: {_format_difference(accuracy)}."

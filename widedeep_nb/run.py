@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['CASTS', 'MAIN_METRICS', 'DARK_COLORS', 'list_chapters', 'Parameter', 'read_parameters', 'parse_overrides',
            'execute_notebook', 'make_run_plan', 'open_locked_run', 'unexported_code', 'run_report', 'render_chapter',
-           'reference_model', 'is_significant', 'join_words', 'advice', 'summary_text', 'headline', 'winners_svg',
-           'page_css', 'render_page', 'site_filter', 'collect_results', 'load_results', 'published_metric',
-           'readme_table', 'static_pages', 'publish', 'parse_basket', 'popular_items', 'user_rows',
-           'recommend_from_run', 'cli', 'run_command', 'datasets_command', 'recommend_command', 'serve_command',
-           'feedback_command', 'export_command', 'experiment_command', 'append_command', 'dashboard_command',
-           'bench_command', 'publish_command', 'site_filter_command', 'main']
+           'reference_model', 'without_ablations', 'select_records', 'is_significant', 'join_words', 'advice',
+           'summary_text', 'headline', 'winners_svg', 'page_css', 'render_page', 'site_filter', 'collect_results',
+           'load_results', 'published_metric', 'readme_table', 'static_pages', 'publish', 'parse_basket',
+           'popular_items', 'user_rows', 'recommend_from_run', 'cli', 'run_command', 'datasets_command',
+           'recommend_command', 'serve_command', 'feedback_command', 'export_command', 'experiment_command',
+           'append_command', 'dashboard_command', 'bench_command', 'publish_command', 'site_filter_command', 'main']
 
 # %% ../nbs/17_run.ipynb #70a0da2f
 import ast
@@ -853,12 +853,12 @@ def reference_model(
     return next((m for m in REFERENCE_MODELS if m in names), None)
 
 
-def _without_ablations(results: pl.DataFrame) -> pl.DataFrame:
+def without_ablations(results: pl.DataFrame) -> pl.DataFrame:
     "Select the records of single models, without differences and ablations."
     return results.filter(pl.col("versus").is_null(), ~pl.col("model").is_in(ABLATIONS))
 
 
-def _select_records(records: pl.DataFrame, group: dict, metric: str) -> pl.DataFrame:
+def select_records(records: pl.DataFrame, group: dict, metric: str) -> pl.DataFrame:
     "Select the records of a metric and group, pooled over folds and seeds, best first."
     rows = records.filter([pl.col(column) == value for column, value in group.items()])
     finite = rows.filter(pl.col("value").is_finite())
@@ -880,7 +880,7 @@ def run_metrics(
         dataset=run.manifest["dataset"],
         protocol=run.protocol.name,
     )
-    return _select_records(run.metrics(), group, metric)
+    return select_records(run.metrics(), group, metric)
 
 # %% ../nbs/17_run.ipynb #fe717ea3
 def is_significant(
@@ -919,7 +919,7 @@ def advice(
     metric: str,  # of `MAIN_METRICS`
 ) -> str:  # one sentence; empty where nothing was evaluated
     "Recommend a model for one task and say how certain that is."
-    models = _without_ablations(results)
+    models = without_ablations(results)
     if not len(models):
         return ""
     best, value = models["model"][0], models["value"][0]
@@ -965,7 +965,7 @@ def headline(
     metric: str,  # of `MAIN_METRICS`
 ) -> str:  # a title
     "Name the best model and say whether its lead is significant."
-    models = _without_ablations(results)["model"]
+    models = without_ablations(results)["model"]
     best, reference = models[0], reference_model(models)
     title = f"{best} {MAIN_METRICS[metric][2]}"
     rivals = [m for m in models if m not in OWN_MODELS] if best == reference else [reference]
@@ -984,7 +984,7 @@ def plot_winners(
     set_theme()
     for metric, (task, _, _) in MAIN_METRICS.items():
         results = run_metrics(run, metric)
-        models = _without_ablations(results)
+        models = without_ablations(results)
         if not len(models):
             continue
         top = models.filter(pl.col("model").is_in(top_models(models["model"].to_list())))
@@ -1281,7 +1281,7 @@ _PUBLISHED_LOG_FACTS = (
 )
 
 
-def _read_if_exists(run: Run, name: str) -> dict:
+def read_if_exists(run: Run, name: str) -> dict:
     "Read a JSON file of the run; an empty dict if it is missing."
     return run.read(name) if (run.folder / name).exists() else {}
 
@@ -1292,7 +1292,7 @@ def collect_results(
     "Collect the main results of a run, pooled over seeds and folds, with its data and settings."
     manifest, log = run.manifest, run.folder / "interactions.parquet"
     n_rows = pl.scan_parquet(log).select(pl.len()).collect().item() if log.exists() else None
-    ingest = _read_if_exists(run, "ingest.json")
+    ingest = read_if_exists(run, "ingest.json")
     published = run.metrics().filter(
         pl.col("metric").is_in(PUBLISHED_METRICS), protocol=run.protocol.name
     )
@@ -1304,11 +1304,11 @@ def collect_results(
         | settings
         | {
             "log": {name: ingest.get(name) for name in _PUBLISHED_LOG_FACTS},
-            "summary": _read_if_exists(run, "eda.json").get("summary", {}),
-            "parts": _read_if_exists(run, "preprocessing.json").get("parts", []),
+            "summary": read_if_exists(run, "eda.json").get("summary", {}),
+            "parts": read_if_exists(run, "preprocessing.json").get("parts", []),
             "seconds": {stem: entry["seconds"] for stem, entry in chapters},
             "steps": {name: step["seconds"] for name, step in manifest["steps"].items()},
-            "newcomers": _read_if_exists(run, "newcomers.json"),
+            "newcomers": read_if_exists(run, "newcomers.json"),
             "metrics": metrics.to_dicts(),
         }
     )
@@ -1352,7 +1352,7 @@ def published_metric(
     "Select one metric of a published run for one group of users and items."
     records = pl.DataFrame(results["metrics"], schema=METRIC_SCHEMA)
     group = dict(metric=metric, split="test", users=users, items=items, relevant="any")
-    return _select_records(records, group, metric)
+    return select_records(records, group, metric)
 
 # %% ../nbs/17_run.ipynb #e0e4e959
 def _format_record(record: Optional[dict], sign: str = "") -> str:
@@ -1528,7 +1528,7 @@ def publish_scale_results(
     folder: Path,  # gets a file named by the device
 ):
     "Publish the measurements of large sizes of a run, if it has any."
-    results = _read_if_exists(run, "scale.json")
+    results = read_if_exists(run, "scale.json")
     if not results or not _import_from("scale", "readme_size_text")(results):
         return
     device = re.sub("[^a-z0-9]+", "-", results["bench"]["machine"]["name"].lower()) or "cpu"
@@ -1574,7 +1574,7 @@ def load_model(
     if name:
         check_choice(name, fitted, "model")
     else:
-        best = _without_ablations(run_metrics(run, "NDCG@20"))["model"]
+        best = without_ablations(run_metrics(run, "NDCG@20"))["model"]
         name = next(m for m in (*best, *REFERENCE_MODELS, *fitted) if m in fitted)
     model = load_recommender(run.model_folder(name))
     model.name = name

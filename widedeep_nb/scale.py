@@ -106,7 +106,7 @@ def time_call(
     return time.perf_counter() - started
 
 # %% ../nbs/22_scale.ipynb #9a40eed8
-def _median_seconds(
+def median_seconds(
     fn: Callable,  # returns the seconds that it took
     n_repeats: int,  # measurements, after a warm-up
 ) -> float:
@@ -123,8 +123,8 @@ def machine_peak(
     device = pick_device()
     a, b = torch.rand(2, matrix_size, matrix_size, device=device)
     x, y = torch.rand(n_floats, device=device), torch.empty(n_floats, device=device)
-    product = _median_seconds(lambda: time_call(lambda: torch.mm(a, b)), n_repeats)
-    copy = _median_seconds(lambda: time_call(lambda: y.copy_(x)), n_repeats)
+    product = median_seconds(lambda: time_call(lambda: torch.mm(a, b)), n_repeats)
+    copy = median_seconds(lambda: time_call(lambda: y.copy_(x)), n_repeats)
     return {
         "GFLOP/s": 2 * matrix_size**3 / product / 1e9,
         "GB/s": 2 * 4 * n_floats / copy / 1e9,
@@ -887,8 +887,8 @@ def step_time_by_size(
     "Measure the time of a step by the number of ids."
     rows = []
     for n in sizes:
-        dense = _median_seconds(embedding_step(n, False), n_repeats)
-        sparse = _median_seconds(embedding_step(n, True), n_repeats)
+        dense = median_seconds(embedding_step(n, False), n_repeats)
+        sparse = median_seconds(embedding_step(n, True), n_repeats)
         rows.append({"ids": n, "dense": dense, "sparse": sparse})
     return rows
 

@@ -382,7 +382,7 @@ def drain(
     return entries
 
 # %% ../nbs/16_serving.ipynb #ffde7d34
-def _resolve(
+def resolve_future(
     future,  # of asyncio or concurrent.futures
     answer,  # a result, or an exception to raise
 ):
@@ -489,7 +489,7 @@ def _commit(
         answers = [HTTPException(507, message)] * len(batch)
     for (_, future), answer in zip(batch, answers):
         if future:
-            _resolve(future, answer)
+            resolve_future(future, answer)
 
 # %% ../nbs/16_serving.ipynb #44287799
 @patch
@@ -520,7 +520,7 @@ def resolve_futures(
     "Resolve futures, except those that are done because the client has left."
     for future, answer in pairs:
         if not future.done():
-            _resolve(future, answer)
+            resolve_future(future, answer)
 
 # %% ../nbs/16_serving.ipynb #16a10013
 class BatchQueue:
@@ -2001,7 +2001,7 @@ def sample_requests(
 
 # %% ../nbs/16_serving.ipynb #16a10056
 @contextmanager
-def _memory_samples(
+def memory_samples(
     process: psutil.Process,  # with its children
     interval: float = 0.5,  # seconds
 ):  # yields a list of megabytes that grows
@@ -2023,7 +2023,7 @@ def _memory_samples(
         thread.join()
 
 # %% ../nbs/16_serving.ipynb #9fb2a164
-def _mean_batch_size(
+def measured_batch_size(
     address: tuple,  # host and port of a service
 ) -> float:
     "Return the mean number of jobs per batch from a service's metrics."
@@ -2041,11 +2041,11 @@ def measure_load(
     requests = sample_requests(run)
     with running_service(run.folder) as (address, process):
         run_async(open_loop_load(address, requests, rate, min(1.0, seconds), 1))  # warm up
-        with _memory_samples(process) as memory:
+        with memory_samples(process) as memory:
             start = time.perf_counter()
             results = run_async(open_loop_load(address, requests, rate, seconds))
             elapsed = time.perf_counter() - start
-        mean_batch_size = _mean_batch_size(address)
+        mean_batch_size = measured_batch_size(address)
 
     def latency_ms(q):
         return round(1000 * float(results["seconds"].quantile(q)), 2)
@@ -2066,7 +2066,7 @@ def measure_load(
     }
 
 # %% ../nbs/16_serving.ipynb #16a10037
-def _sample_jobs(
+def sample_jobs(
     service: RecommendService,  # of the run
     folder: Path,  # of the run
     n: int,  # jobs
@@ -2090,7 +2090,7 @@ def throughput_by_batch(
     results = []
     with tempfile.TemporaryDirectory(prefix="widedeep-") as feedback_dir:
         service = open_service(folder, feedback_dir=feedback_dir)
-        jobs = _sample_jobs(service, folder, max(sizes) * (repeats + 1))
+        jobs = sample_jobs(service, folder, max(sizes) * (repeats + 1))
         for size in sizes:
             times = []
             for i in range(repeats + 1):
