@@ -55,9 +55,11 @@ def ciao(shared):
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
     "Factory of small runs of the demo shop with fitted models: `small_run(name=params)`."
-    from widedeep_nb.content import add_catalog
-    from widedeep_nb.core import PROTOCOLS, Run, Split, make_recommender
     from widedeep_nb.data import load
+    from widedeep_nb.lib.content_features import add_catalog
+    from widedeep_nb.lib.core import PROTOCOLS, Split
+    from widedeep_nb.lib.recommender import make_recommender
+    from widedeep_nb.lib.runs import Run
 
     def make(**models):
         run = Run(tmp_path_factory.mktemp("small") / "run", dataset="demo?ratings=2500")

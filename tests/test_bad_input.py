@@ -9,9 +9,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from widedeep_nb.core import Run, UserError, make_recommender
+from widedeep_nb.lib.cli import main
+from widedeep_nb.lib.core import UserError
+from widedeep_nb.lib.recommender import make_recommender
+from widedeep_nb.lib.runs import Run
 from widedeep_nb.preprocessing import preprocess
-from widedeep_nb.run import main
 
 ROOT = Path(__file__).parents[1]
 VALID = pl.DataFrame(
@@ -175,11 +177,11 @@ def test_a_refused_log_leaves_a_finished_run_as_it_is(finished, tmp_path, capfd,
 def test_a_log_that_has_changed_is_read_again(finished, tmp_path):
     before = finished.manifest["steps"]["preprocess"]["fingerprint"]
     VALID.head(300).write_csv(tmp_path / "valid.csv")
-    assert widedeep("run", "--out", finished.folder, "--chapters", "00", "--resume") == 0
+    assert widedeep("run", "--out", finished.folder, "--chapters", "01", "--resume") == 0
     assert finished.manifest["steps"]["preprocess"]["fingerprint"] != before
     assert finished.read("ingest.json")["rows_read"] == 300
     kept = finished.manifest["steps"]["ingest"]
-    assert widedeep("run", "--out", finished.folder, "--chapters", "00", "--resume") == 0
+    assert widedeep("run", "--out", finished.folder, "--chapters", "01", "--resume") == 0
     assert finished.manifest["steps"]["ingest"] == kept
 
 
@@ -242,7 +244,7 @@ def test_a_full_disk(small_disk, tmp_path, capfd):
             "--out",
             small_disk / "run",
             "--chapters",
-            "00-02",
+            "01-02",
         )
         == 2
     )  # the log fits, its pictures do not
@@ -267,7 +269,8 @@ def test_every_writer_reports_a_full_disk(finished, kind):
     limit = 20 if kind == "model" else 5000
     code = (
         "import numpy as np, polars as pl, resource\n"
-        "from widedeep_nb.core import *\n"
+        "from widedeep_nb import Run, make_recommender\n"
+        "from widedeep_nb.lib.core import UserError\n"
         f"run = Run({str(finished.folder)!r})\n"
         "split = run.load_splits()[0]\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"

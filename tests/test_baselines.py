@@ -10,38 +10,37 @@ import scipy.sparse as sp
 import torch
 
 from widedeep_nb.baselines import (
-    ABLATIONS,
     EASE,
-    PARAM_GRIDS,
     PROTOCOL_MODELS,
-    batched_ridge,
     compare_baselines,
     compare_protocols,
-    cosine,
-    fit_and_save,
-    grid_search,
-    model_choice_text,
-    pooled_records,
     rank_correlation,
-    rating_residuals,
-    top_k_neighbors,
-    val_score,
-)
-from widedeep_nb.core import (
-    PROTOCOLS,
-    History,
-    Run,
-    Split,
-    UserError,
-    hash_order,
-    load_recommender,
-    make_recommender,
-    mask_seen,
-    to_interactions,
-    top_k,
 )
 from widedeep_nb.data import load
 from widedeep_nb.evaluation import eval_ranking, eval_ratings
+from widedeep_nb.lib.comparison import (
+    ABLATIONS,
+    PARAM_GRIDS,
+    fit_and_save,
+    grid_search,
+    pooled_records,
+    val_score,
+)
+from widedeep_nb.lib.comparison_plots import model_choice_text
+from widedeep_nb.lib.core import (
+    PROTOCOLS,
+    History,
+    Split,
+    UserError,
+    hash_order,
+    to_interactions,
+    top_k,
+)
+from widedeep_nb.lib.history_models import rating_residuals
+from widedeep_nb.lib.matrix_factorization import batched_ridge
+from widedeep_nb.lib.neighbors import cosine, top_k_neighbors
+from widedeep_nb.lib.recommender import load_recommender, make_recommender, mask_seen
+from widedeep_nb.lib.runs import Run
 from widedeep_nb.preprocessing import prepare
 from widedeep_nb.training import train
 
@@ -696,7 +695,7 @@ def test_a_model_for_both_tasks_is_tuned_for_each(split):
 
 
 def test_a_large_log_is_tuned_with_fewer_settings(monkeypatch):
-    monkeypatch.setattr("widedeep_nb.baselines.LARGE_LOG_ROWS", 100)
+    monkeypatch.setattr("widedeep_nb.lib.comparison.LARGE_LOG_ROWS", 100)
     log = random_log(rows=900)
     split = Split.from_frames(log[:300], log[300:350], log[350:])
     assert len(grid_search("ease", PARAM_GRIDS["ease"], split)[1]) == 2

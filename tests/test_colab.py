@@ -9,9 +9,11 @@ import nbformat
 import polars as pl
 import pytest
 
-from widedeep_nb.core import Run
-from widedeep_nb.run import execute_notebook, read_parameters, static_pages
-from widedeep_nb.shop import demo_shop
+from widedeep_nb.lib.parameters import read_parameters
+from widedeep_nb.lib.publish import static_pages
+from widedeep_nb.lib.runner import execute_notebook
+from widedeep_nb.lib.runs import Run
+from widedeep_nb.lib.shop import demo_shop
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs/run_on_colab.ipynb"
 CELLS = nbformat.read(NOTEBOOK, 4).cells

@@ -17,43 +17,40 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from widedeep_nb.content import (
-    AMAZON_IMAGE_DTYPE,
+from widedeep_nb.data import load
+from widedeep_nb.evaluation import eval_ranking
+from widedeep_nb.lib.cli import main
+from widedeep_nb.lib.content_features import (
     ItemFeatures,
     add_catalog,
-    add_side_features,
-    align_vectors,
     build_item_features,
-    build_item_vectors,
     encode_user_features,
     first_available,
     has_side_features,
     item_tags,
     pad_tags,
-    pretrained_image_vectors,
     price_bins,
-    read_images,
-    sentence_vectors,
-    softmax_batch_loss,
     tfidf_vectors,
     tokenize,
-    train_image_vectors,
-    train_review_topics,
     truncated_svd,
 )
-from widedeep_nb.core import (
-    History,
-    Run,
-    UserError,
-    load_recommender,
-    make_recommender,
-    to_interactions,
+from widedeep_nb.lib.core import History, UserError, to_interactions
+from widedeep_nb.lib.item_vectors import (
+    AMAZON_IMAGE_DTYPE,
+    add_side_features,
+    align_vectors,
+    build_item_vectors,
+    pretrained_image_vectors,
+    read_images,
+    sentence_vectors,
+    train_image_vectors,
+    train_review_topics,
 )
-from widedeep_nb.data import load
-from widedeep_nb.evaluation import eval_ranking
+from widedeep_nb.lib.recommender import load_recommender, make_recommender
+from widedeep_nb.lib.runs import Run
+from widedeep_nb.lib.shop import demo_shop
+from widedeep_nb.lib.two_tower import softmax_batch_loss
 from widedeep_nb.preprocessing import prepare
-from widedeep_nb.run import main
-from widedeep_nb.shop import demo_shop
 
 
 @pytest.fixture(scope="module")
@@ -757,7 +754,7 @@ def test_sentence_transformers_is_called(tmp_path, monkeypatch):
 
 def test_image_vectors_separate_categories(split):
     "Check that the small network, trained on some images, finds the category of the others."
-    from widedeep_nb.shop import demo_images
+    from widedeep_nb.lib.shop import demo_images
 
     items = demo_shop(n_ratings=20_000, seed=0).items.sample(fraction=1.0, shuffle=True, seed=0)
     table, _ = pad_tags(item_tags(items, 400), len(items), 400)

@@ -11,22 +11,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from widedeep_nb import core, load_recommender, make_recommender
-from widedeep_nb.core import (
+from widedeep_nb import load_recommender, make_recommender
+from widedeep_nb.lib import core, recommender
+from widedeep_nb.lib.core import (
     PROTOCOLS,
     History,
-    Recommender,
-    Run,
     Split,
     UserError,
     encode_ids,
     hash_order,
-    mask_seen,
-    open_run,
-    step,
     to_interactions,
     top_k,
 )
+from widedeep_nb.lib.recommender import Recommender, mask_seen
+from widedeep_nb.lib.runs import Run, open_run, step
 
 ids = st.text(min_size=1, max_size=8)
 logs = st.lists(st.tuples(ids, ids, st.integers(1, 5)), min_size=3, max_size=40)
@@ -124,7 +122,7 @@ def test_masks_only_what_the_user_has():
 
 
 def test_names_resolve_and_unknown_names_list_the_known():
-    for name in core.RECOMMENDERS:
+    for name in recommender.RECOMMENDERS:
         assert make_recommender(name).name == name
     with pytest.raises(UserError, match="known: .*damped-bias"):
         make_recommender("nope")

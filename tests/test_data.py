@@ -9,7 +9,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-import types
 import zipfile
 from pathlib import Path
 
@@ -17,18 +16,13 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from widedeep_nb import data
-from widedeep_nb.core import Run, UserError
-from widedeep_nb.data import (
-    ERRORS,
-    EXCLUSIONS,
-    datasets,
-    fingerprint,
-    infer_rating_scale,
-    ingest,
-    load,
-    plot_ingest,
-)
+from widedeep_nb.data import ingest, load
+from widedeep_nb.lib import sources
+from widedeep_nb.lib.core import UserError
+from widedeep_nb.lib.datasets import datasets, fingerprint
+from widedeep_nb.lib.ingest_report import ERRORS, EXCLUSIONS, plot_ingest
+from widedeep_nb.lib.parsing import infer_rating_scale
+from widedeep_nb.lib.runs import Run
 
 SHARED = Path(os.environ.get("WIDEDEEP_SHARED") or Path(__file__).parents[2] / "shared") / "data"
 T = 1_365_811_200  # a second of 2013
@@ -781,7 +775,7 @@ def test_a_password_is_not_shown(monkeypatch):
         raise RuntimeError(f"cannot connect to {uri}\nfor some reason")
 
     monkeypatch.setenv("SHOP_PASSWORD", "hunter2")
-    monkeypatch.setattr(data, "find_spec", lambda name: name == "connectorx")
+    monkeypatch.setattr(sources, "find_spec", lambda name: name == "connectorx")
     monkeypatch.setattr(pl, "read_database_uri", refuse)
     with pytest.raises(UserError, match="cannot connect to postgresql://localhost/shop$") as e:
         load("postgresql://me:$SHOP_PASSWORD@localhost/shop?query=SELECT 1")
@@ -794,14 +788,14 @@ def test_connectorx_and_adbc(tmp_path):
     base.commit()
     base.close()
     for driver in ("connectorx", "adbc_driver_sqlite"):
-        if data.find_spec(driver) is None:
+        if sources.find_spec(driver) is None:
             continue
         engine = "none" if driver == "connectorx" else "sqlite"
-        assert data.query_db(
+        assert sources.query_db(
             engine, f"sqlite:///{tmp_path}/shop.db", "SELECT * FROM log"
         ).rows() == [("007", 12, 4.5)]
         with pytest.raises(UserError, match="database does not answer") as e:
-            data.query_db(engine, f"sqlite:///{tmp_path}/shop.db", "SELECT nothing FROM nowhere")
+            sources.query_db(engine, f"sqlite:///{tmp_path}/shop.db", "SELECT nothing FROM nowhere")
         assert str(e.value).isprintable()
 
 
@@ -913,33 +907,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
 # Known datasets
 
 
-@pytest.fixture
-def demo(monkeypatch):
-    "Generator of the demo dataset; a stand-in where its chapter is missing."
-    try:
-        from widedeep_nb import shop  # noqa: F401
-    except ImportError:
-
-        def demo_shop(n_ratings=20_000, seed=0):
-            rows = pl.select(k=pl.int_range(n_ratings)).with_columns(h=pl.col("k").hash(seed))
-            log = rows.select(
-                user=pl.format("U{}", pl.col("k") // 10),
-                item=pl.format("0{}", pl.col("k") % 97),
-                rating=(pl.col("h") % 5 + 1).cast(pl.Float32),
-                timestamp=pl.from_epoch(T + pl.col("k"), "s"),
-            )
-            return types.SimpleNamespace(
-                interactions=log,
-                items=log.select("item").unique(maintain_order=True),
-                users=log.select("user").unique(maintain_order=True),
-            )
-
-        module = types.ModuleType("widedeep_nb.shop")
-        module.demo_shop = demo_shop
-        monkeypatch.setitem(sys.modules, "widedeep_nb.shop", module)
-
-
-def test_demo_is_the_same_each_time_and_takes_options(demo):
+def test_demo_is_the_same_each_time_and_takes_options():
     one, two, other = (
         load("demo?ratings=4000&seed=3"),
         load("demo?ratings=4000&seed=3"),
@@ -1039,7 +1007,7 @@ def bad_files():
 def test_errors_are_one_line(tmp_path, monkeypatch, dataset):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        data, "find_spec", lambda name: None
+        sources, "find_spec", lambda name: None
     )  # else a driver would wait for the database
     for name, content in {
         "photo.png": b"\x89PNG",

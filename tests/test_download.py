@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from widedeep_nb import data
-from widedeep_nb.core import UserError
-from widedeep_nb.data import DATASETS, Dataset, cache_dir, datasets, fingerprint, load
+from widedeep_nb.data import load
+from widedeep_nb.lib import datasets as datasets_module
+from widedeep_nb.lib.core import UserError
+from widedeep_nb.lib.datasets import DATASETS, Dataset, cache_dir, datasets, fingerprint
 
 ROWS = "\n".join(
     ["user,item,rating,timestamp"]
@@ -76,7 +77,7 @@ def served(tmp_path, monkeypatch):
     server.asked, server.over, server.daemon_threads = [], threading.Event(), True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("WIDEDEEP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr(datasets_module, "DOWNLOAD_TIMEOUT", 0.3)
 
     def toy(*ways, metadata=()):
         def urls(ways, name):

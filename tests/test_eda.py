@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from widedeep_nb import eda
-from widedeep_nb.core import Run, set_theme, to_interactions
+from widedeep_nb.lib import display, log_plots
+from widedeep_nb.lib.core import to_interactions
+from widedeep_nb.lib.display import set_theme
+from widedeep_nb.lib.runs import Run
 
 counts_lists = st.lists(st.integers(0, 50), min_size=1, max_size=40).filter(any)
 
@@ -72,7 +75,7 @@ def shown(monkeypatch):
     "Collect (label, caption) of what is shown; check that a figure stays within its frame."
     outputs = []
 
-    def show_figure(fig, label, caption, alt, real=eda.show_figure):
+    def show_figure(fig, label, caption, alt, real=display.show_figure):
         fig.draw_without_rendering()
         box = fig.get_tightbbox()
         inside = box.x0 > -0.05 and box.x1 < fig.get_figwidth() + 0.05
@@ -88,7 +91,8 @@ def shown(monkeypatch):
         outputs.append((label, caption + str(frame.rows())))
 
     for function in (show_figure, display_md, show_table):
-        monkeypatch.setattr(eda, function.__name__, function)
+        for module in (eda, log_plots):
+            monkeypatch.setattr(module, function.__name__, function, raising=False)
     set_theme()
     return outputs
 
@@ -143,7 +147,7 @@ def test_growth_counts_every_row_once(rows, every):
 
 def test_rows_without_time_are_left_out():
     assert eda.growth_by_period(LOGS["half known"])["ratings"].sum() == 300
-    assert not eda.has_timestamps(LOGS["no time"]) and eda.cold_share(LOGS["no time"]) == {}
+    assert not log_plots.has_timestamps(LOGS["no time"]) and eda.cold_share(LOGS["no time"]) == {}
 
 
 @pytest.mark.parametrize("last", [0.1, 0.35, 0.9])
@@ -183,13 +187,13 @@ def test_statistics_and_correlations_row_by_row(by, other):
 def test_category_level_and_shares():
     n_categories = {}
     for name in ("path", "flat", "pair"):
-        n_categories[name] = eda.item_categories(TABLES[name])["category"].n_unique()
+        n_categories[name] = log_plots.item_categories(TABLES[name])["category"].n_unique()
     assert n_categories == {"path": 4, "flat": 9, "pair": 2}
-    assert eda.item_categories(TABLES["no table"]) is None
-    assert eda.item_categories(TABLES["unknown"]) is None
-    log, table = LOGS["full"], eda.item_categories(TABLES["path"])
+    assert log_plots.item_categories(TABLES["no table"]) is None
+    assert log_plots.item_categories(TABLES["unknown"]) is None
+    log, table = LOGS["full"], log_plots.item_categories(TABLES["path"])
     year = pl.col("timestamp").dt.year()
-    shares = eda.category_shares(log, table, year, min_rows=1)
+    shares = log_plots.category_shares(log, table, year, min_rows=1)
     totals = shares.group_by("period").agg(pl.col("share").sum())["share"].to_list()
     assert totals == pytest.approx([1.0] * 3)
     category_of = dict(table.rows())
@@ -197,7 +201,7 @@ def test_category_level_and_shares():
     expected = np.mean([category_of[item] == "Part 2" for item in in_2021])
     share = shares.filter(period=2021, category="Part 2")["share"].item()
     assert share == pytest.approx(expected)
-    assert not len(eda.category_shares(log, table, year, min_rows=len(log)))
+    assert not len(log_plots.category_shares(log, table, year, min_rows=len(log)))
 
 
 @pytest.mark.parametrize("name", LOGS)
@@ -205,7 +209,7 @@ def test_every_figure_on_every_log(name, shown):
     log = LOGS[name]
     rated = log["rating"].null_count() < len(log)
     dated = log["timestamp"].null_count() < len(log)
-    eda.show_rating_counts(log)
+    log_plots.show_rating_counts(log)
     eda.show_survival_curves(log)
     eda.show_lorenz_curves(log)
     eda.show_growth(log)
@@ -233,7 +237,7 @@ SOME_LOGS = ["full", "events", "no time", "bare", "one user", "one row", "two ro
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("name", [*SOME_LOGS, "an hour", "half known"])
 def test_categories_on_every_log(name, table, shown):
-    eda.show_categories(LOGS[name], TABLES[table])
+    log_plots.show_categories(LOGS[name], TABLES[table])
     assert len(shown) == 1
     label = shown[0][0]
     if table in ("no table", "unknown") or name in ("no time", "bare", "one row"):
@@ -254,8 +258,8 @@ def test_summary_and_findings_on_every_log(name, shown):
     assert summary["users_below_5"] == (per_user < 5).mean()
     assert summary["users_below_20"] == (per_user < 20).mean()
     assert summary["users_with_one"] == (per_user == 1).mean()
-    eda.show_log_summary(summary)
-    findings = eda.log_findings(summary)
+    log_plots.show_log_summary(summary)
+    findings = log_plots.log_findings(summary)
     label, caption = shown[0]
     assert label == "tbl-summary" and len(findings) == 3
     assert not any("None" in text or "nan" in text for text in [*findings, caption])
@@ -274,4 +278,4 @@ def test_the_step_writes_its_file(tmp_path):
     eda.run_eda(run)
     report = run.read("eda.json")
     assert report["summary"]["rows"] == len(run.read("interactions.parquet"))
-    assert report["findings"] == eda.log_findings(report["summary"])
+    assert report["findings"] == log_plots.log_findings(report["summary"])

@@ -11,16 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from widedeep_nb import evaluation as ev
-from widedeep_nb.core import (
-    METRIC_SCHEMA,
-    PROTOCOLS,
-    Recommender,
-    Split,
-    UserError,
-    hash_order,
-    to_interactions,
-)
+from widedeep_nb import evaluation
+from widedeep_nb.lib import aggregation, eval_tasks, statistics
+from widedeep_nb.lib.core import PROTOCOLS, Split, UserError, hash_order, to_interactions
+from widedeep_nb.lib.recommender import Recommender
+from widedeep_nb.lib.runs import METRIC_SCHEMA
 
 # no deadline: the time of an example depends on the machine
 settings.register_profile("steady", deadline=None)
@@ -155,7 +150,7 @@ def test_metrics_equal_those_of_plain_python():
         scores = [[table[u, i] for i in items] for u in users]
         model = TableScores(scores).fit(split)
         choice = "new" if new else "known"
-        results = ev.eval_ranking(model, split, "val", ks, relevant, choice, seed)
+        results = evaluation.eval_ranking(model, split, "val", ks, relevant, choice, seed)
         expected = expected_results(
             train, val, lambda u, i: table[u, i], order, ks, relevant, mask, new
         )
@@ -181,11 +176,11 @@ def test_blocks_of_users_change_nothing():
     train, val, table = random_case(random.Random(8))
     split = make(train, val)
     model = TableScores(torch.rand(len(split.users), len(split.items))).fit(split)
-    task = ev.make_eval_task(split)
+    task = eval_tasks.make_eval_task(split)
     assert len(task.users) > 2
     assert torch.equal(
-        ev.top_k_lists(model, split, task, 5, budget=1),
-        ev.top_k_lists(model, split, task, 5),
+        eval_tasks.top_k_lists(model, split, task, 5, budget=1),
+        eval_tasks.top_k_lists(model, split, task, 5),
     )
 
 
@@ -202,7 +197,7 @@ def test_metrics_equal_those_of_ranx():
     )
     split = make(train, val)
     scores = rng.permuted(np.tile(np.arange(50.0), (60, 1)), axis=1)  # strictly ordered
-    results = ev.eval_ranking(TableScores(scores).fit(split), split, ks=(5, 10, 20))
+    results = evaluation.eval_ranking(TableScores(scores).fit(split), split, ks=(5, 10, 20))
     name, item = split.users["user"].to_list(), split.items["item"].to_list()
     histories = set(split.train.select("user", "item").iter_rows())
     truth = {}
@@ -236,8 +231,8 @@ rows_of_hits = st.lists(st.booleans(), min_size=1, max_size=12)
 @given(rows_of_hits, st.integers(0, 20), st.integers(1, 15))
 def test_metrics_lie_between_0_and_1(hits, more, k):
     relevant = max(1, sum(hits) + more)
-    for name in ev.RANKING_METRICS:
-        value = ev.METRICS[name].function(torch.tensor([hits]), torch.tensor([relevant]), k)
+    for name in evaluation.RANKING_METRICS:
+        value = evaluation.METRICS[name].function(torch.tensor([hits]), torch.tensor([relevant]), k)
         assert 0 <= value.item() <= 1 + 1e-12, name
 
 
@@ -245,7 +240,7 @@ def test_metrics_lie_between_0_and_1(hits, more, k):
 def test_the_best_list_scores_1(relevant, k):
     hits, n = torch.tensor([[i < relevant for i in range(k)]]), torch.tensor([relevant])
     for name in ("MAP", "NDCG", "HitRate", "MRR"):
-        assert abs(ev.METRICS[name].function(hits, n, k).item() - 1) < 1e-12, name
+        assert abs(evaluation.METRICS[name].function(hits, n, k).item() - 1) < 1e-12, name
 
 
 @given(rows_of_hits, st.data())
@@ -255,8 +250,8 @@ def test_a_hit_that_moves_up_never_harms(hits, data):
     if hits[down] and not hits[up]:
         better[up], better[down] = True, False
     k, n = data.draw(st.integers(1, len(hits))), torch.tensor([max(1, sum(hits))])
-    for name in ev.RANKING_METRICS:
-        metric = ev.METRICS[name].function
+    for name in evaluation.RANKING_METRICS:
+        metric = evaluation.METRICS[name].function
         before, after = (metric(torch.tensor([h]), n, k).item() for h in (hits, better))
         assert after >= before - 1e-12, name
         if better != hits and down < k and name in ("MAP", "NDCG"):
@@ -275,7 +270,8 @@ def test_only_the_order_of_scores_counts(seed, stretch):
         0, 6, (len(split.users), len(split.items)), generator=torch.Generator().manual_seed(seed)
     ).float()
     a, b = (
-        ev.eval_ranking(TableScores(s).fit(split), split).users for s in (scores, stretch(scores))
+        evaluation.eval_ranking(TableScores(s).fit(split), split).users
+        for s in (scores, stretch(scores))
     )
     assert a.equals(b)
 
@@ -306,9 +302,9 @@ def constant(split):
 def test_a_constant_scores_as_chance_whatever_the_items_are_called(name):
     split = skewed_shop(name=name)
     model = constant(split)
-    users = [ev.eval_ranking(model, split, ks=(10,), seed=s).users for s in range(150)]
+    users = [evaluation.eval_ranking(model, split, ks=(10,), seed=s).users for s in range(150)]
     scores = np.array([u["NDCG@10"].mean() for u in users])
-    chance = ev.expected_random_ndcg(
+    chance = evaluation.expected_random_ndcg(
         users[0]["n_relevant"].to_numpy(), users[0]["n_candidates"].to_numpy(), 10
     ).mean()
     assert abs(scores.mean() - chance) < 3.3 * scores.std() / len(scores) ** 0.5
@@ -344,8 +340,11 @@ def models_without_skill(split):
 def test_models_without_skill_fail_and_a_real_model_passes():
     split = skewed_shop()
     verdict = {
-        name: ev.gain_over_random(
-            [ev.eval_ranking(m, split, ks=(10,), seed=s).users for s, m in enumerate(models)]
+        name: evaluation.gain_over_random(
+            [
+                evaluation.eval_ranking(m, split, ks=(10,), seed=s).users
+                for s, m in enumerate(models)
+            ]
         )
         for name, models in models_without_skill(split).items()
     }
@@ -358,13 +357,15 @@ def test_a_seen_item_cannot_be_a_hit():
     split = make(
         [("a", "x", None), ("a", "y", None), ("b", "z", None)], [("a", "x", None), ("a", "z", None)]
     )
-    results = ev.eval_ranking(TableScores([[9, 9, 0], [0, 0, 0]]).fit(split), split, ks=(1,))
+    results = evaluation.eval_ranking(
+        TableScores([[9, 9, 0], [0, 0, 0]]).fit(split), split, ks=(1,)
+    )
     assert results.users["n_relevant"].to_list() == [1] and results.users[
         "Precision@1"
     ].to_list() == [1]
     assert results.task.excluded["pairs already in the history"] == 1
     open_split = replace(split, protocol=UNMASKED)
-    assert ev.eval_ranking(
+    assert evaluation.eval_ranking(
         TableScores([[9, 9, 0], [0, 0, 0]]).fit(open_split), open_split, ks=(1,)
     ).users["n_relevant"].to_list() == [2]
 
@@ -378,16 +379,16 @@ def test_a_model_fitted_on_more_than_the_training_part_is_refused():
     )
     leaky = TableScores(torch.zeros(2, 2)).fit(split.merge_train_val())
     with pytest.raises(UserError, match="fitted on other rows"):
-        ev.eval_ranking(leaky, split)
+        evaluation.eval_ranking(leaky, split)
     with pytest.raises(UserError, match="fitted on other rows"):
-        ev.eval_ratings(leaky, split)
-    assert len(ev.eval_ranking(leaky, split.merge_train_val(), "test").users) == 1
+        evaluation.eval_ratings(leaky, split)
+    assert len(evaluation.eval_ranking(leaky, split.merge_train_val(), "test").users) == 1
 
 
 def test_scores_that_are_not_numbers_are_refused():
     split = make([("a", "x", 3), ("b", "y", 4)], [("a", "y", 5)])
     with pytest.raises(UserError, match="not numbers"):
-        ev.eval_ranking(TableScores(torch.full((2, 2), torch.nan)).fit(split), split)
+        evaluation.eval_ranking(TableScores(torch.full((2, 2), torch.nan)).fit(split), split)
 
 
 @pytest.mark.parametrize("history", ["seen", "fit"])
@@ -410,8 +411,8 @@ def test_history_is_what_the_protocol_says(history):
         protocol=replace(PROTOCOLS["leave-one-out"], history_source=history),
     )
     probe = Probe([]).fit(split)
-    ev.eval_ranking(probe, split, "test")
-    ev.eval_ratings(probe, split, "test")
+    evaluation.eval_ranking(probe, split, "test")
+    evaluation.eval_ratings(probe, split, "test")
     assert (probe.n_scored, probe.n_predicted) == {"seen": (3, 5), "fit": (2, 3)}[history]
 
 
@@ -432,7 +433,7 @@ def test_beyond_accuracy_by_hand():
     split = make(train, [("a", "y", None), ("e", "x", None)], items=items_table)
     items = split.items["item"].to_list()
     score = [float({"x": 3, "y": 2, "z": 1}[i]) for i in items]
-    results = ev.eval_ranking(TableScores([score] * 5).fit(split), split, ks=(1, 2))
+    results = evaluation.eval_ranking(TableScores([score] * 5).fit(split), split, ks=(1, 2))
     # a has x and gets y, z; e is a cold-start user and gets x, y
     a, e = results.users.sort("warm", descending=True).to_dicts()
     assert a["Novelty@2"] == pytest.approx(2)
@@ -441,7 +442,9 @@ def test_beyond_accuracy_by_hand():
     assert (a["Revenue@2"], e["Revenue@2"]) == (20, 10)
     assert a["PopularityLift@2"] == pytest.approx((1 - 3) / 3)
     assert e["PopularityLift@2"] is None
-    shown = ev.catalog_metrics(results.lists[:, :1], results.task.candidates)  # y and x of three
+    shown = aggregation.catalog_metrics(
+        results.lists[:, :1], results.task.candidates
+    )  # y and x of three
     assert shown["value"].to_list() == pytest.approx([2 / 3, 1 / 3])
 
 
@@ -452,7 +455,7 @@ def test_diversity_against_all_pairs():
         row = rng.sample(range(9), 5) + [-1] * rng.randint(0, 2)
         known = [category[i] for i in row if i >= 0 and category[i] >= 0]
         pairs = [(a, b) for n, a in enumerate(known) for b in known[n + 1 :]]
-        results = ev.diversity(torch.tensor([row]), torch.tensor(category)).item()
+        results = eval_tasks.diversity(torch.tensor([row]), torch.tensor(category)).item()
         if not pairs:
             assert math.isnan(results)
         else:
@@ -467,11 +470,11 @@ def test_rmse_by_hand():
         [("a", "x", 1), ("b", "y", 5), ("b", "x", 3)],
         [("a", "y", 5), ("a", "n", 1), ("s", "x", 2), ("b", "n", None)],
     )
-    rows = ev.eval_ratings(TableRatings(torch.full((3, 3), 3.0)).fit(split), split)
+    rows = evaluation.eval_ratings(TableRatings(torch.full((3, 3), 3.0)).fit(split), split)
     assert len(rows) == 3  # errors -2, 2, 1; one row has no rating
-    users = ev.eval_ranking(constant(split), split).users
+    users = evaluation.eval_ranking(constant(split), split).users
     users = users.with_columns(relevant=pl.lit("any"), items=pl.lit("all"))
-    records = ev.metric_table([rows], [users]).filter(task="rating").to_dicts()
+    records = evaluation.metric_table([rows], [users]).filter(task="rating").to_dicts()
     by_group = {(r["users"], r["items"], r["metric"]): r for r in records}
     expected = {
         ("all", "all"): [2, 2, 1],
@@ -499,10 +502,13 @@ def test_rows_in_blocks_and_models_without_ratings():
     )
     table = torch.rand(len(split.users), len(split.items)) * 4 + 1
     model = TableRatings(table).fit(split)
-    one, many = ev.eval_ratings(model, split), ev.eval_ratings(model, split, batch_size=3)
+    one, many = (
+        evaluation.eval_ratings(model, split),
+        evaluation.eval_ratings(model, split, batch_size=3),
+    )
     assert one.equals(many) and len(one) == 40
     assert np.allclose(one["predicted"], table[one["user"].to_list(), one["item"].to_list()])
-    assert len(ev.eval_ratings(constant(split), split)) == 0
+    assert len(evaluation.eval_ratings(constant(split), split)) == 0
 
 
 # ---- intervals
@@ -526,7 +532,7 @@ def test_coverage_of_a_mean():
     low, high = limits()
 
     def simulate(rng, r):
-        return ev.bootstrap((rng.random(150) < 0.3).astype(float), n_resamples=400, seed=r)
+        return statistics.bootstrap((rng.random(150) < 0.3).astype(float), n_resamples=400, seed=r)
 
     assert low <= covered(simulate, 0.3) <= high
 
@@ -536,7 +542,7 @@ def test_coverage_of_rmse_with_correlated_rows_of_a_user():
         n = rng.integers(1, 12, 150)  # ratings of each user
         own = rng.normal(size=150)  # how hard a user is to predict
         total = np.array([((o + 0.3 * rng.normal(size=m)) ** 2).sum() for o, m in zip(own, n)])
-        return ev.bootstrap(total, n, take_sqrt=True, n_resamples=400, seed=r)
+        return statistics.bootstrap(total, n, take_sqrt=True, n_resamples=400, seed=r)
 
     low, high = limits()
     assert low - 0.02 <= covered(simulate, 1.09**0.5) <= high  # squares are skewed: two points more
@@ -547,8 +553,8 @@ def test_paired_is_narrower_than_unpaired():
     user = rng.normal(size=300)
     a = user + 0.1 * rng.normal(size=300)
     b = user + 0.05 + 0.1 * rng.normal(size=300)
-    difference, lo, hi, p = ev.paired_bootstrap(b, a)
-    (_, alo, ahi), (_, blo, bhi) = ev.bootstrap(a), ev.bootstrap(b)
+    difference, lo, hi, p = statistics.paired_bootstrap(b, a)
+    (_, alo, ahi), (_, blo, bhi) = statistics.bootstrap(a), statistics.bootstrap(b)
     unpaired = ((ahi - alo) ** 2 + (bhi - blo) ** 2) ** 0.5  # width for different users
     assert (hi - lo < 0.3 * unpaired).all()
     assert difference == pytest.approx((b - a).mean())
@@ -560,13 +566,13 @@ def test_a_model_does_not_differ_from_itself():
     rng = np.random.default_rng(3)
     squared, n = rng.random((5, 80, 2)), rng.integers(1, 9, (5, 80, 2))
     for take_sqrt in (False, True):
-        results = ev.paired_bootstrap(squared, squared, n, n, take_sqrt=take_sqrt)
+        results = statistics.paired_bootstrap(squared, squared, n, n, take_sqrt=take_sqrt)
         assert [x.tolist() for x in results] == [[0, 0], [0, 0], [0, 0], [1, 1]]
 
 
 def test_paired_rmse_is_the_difference_of_rmse():
     a, b, n = np.array([4.0, 1, 9]), np.array([1.0, 1, 1]), np.array([1, 1, 2])
-    assert ev.paired_bootstrap(a, b, n, n, take_sqrt=True)[0] == pytest.approx(
+    assert statistics.paired_bootstrap(a, b, n, n, take_sqrt=True)[0] == pytest.approx(
         (14 / 4) ** 0.5 - (3 / 4) ** 0.5
     )
 
@@ -574,7 +580,9 @@ def test_paired_rmse_is_the_difference_of_rmse():
 def test_p_values_are_uniform_where_nothing_differs():
     rng = np.random.default_rng(4)
     p = [
-        ev.paired_bootstrap(rng.normal(size=80), rng.normal(size=80), n_resamples=400, seed=r)[3][0]
+        statistics.paired_bootstrap(
+            rng.normal(size=80), rng.normal(size=80), n_resamples=400, seed=r
+        )[3][0]
         for r in range(400)
     ]
     margin = 3.3 * (0.05 * 0.95 / 400) ** 0.5
@@ -585,34 +593,34 @@ def test_p_values_are_uniform_where_nothing_differs():
 def test_seeds_are_resampled_too():
     users = np.tile([0.0, 1.0], 100)
     seeds = np.array([-0.3, -0.1, 0, 0.1, 0.3])
-    value, lo, hi = ev.bootstrap(users + seeds[:, None])
-    _, lo1, hi1 = ev.bootstrap(users)
+    value, lo, hi = statistics.bootstrap(users + seeds[:, None])
+    _, lo1, hi1 = statistics.bootstrap(users)
     assert value == pytest.approx(0.5)
     assert hi - lo > 1.5 * (hi1 - lo1)
-    _, low, high, _ = ev.paired_bootstrap(users + seeds[:, None], users)
+    _, low, high, _ = statistics.paired_bootstrap(users + seeds[:, None], users)
     assert (low < 0).all() and (high > 0).all()
 
 
 def test_blocks_of_samples_change_nothing():
     values = np.random.default_rng(0).random(50)
-    whole = np.concatenate(list(ev.bootstrap_weights(50, 100)))
-    blocks = list(ev.bootstrap_weights(50, 100, width=2**20))
+    whole = np.concatenate(list(statistics.bootstrap_weights(50, 100)))
+    blocks = list(statistics.bootstrap_weights(50, 100, width=2**20))
     assert len(blocks) > 1
     assert (whole == np.concatenate(blocks)).all()
     assert (whole.sum(1) == 50).all()
-    assert ev.bootstrap(values)[0] == pytest.approx(values.mean())
+    assert statistics.bootstrap(values)[0] == pytest.approx(values.mean())
 
 
 def test_holm():
-    assert np.allclose(ev.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
-    assert ev.holm([0.9, 0.8]).max() == 1
+    assert np.allclose(statistics.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.9, 0.8]).max() == 1
 
 
 def test_directions_of_metrics():
-    assert ev.higher_is_better("NDCG@20")
-    assert not ev.higher_is_better("RMSE")
+    assert evaluation.higher_is_better("NDCG@20")
+    assert not evaluation.higher_is_better("RMSE")
     with pytest.raises(KeyError):
-        ev.higher_is_better("no such metric")
+        evaluation.higher_is_better("no such metric")
 
 
 # ---- evaluate and aggregate
@@ -639,7 +647,7 @@ def test_evaluate():
     generator = torch.Generator().manual_seed(0)
     table = torch.rand(len(split.users), len(split.items), generator=generator) * 4 + 1
     model = TableRatings(table).fit(split)
-    records = ev.evaluate(model, split, ks=(5, 20))
+    records = evaluation.evaluate(model, split, ks=(5, 20))
     assert set(records["task"]) == {"rating", "ranking"}
     assert records["versus"].null_count() == len(records)
     assert set(records["relevant"]) == {"any"}
@@ -648,14 +656,14 @@ def test_evaluate():
     assert not keys.is_duplicated().any()
     assert (records["lo"] <= records["value"] + 1e-12).all()
     assert (records["value"] <= records["hi"] + 1e-12).all()
-    metrics = {f"{m}@{k}" for m in ev.RANKING_METRICS for k in (5, 20)}
+    metrics = {f"{m}@{k}" for m in evaluation.RANKING_METRICS for k in (5, 20)}
     metrics |= {"Coverage@20", "Gini@20", "Novelty@20", "PopularityLift@20"}
     assert metrics == set(records.filter(task="ranking")["metric"])
     ndcg = {g: records.filter(users=g, metric="NDCG@5") for g in ("all", "warm", "cold")}
     n = {group: record["n"].item() for group, record in ndcg.items()}
     assert n["all"] == n["warm"] + n["cold"]
     assert min(n.values()) > 5
-    users = ev.eval_ranking(model, split, ks=(5, 20)).users
+    users = evaluation.eval_ranking(model, split, ks=(5, 20)).users
     cold_mean = users.filter(~pl.col("warm"))["NDCG@5"].mean()
     assert ndcg["cold"]["value"].item() == pytest.approx(cold_mean)
 
@@ -663,8 +671,11 @@ def test_evaluate():
 def test_evaluate_with_a_threshold_and_with_new_items():
     split = rated_shop()
     model = TableRatings(torch.rand(len(split.users), len(split.items)) * 4 + 1).fit(split)
-    n_any = ev.evaluate(model, split).filter(users="all", metric="NDCG@5")["n"].item()
-    liked, new = ev.evaluate(model, split, relevant=4), ev.evaluate(model, split, items="new")
+    n_any = evaluation.evaluate(model, split).filter(users="all", metric="NDCG@5")["n"].item()
+    liked, new = (
+        evaluation.evaluate(model, split, relevant=4),
+        evaluation.evaluate(model, split, items="new"),
+    )
     assert set(liked.filter(task="ranking")["relevant"]) == {">=4"}
     assert liked.filter(users="all", metric="NDCG@5")["n"].item() < n_any
     assert set(new["items"]) == {"new"}
@@ -685,7 +696,7 @@ def test_folds_are_clustered_by_user_and_seeds_are_pooled():
 
     def one_fold(fold, seed):
         columns = {"user": users, "warm": True, "NDCG@5": hard, "relevant": "any", "items": "all"}
-        return ev.label_fold_and_seed(pl.DataFrame(columns), fold, seed)
+        return aggregation.label_fold_and_seed(pl.DataFrame(columns), fold, seed)
 
     fits = [(fold, seed) for fold in range(4) for seed in (0, 1)]
     ranked = pl.concat([one_fold(*fit) for fit in fits])
@@ -697,9 +708,9 @@ def test_folds_are_clustered_by_user_and_seeds_are_pooled():
             "cut": pl.Int64,
             "seed": pl.Int64,
         }
-        | {m: pl.Float64 for m in ev.RATING_METRICS}
+        | {m: pl.Float64 for m in evaluation.RATING_METRICS}
     )
-    tables = ev.metrics_by_seed_and_fold(rated, ranked, fits)
+    tables = evaluation.metrics_by_seed_and_fold(rated, ranked, fits)
     assert len(tables) == 9
     for column in ("cut", "seed"):
         assert tables[-1][column].null_count() == len(tables[-1])
@@ -716,17 +727,17 @@ def test_two_models_are_compared_on_the_same_users_only():
         {"user": list(range(10)), "warm": [True] * 10, "NDCG@5": np.linspace(0, 1, 10)}
     )
     better = frame.with_columns(pl.col("NDCG@5") + 0.1)
-    row = ev.aggregate([better], ["NDCG@5"], reference=[frame]).row(0, named=True)
+    row = aggregation.aggregate([better], ["NDCG@5"], reference=[frame]).row(0, named=True)
     assert row["value"] == pytest.approx(0.1)
     assert row["lo"] == pytest.approx(0.1)
     assert row["p"] < 0.01
     with pytest.raises(UserError, match="same users"):
-        ev.aggregate([better], ["NDCG@5"], reference=[frame[1:]])
+        aggregation.aggregate([better], ["NDCG@5"], reference=[frame[1:]])
 
 
 def test_a_part_without_relevant_items_is_no_error():
     split = make([("a", "x", None), ("b", "y", None)], [("a", "x", None)])
-    results = ev.eval_ranking(constant(split), split)
+    results = evaluation.eval_ranking(constant(split), split)
     assert len(results.users) == 0
     assert results.task.excluded["users without relevant items"] == 1
-    assert len(ev.evaluate(constant(split), split)) == 0
+    assert len(evaluation.evaluate(constant(split), split)) == 0

@@ -12,9 +12,17 @@ import pytest
 import statsmodels.api as sm
 from scipy import integrate, stats
 
-import widedeep_nb.experiment as ex
-from widedeep_nb.core import UserError
-from widedeep_nb.data import synthetic_users
+from widedeep_nb import experiments
+from widedeep_nb.lib import (
+    ab_simulation,
+    ab_statistics,
+    experiment_report,
+    feedback,
+    off_policy,
+    statistics,
+)
+from widedeep_nb.lib.core import UserError
+from widedeep_nb.lib.datasets import synthetic_users
 
 PLAN = {"ranking": {"popularity": 0.3, "neighbors": 0.4, "content": 0.3}, "rating": {"ridge": 1.0}}
 HALVES = {"old": 0.5, "new": 0.5}
@@ -34,7 +42,7 @@ def results(fitted_run):
     for phase in ("drawn", "test"):
         (fitted_run.work_dir / phase).mkdir(parents=True)
         (fitted_run.work_dir / phase / "feedback.sqlite").write_bytes(b"half a store")
-    return ex.run_simulation(
+    return ab_simulation.run_simulation(
         fitted_run,
         synthetic_users(fitted_run.manifest["dataset"]),
         ("hybrid", "popularity"),
@@ -54,19 +62,22 @@ def results(fitted_run):
 def test_sample_size_is_the_closed_formula(sd, effect, power, alpha):
     z = stats.norm.ppf([1 - alpha / 2, power]).sum()
     assert (
-        abs(ex.sample_size(sd, effect, power, alpha) - 2 * (z * sd / effect) ** 2)
+        abs(ab_statistics.sample_size(sd, effect, power, alpha) - 2 * (z * sd / effect) ** 2)
         < 1 + stats.norm.ppf(1 - alpha / 2) ** 2
     )
 
 
 def test_power_agrees_with_simulation():
     rng, tests = np.random.default_rng(0), 4000
-    n = ex.sample_size(1.0, 0.4, 0.9)
+    n = ab_statistics.sample_size(1.0, 0.4, 0.9)
     called = int(
-        (ex.welch_test(rng.normal(0, 1, (tests, n)), rng.normal(0.4, 1, (tests, n))).p < 0.05).sum()
+        (
+            ab_statistics.welch_test(rng.normal(0, 1, (tests, n)), rng.normal(0.4, 1, (tests, n))).p
+            < 0.05
+        ).sum()
     )
-    lo, hi = ex.binomial_limits(tests, ex.statistical_power(n, 1.0, 0.4))
-    assert lo <= called <= hi and abs(ex.statistical_power(n, 1.0, 0.4) - 0.9) < 0.01
+    lo, hi = statistics.binomial_limits(tests, ab_statistics.statistical_power(n, 1.0, 0.4))
+    assert lo <= called <= hi and abs(ab_statistics.statistical_power(n, 1.0, 0.4) - 0.9) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -82,7 +93,7 @@ def test_power_agrees_with_simulation():
 )
 def test_invalid_plans_are_refused_in_one_line(wrong):
     with pytest.raises(UserError) as e:
-        ex.sample_size(**{"sd": 1.0, "effect": 0.1} | wrong)
+        ab_statistics.sample_size(**{"sd": 1.0, "effect": 0.1} | wrong)
     assert "\n" not in str(e.value)
 
 
@@ -92,19 +103,25 @@ def test_invalid_plans_are_refused_in_one_line(wrong):
 def test_groups_are_balanced_in_every_experiment():
     "The p-values of balance over many experiments are themselves uniform."
     sizes = [
-        int((ex.assign_arms(IDS, f"experiment {i}", HALVES) == "new").sum()) for i in range(200)
+        int((ab_statistics.assign_arms(IDS, f"experiment {i}", HALVES) == "new").sum())
+        for i in range(200)
     ]
     even = [stats.binomtest(s, len(IDS)).pvalue for s in sizes]
     assert stats.kstest(even, "uniform").pvalue > 0.001
     assert (
-        stats.kstest([ex.srm_test([s, len(IDS) - s], [0.5, 0.5]) for s in sizes], "uniform").pvalue
+        stats.kstest(
+            [ab_statistics.srm_test([s, len(IDS) - s], [0.5, 0.5]) for s in sizes], "uniform"
+        ).pvalue
         > 0.001
     )
 
 
 def test_experiments_are_independent():
     groups = np.array(
-        [(ex.assign_arms(IDS, f"experiment {i}", HALVES) == "new").to_numpy() for i in range(40)]
+        [
+            (ab_statistics.assign_arms(IDS, f"experiment {i}", HALVES) == "new").to_numpy()
+            for i in range(40)
+        ]
     )
     pairs = [
         stats.chi2_contingency(np.histogram2d(a, b, 2)[0], correction=False).pvalue
@@ -115,18 +132,23 @@ def test_experiments_are_independent():
 
 def test_assignment_is_stable_and_independent_of_other_users():
     shares = {"a": 0.2, "b": 0.5, "c": 0.3}
-    whole, some = ex.assign_arms(IDS, "x", shares, 0.1), IDS[::-7]
-    assert ex.assign_arms(some, "x", shares, 0.1).equals(whole[::-7])
+    whole, some = ab_statistics.assign_arms(IDS, "x", shares, 0.1), IDS[::-7]
+    assert ab_statistics.assign_arms(some, "x", shares, 0.1).equals(whole[::-7])
     assert (
-        ex.hash_uniform(pl.Series(["U1"]), "button")[0]
+        ab_statistics.hash_uniform(pl.Series(["U1"]), "button")[0]
         == int.from_bytes(__import__("hashlib").sha256(b"button\0U1").digest()[:8], "big")
         // 2**11
         / 2**53
     )
     parts = whole.filter(whole != "holdout")
-    assert ex.srm_test([int((parts == a).sum()) for a in shares], [*shares.values()]) > 0.001
+    assert (
+        ab_statistics.srm_test([int((parts == a).sum()) for a in shares], [*shares.values()])
+        > 0.001
+    )
     for name in ("y", "holdout"):
-        assert ((ex.assign_arms(IDS, name, HALVES, 0.1) == "holdout") == (whole == "holdout")).all()
+        assert (
+            (ab_statistics.assign_arms(IDS, name, HALVES, 0.1) == "holdout") == (whole == "holdout")
+        ).all()
 
 
 @pytest.mark.parametrize(
@@ -142,7 +164,7 @@ def test_assignment_is_stable_and_independent_of_other_users():
 )
 def test_wrong_shares_are_refused(arms, holdout):
     with pytest.raises(UserError):
-        ex.assign_arms(IDS, "x", arms, holdout)
+        ab_statistics.assign_arms(IDS, "x", arms, holdout)
 
 
 # significance tests
@@ -151,10 +173,11 @@ def test_wrong_shares_are_refused(arms, holdout):
 def test_batched_tests_equal_single_tests():
     rng = np.random.default_rng(1)
     a, b = rng.exponential(1, (20, 30)), rng.exponential(2, (20, 44))
-    for i, p in enumerate(ex.welch_test(a, b).p):
+    for i, p in enumerate(ab_statistics.welch_test(a, b).p):
         reference = stats.ttest_ind(b[i], a[i], equal_var=False)
         assert np.isclose(p, reference.pvalue) and np.allclose(
-            [ex.welch_test(a, b).lo[i], ex.welch_test(a, b).hi[i]], reference.confidence_interval()
+            [ab_statistics.welch_test(a, b).lo[i], ab_statistics.welch_test(a, b).hi[i]],
+            reference.confidence_interval(),
         )
 
 
@@ -165,7 +188,7 @@ def test_cuped_equals_regression_on_the_pre_period():
     y += 0.7 * x + np.array([[0], [0.4]])
     design = np.column_stack([np.ones(600), np.repeat([0, 1], 300), x.ravel()])
     fit = sm.OLS(y.ravel(), design).fit()
-    ours = ex.welch_test(*ex.cuped(*y, *x))
+    ours = ab_statistics.welch_test(*ab_statistics.cuped(*y, *x))
     assert np.isclose(ours.value, fit.params[1]) and abs(ours.se / fit.bse[1] - 1) < 0.02
 
 
@@ -173,7 +196,10 @@ def test_delta_method_agrees_with_the_bootstrap_over_users():
     rng = np.random.default_rng(3)
     v = 1 + rng.poisson(3, (2, 600))
     y = rng.binomial(v, rng.beta(1, 2, (2, 600)))
-    ours, who = ex.welch_test(*ex.delta_method(y, v)), rng.integers(600, size=(4000, 2, 600))
+    ours, who = (
+        ab_statistics.welch_test(*ab_statistics.delta_method(y, v)),
+        rng.integers(600, size=(4000, 2, 600)),
+    )
     again = np.take_along_axis(y[None], who, 2).sum(2) / np.take_along_axis(v[None], who, 2).sum(2)
     assert abs(np.std(again[:, 1] - again[:, 0]) / ours.se - 1) < 0.05
     assert np.isclose(ours.value, np.diff(y.sum(1) / v.sum(1))[0])
@@ -198,13 +224,13 @@ def test_sequential_p_value_is_the_mixture_likelihood_ratio():
         )[0]
 
     due = np.minimum.accumulate([min(1, 1 / ratio(*row)) for row in zip(value, se, n)])
-    assert np.allclose(ex.confidence_sequence(value, se, n, planned)[2], due, rtol=1e-5)
+    assert np.allclose(ab_statistics.confidence_sequence(value, se, n, planned)[2], due, rtol=1e-5)
 
 
 def test_sequential_interval_excludes_zero_where_p_is_small():
     z, n = np.linspace(2, 4.5, 500)[:, None], np.full((500, 1), 300)
     for alpha in (0.05, 0.01):
-        lo, hi, p = ex.confidence_sequence(z, np.ones((500, 1)), n, 250, alpha)
+        lo, hi, p = ab_statistics.confidence_sequence(z, np.ones((500, 1)), n, 250, alpha)
         assert ((lo > 0) == (p < alpha)).all() and 0 < (lo > 0).sum() < 500
 
 
@@ -212,7 +238,9 @@ def test_confidence_sequence_is_narrowest_at_the_planned_size():
     n = np.arange(50, 5000, 10)
 
     def width(planned):
-        return np.subtract(*ex.confidence_sequence(0 * n, 1 / np.sqrt(n), n, planned)[1::-1])
+        return np.subtract(
+            *ab_statistics.confidence_sequence(0 * n, 1 / np.sqrt(n), n, planned)[1::-1]
+        )
 
     near = int(
         np.argmin([width(p)[np.searchsorted(n, 1000)] for p in (100, 500, 1000, 2000, 4500)])
@@ -223,27 +251,29 @@ def test_confidence_sequence_is_narrowest_at_the_planned_size():
 def test_cumulative_stats_equal_tests_on_the_first_users():
     rng = np.random.default_rng(4)
     y, second, looks = rng.normal(size=(3, 90)), rng.random((3, 90)) < 0.4, np.array([20, 33, 90])
-    value, se = ex.cumulative_stats(y, second, looks)
+    value, se = ab_statistics.cumulative_stats(y, second, looks)
     for test, (j, n) in itertools.product(range(3), enumerate(looks)):
-        expected = ex.welch_test(y[test, :n][~second[test, :n]], y[test, :n][second[test, :n]])
+        expected = ab_statistics.welch_test(
+            y[test, :n][~second[test, :n]], y[test, :n][second[test, :n]]
+        )
         assert np.isclose(value[test, j], expected.value) and np.isclose(se[test, j], expected.se)
 
 
 @pytest.fixture(scope="module")
 def calibration():
-    return ex.calibration_trials()
+    return experiments.calibration_trials()
 
 
 def test_nominal_rates_hold(calibration):
     "Check false alarms, coverage and power over five thousand experiments with a known truth."
-    assert ex.describe_calibration(
-        [r for r in ex.calibration_table(calibration) if not r["holds"]]
-        or ex.calibration_table(calibration)
+    assert experiment_report.describe_calibration(
+        [r for r in experiment_report.calibration_table(calibration) if not r["holds"]]
+        or experiment_report.calibration_table(calibration)
     ).endswith("simulated experiments.")
 
 
 def test_peeking_and_counting_visits_inflate_false_alarms(calibration):
-    high = ex.binomial_limits(calibration["tests"], 0.05)[1]
+    high = statistics.binomial_limits(calibration["tests"], 0.05)[1]
     same = calibration["A/A"]
     assert (
         same["peeking"]["called"] > 3 * high
@@ -259,12 +289,12 @@ def test_p_values_are_uniform_without_an_effect(calibration):
 
 
 def test_cuped_needs_fewer_users(calibration):
-    population = ex.synthetic_population()
+    population = ab_simulation.synthetic_population()
     n = calibration["cuped_n"]
     assert n < 0.7 * calibration["n"]
     called, (lo, hi) = (
-        ex.simulate_tests(population, n, 2000, seed=9)["cuped"]["called"],
-        ex.binomial_limits(2000, 0.8),
+        experiments.simulate_tests(population, n, 2000, seed=9)["cuped"]["called"],
+        statistics.binomial_limits(2000, 0.8),
     )
     assert lo - 20 <= called <= hi + 20  # the correlation is itself an estimate
 
@@ -272,13 +302,15 @@ def test_cuped_needs_fewer_users(calibration):
 @pytest.mark.long
 def test_nominal_rates_hold_over_ten_thousand_other_experiments():
     "Check counts against limits that hold for all six together with 95 %."
-    population = ex.synthetic_population(seed=5)
-    n = ex.sample_size(
+    population = ab_simulation.synthetic_population(seed=5)
+    n = ab_statistics.sample_size(
         float(population.control.std()),
         float(population.treatment.mean() - population.control.mean()),
     )
     for apart in (False, True):
-        rows = [ex.simulate_tests(population, n, 2000, apart, seed) for seed in range(20, 25)]
+        rows = [
+            experiments.simulate_tests(population, n, 2000, apart, seed) for seed in range(20, 25)
+        ]
         for kind in ("mean", "ratio", "cuped"):
             count = sum(r["tests"] - r[kind]["covered"] for r in rows)
             lo, hi = stats.binom.interval(1 - 0.05 / 6, 10_000, 0.05)
@@ -294,7 +326,9 @@ def test_off_policy_estimators_are_unbiased():
     rng = np.random.default_rng(6)
     p, q = (w / w.sum() for w in rng.uniform(0.1, 1, (2, 1, 5)))
     every = np.array([*itertools.permutations(range(5), 3)])
-    chance, target = (ex.list_propensity(np.repeat(w, len(every), 0), every) for w in (p, q))
+    chance, target = (
+        off_policy.list_propensity(np.repeat(w, len(every), 0), every) for w in (p, q)
+    )
     assert np.isclose(chance.sum(), 1) and np.isclose(target.sum(), 1)
     reward, guess = rng.random(len(every)), rng.random(len(every))
     truth, w = (target * reward).sum(), target / chance
@@ -303,7 +337,9 @@ def test_off_policy_estimators_are_unbiased():
     assert np.isclose((chance * (expected + w * (reward - guess))).sum(), truth)
     one = {
         name: value
-        for name, (value, _) in ex.off_policy_value(reward, chance, target, guess, expected).items()
+        for name, (value, _) in off_policy.off_policy_value(
+            reward, chance, target, guess, expected
+        ).items()
     }
     assert (
         np.isclose(one["IPS"], (w * reward).mean())
@@ -313,10 +349,13 @@ def test_off_policy_estimators_are_unbiased():
 
 
 def test_bias_and_spread_on_logs_with_known_truth():
-    rows = {r["name"]: r for r in ex.estimator_bias_variance(ex.synthetic_logs(seed=3))}
+    rows = {
+        r["name"]: r
+        for r in ab_simulation.estimator_bias_variance(ab_simulation.synthetic_logs(seed=3))
+    }
     for name in ("IPS", "self-normalized", "doubly robust"):
         assert abs(rows[name]["bias"]) < 3.5 * rows[name]["bias_se"], name
-        lo, hi = ex.binomial_limits(400, 0.95)
+        lo, hi = statistics.binomial_limits(400, 0.95)
         assert lo - 4 <= 400 * rows[name]["covered"] <= hi + 4, name  # normal intervals
     for name in ("mean of the log", "reward model"):
         assert abs(rows[name]["bias"]) > 10 * rows[name]["bias_se"]
@@ -326,11 +365,11 @@ def test_bias_and_spread_on_logs_with_known_truth():
 def test_rewards_do_not_influence_their_own_prediction():
     rng = np.random.default_rng(7)
     x, r, other = rng.normal(size=(40, 2)), rng.random(40), rng.normal(size=(40, 3, 2))
-    before = ex.cross_fit_reward_model(x, r, other)[0][4]
+    before = off_policy.cross_fit_reward_model(x, r, other)[0][4]
     r[4] += 10
-    after = ex.cross_fit_reward_model(x, r, other)[0]
+    after = off_policy.cross_fit_reward_model(x, r, other)[0]
     assert after[4] == before and not np.isclose(
-        after[5], ex.cross_fit_reward_model(x, r - 10 * (np.arange(40) == 4), other)[0][5]
+        after[5], off_policy.cross_fit_reward_model(x, r - 10 * (np.arange(40) == 4), other)[0][5]
     )
 
 
@@ -348,7 +387,7 @@ def test_rewards_do_not_influence_their_own_prediction():
 )
 def test_logs_without_overlap_are_refused_with_the_reason(chance, target, words):
     with pytest.raises(UserError) as e:
-        ex.check_overlap(chance, target)
+        off_policy.check_overlap(chance, target)
     assert words in str(e.value) and "\n" not in str(e.value)
 
 
@@ -360,7 +399,7 @@ def test_standard_errors_are_clustered_by_user():
         (rng.random(150)[user] > rng.random(600) / 2).astype(float),
         np.full(600, 0.5),
     )
-    value, se = ex.off_policy_value(reward, half, half, 0 * reward, 0 * reward, user)["IPS"]
+    value, se = off_policy.off_policy_value(reward, half, half, 0 * reward, 0 * reward, user)["IPS"]
     due = (
         sm.OLS(reward, np.ones(600))
         .fit(cov_type="cluster", cov_kwds={"groups": user, "use_correction": False})
@@ -369,13 +408,14 @@ def test_standard_errors_are_clustered_by_user():
     assert (
         np.isclose(value, reward.mean())
         and np.isclose(se, due)
-        and se > 1.3 * ex.off_policy_value(reward, half, half, 0 * reward, 0 * reward)["IPS"][1]
+        and se
+        > 1.3 * off_policy.off_policy_value(reward, half, half, 0 * reward, 0 * reward)["IPS"][1]
     )
 
 
 def test_too_few_users_are_refused(fitted_run):
     with pytest.raises(UserError, match="20 or more users"):
-        ex.run_simulation(
+        ab_simulation.run_simulation(
             fitted_run,
             synthetic_users(fitted_run.manifest["dataset"]),
             ("hybrid", "popularity"),
@@ -394,7 +434,7 @@ def test_experiment_equals_its_feedback_store(fitted_run, results):
     assert (
         results["lost"] == 0
         and test["crossed"] == 0
-        and test["mismatch"] > ex.SRM_ALPHA
+        and test["mismatch"] > ab_statistics.SRM_ALPHA
         and not list(fitted_run.work_dir.glob("*/feedback.sqlite"))
     )
     with closing(sqlite3.connect(path)) as base:
@@ -414,7 +454,7 @@ def test_experiment_equals_its_feedback_store(fitted_run, results):
                 bought,
             ) and users > 20
         every = base.execute("SELECT DISTINCT user, model FROM lists WHERE NOT explored").fetchall()
-    assert [m for _, m in every] == ex.assign_arms(
+    assert [m for _, m in every] == ab_statistics.assign_arms(
         pl.Series([u for u, _ in every]), test["name"], {"popularity": 0.5, "hybrid": 0.5}, 0.1
     ).to_list()
     by = {a["model"]: a for a in test["arms"]}
@@ -426,7 +466,7 @@ def test_experiment_equals_its_feedback_store(fitted_run, results):
         test["effects"][0]["value"], rate("hybrid") - rate("popularity")
     ) and np.isclose(
         test["sequence"]["value"][-1],
-        next(e["value"] for e in test["effects"] if e["metric"] == ex.PRIMARY_OUTCOME),
+        next(e["value"] for e in test["effects"] if e["metric"] == ab_statistics.PRIMARY_OUTCOME),
     )
 
 
@@ -446,11 +486,11 @@ def test_logged_propensities_are_those_of_the_model(fitted_run, results):
 
 
 def test_wrong_propensities_are_detected(fitted_run, results):
-    exposures = ex.load_exposures(
+    exposures = feedback.load_exposures(
         fitted_run.folder / "experiment/drawn/feedback.sqlite"
     ).with_columns(propensity=pl.col("propensity") * 0.9)
     assert (
-        ex.evaluate_policies(
+        ab_simulation.evaluate_policies(
             fitted_run,
             exposures,
             synthetic_users(fitted_run.manifest["dataset"]),
@@ -462,24 +502,26 @@ def test_wrong_propensities_are_detected(fitted_run, results):
 
 
 def test_lists_that_were_not_sampled_are_refused(fitted_run, results):
-    exposures = ex.load_exposures(fitted_run.folder / "experiment/test/feedback.sqlite").filter(
-        ~pl.col("explored")
-    )
+    exposures = feedback.load_exposures(
+        fitted_run.folder / "experiment/test/feedback.sqlite"
+    ).filter(~pl.col("explored"))
     with pytest.raises(UserError, match="no sampled lists"):
-        ex.evaluate_policies(fitted_run, exposures, None, ("hybrid", "popularity"))
+        ab_simulation.evaluate_policies(fitted_run, exposures, None, ("hybrid", "popularity"))
     with pytest.raises(UserError, match="propensity is 1"):
-        ex.check_overlap(exposures["propensity"].to_numpy(), exposures["propensity"].to_numpy())
+        off_policy.check_overlap(
+            exposures["propensity"].to_numpy(), exposures["propensity"].to_numpy()
+        )
 
 
 def test_crossed_users_are_left_out_and_lost_users_detected(fitted_run, results):
-    exposures = ex.load_exposures(fitted_run.folder / "experiment/test/feedback.sqlite")
+    exposures = feedback.load_exposures(fitted_run.folder / "experiment/test/feedback.sqlite")
     before, name, shares = (
-        ex.pre_period_stats(fitted_run.read("interactions.parquet")),
+        ab_statistics.pre_period_stats(fitted_run.read("interactions.parquet")),
         results["test"]["name"],
         {"popularity": 0.5, "hybrid": 0.5},
     )
     one = exposures.filter(~pl.col("explored"), pl.col("model") == "hybrid")[:1]
-    crossed = ex.analyze_experiment(
+    crossed = ab_statistics.analyze_experiment(
         pl.concat([exposures, one.with_columns(model=pl.lit("popularity"))]),
         name,
         shares,
@@ -491,11 +533,12 @@ def test_crossed_users_are_left_out_and_lost_users_detected(fitted_run, results)
         and crossed["arms"][1]["users"] == results["test"]["arms"][1]["users"] - 1
     )
     gone = exposures.filter(
-        (pl.col("model") == "hybrid") | pl.Series(ex.hash_uniform(exposures["user"], "gone") > 0.6)
+        (pl.col("model") == "hybrid")
+        | pl.Series(ab_statistics.hash_uniform(exposures["user"], "gone") > 0.6)
     )
-    lost = ex.analyze_experiment(gone, name, shares, 0.1, before)
-    assert lost["mismatch"] < ex.SRM_ALPHA
-    sentences = ex.describe_experiment(
+    lost = ab_statistics.analyze_experiment(gone, name, shares, 0.1, before)
+    assert lost["mismatch"] < ab_statistics.SRM_ALPHA
+    sentences = experiment_report.describe_experiment(
         {
             "test": lost,
             "pair": ("hybrid", "popularity"),
@@ -509,19 +552,19 @@ def test_crossed_users_are_left_out_and_lost_users_detected(fitted_run, results)
 
 def test_files_that_are_no_feedback_store_are_refused(tmp_path):
     with pytest.raises(UserError, match="no feedback store"):
-        ex.load_exposures(tmp_path / "feedback.sqlite")
+        feedback.load_exposures(tmp_path / "feedback.sqlite")
     (tmp_path / "feedback.sqlite").write_bytes(
         b"not a database, but long enough to be looked at as one" * 40
     )
     with pytest.raises(UserError, match="not a feedback store"):
-        ex.load_exposures(tmp_path / "feedback.sqlite")
+        feedback.load_exposures(tmp_path / "feedback.sqlite")
 
 
 @pytest.mark.long
 def test_experiment_is_reproducible(fitted_run, results):
     "Check that users, arms and choices repeat; only the pilot depends on the service's sampling."
     fitted_run.work_dir = fitted_run.folder / ".work/experiment-again"
-    again = ex.run_simulation(
+    again = ab_simulation.run_simulation(
         fitted_run,
         synthetic_users(fitted_run.manifest["dataset"]),
         ("hybrid", "popularity"),
@@ -541,13 +584,13 @@ def test_decision_follows_the_interval(results):
         turned = [
             e | {"value": value, "lo": value - 0.1, "hi": value + 0.1} for e in test["effects"]
         ]
-        assert ex.describe_experiment(
+        assert experiment_report.describe_experiment(
             {"pair": ("hybrid", "popularity")} | results | {"test": test | {"effects": turned}}
         )[-1].endswith(end)
     level = [e | {"value": 0.01, "lo": -0.1, "hi": 0.12} for e in test["effects"]]
     assert (
         "no significant difference. Keep popularity"
-        in ex.describe_experiment(
+        in experiment_report.describe_experiment(
             {"pair": ("hybrid", "popularity")} | results | {"test": test | {"effects": level}}
         )[-1]
     )
@@ -555,7 +598,7 @@ def test_decision_follows_the_interval(results):
 
 def test_report_page_fits(results, calibration, tmp_path, fits):
     plt.rcdefaults()  # other tests change them
-    page = ex.render_experiment(
+    page = experiment_report.render_experiment(
         results | {"pair": ("hybrid", "popularity"), "calibration": calibration}, "demo"
     )
     (tmp_path / "experiment.html").write_text(page)
@@ -592,7 +635,7 @@ def log_of(**columns):
     ],
 )
 def test_any_log_gets_sample_sizes(gone):
-    required = ex.required_sample_sizes(log_of(**gone))
+    required = ab_statistics.required_sample_sizes(log_of(**gone))
     assert (required["days"] is None) == ("timestamp" in gone) and len(required["metrics"]) == (
         1 if None in gone.get("rating", ()) else 3
     )
@@ -606,13 +649,13 @@ def test_any_log_gets_sample_sizes(gone):
 
 
 def test_logs_of_real_users_get_a_plan_only():
-    text = ex.describe_experiment_plan(
+    text = experiment_report.describe_experiment_plan(
         {"pair": ("hybrid", "popularity"), "groups": {"hybrid": 12, "popularity": 9, "holdout": 3}}
     )
     assert (
         "12" in text
         and "hold out 3" in text
-        and ex.describe_experiment(
+        and experiment_report.describe_experiment(
             {
                 "pair": ("hybrid", "popularity"),
                 "groups": {"hybrid": 12, "popularity": 9, "holdout": 3},
@@ -641,11 +684,11 @@ def test_a_model_is_not_compared_with_itself(fitted_run):
             }
         ),
     )
-    assert ex.pick_arms(fitted_run, "hybrid") == ("hybrid", "popularity")
+    assert ab_simulation.pick_arms(fitted_run, "hybrid") == ("hybrid", "popularity")
     for names, words in (
         (("hybrid", "hybrid"), "itself"),
         (("nobody",), "unknown model"),
         (("popularity",), "no simple baseline"),
     ):
         with pytest.raises(UserError, match=words):
-            ex.pick_arms(fitted_run, *names)
+            ab_simulation.pick_arms(fitted_run, *names)

@@ -19,46 +19,37 @@ from conftest import CHROMIUM_OPTIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from widedeep_nb import export
-from widedeep_nb.content import add_catalog
-from widedeep_nb.core import (
-    PROTOCOLS,
-    History,
-    Split,
-    UserError,
-    make_recommender,
-    recommender_class,
-    recommender_names,
-    to_interactions,
-)
-from widedeep_nb.export import (
-    ONNX_FILES,
+import widedeep_nb
+from widedeep_nb.export import Int8Table, exported_items, quantize_int8, write_export
+from widedeep_nb.lib import ensemble, networks
+from widedeep_nb.lib.content_features import add_catalog
+from widedeep_nb.lib.core import PROTOCOLS, History, Split, UserError, to_interactions
+from widedeep_nb.lib.export_measures import component_recall, measure_two_stages, strip_histories
+from widedeep_nb.lib.networks import (
     EmbeddingTable,
+    batch_histories,
+    exportable_hybrid,
+    make_basket_batch,
+    to_network,
+)
+from widedeep_nb.lib.onnx_graph import (
+    ONNX_FILES,
     GraphBuilder,
-    Int8Table,
     OnnxRecommender,
     TracedTensor,
+    to_onnx,
+)
+from widedeep_nb.lib.recommender import make_recommender, recommender_class, recommender_names
+from widedeep_nb.lib.retrieval import (
     TwoStageRetriever,
     ann_recall,
-    batch_histories,
     build_ann_index,
-    component_recall,
     estimate_normalizer,
-    exportable_hybrid,
-    exported_items,
     lookup_scores,
-    make_basket_batch,
-    measure_two_stages,
     overlap_at_k,
-    quantize_int8,
     sparse_scores,
-    strip_histories,
-    synthetic_hybrid,
-    synthetic_split,
-    to_network,
-    to_onnx,
-    write_export,
 )
+from widedeep_nb.lib.synthetic_catalogs import synthetic_hybrid, synthetic_split
 
 N_ITEMS = 40
 FITTED_FIELDS = (
@@ -307,7 +298,7 @@ def test_excluded_components_pass_their_weight_on(hybrid, histories):
 @pytest.mark.parametrize("name", recommender_names())
 def test_models_say_whether_they_can_be_exported(name):
     cls = recommender_class(name)
-    dispatch = export.to_module.dispatch
+    dispatch = networks.to_module.dispatch
     has_module = dispatch(cls) is not dispatch(object)
     assert cls.exportable == (has_module or name == "hybrid")
 
@@ -324,7 +315,7 @@ def test_unsupported_models_are_refused(name, split):
 
 def page_operators():
     "Return the names of the operators that the page supports."
-    text = (Path(export.__file__).parent / "static/edge.js").read_text()
+    text = (Path(widedeep_nb.__file__).parent / "static/edge.js").read_text()
     return set(re.findall(r"\b([A-Z]\w+): ", text[text.index("OPERATORS = {") :]))
 
 
@@ -611,8 +602,8 @@ def test_sparse_scores_equal_all_scores(name, parameters, split, histories):
     x = make_basket_batch(codes, N_ITEMS)
     all_codes = torch.arange(N_ITEMS).expand(len(codes), -1).contiguous()
     for recency_weighted in (False, True):
-        part = export.to_module(model, recency_weighted)
-        expected = export.normalize_scores(part(x))
+        part = networks.to_module(model, recency_weighted)
+        expected = ensemble.normalize_scores(part(x))
         row = sparse_scores(part, x, N_ITEMS)
         assert (row[0].diff(dim=1) >= 0).all()
         assert torch.allclose(row[1].sum(1), expected.sum(1), atol=1e-5)
@@ -762,8 +753,8 @@ def test_synthetic_split_has_all_items(n_items, n_more, seed):
 
 
 def test_command_export(hybrid, split, tmp_path, capsys):
-    from widedeep_nb.core import Run
-    from widedeep_nb.run import main
+    from widedeep_nb.lib.cli import main
+    from widedeep_nb.lib.runs import Run
 
     run = Run(tmp_path / "run")
     hybrid.save(run.model_folder("hybrid"))

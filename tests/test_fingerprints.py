@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from widedeep_nb import core, data
-from widedeep_nb.core import Run, code_hash, import_closure, parse_code, step
-from widedeep_nb.run import unexported_code
+from widedeep_nb.lib import datasets
+from widedeep_nb.lib import runs as runs_module
+from widedeep_nb.lib.runner import unexported_code
+from widedeep_nb.lib.runs import Run, code_hash, import_closure, parse_code, step
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
@@ -31,7 +32,7 @@ def package(tmp_path, monkeypatch):
     folder.mkdir()
     for name, text in MODULES.items():
         (folder / f"{name}.py").write_text(text)
-    monkeypatch.setattr(core, "PACKAGE", folder)
+    monkeypatch.setattr(runs_module, "PACKAGE", folder)
     forget()
     yield folder
     forget()
@@ -39,8 +40,8 @@ def package(tmp_path, monkeypatch):
 
 def forget():
     "Forget which code was read: a new process would read it again."
-    core._module_code.cache_clear()
-    core._step_modules.cache_clear()
+    runs_module._module_code.cache_clear()
+    runs_module._step_modules.cache_clear()
 
 
 def edit(package, module, old, new):
@@ -70,7 +71,7 @@ def test_imports_are_followed_wherever_they_stand(package):
 )
 def test_an_edit_reaches_the_steps_that_run_it_and_no_others(package, module, old, new, changed):
     homes = {"split": "splits", "plot": "plots", "fit": "models"}
-    assert core._step_modules() == homes
+    assert runs_module._step_modules() == homes
     before = {name: code_hash(home) for name, home in homes.items()}
     edit(package, module, old, new)
     assert {n for n, home in homes.items() if code_hash(home) != before[n]} == changed
@@ -123,15 +124,17 @@ def test_docstrings_comments_and_the_list_of_names_do_not_count():
     assert same(
         '"A module."\n__all__ = ["f"]\ndef f():\n    "Do."\n    return 1', "def f(): return 1"
     )
-    assert same("from .core import Run", "from widedeep_nb.core import Run")
+    assert same("from .data import load", "from widedeep_nb.data import load")
+    names = ast.dump(parse_code("from ..data import load", "widedeep_nb.lib"))
+    assert names == ast.dump(parse_code("from widedeep_nb.data import load"))
     assert not same("def f(): return 1", "def f(): return 2")
 
 
 def test_the_demo_log_changes_with_the_code_of_its_shop(monkeypatch):
-    before = data.fingerprint("demo")
-    assert data.fingerprint("demo") == before
-    monkeypatch.setattr(data, "code_hash", lambda module: f"edited {module}")
-    assert data.fingerprint("demo") != before
+    before = datasets.fingerprint("demo")
+    assert datasets.fingerprint("demo") == before
+    monkeypatch.setattr(datasets, "code_hash", lambda module: f"edited {module}")
+    assert datasets.fingerprint("demo") != before
 
 
 @pytest.mark.long
@@ -145,7 +148,7 @@ def test_resume_after_an_edit(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
 
     def run(*options):
-        command = [sys.executable, "-m", "widedeep_nb.run", "run", "--chapters", "01-03"]
+        command = [sys.executable, "-m", "widedeep_nb.lib.cli", "run", "--chapters", "01-03"]
         command += ["--dataset", "demo?ratings=2000", "--out", "run", *options]
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True

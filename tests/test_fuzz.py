@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from widedeep_nb.core import INTERACTION_SCHEMA, OPTIONAL_COLUMNS, UserError
-from widedeep_nb.data import COMPRESSIONS, FORMATS, LOG_COLUMN_ALIASES, load
+from widedeep_nb.data import load
+from widedeep_nb.lib.core import INTERACTION_SCHEMA, OPTIONAL_COLUMNS, UserError
+from widedeep_nb.lib.readers import COMPRESSIONS, FORMATS, LOG_COLUMN_ALIASES
 
 T = 1_365_811_200
 names = st.sampled_from(

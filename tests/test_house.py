@@ -1,4 +1,4 @@
-"Rules of the repository: modules in step with notebooks, imports of earlier chapters only, clean files."
+"Rules of the repository: modules in step with notebooks, one order of imports, clean files."
 
 import ast
 import json
@@ -12,8 +12,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
-APPENDICES = {"shop"}  # described after the report; reached from chapters by name only
-names = [p.stem for p in CHAPTERS]
+LIBRARY = sorted((ROOT / "nbs/lib").glob("*.ipynb"))
+NOTEBOOKS = [*CHAPTERS, *LIBRARY]
+names = [p.stem for p in NOTEBOOKS]
+
+
+def module_file(path):
+    "Return the module that a notebook is exported to."
+    folder = ROOT / "widedeep_nb" / ("lib" if path in LIBRARY else "")
+    return folder / f"{path.stem if path in LIBRARY else path.stem[3:]}.py"
 
 
 def cells(path):
@@ -50,8 +57,10 @@ def copy_of_sources(to: Path):
 def test_modules_in_step(tmp_path):
     copy_of_sources(tmp_path)
     tool("nbdev_export", cwd=tmp_path)
-    made = {p.name: p.read_text() for p in (tmp_path / "widedeep_nb").glob("*.py")}
-    there = {p.name: p.read_text() for p in (ROOT / "widedeep_nb").glob("*.py")}
+    made, there = [
+        {str(p.relative_to(folder)): p.read_text() for p in (folder / "widedeep_nb").rglob("*.py")}
+        for folder in (tmp_path, ROOT)
+    ]
     assert sorted(made) == sorted(there), (
         "a module without a chapter, or a chapter without its module: run nbdev_export"
     )
@@ -65,40 +74,87 @@ def test_notebooks_clean(tmp_path):
     tool("nbdev_clean", cwd=tmp_path)
     assert [
         p.name
-        for p in (ROOT / "nbs").glob("*.ipynb")
-        if p.read_text() != (tmp_path / "nbs" / p.name).read_text()
+        for p in (ROOT / "nbs").rglob("*.ipynb")
+        if ".ipynb_checkpoints" not in p.parts
+        and p.read_text() != (tmp_path / p.relative_to(ROOT)).read_text()
     ] == [], "run nbdev_clean"
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=names)
-def test_imports_only_chapters_before(path):
-    "Check that a chapter imports only modules of chapters with a lower number."
-    number = {p.stem[3:]: int(p.stem[:2]) for p in CHAPTERS}
-    tree = ast.parse((ROOT / "widedeep_nb" / f"{path.stem[3:]}.py").read_text())
-    imported = [
-        ("widedeep_nb." if n.level else "") + (n.module or a.name)
-        for n in ast.walk(tree)
-        if isinstance(n, ast.ImportFrom)
-        for a in n.names
-    ]
-    imported += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
-    mine = {
-        m.split(".")[1] for m in imported if m.startswith("widedeep_nb.")
-    }  # nbdev writes `from .core import`
-    own = int(path.stem[:2])
-    assert [m for m in mine if m in APPENDICES or not number[m] < own] == []
+def imported_modules(path):
+    "Return the modules of this package that a module imports, also inside functions."
+    package = ("widedeep_nb.lib" if path.parent.name == "lib" else "widedeep_nb").split(".")
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        if isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*parents, *filter(None, [node.module])])
+            found |= {module, *(f"{module}.{a.name}" for a in node.names)}
+    known = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts) for file in MODULES}
+    return {file for file, name in known.items() if name in found}
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=names)
-def test_chapter_form(path):
+MODULES = {module_file(p): p for p in NOTEBOOKS if module_file(p).exists()}
+
+
+def chapter_before(path):
+    "Return the number of the chapter after which a notebook stands; a chapter's own number."
+    if path in CHAPTERS:
+        return int(path.stem[:2])
+    text = "".join(source(c) for c in cells(path)[:1])
+    place = re.search(
+        r"A library notebook; it stands (?:after chapter (\d\d)|before chapter 01)\.", text
+    )
+    assert place, f"{path.stem} does not say after which chapter it stands"
+    return int(place[1] or 0)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
+def test_imports_only_what_stands_before(path):
+    "Check that a notebook imports chapters with a lower number, and library notebooks that stand no later."
+    own = chapter_before(path)
+    if not module_file(path).exists():
+        return  # nothing is exported
+    for module in imported_modules(module_file(path)):
+        other = MODULES[module]
+        place = chapter_before(other)
+        if other in CHAPTERS:
+            assert place < own or (place == own and path in LIBRARY), (
+                f"{path.stem} imports {other.stem}"
+            )
+        else:
+            assert place < own or (place == own and path in LIBRARY), (
+                f"{path.stem} imports {other.stem}"
+            )
+
+
+def test_no_imports_in_a_circle():
+    "Check that the library notebooks have one order."
+    todo = {path: imported_modules(path) for path in MODULES}
+    while todo:
+        free = [path for path, needs in todo.items() if not needs & set(todo)]
+        assert free, f"imports in a circle: {sorted(p.stem for p in todo)}"
+        for path in free:
+            del todo[path]
+
+
+def check_chapter_header(path, first, all_cells):
+    "Check the badge and the parameters of a chapter."
+    badge = re.search(r"colab\.research\.google\.com/github/[^/]+/[^/]+/blob/main/([^)]+)\)", first)
+    assert badge and badge[1] == f"nbs/{path.name}" and (ROOT / badge[1]).exists()
+    assert len([c for c in all_cells if "parameters" in c["metadata"].get("tags", [])]) == 1
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
+def test_notebook_form(path):
     all_cells = cells(path)
     first = next(source(c) for c in all_cells if c["cell_type"] == "markdown")
     assert re.match(r"# .+\n\n> .+", first), (
         "a chapter opens with a title and one line that says what it is for"
     )
-    badge = re.search(r"colab\.research\.google\.com/github/[^/]+/[^/]+/blob/main/([^)]+)\)", first)
-    assert badge and badge[1] == f"nbs/{path.name}" and (ROOT / badge[1]).exists()
-    assert len([c for c in all_cells if "parameters" in c["metadata"].get("tags", [])]) == 1
+    if path in CHAPTERS:
+        check_chapter_header(path, first, all_cells)
     for text in exported(path):
         lines = [x for x in text.splitlines() if x.strip() and not x.lstrip().startswith("#")]
         assert len(lines) <= 60, f"an exported cell of {len(lines)} lines: {lines[0]}"
@@ -127,7 +183,7 @@ def imported_and_defined_names(node):
     return {node.name} if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else set()
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=names)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
 def test_no_cell_takes_a_name_that_a_function_needs(path):
     "Check that no cell assigns a name that exported functions of the notebook need."
     needed, assigned = set(), set()
@@ -159,10 +215,12 @@ def undocumented_arguments(node, lines):
     return missing
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=names)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
 def test_public_functions_are_documented(path):
     "Check for a docstring, and a comment for each argument."
-    text = (ROOT / "widedeep_nb" / f"{path.stem[3:]}.py").read_text()
+    if not module_file(path).exists():
+        return  # nothing is exported
+    text = module_file(path).read_text()
     lines = text.splitlines()
     for node in ast.parse(text).body:
         is_public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_"
@@ -198,6 +256,6 @@ def test_no_row_of_the_real_log_is_in_the_notebooks(shared):
     assert log.select(pl.all_horizontal(pl.all().str.contains(r"^(U\d{5}|P\d{6})$")).all()).item()
     assert {
         p.name: found
-        for p in (ROOT / "nbs").glob("*.ipynb")
+        for p in (ROOT / "nbs").rglob("*.ipynb")
         if (found := form.findall(p.read_text())[:3])
     } == {}

@@ -17,41 +17,37 @@ from hypothesis.extra.numpy import arrays
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.linear_model import Ridge as TheirRidge
 
-from widedeep_nb import hybrid
-from widedeep_nb.core import (
-    PROTOCOLS,
-    History,
-    Split,
-    UserError,
-    load_recommender,
-    make_recommender,
-    to_interactions,
-)
-from widedeep_nb.evaluation import eval_ranking, make_eval_task, ndcg
+from widedeep_nb import hybrid as hybrid_module
+from widedeep_nb.evaluation import eval_ranking, ndcg
 from widedeep_nb.hybrid import (
+    ensemble_selection,
+    fit_ranking_weights,
+    fit_rating_weights,
+    select_components,
+)
+from widedeep_nb.item_models import SparseItemModel, top_k_product
+from widedeep_nb.lib import ensemble
+from widedeep_nb.lib.core import PROTOCOLS, History, Split, UserError, to_interactions
+from widedeep_nb.lib.ensemble import (
     COMPONENTS,
     MAX_EPOCHS,
     MODEL_KEY,
     RANKING_COMPONENTS,
     RATING_COMPONENTS,
-    SparseItemModel,
     best_epoch,
     component_candidates,
     component_probs,
-    ensemble_selection,
     ensure_validation,
     fit_component,
-    fit_ranking_weights,
-    fit_rating_weights,
     fit_within_budget,
     history_confidence,
     is_applicable,
     normalize_scores,
     recency_weights,
-    select_components,
-    top_k_product,
 )
-from widedeep_nb.sequence import SEQUENCE_MODELS
+from widedeep_nb.lib.eval_tasks import make_eval_task
+from widedeep_nb.lib.recommender import load_recommender, make_recommender
+from widedeep_nb.sequences import SEQUENCE_MODELS
 
 MONTHS = 12 * 30 * 86_400_000  # a year of thirties, in milliseconds
 
@@ -60,7 +56,7 @@ MONTHS = 12 * 30 * 86_400_000  # a year of thirties, in milliseconds
 def two_epochs():
     "Limit networks to two epochs, and choose weights for as few as five users."
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hybrid, "MIN_USERS_TO_WEIGHT", 5)
+        patch.setattr(hybrid_module, "MIN_USERS_TO_WEIGHT", 5)
         for name in MAX_EPOCHS:
             patch.setitem(MAX_EPOCHS, name, 2)
         yield
@@ -925,8 +921,9 @@ def clock(monkeypatch):
             loss_curve=[{"val": None}] * (epochs or MAX_EPOCHS.get(name, 1)),
         )
 
-    monkeypatch.setattr(hybrid, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
-    monkeypatch.setattr(hybrid, "fit_component", fit)
+    for module in (hybrid_module, ensemble):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+        monkeypatch.setattr(module, "fit_component", fit)
     return now
 
 
@@ -969,12 +966,12 @@ def test_choosing_keeps_to_the_time_budget(clock, split, monkeypatch, minutes):
     for name in MAX_EPOCHS:
         clock.one[name], MAX_EPOCHS[name] = 10.0, 2
     monkeypatch.setattr(
-        hybrid,
+        hybrid_module,
         "fit_ranking_weights",
         lambda models, _: (dict.fromkeys(models, 1.0), {"popularity": 1.0}, {}),
     )
     monkeypatch.setattr(
-        hybrid, "fit_rating_weights", lambda models, split: {n: 1.0 for n in models}
+        hybrid_module, "fit_rating_weights", lambda models, split: {n: 1.0 for n in models}
     )
     plan, models = select_components(split, minutes)
     assert clock.seconds <= max(minutes * 60 + 10, 3) and plan["seconds"] == clock.seconds
@@ -1159,7 +1156,9 @@ def test_a_plan_is_json_and_is_replayed_exactly(first, split, monkeypatch, tmp_p
             for applicable in ("ranking", "cold_users", "cold_items", "rating")
         )
     }
-    monkeypatch.setattr(hybrid, "select_components", lambda *a: pytest.fail("it chose a plan"))
+    monkeypatch.setattr(
+        hybrid_module, "select_components", lambda *a: pytest.fail("it chose a plan")
+    )
     again = make_recommender("hybrid", plan=plan).fit(split)
     assert (
         same(first, again, split)
@@ -1365,12 +1364,12 @@ def test_without_validation_it_chooses_on_training_rows_and_refits(monkeypatch):
     def choose(split, minutes, seed):
         calls.append((split, minutes, seed))
         plan, models = (
-            hybrid.fill_plan_defaults({"ranking": {"matrix": 0.5, "popularity": 0.5}}),
+            ensemble.fill_plan_defaults({"ranking": {"matrix": 0.5, "popularity": 0.5}}),
             {n: fit_component(split, n) for n in ("matrix", "popularity")},
         )
         return plan, models
 
-    monkeypatch.setattr(hybrid, "select_components", choose)
+    monkeypatch.setattr(hybrid_module, "select_components", choose)
     model = make_recommender("hybrid", time_budget_min=3.0, seed=8).fit(split)
     ((on, minutes, seed),) = calls
     assert (
@@ -1381,9 +1380,10 @@ def test_without_validation_it_chooses_on_training_rows_and_refits(monkeypatch):
     assert same(model, make_recommender("hybrid", plan=model.plan).fit(split), split)
     with_validation = make_split(random_log(stars=False))
     with_val = []
-    monkeypatch.setattr(
-        hybrid, "fit_component", lambda *a: with_val.append(a[1]) or fit_component(*a)
-    )
+    for module in (hybrid_module, ensemble):
+        monkeypatch.setattr(
+            module, "fit_component", lambda *a: with_val.append(a[1]) or fit_component(*a)
+        )
     again = make_recommender("hybrid").fit(with_validation)
     assert (
         not with_val and again.models["matrix"].n_items == with_validation.n_train_items
@@ -1400,8 +1400,8 @@ sys.path.insert(0, sys.argv[1])
 import numpy as np
 import polars as pl
 import torch
-from widedeep_nb import hybrid
-from widedeep_nb.core import Split, make_recommender, to_interactions
+from widedeep_nb import Split, make_recommender
+from widedeep_nb.lib.core import to_interactions
 
 
 def peak():
@@ -1426,7 +1426,7 @@ for name in ('wide-matrix', 'wide-neighbours', 'wide-rules', 'wide-next', 'low-p
 print(peak() - before)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(hybrid.__file__).rsplit("/", 2)[0]],
+        [sys.executable, "-c", code, str(hybrid_module.__file__).rsplit("/", 2)[0]],
         capture_output=True,
         text=True,
     )

@@ -12,36 +12,34 @@ import polars as pl
 import pytest
 import torch
 
-from widedeep_nb import comparison
-from widedeep_nb.comparison import (
-    build_leaderboard,
-    cost_table,
-    count_params,
-    describe_ablation,
-    describe_hybrid_wins,
-    describe_rating_sort,
-    drop_component,
-    join_names,
-    leaderboard_table,
-    paired_comparisons,
-    plot_forest,
-    plot_forest_by_group,
-    rank_models,
-    statistical_ties,
-    takeaways,
-    track_resources,
-)
-from widedeep_nb.core import (
-    RECOMMENDERS,
-    Recommender,
-    Run,
-    UserError,
-    load_recommender,
-    make_recommender,
-)
 from widedeep_nb.data import ingest
 from widedeep_nb.evaluation import eval_ranking, evaluate_wide_deep, expected_random_ndcg
 from widedeep_nb.hybrid import build_hybrid, load_or_make_plan
+from widedeep_nb.leaderboard import build_leaderboard, cost_table, leaderboard_table
+from widedeep_nb.lib import comparison, final_fits
+from widedeep_nb.lib.core import UserError
+from widedeep_nb.lib.final_fits import count_params, drop_component, track_resources
+from widedeep_nb.lib.leaderboard_plots import (
+    describe_ablation,
+    describe_hybrid_wins,
+    plot_forest,
+    plot_forest_by_group,
+)
+from widedeep_nb.lib.recommender import (
+    RECOMMENDERS,
+    Recommender,
+    load_recommender,
+    make_recommender,
+)
+from widedeep_nb.lib.runs import Run
+from widedeep_nb.lib.verdict import (
+    describe_rating_sort,
+    join_names,
+    paired_comparisons,
+    rank_models,
+    statistical_ties,
+    takeaways,
+)
 
 MODELS = [
     ("popularity", {}),
@@ -282,7 +280,7 @@ def test_one_seed_and_many(ready, run, tmp_path):
 
 
 def test_an_interrupted_comparison_continues(ready, run, tmp_path, monkeypatch):
-    killed, made, real = copy_run(ready, tmp_path / "killed"), [], comparison.fit_and_measure
+    killed, made, real = copy_run(ready, tmp_path / "killed"), [], final_fits.fit_and_measure
 
     def interrupted_fit(fit_fn, folder):
         if len(made) == 5 and "killed" not in made:
@@ -291,7 +289,7 @@ def test_an_interrupted_comparison_continues(ready, run, tmp_path, monkeypatch):
         made.append(str(folder.relative_to(killed.folder)))
         return real(fit_fn, folder)
 
-    monkeypatch.setattr(comparison, "fit_and_measure", interrupted_fit)
+    monkeypatch.setattr(final_fits, "fit_and_measure", interrupted_fit)
     with pytest.raises(KeyboardInterrupt):
         compare(killed, seeds=2)
     assert not (killed.folder / "leaderboard.json").exists()
@@ -317,7 +315,7 @@ def test_the_test_part_is_not_evaluated_again(ready, run, tmp_path, monkeypatch,
         evaluated.append(next(iter(models.values())).name)
         return real(models, *args)
 
-    monkeypatch.setattr(comparison, "evaluate_on_test", interrupted_evaluation)
+    monkeypatch.setattr(final_fits, "evaluate_on_test", interrupted_evaluation)
     with pytest.raises(KeyboardInterrupt):
         compare(killed, seeds=2)
     compare(killed, restart=False, seeds=2)

@@ -21,65 +21,64 @@ import pytest
 import torch
 from scipy.stats import binomtest, ks_2samp
 
-import widedeep_nb.content as content
-import widedeep_nb.training as training
-from widedeep_nb.content import add_catalog
-from widedeep_nb.core import (
-    PROTOCOLS,
-    Run,
-    Split,
-    UserError,
-    load_recommender,
-    make_recommender,
-    to_interactions,
-)
 from widedeep_nb.data import load
-from widedeep_nb.evaluation import hit_matrix, ndcg
-from widedeep_nb.experiment import PRIMARY_OUTCOME
-from widedeep_nb.monitoring import (
+from widedeep_nb.evaluation import ndcg
+from widedeep_nb.lib import content_features, two_tower, wide_deep
+from widedeep_nb.lib.ab_statistics import PRIMARY_OUTCOME
+from widedeep_nb.lib.backtests import (
+    backtest_once,
+    full_eval_task,
+    split_at_age,
+    split_at_period,
+    top_k_with_scores,
+)
+from widedeep_nb.lib.content_features import add_catalog
+from widedeep_nb.lib.core import PROTOCOLS, Split, UserError, to_interactions
+from widedeep_nb.lib.dashboard import (
+    acceptance_rates,
+    dashboard,
+    experiment_panel,
+    health_panel,
+    latency_quantile,
+    read_feedback,
+    scrape_metrics,
+)
+from widedeep_nb.lib.drift import (
     DRIFT_SCENARIOS,
     FALSE_ALARM_RATE,
     MonitoredFeature,
-    acceptance_rates,
-    append,
-    backtest,
-    backtest_once,
-    compare_update_modes,
-    compare_warm_start,
-    conformal_alarm,
-    current_run,
-    dashboard,
+    make_period_grid,
+)
+from widedeep_nb.lib.eval_tasks import hit_matrix
+from widedeep_nb.lib.feedback import FeedbackStore, write_feedback
+from widedeep_nb.lib.increments import append
+from widedeep_nb.lib.monitoring_plots import (
     describe_drift,
     describe_output_drift,
     describe_staleness,
-    describe_warm_start,
+)
+from widedeep_nb.lib.recommender import load_recommender, make_recommender
+from widedeep_nb.lib.runs import Run, current_run
+from widedeep_nb.lib.server import open_service
+from widedeep_nb.lib.service_schemas import FeedbackEvent, RecommendRequest
+from widedeep_nb.monitoring import (
+    backtest,
+    conformal_alarm,
     detect_drift,
     distribution_distance,
     drift_calibration_trial,
-    evaluate_per_user,
-    experiment_panel,
-    full_eval_task,
-    health_panel,
-    latency_quantile,
-    make_period_grid,
     output_drift_report,
-    read_feedback,
     reference_distances,
     run_drift,
-    scrape_metrics,
-    split_at_age,
-    split_at_period,
     staleness_curve,
-    top_k_with_scores,
-    update_model,
 )
 from widedeep_nb.preprocessing import drop_undated, preprocess, sort_by_time, training_events
-from widedeep_nb.serving import (
-    FeedbackEvent,
-    FeedbackStore,
-    RecommendRequest,
-    open_service,
-    write_feedback,
+from widedeep_nb.updates import (
+    compare_update_modes,
+    compare_warm_start,
+    describe_warm_start,
+    evaluate_per_user,
+    update_model,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -468,7 +467,7 @@ def test_popularity_and_features_are_updated(base_run, run):
 
 def test_warm_start_begins_with_the_trained_weights(base_run, run, monkeypatch):
     "Check the weights before the first epoch; a new user has those of unknown users."
-    monkeypatch.setattr(training, "train_loop", lambda net, *args, **options: (net.eval(), []))
+    monkeypatch.setattr(wide_deep, "train_loop", lambda net, *args, **options: (net.eval(), []))
     old = load_recommender(run.model_folder("hybrid")).models["network 1"]
     rows = training_events(run.read("interactions.parquet"))
     more = to_interactions(
@@ -525,10 +524,10 @@ def test_content_warm_start_rotates_the_text_features(monkeypatch):
         )
 
     old = make_recommender("content-towers", epochs=2).fit(split(rows, shop.items))
-    monkeypatch.setattr(content, "train_two_tower", lambda self, validate: self.net.eval() and [])
-    words, width = content.tfidf_vectors, old.item_features.vectors["text"].shape[1]
+    monkeypatch.setattr(two_tower, "train_two_tower", lambda self, validate: self.net.eval() and [])
+    words, width = content_features.tfidf_vectors, old.item_features.vectors["text"].shape[1]
     turn = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)))[0]
-    monkeypatch.setattr(content, "tfidf_vectors", lambda *given: words(*given) @ turn)
+    monkeypatch.setattr(content_features, "tfidf_vectors", lambda *given: words(*given) @ turn)
     more = rows.filter(item=rows["item"].mode()[0])[:40].with_columns(
         item=old.item_ids[-1] + pl.lit(""), user=rows["user"].unique().sort()[:40]
     )
@@ -627,8 +626,8 @@ def test_append_is_atomic_under_kills(base_run, run):
     code = "\n".join(
         [
             "import sys",
-            "from widedeep_nb.core import Run",
-            "from widedeep_nb.monitoring import append",
+            "from widedeep_nb.lib.runs import Run",
+            "from widedeep_nb.lib.increments import append",
             "print('go', flush=True)",
             "append(Run(sys.argv[1]), sys.argv[2], epochs=1)",
         ]
@@ -779,7 +778,7 @@ def test_health_in_numbers(tmp_path):
 
 
 def test_metrics_of_a_real_service(base_run, run):
-    from widedeep_nb.serving import make_app
+    from widedeep_nb.lib.app import make_app
 
     httpx = pytest.importorskip("httpx")
     import asyncio

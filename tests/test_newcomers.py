@@ -9,43 +9,38 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import widedeep_nb.newcomers as chapter
-from widedeep_nb.content import add_catalog
-from widedeep_nb.core import (
-    PROTOCOLS,
-    History,
-    Run,
-    Split,
-    UserError,
-    make_recommender,
-    to_interactions,
-)
-from widedeep_nb.data import load
-from widedeep_nb.evaluation import eval_ranking, eval_ratings
-from widedeep_nb.newcomers import (
+from widedeep_nb import cold_start
+from widedeep_nb.cold_start import (
     UNKNOWN_GROUPS,
-    IdOnlyModel,
-    Oracle,
     cold_item_results,
     compare_unknown_rows,
-    compare_with_learned,
-    concat_over_folds,
-    describe_cold_items,
     evaluate_cold_start,
     hide_random_items,
     id_embeddings,
     item_exposure,
-    item_groups,
-    metric_by_group,
     metric_by_n_events,
-    side_feature_sources,
-    source_ablation,
     truncate_history,
-    user_groups,
     with_mean_unknown_row,
 )
+from widedeep_nb.data import load
+from widedeep_nb.evaluation import eval_ranking, eval_ratings
+from widedeep_nb.lib.cold_start_evaluation import (
+    IdOnlyModel,
+    Oracle,
+    compare_with_learned,
+    concat_over_folds,
+    item_groups,
+    side_feature_sources,
+    source_ablation,
+)
+from widedeep_nb.lib.cold_start_plots import describe_cold_items
+from widedeep_nb.lib.content_features import add_catalog
+from widedeep_nb.lib.core import PROTOCOLS, History, Split, UserError, to_interactions
+from widedeep_nb.lib.quality_by_group import metric_by_group, user_groups
+from widedeep_nb.lib.recommender import make_recommender
+from widedeep_nb.lib.runs import Run
+from widedeep_nb.lib.shop import demo_shop
 from widedeep_nb.preprocessing import prepare
-from widedeep_nb.shop import demo_shop
 
 
 @pytest.fixture(scope="module")
@@ -191,13 +186,13 @@ def test_epochs_are_chosen_on_validation(monkeypatch, id_dropout):
     "Check it for the learned row, and for the mean row with the mean in place."
     split = prepare(load("demo?ratings=4000").interactions, "strict")
     grid = (1, 9)
-    monkeypatch.setattr(chapter, "EPOCH_GRID", grid)
+    monkeypatch.setattr(cold_start, "EPOCH_GRID", grid)
     losses = []
     for epochs in grid:
         model = IdOnlyModel(id_dropout, epochs, 3).fit(split)
         model = model if id_dropout else with_mean_unknown_row(model)
         losses.append(eval_ratings(model, split, "val")["RMSE"].mean())
-    chosen = chapter.fit_id_only(split, id_dropout, 3)
+    chosen = cold_start.fit_id_only(split, id_dropout, 3)
     assert chosen.epochs == grid[int(np.argmin(losses))] and losses[0] != losses[1]
     # refused for a model that is fitted on the training part only
     eval_ratings(chosen, split.for_final_fit(), "test")

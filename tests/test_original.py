@@ -10,35 +10,31 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from widedeep_nb.core import (
-    PROTOCOLS,
-    Run,
-    Split,
-    UserError,
-    load_recommender,
-    make_recommender,
-    to_interactions,
-)
 from widedeep_nb.evaluation import eval_ratings
+from widedeep_nb.lib.core import PROTOCOLS, Split, UserError, to_interactions
+from widedeep_nb.lib.original_recipe import (
+    OriginalWideDeep,
+    best_val_epoch,
+    init_original_net,
+    select_epochs_on_train,
+    with_test_as_val,
+)
+from widedeep_nb.lib.original_results import full_catalog_task
+from widedeep_nb.lib.recommender import load_recommender, make_recommender
+from widedeep_nb.lib.runs import Run
 from widedeep_nb.original import (
     FILTER_VARIANTS,
     ORIGINAL_MAP,
     REPORTED,
-    OriginalWideDeep,
     average_precision_variant,
-    best_val_epoch,
     closest_filter_variant,
     dataset_size,
     feasible_min_ratings,
     filter_users_then_items,
-    full_catalog_task,
-    init_original_net,
     original_split,
     python_set_order,
     ranking_results,
     replicate_original,
-    select_epochs_on_train,
-    with_test_as_val,
 )
 
 RAW_COUNTS = "both counted on the raw log"

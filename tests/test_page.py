@@ -15,10 +15,11 @@ import polars as pl
 import pytest
 from conftest import CHROMIUM_OPTIONS, light_of
 
-from widedeep_nb.content import add_side_features
-from widedeep_nb.core import Run, make_recommender
+from widedeep_nb.lib.item_vectors import add_side_features
+from widedeep_nb.lib.recommender import make_recommender
+from widedeep_nb.lib.runs import Run
+from widedeep_nb.lib.shop import demo_shop
 from widedeep_nb.preprocessing import preprocess
-from widedeep_nb.shop import demo_shop
 
 ROOT = Path(__file__).parents[1]
 STATIC = ROOT / "widedeep_nb/static"

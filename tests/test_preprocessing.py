@@ -13,19 +13,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from widedeep_nb.core import (
+from widedeep_nb.lib.core import (
     PROTOCOLS,
     SPLIT_NAMES,
     History,
     Protocol,
-    Run,
     UserError,
-    load_recommender,
-    make_recommender,
     min_count_filter,
     to_interactions,
 )
-from widedeep_nb.preprocessing import (
+from widedeep_nb.lib.features import (
     FEATURES,
     Batch,
     brand_codes,
@@ -34,12 +31,11 @@ from widedeep_nb.preprocessing import (
     category_codes,
     damped_bias,
     feature_names,
-    k_core,
-    pointwise_examples,
-    prepare,
-    spearman_with_ci,
-    time_blocks,
 )
+from widedeep_nb.lib.recommender import load_recommender, make_recommender
+from widedeep_nb.lib.runs import Run
+from widedeep_nb.lib.statistics import spearman_with_ci
+from widedeep_nb.preprocessing import k_core, pointwise_examples, prepare, time_blocks
 
 COLUMNS = ["user", "item", "rating", "timestamp"]
 id_pairs = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60)

@@ -11,43 +11,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from widedeep_nb import ranking
-from widedeep_nb.baselines import Popularity
-from widedeep_nb.core import (
-    LOSSES,
-    Run,
-    UserError,
-    load_recommender,
-    make_loss,
-    make_recommender,
-    to_interactions,
-)
+from widedeep_nb import ranking_losses
 from widedeep_nb.evaluation import eval_ranking
-from widedeep_nb.preprocessing import (
-    FEATURES,
-    Batch,
-    category_codes,
-    listwise_examples,
-    pointwise_examples,
-    prepare,
-    sample_negatives,
-)
-from widedeep_nb.ranking import (
-    compare_losses,
+from widedeep_nb.lib import loss_comparison
+from widedeep_nb.lib.core import UserError, to_interactions
+from widedeep_nb.lib.features import FEATURES, Batch, category_codes, sample_negatives
+from widedeep_nb.lib.history_models import Popularity
+from widedeep_nb.lib.loss_comparison import (
     describe_losses,
     fit_with_loss,
     gap_to_best,
-    logq_corrected,
     loss_leaderboard,
     plot_loss_comparison,
 )
-from widedeep_nb.training import check_feature_memory, train
+from widedeep_nb.lib.recommender import LOSSES, load_recommender, make_loss, make_recommender
+from widedeep_nb.lib.runs import Run
+from widedeep_nb.lib.wide_deep import check_feature_memory
+from widedeep_nb.preprocessing import listwise_examples, pointwise_examples, prepare
+from widedeep_nb.ranking_losses import compare_losses, logq_corrected
+from widedeep_nb.training import train
 
 LISTWISE = [name for name, loss in LOSSES.items() if loss.kind == "listwise"]
 
 
 def gradient_of(name):
-    return getattr(ranking, f"{name.replace('-', '_')}_gradient")
+    return getattr(ranking_losses, f"{name.replace('-', '_')}_gradient")
 
 
 lists = arrays(
@@ -144,12 +132,12 @@ def test_the_loss_is_the_mean_over_rows(name):
 def test_warp_weighs_by_the_counted_rank():
     "Check a list with three of four items within the margin: rank 3, cost 1 + 1/2 + 1/3, / 3 each."
     scores = torch.tensor([[1.0, 3.0, 1.0, 0.5, -0.5]], dtype=torch.float64)
-    assert float(ranking.warp(scores)) == pytest.approx(
+    assert float(ranking_losses.warp(scores)) == pytest.approx(
         (1 + 1 / 2 + 1 / 3) / 3 * ((1 - 1 + 3) + (1 - 1 + 1) + (1 - 1 + 0.5))
     )
-    assert float(ranking.warp(scores - torch.tensor([0.0, 9.0, 9.0, 9.0, 9.0]))) == 0
+    assert float(ranking_losses.warp(scores - torch.tensor([0.0, 9.0, 9.0, 9.0, 9.0]))) == 0
     top, bottom = [
-        -ranking.warp_gradient(torch.tensor([[0.0] + [1.0] * n + [-9.0] * (99 - n)]))[0, 0]
+        -ranking_losses.warp_gradient(torch.tensor([[0.0] + [1.0] * n + [-9.0] * (99 - n)]))[0, 0]
         for n in (1, 50)
     ]
     assert 4 < bottom / top < 5  # 50 items ahead cost 4.5 times as much as one, not 50 times
@@ -162,13 +150,13 @@ def test_listnet_against_scipy():
     scores = np.random.default_rng(0).normal(size=(20, 6))
     grades = softmax([1.0, 0, 0, 0, 0, 0])
     by_hand = np.mean([entropy(grades, p) + entropy(grades) for p in softmax(scores, axis=1)])
-    assert float(ranking.listnet(torch.from_numpy(scores))) == pytest.approx(by_hand)
+    assert float(ranking_losses.listnet(torch.from_numpy(scores))) == pytest.approx(by_hand)
 
 
 def test_full_softmax_is_cross_entropy():
     scores = torch.randn(20, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert torch.isclose(
-        ranking.full_softmax(scores),
+        ranking_losses.full_softmax(scores),
         torch.nn.functional.cross_entropy(scores, torch.zeros(20, dtype=torch.int64)),
     )
 
@@ -181,7 +169,9 @@ def test_full_softmax_is_cross_entropy():
 def test_uniform_samples_of_all_others_give_the_full_softmax(scores):
     log_q = torch.full_like(scores, -math.log(scores.shape[1] - 1))
     log_q[:, 0] = 0
-    assert torch.isclose(ranking.sampled_softmax(scores, log_q), ranking.full_softmax(scores))
+    assert torch.isclose(
+        ranking_losses.sampled_softmax(scores, log_q), ranking_losses.full_softmax(scores)
+    )
     assert torch.equal(logq_corrected(scores), scores)
 
 
@@ -211,12 +201,12 @@ def test_many_samples_give_the_full_softmax(alpha):
     uniform = torch.full((1, 40_001), -math.log(4))
     for row, taken in enumerate((1, 3)):
         all_items = torch.tensor([taken, *(i for i in range(5) if i != taken)])
-        truth = float(ranking.full_softmax(score[all_items][None]))
+        truth = float(ranking_losses.full_softmax(score[all_items][None]))
         scores = score[lists[row : row + 1]]
-        estimate = float(ranking.sampled_softmax(scores, log_q[row : row + 1]))
+        estimate = float(ranking_losses.sampled_softmax(scores, log_q[row : row + 1]))
         assert estimate == pytest.approx(truth, abs=0.02)
         if alpha:
-            assert abs(float(ranking.sampled_softmax(scores, uniform)) - truth) > 0.1
+            assert abs(float(ranking_losses.sampled_softmax(scores, uniform)) - truth) > 0.1
 
 
 @settings(max_examples=30, deadline=None)
@@ -369,7 +359,7 @@ def test_same_seed_same_model_other_seed_other_samples(split, monkeypatch):
         sampled.append(examples[0].item)
         return examples
 
-    monkeypatch.setattr("widedeep_nb.training.listwise_examples", recorded)
+    monkeypatch.setattr("widedeep_nb.lib.wide_deep.listwise_examples", recorded)
     one, two, three = [
         make_recommender("wide-deep", loss="sampled-softmax", epochs=1, n_negatives=3, seed=s)
         .fit(split)
@@ -406,7 +396,7 @@ def test_errors_are_one_line(split, tmp_path, monkeypatch):
     assert "sampled-softmax" in message
     assert "GB" in message
     assert "\n" not in message
-    monkeypatch.setattr("widedeep_nb.training.MAX_FEATURE_BYTES", 10**5)
+    monkeypatch.setattr("widedeep_nb.lib.wide_deep.MAX_FEATURE_BYTES", 10**5)
     message = error_of(lambda: make_recommender("wide-deep", loss="full-softmax").fit(split))
     assert "sampled-softmax" in message
     run = Run(tmp_path / "run", dataset="demo?ratings=2000")
@@ -474,7 +464,7 @@ def test_a_killed_comparison_resumes(run, monkeypatch, tmp_path):
     again, fitted = Run(tmp_path / "again"), []
     before = again.metrics()
     few = dict(list(LOSSES.items())[:4])
-    monkeypatch.setattr(ranking, "LOSSES", few)
+    monkeypatch.setattr(ranking_losses, "LOSSES", few)
     again.update_manifest(
         steps={k: v for k, v in again.manifest["steps"].items() if k != "compare_losses"}
     )
@@ -486,7 +476,7 @@ def test_a_killed_comparison_resumes(run, monkeypatch, tmp_path):
         fitted.append(args[3])
         return fit_with_loss(*args, **params)
 
-    monkeypatch.setattr(ranking, "fit_with_loss", killed_once)
+    monkeypatch.setattr(loss_comparison, "fit_with_loss", killed_once)
     with pytest.raises(KeyboardInterrupt):
         compare_losses(again, epochs=1, n_negatives=2)
     compare_losses(again, epochs=1, n_negatives=2)

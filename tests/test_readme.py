@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from widedeep_nb.run import load_results, readme_table
-from widedeep_nb.scale import readme_size_text
+from widedeep_nb.lib.publish import readme_table
+from widedeep_nb.lib.results import load_results
+from widedeep_nb.lib.scale_plots import readme_size_text
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

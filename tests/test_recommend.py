@@ -10,41 +10,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from widedeep_nb.content import add_catalog
-from widedeep_nb.core import (
-    PROTOCOLS,
-    History,
-    Run,
-    Split,
-    UserError,
-    make_recommender,
-    to_interactions,
-)
-from widedeep_nb.evaluation import eval_ranking, make_eval_task
-from widedeep_nb.hybrid import component_probs
-from widedeep_nb.recommend import (
+from widedeep_nb.evaluation import eval_ranking
+from widedeep_nb.lib.cli import main
+from widedeep_nb.lib.content_features import add_catalog
+from widedeep_nb.lib.core import PROTOCOLS, History, Split, UserError, to_interactions
+from widedeep_nb.lib.ensemble import component_probs
+from widedeep_nb.lib.eval_tasks import make_eval_task
+from widedeep_nb.lib.explanations import (
     EXPLAINABLE_MODELS,
-    RankingPipeline,
-    Rules,
-    align_catalog,
-    allowed_items,
-    category_levels,
-    compare_variants,
-    describe_diversity_cost,
-    describe_revenue_order,
-    evaluate_variant,
-    example_rules,
     explainable_components,
-    explanations,
-    intra_list_diversity,
     item_contributions,
     item_weights,
+)
+from widedeep_nb.lib.ranking_pipeline import (
+    RankingPipeline,
+    explanations,
     load_pipeline,
     mmr_select,
     ranking_value,
-    read_rules,
 )
-from widedeep_nb.run import main
+from widedeep_nb.lib.recommend_plots import describe_diversity_cost, describe_revenue_order
+from widedeep_nb.lib.recommender import make_recommender
+from widedeep_nb.lib.rules import Rules, align_catalog, allowed_items, category_levels, read_rules
+from widedeep_nb.lib.runs import Run
+from widedeep_nb.recommend import (
+    compare_variants,
+    evaluate_variant,
+    example_rules,
+    intra_list_diversity,
+)
 
 WEIGHTS = {
     "popularity": 0.3,
@@ -224,7 +218,7 @@ def test_no_list_breaks_a_rule_in_100000_lists(pipeline):
 
 def test_rules_hold_with_a_poor_first_stage(pipeline, monkeypatch):
     "Check a search that does not mask histories and finds only two items."
-    monkeypatch.setattr("widedeep_nb.recommend.SORT_ORDERS", {"score": 3, "revenue": 3})
+    monkeypatch.setattr("widedeep_nb.lib.ranking_pipeline.SORT_ORDERS", {"score": 3, "revenue": 3})
 
     def poor_search(users, history, m, allowed_mask=None):
         no_history = history_of([[]] * len(users))

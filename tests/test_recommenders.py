@@ -9,21 +9,19 @@ import pytest
 import torch
 
 import widedeep_nb
-from widedeep_nb import content, core
-from widedeep_nb.core import (
+from widedeep_nb.lib import content_features, recommender
+from widedeep_nb.lib.core import UserError, to_index
+from widedeep_nb.lib.recommender import (
     LOSSES,
     RECOMMENDERS,
     TASKS,
     Recommender,
-    UserError,
-    check_recommender,
     make_loss,
     recommender_class,
     register,
     register_loss,
-    small_split,
-    to_index,
 )
+from widedeep_nb.lib.recommender_checks import check_recommender, small_split
 
 NAMES = list(RECOMMENDERS)
 QUICK = {
@@ -44,7 +42,7 @@ def quick_params(name):
 def split():
     "Make a small split whose item table also has the items without interactions."
     small = small_split()
-    return content.add_catalog(small, small.items)
+    return content_features.add_catalog(small, small.items)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -156,15 +154,15 @@ def test_the_check_finds_what_is_wrong(cls, monkeypatch):
 
 
 def test_losses_are_registered_with_their_kind(monkeypatch):
-    monkeypatch.setattr(core, "LOSSES", dict(LOSSES))
+    monkeypatch.setattr(recommender, "LOSSES", dict(LOSSES))
 
     @register_loss("squared-hinge", n_negatives=4)
     def squared_hinge(scores, log_q):
         return (1 - scores[:, :1] + scores[:, 1:]).clamp(min=0).square().mean()
 
     assert make_loss("squared-hinge") is squared_hinge
-    assert core.LOSSES["squared-hinge"].kind == "listwise"
-    assert core.LOSSES["squared-hinge"].n_negatives == 4
+    assert recommender.LOSSES["squared-hinge"].kind == "listwise"
+    assert recommender.LOSSES["squared-hinge"].n_negatives == 4
     with pytest.raises(UserError, match="unknown loss 'hinge'; known: mse, "):
         make_loss("hinge")
 
@@ -233,8 +231,8 @@ def test_a_recommender_of_another_package_is_found(acme, tmp_path):
 
 @pytest.mark.long
 def test_a_recommender_of_another_package_is_tuned_evaluated_and_listed(acme, tmp_path):
-    command = [sys.executable, "-m", "widedeep_nb.run", "run", "--dataset", "demo?ratings=2500"]
-    command += ["--out", str(tmp_path / "run"), "--chapters", "00-12"]
+    command = [sys.executable, "-m", "widedeep_nb.lib.cli", "run", "--dataset", "demo?ratings=2500"]
+    command += ["--out", str(tmp_path / "run"), "--chapters", "01-13"]
     for setting in ("seeds=1", "epochs=2", "trials=2", "time_budget_min=0.05", "tune=False"):
         command += ["-p", setting]
     done = subprocess.run(command, env=acme, cwd=tmp_path, capture_output=True, text=True)

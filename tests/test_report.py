@@ -11,10 +11,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from widedeep_nb.baselines import PARAM_GRIDS
-from widedeep_nb.core import LOSSES
-from widedeep_nb.run import main
-from widedeep_nb.sequence import SEQUENCE_MODELS
+from widedeep_nb.lib.cli import main
+from widedeep_nb.lib.comparison import PARAM_GRIDS
+from widedeep_nb.lib.recommender import LOSSES
+from widedeep_nb.sequences import SEQUENCE_MODELS
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
@@ -53,14 +53,14 @@ def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "demo"
     done = run_report(folder, "--dataset", "demo?ratings=3000")
     assert f"{folder.name}/index.html" in done.stdout and re.search(
-        r"\[1/22\].*\n(.*\n)*.*\[22/22\]", done.stdout
+        r"\[1/23\].*\n(.*\n)*.*\[23/23\]", done.stdout
     )
     return folder
 
 
 def test_page_is_one_file_with_everything(report):
     page = (report / "index.html").read_text()
-    assert "synthetic" in page and page.count("<section") == 22
+    assert "synthetic" in page and page.count("<section") == 23
     outside = re.findall(
         r"""(?:src|data|poster)=["']?(https?:[^"' >]+)|url\((https?:[^)]+)|@import|<link[^>]+href|<script[^>]+src""",
         page,

@@ -21,31 +21,16 @@ import yaml
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from widedeep_nb.core import (
-    RECOMMENDERS,
-    Recommender,
-    Run,
-    Split,
-    UserError,
-    dataset_slug,
-    register,
-    to_interactions,
-)
-from widedeep_nb.run import (
-    CASTS,
-    list_chapters,
-    main,
-    make_run_plan,
-    open_locked_run,
-    parse_basket,
-    parse_overrides,
-    read_parameters,
-    recommend_from_run,
-    render_page,
-    site_filter,
-    summary_text,
-    winners_svg,
-)
+from widedeep_nb.lib.cli import main
+from widedeep_nb.lib.core import Split, UserError, to_interactions
+from widedeep_nb.lib.parameters import CASTS, list_chapters, parse_overrides, read_parameters
+from widedeep_nb.lib.recommender import RECOMMENDERS, Recommender, register
+from widedeep_nb.lib.report_page import render_page
+from widedeep_nb.lib.run_recommendations import parse_basket, recommend_from_run
+from widedeep_nb.lib.runner import make_run_plan, open_locked_run
+from widedeep_nb.lib.runs import Run, dataset_slug
+from widedeep_nb.lib.site import site_filter
+from widedeep_nb.lib.verdict import summary_text, winners_svg
 
 ROOT = Path(__file__).parents[1]
 REAL = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
@@ -62,7 +47,7 @@ EXTERNAL = """import sys
 from IPython.display import HTML
 print('secret ' + 'of the machine', file=sys.stderr)
 HTML('<img src="https://far.example/a.png"><script src="https://far.example/a.js"></script>done')"""
-QUOTING = """from widedeep_nb.run import load_results
+QUOTING = """from widedeep_nb.lib.results import load_results
 print([(n, r['metrics'][0]['value']) for n, r in load_results('../results').items()])"""
 TABLE = (
     '<div class="wd-table"><table class="wd" id="tbl-b"><caption>All.</caption>'
@@ -235,13 +220,12 @@ def test_values_come_from_a_file_and_from_words(nbs, tmp_path):
 
 
 def test_the_shop_s_appendix_belongs_to_the_shop(nbs):
-    for name in ("17_run", "18_shop"):
-        shutil.copy(nbs / "02_third.ipynb", nbs / f"{name}.ipynb")
+    shutil.copy(nbs / "02_third.ipynb", nbs / "23_demo_shop.ipynb")
 
     def names(dataset):
         return [p.name[:2] for p in list_chapters(nbs, dataset)]
 
-    assert names("demo?ratings=4000") == ["00", "01", "02", "18"] and names("/data/mine.csv") == [
+    assert names("demo?ratings=4000") == ["00", "01", "02", "23"] and names("/data/mine.csv") == [
         "00",
         "01",
         "02",
@@ -388,7 +372,17 @@ def test_chapters_run_on_this_python_whatever_python3_means(nbs, tmp_path, monke
 
 def start(out, nbs, *words):
     return subprocess.Popen(
-        [sys.executable, "-m", "widedeep_nb.run", "run", "--out", out, "--notebooks", nbs, *words],
+        [
+            sys.executable,
+            "-m",
+            "widedeep_nb.lib.cli",
+            "run",
+            "--out",
+            out,
+            "--notebooks",
+            nbs,
+            *words,
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -697,7 +691,7 @@ def test_site_filter_as_a_command():
         ]
     )
     done = subprocess.run(
-        [sys.executable, "-m", "widedeep_nb.run", "site-filter"],
+        [sys.executable, "-m", "widedeep_nb.lib.cli", "site-filter"],
         input=nbformat.writes(nb),
         capture_output=True,
         text=True,
@@ -862,7 +856,8 @@ def test_dataset_slugs_have_no_path():
 
 def test_a_user_of_the_log_is_known_though_filtered_out(tmp_path):
     "Check that items of the whole log are masked, also those after the fit."
-    from widedeep_nb.core import Split, make_recommender, to_interactions
+    from widedeep_nb.lib.core import Split, to_interactions
+    from widedeep_nb.lib.recommender import make_recommender
 
     log = to_interactions(
         pl.DataFrame(

@@ -14,38 +14,33 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from widedeep_nb import scale
-from widedeep_nb.core import PROTOCOLS, SPLIT_NAMES, UserError, to_interactions
-from widedeep_nb.evaluation import top_k_lists
-from widedeep_nb.preprocessing import prepare
-from widedeep_nb.scale import (
+from widedeep_nb.lib import large_logs
+from widedeep_nb.lib.benchmarks import bench, format_bench, naive_top_k, ranking_bench_task
+from widedeep_nb.lib.core import PROTOCOLS, SPLIT_NAMES, UserError, to_interactions
+from widedeep_nb.lib.distributed import (
     LOSS_RTOL,
-    MS_PER_DAY,
-    BenchProcess,
-    CandidateGenerator,
-    Engine,
-    bench,
-    crossover_size,
     distributed_curves,
-    format_bench,
-    format_row_count,
     launch_torchrun,
-    load_streaming_split,
-    naive_top_k,
-    ranking_bench_task,
-    readme_size_text,
-    recommend_within,
-    resource_estimates,
-    run_end_to_end,
     saved_epochs,
-    scaling_exponents,
+    write_training_data,
+)
+from widedeep_nb.lib.end_to_end import CandidateGenerator, recommend_within, run_end_to_end
+from widedeep_nb.lib.eval_tasks import top_k_lists
+from widedeep_nb.lib.large_logs import (
+    MS_PER_DAY,
+    Engine,
+    load_streaming_split,
     spark_session,
     streaming_split,
     write_plain_log,
     write_synthetic_csv,
-    write_training_data,
 )
-from widedeep_nb.training import SparseAdamW, WideDeepRecommender
+from widedeep_nb.lib.optimizers import SparseAdamW
+from widedeep_nb.lib.profiling import BenchProcess
+from widedeep_nb.lib.scale_plots import format_row_count, readme_size_text
+from widedeep_nb.lib.wide_deep import WideDeepRecommender
+from widedeep_nb.preprocessing import prepare
+from widedeep_nb.scale import crossover_size, resource_estimates, scaling_exponents
 
 TABLES = (*SPLIT_NAMES, "filtered_out", "users", "items")
 
@@ -103,7 +98,7 @@ def test_streamed_split_equals_prepare(tmp_path, name, min_rows, whole_days):
 
 @pytest.mark.parametrize("n_buckets", [1, 7, 60])
 def test_ids_in_one_hash_bucket_are_counted_separately(tmp_path, monkeypatch, n_buckets):
-    monkeypatch.setattr(scale, "N_HASH_BUCKETS", n_buckets)
+    monkeypatch.setattr(large_logs, "N_HASH_BUCKETS", n_buckets)
     log, protocol, engine = (
         make_log(1500, 150, 120, 40),
         replace(PROTOCOLS["as-reported"], min_user=9, min_item=12),
@@ -352,7 +347,7 @@ def test_readme_text_needs_large_measurements():
 
 
 def test_bench_process_reports_errors():
-    with BenchProcess() as worker:
+    with BenchProcess("widedeep_nb.lib.benchmarks") as worker:
         with pytest.raises(UserError, match="unknown task 'nonsense'"):
             worker.run_task("nonsense")
         with pytest.raises(UserError, match="TypeError"):

@@ -5,32 +5,29 @@ import polars as pl
 import pytest
 import torch
 
-import widedeep_nb.sequence as sequence
-from widedeep_nb.baselines import val_score
-from widedeep_nb.core import (
-    History,
-    Split,
-    UserError,
-    load_recommender,
-    make_recommender,
-    to_interactions,
-)
+from widedeep_nb import sequences
 from widedeep_nb.evaluation import eval_ranking
-from widedeep_nb.sequence import (
+from widedeep_nb.lib import quality_by_group
+from widedeep_nb.lib.comparison import val_score
+from widedeep_nb.lib.core import History, Split, UserError, to_interactions
+from widedeep_nb.lib.quality_by_group import metric_by_history_length
+from widedeep_nb.lib.recommender import load_recommender, make_recommender
+from widedeep_nb.lib.sequence_training import (
+    holdout_last_events,
+    length_batches,
+    next_item_loss,
+    pad_histories,
+    shuffle_ties,
+)
+from widedeep_nb.sequences import (
     AttentionNet,
     GRUNet,
     ShuffledHistory,
     as_simultaneous,
-    holdout_last_events,
-    length_batches,
-    metric_by_history_length,
-    next_item_loss,
-    pad_histories,
     relative_causal_bias,
-    shuffle_ties,
 )
 
-both_models = pytest.mark.parametrize("name", sequence.SEQUENCE_MODELS)
+both_models = pytest.mark.parametrize("name", sequences.SEQUENCE_MODELS)
 QUICK = dict(embedding=16, dropout=0.1, batch_size=128, patience=0)
 N = 9
 
@@ -108,13 +105,13 @@ def depends_on_later(net):
     return changed
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=sequence.SEQUENCE_MODELS)
+@pytest.mark.parametrize("which", [0, 1], ids=sequences.SEQUENCE_MODELS)
 def test_no_position_sees_its_future_to_the_last_bit(which):
     with torch.no_grad():
         assert not any(depends_on_later(nets()[which]))
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=sequence.SEQUENCE_MODELS)
+@pytest.mark.parametrize("which", [0, 1], ids=sequences.SEQUENCE_MODELS)
 def test_the_loss_at_a_position_does_not_depend_on_later_events(which):
     "Check by the gradient: only the embeddings up to the position have one."
     net, seen = nets()[which], []
@@ -137,7 +134,7 @@ def test_without_the_mask_later_events_are_seen(monkeypatch):
     def unmasked(weight, n):
         return relative_causal_bias(weight, n).nan_to_num(neginf=0)
 
-    monkeypatch.setattr(sequence, "relative_causal_bias", unmasked)
+    monkeypatch.setattr(sequences, "relative_causal_bias", unmasked)
     with torch.no_grad():
         assert all(depends_on_later(nets()[1]))
 
@@ -454,7 +451,9 @@ def test_history_length_bins_cover_all_users_once():
     seen = pl.DataFrame({"n_seen": range(60)})
     assert (
         seen.select(
-            pl.sum_horizontal(*[e.cast(pl.Int8) for e in sequence.HISTORY_LENGTH_BINS.values()])
+            pl.sum_horizontal(
+                *[e.cast(pl.Int8) for e in quality_by_group.HISTORY_LENGTH_BINS.values()]
+            )
         )
         .to_series()
         .eq(1)

@@ -25,23 +25,22 @@ import pytest
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
-import widedeep_nb.serving as serving
-from widedeep_nb.core import Run, UserError
+from widedeep_nb import serving
 from widedeep_nb.data import load
-from widedeep_nb.recommend import Rules
-from widedeep_nb.run import cli, main
-from widedeep_nb.serving import (
-    BatchQueue,
-    FeedbackEvent,
-    FeedbackStore,
-    RecommendRequest,
-    TimeoutProtocol,
-    make_app,
-    open_loop_load,
-    open_service,
-    pl_probabilities,
-    sample_plackett_luce,
-)
+from widedeep_nb.lib import app as app_module
+from widedeep_nb.lib import load_test, ranking_pipeline, service_schemas, synthetic_catalogs
+from widedeep_nb.lib import server as server_module
+from widedeep_nb.lib.app import make_app
+from widedeep_nb.lib.cli import cli, main
+from widedeep_nb.lib.core import UserError
+from widedeep_nb.lib.feedback import FeedbackStore
+from widedeep_nb.lib.inference import BatchQueue
+from widedeep_nb.lib.off_policy import pl_probabilities, sample_plackett_luce
+from widedeep_nb.lib.rules import Rules
+from widedeep_nb.lib.runs import Run
+from widedeep_nb.lib.server import TimeoutProtocol, open_service
+from widedeep_nb.lib.service_schemas import FeedbackEvent, RecommendRequest
+from widedeep_nb.serving import open_loop_load
 
 httpx = pytest.importorskip("httpx")
 ROOT = Path(__file__).parents[1]
@@ -137,7 +136,7 @@ def count_lists(path):
 @contextmanager
 def running_in_thread(app, **options):
     "Serve an application behind a socket, in a thread of this process."
-    listener = serving.bind_socket("127.0.0.1", 0)
+    listener = server_module.bind_socket("127.0.0.1", 0)
     config = uvicorn.Config(
         app, http=TimeoutProtocol, ws="none", lifespan="off", log_level="critical", **options
     )
@@ -156,7 +155,7 @@ def running_in_thread(app, **options):
 @contextmanager
 def running_process(folder, *options, env=None, **popen_options):
     "Serve a run as a process; yield the process and its address."
-    command = [sys.executable, "-m", "widedeep_nb.run", "serve", str(folder), "--port", "0"]
+    command = [sys.executable, "-m", "widedeep_nb.lib.cli", "serve", str(folder), "--port", "0"]
     child = subprocess.Popen(
         [*command, *map(str, options)],
         stdout=subprocess.PIPE,
@@ -342,7 +341,7 @@ def test_item_that_one_model_does_not_know(service, client):
 
 def test_large_catalog_uses_two_stages(run, service, tmp_path, monkeypatch):
     "Check that the ensemble retrieves candidates first, and recommends nearly the same items."
-    monkeypatch.setattr(serving, "TWO_STAGE_MIN_ITEMS", 100)
+    monkeypatch.setattr(server_module, "TWO_STAGE_MIN_ITEMS", 100)
     two_stage = open_service(run.folder, feedback_dir=tmp_path / "two")
     retriever = two_stage.pipelines["hybrid"].retrieve.__self__
     assert type(retriever).__name__ == "TwoStageRetriever"
@@ -666,14 +665,14 @@ def test_a_run_writes_its_hashes(tmp_path):
 
 
 def test_folder_that_changes_while_it_is_read(copied, monkeypatch):
-    load_pipeline = serving.load_pipeline
+    load_pipeline = ranking_pipeline.load_pipeline
 
     def load_and_touch(run, name):
         pipeline = load_pipeline(run, name)
         (copied / "items.parquet").touch()
         return pipeline
 
-    monkeypatch.setattr(serving, "load_pipeline", load_and_touch)
+    monkeypatch.setattr(server_module, "load_pipeline", load_and_touch)
     with pytest.raises(UserError, match="changed while it was read"):
         open_service(copied)
 
@@ -821,7 +820,7 @@ def test_writing_needs_the_token(service, monkeypatch):
         compared.append((a, b))
         return a == b
 
-    monkeypatch.setattr(serving.hmac, "compare_digest", compare_digest)
+    monkeypatch.setattr(app_module.hmac, "compare_digest", compare_digest)
     client = Client(make_app(service, token="sésame"))
 
     def send(**headers):
@@ -969,7 +968,7 @@ def receive_items(connection, n):
 def test_a_request_in_pieces_is_served(service, monkeypatch):
     "Check several requests over one connection, in small pieces and with long bodies."
     monkeypatch.setattr(TimeoutProtocol, "request_timeout", 5.0)
-    raw = serving.encode_request("/api/recommend", {"k": 2})
+    raw = load_test.encode_request("/api/recommend", {"k": 2})
     app = make_app(service)
     with running_in_thread(app) as address, socket.create_connection(address) as connection:
         connection.settimeout(10)
@@ -1047,7 +1046,7 @@ def test_file_size_limit(run, tmp_path):
 
 
 def test_full_queues_are_refused(service, client, monkeypatch):
-    monkeypatch.setitem(serving.LIMITS, "waiting", 0)
+    monkeypatch.setitem(service_schemas.LIMITS, "waiting", 0)
     feedback = event("q", "u", service.catalog.products["item"][0], "click")
     for path, body in (("/api/recommend", {}), ("/api/feedback", feedback)):
         response = client("POST", path, body)
@@ -1137,11 +1136,11 @@ def test_listens_on_this_machine_only_by_default(run, capsys):
             main(["serve", str(run.folder), "--port", port])
     assert e.value.code == 2 and "name another --port" in capsys.readouterr().err
     with pytest.raises(UserError, match="cannot listen"):
-        serving.bind_socket("no.such.host.invalid", 0)
+        server_module.bind_socket("no.such.host.invalid", 0)
 
 
 def test_metrics(service):
-    client = Client(make_app(service, service_metrics=serving.ServiceMetrics()))
+    client = Client(make_app(service, service_metrics=app_module.ServiceMetrics()))
     item = service.catalog.products["item"][0]
     recommend(client, basket=[{"item": item}, {"item": "nothing"}, {"item": "nor this"}])
     client("POST", "/api/feedback", event("m", "u", item, "click"))
@@ -1187,7 +1186,7 @@ def test_latency_counts_from_the_due_time():
             lambda reader, writer: stall_once(times, reader, writer), "127.0.0.1", 0
         )
         address = server.sockets[0].getsockname()
-        results = await open_loop_load(address, [serving.encode_request("/x", {})], 200, 1.0)
+        results = await open_loop_load(address, [load_test.encode_request("/x", {})], 200, 1.0)
         server.close()
         return results
 
@@ -1204,7 +1203,7 @@ def test_load_on_a_process(run):
 
 
 def test_synthetic_catalog_run(tmp_path):
-    run = serving.synthetic_catalog_run(tmp_path / "m", 120)
+    run = synthetic_catalogs.synthetic_catalog_run(tmp_path / "m", 120)
     service = open_service(run.folder)
     assert len(service.catalog.products) == 120 == service.pipelines["hybrid"].model.n_items
     answer = service.answer([service.parse_request(RecommendRequest())])[0]

@@ -12,19 +12,16 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 
-from widedeep_nb.core import COLORS
-from widedeep_nb.run import (
-    DARK_COLORS,
-    execute_notebook,
-    page_css,
-    render_chapter,
-    site_filter,
-    static_pages,
-)
+from widedeep_nb.lib.display import COLORS
+from widedeep_nb.lib.publish import static_pages
+from widedeep_nb.lib.report_page import DARK_COLORS, page_css, render_chapter
+from widedeep_nb.lib.runner import execute_notebook
+from widedeep_nb.lib.site import site_filter
 
 ROOT = Path(__file__).parents[1]
 SITE = yaml.safe_load((ROOT / "_quarto.yml").read_text())
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+LIBRARY = sorted((ROOT / "nbs/lib").glob("*.ipynb"))
 RESULT_PAGES = static_pages(ROOT / "nbs")
 PAGES = [ROOT / "index.qmd", *sorted((ROOT / "nbs").glob("*.qmd")), *NOTEBOOKS]
 TEXTS = [ROOT / "README.md", *PAGES]
@@ -104,6 +101,9 @@ def links(text):
 
 
 def listed(contents):
+    if isinstance(contents, str):  # a pattern
+        yield from (name(p) for p in ROOT.glob(contents))
+        return
     for entry in contents:
         if isinstance(entry, str):
             yield entry
@@ -114,11 +114,16 @@ def listed(contents):
 
 
 def test_the_sidebar_lists_every_page_once():
-    assert sorted(listed(SITE["website"]["sidebar"]["contents"])) == sorted(map(name, PAGES))
+    assert sorted(listed(SITE["website"]["sidebar"]["contents"])) == sorted(
+        map(name, [*PAGES, *LIBRARY])
+    )
 
 
 def test_all_pages_are_rendered():
-    assert {p for pattern in SITE["project"]["render"] for p in ROOT.glob(pattern)} == set(PAGES)
+    assert {p for pattern in SITE["project"]["render"] for p in ROOT.glob(pattern)} == {
+        *PAGES,
+        *LIBRARY,
+    }
     assert (
         SITE["execute"] == {"enabled": False}
         and set(SITE["format"]["html"]["theme"]) == {"light", "dark"}
@@ -197,7 +202,7 @@ def test_links_without_are_https_to_known_hosts(path):
 def test_links_are_found():
     "Check that links and anchors are found."
     assert (
-        "nbs/00_core.ipynb" in links(markdown(ROOT / "README.md"))
+        "nbs/lib/core.ipynb" in links(markdown(ROOT / "README.md"))
         and sum(len(links(markdown(p))) for p in TEXTS) > 40
     )
     assert "rating-prediction-and-ranking" in anchors(ROOT / "nbs/discussion.ipynb")

@@ -5,22 +5,11 @@ import polars as pl
 import pytest
 import torch
 
-from widedeep_nb.core import (
-    History,
-    load_recommender,
-    make_loss,
-    make_recommender,
-    to_interactions,
-)
+from widedeep_nb.lib.core import History, to_interactions
+from widedeep_nb.lib.features import build_batch, build_feature_state, category_codes, damped_bias
+from widedeep_nb.lib.recommender import load_recommender, make_loss, make_recommender
 from widedeep_nb.model import WideDeepNet
-from widedeep_nb.preprocessing import (
-    build_batch,
-    build_feature_state,
-    category_codes,
-    damped_bias,
-    pointwise_examples,
-    prepare,
-)
+from widedeep_nb.preprocessing import pointwise_examples, prepare
 from widedeep_nb.training import train_loop
 
 

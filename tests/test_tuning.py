@@ -12,17 +12,22 @@ import numpy as np
 import polars as pl
 import pytest
 
-from widedeep_nb import comparison, ranking
-from widedeep_nb.baselines import PARAM_GRIDS
-from widedeep_nb.comparison import (
+from widedeep_nb import leaderboard
+from widedeep_nb.leaderboard import tune, tuning_gains
+from widedeep_nb.lib import loss_comparison, tuning
+from widedeep_nb.lib import wide_deep as wide_deep_module
+from widedeep_nb.lib.comparison import PARAM_GRIDS
+from widedeep_nb.lib.core import UserError, to_interactions
+from widedeep_nb.lib.ensemble import best_epoch
+from widedeep_nb.lib.leaderboard_plots import describe_fit, describe_tuning_gains, diagnose_curve
+from widedeep_nb.lib.recommender import LOSSES, make_recommender
+from widedeep_nb.lib.runs import Run
+from widedeep_nb.lib.tuning import (
     RANKING_METRIC,
     RATING_METRIC,
     best_trial,
     completed_trials,
     default_params,
-    describe_fit,
-    describe_tuning_gains,
-    diagnose_curve,
     final_params,
     from_optuna_params,
     loss_variants,
@@ -37,13 +42,9 @@ from widedeep_nb.comparison import (
     study_name,
     to_optuna_params,
     to_registry_name,
-    tune,
-    tuning_gains,
 )
-from widedeep_nb.core import LOSSES, Run, UserError, make_recommender, to_interactions
-from widedeep_nb.hybrid import best_epoch
 from widedeep_nb.preprocessing import prepare, preprocess
-from widedeep_nb.sequence import SEQUENCE_MODELS
+from widedeep_nb.sequences import SEQUENCE_MODELS
 
 ROOT = Path(__file__).parents[1]
 FEW = ("mean", "damped-bias", "item-knn", "svd", "funk-svd", "gru", "wide-deep", "wide-deep-bpr")
@@ -102,7 +103,8 @@ def toy_run(folder, log=None, protocol="strict", seed=0):
 def few(monkeypatch):
     "Reduce the comparison to a few models that are fitted quickly."
     spaces = {name: search_spaces()[name] for name in FEW}
-    monkeypatch.setattr(comparison, "search_spaces", lambda: spaces)
+    for module in (leaderboard, tuning):
+        monkeypatch.setattr(module, "search_spaces", lambda: spaces)
     return FEW
 
 
@@ -127,7 +129,7 @@ def count_trials(monkeypatch):
         made.append((name, metric))
         return run_trial(name, metric, *args, **options)
 
-    monkeypatch.setattr(comparison, "run_trial", counted_trial)
+    monkeypatch.setattr(tuning, "run_trial", counted_trial)
     return made
 
 
@@ -196,7 +198,7 @@ def test_corners_can_be_fitted(small, side):
 def test_losses_are_trained_as_in_chapter_08(small, tmp_path, monkeypatch):
     "Check that batch size, stride, features and negatives are those of `fit_with_loss`."
     made = {}
-    parent = ranking.WideDeepRecommender
+    parent = wide_deep_module.WideDeepRecommender
 
     class RecordedWideDeep(parent):
         loss_curve = []
@@ -207,10 +209,12 @@ def test_losses_are_trained_as_in_chapter_08(small, tmp_path, monkeypatch):
         def save(self, folder):
             pass
 
-    monkeypatch.setattr(ranking, "WideDeepRecommender", RecordedWideDeep)
+    monkeypatch.setattr(loss_comparison, "WideDeepRecommender", RecordedWideDeep)
     for loss in LOSSES:
-        ranking.fit_with_loss(small, tmp_path, tmp_path / "c", loss, 8, 5, alpha=0.5, seed=0)
-        expected = comparison.full_params(f"wide-deep-{loss}", {}, small)
+        loss_comparison.fit_with_loss(
+            small, tmp_path, tmp_path / "c", loss, 8, 5, alpha=0.5, seed=0
+        )
+        expected = tuning.full_params(f"wide-deep-{loss}", {}, small)
         settings = {k: v for k, v in vars(made[loss]).items() if k in expected}
         settings["features"] = list(settings["features"])
         assert settings == expected
@@ -276,7 +280,7 @@ def test_later_trials_are_nearer_to_good_settings(monkeypatch, name, metric, sig
     def scored_trial(name, metric, params, *args, **options):
         return {"value": 1 - sign * distance(params)}
 
-    monkeypatch.setattr(comparison, "run_trial", scored_trial)
+    monkeypatch.setattr(tuning, "run_trial", scored_trial)
     trials = run_study(open_study(None, "a", metric), name, metric, 30, None)
     distances = [distance(trial["settings"]) for trial in trials]
     assert np.median(distances[15:]) < 0.5 * np.median(distances[1:8])
@@ -295,7 +299,7 @@ def test_a_study_continues_after_any_interruption(small, tmp_path, monkeypatch):
             return run_trial(*args, **options)
 
         path = tmp_path / str(k)
-        monkeypatch.setattr(comparison, "run_trial", interrupted_trial)
+        monkeypatch.setattr(tuning, "run_trial", interrupted_trial)
         with pytest.raises(KeyboardInterrupt):
             run_funk(funk_study(open_journal(path)), 8, small)
         with open(path, "ab") as file:
@@ -350,7 +354,7 @@ def test_a_failed_trial_counts_with_its_reason(small, monkeypatch):
             raise UserError("too large")
         return run_trial(name, metric, params, *args, **options)
 
-    monkeypatch.setattr(comparison, "run_trial", failing_trial)
+    monkeypatch.setattr(tuning, "run_trial", failing_trial)
     trials = run_svd(svd_study(), 6, small)
     failed = [False, True, False, True, False, False]
     assert [trial.get("reason") for trial in trials] == ["too large" if f else None for f in failed]
@@ -366,7 +370,7 @@ def test_a_failed_trial_counts_with_its_reason(small, monkeypatch):
 
 
 def test_a_score_must_be_finite(small, monkeypatch):
-    monkeypatch.setattr(comparison, "val_score", lambda *args: math.nan)
+    monkeypatch.setattr(tuning, "val_score", lambda *args: math.nan)
     with pytest.raises(UserError, match="not a finite number"):
         run_trial("svd", RANKING_METRIC, {}, small)
 
@@ -374,7 +378,7 @@ def test_a_score_must_be_finite(small, monkeypatch):
 @pytest.mark.parametrize("name, metric", [("gru", RANKING_METRIC), ("wide-deep", RATING_METRIC)])
 def test_epochs_and_curve_are_those_of_the_best_trial(small, tmp_path, name, metric):
     path, studies = tmp_path / name, {metric: "toy"}
-    model = comparison.tune_model(name, studies, small, path, 3, options={"epochs": 4})
+    model = tuning.tune_model(name, studies, small, path, 3, options={"epochs": 4})
     study = open_study(open_journal(path), "toy", metric)
     best = best_trial(run_study(study, name, metric, 3, small), metric)
     epochs, settings = best["epochs"], model["settings"]
@@ -434,11 +438,12 @@ def test_reports_hold_the_default_and_the_best_trial(tuned):
 
 KILLED = """
 import os, signal, sys
-from widedeep_nb import comparison as c
+from widedeep_nb import leaderboard
+from widedeep_nb.lib import tuning as c
 
 made, run_trial, tell = [], c.run_trial, c.optuna.Study.tell
 spaces = {name: c.search_spaces()[name] for name in %r}
-c.search_spaces = lambda: spaces
+c.search_spaces = leaderboard.search_spaces = lambda: spaces
 
 
 def die():
@@ -460,7 +465,7 @@ def dying_tell(self, trial, *args, **options):
 
 
 c.run_trial, c.optuna.Study.tell = dying_trial, dying_tell
-c.tune.__wrapped__(c.Run(sys.argv[1]), trials=3, epochs=2)
+leaderboard.tune.__wrapped__(leaderboard.Run(sys.argv[1]), trials=3, epochs=2)
 """
 
 
@@ -538,8 +543,9 @@ def test_other_data_never_reuse_trials(tmp_path, few, monkeypatch):
     assert n_new_trials() == total
     run.update_manifest(seed=0)
     other_space = {RANKING_METRIC: {"factors": (2, 127, "log int")}}
-    spaces = comparison.search_spaces() | {"svd": other_space}
-    monkeypatch.setattr(comparison, "search_spaces", lambda: spaces)
+    spaces = tuning.search_spaces() | {"svd": other_space}
+    for module in (leaderboard, tuning):
+        monkeypatch.setattr(module, "search_spaces", lambda: spaces)
     assert n_new_trials() == 2 and made == [("svd", RANKING_METRIC)] * 2
 
 
@@ -576,7 +582,7 @@ def test_errors(tmp_path, few, monkeypatch):
             raise UserError(f"{name} would take too much")
         return run_trial(name, *args, **options)
 
-    monkeypatch.setattr(comparison, "run_trial", limited_trial)
+    monkeypatch.setattr(tuning, "run_trial", limited_trial)
     tune_alone(run, trials=2, epochs=1)
     report, failed = run.read("tuning.json"), ("item-knn", "gru")
     assert report["excluded"] == {name: f"{name} would take too much" for name in failed}
@@ -586,7 +592,8 @@ def test_errors(tmp_path, few, monkeypatch):
 def test_without_ratings_only_ranking_is_tuned(tmp_path, monkeypatch):
     names = (*FEW, "ease", "wide-deep-mse")
     spaces = {name: search_spaces()[name] for name in names}
-    monkeypatch.setattr(comparison, "search_spaces", lambda: spaces)
+    for module in (leaderboard, tuning):
+        monkeypatch.setattr(module, "search_spaces", lambda: spaces)
     run = toy_run(tmp_path / "a", toy_log(with_ratings=False))
     tune_alone(run, trials=2, epochs=1)
     report = run.read("tuning.json")

@@ -8,14 +8,14 @@ _HOMES = {  # where the public names live; each module is imported when one of i
     "load": "data",
     "prepare": "preprocessing",
     "evaluate": "evaluation",
-    "make_recommender": "core",
-    "load_recommender": "core",
-    "register": "core",
-    "check_recommender": "core",
-    "Run": "core",
-    "Split": "core",
-    "Protocol": "core",
-    "Recommender": "core",
+    "make_recommender": "lib.recommender",
+    "load_recommender": "lib.recommender",
+    "register": "lib.recommender",
+    "check_recommender": "lib.recommender_checks",
+    "Run": "lib.runs",
+    "Split": "lib.core",
+    "Protocol": "lib.core",
+    "Recommender": "lib.recommender",
 }
 __all__ = list(_HOMES)
 

@@ -4,46 +4,38 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'RANKING_METRICS', 'RATING_METRICS', 'precision', 'recall', 'hit_rate', 'average_precision', 'ndcg',
-           'higher_is_better', 'EvalTask', 'eval_candidates', 'make_eval_task', 'top_k_lists', 'hit_matrix',
-           'diversity', 'eval_ranking', 'expected_random_ndcg', 'eval_ratings', 'bootstrap_weights', 'resample',
-           'percentile_ci', 'bootstrap', 'paired_bootstrap', 'holm', 'catalog_metrics', 'aggregate', 'format_ci',
-           'evaluate_once', 'metric_table', 'evaluate', 'gain_over_random', 'label_fold_and_seed', 'user_codes_to_ids',
-           'metrics_by_seed_and_fold', 'evaluate_wide_deep']
+           'higher_is_better', 'eval_ranking', 'expected_random_ndcg', 'eval_ratings', 'evaluate_once', 'metric_table',
+           'evaluate', 'gain_over_random', 'metrics_by_seed_and_fold', 'evaluate_wide_deep']
 
-# %% ../nbs/06_evaluation.ipynb #f3971046
-from dataclasses import dataclass, replace
-from typing import Callable, Optional, Union
+# %% ../nbs/06_evaluation.ipynb #5238e052
+from dataclasses import dataclass
+from typing import Callable, Optional
 
-import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 import torch
-from scipy.sparse import csr_matrix
 
-from widedeep_nb.core import (
-    COLORS,
-    METRIC_SCHEMA,
-    PROTOCOLS,
-    History,
-    Recommender,
-    Run,
-    Split,
-    UserError,
-    check_choice,
-    display_md,
-    hash_order,
-    load_recommender,
-    mask_seen,
-    open_run,
-    set_theme,
-    show_figure,
-    show_table,
-    step,
-    to_index,
-    to_interactions,
-    top_k,
+# %% ../nbs/06_evaluation.ipynb #de122f0f
+from widedeep_nb.lib.aggregation import (
+    aggregate,
+    catalog_by_group,
+    label_fold_and_seed,
+    user_codes_to_ids,
 )
-from .preprocessing import category_codes
+from .lib.core import History, Split, to_index
+from widedeep_nb.lib.eval_tasks import (
+    UserResults,
+    beyond_accuracy,
+    check_fitted_on,
+    count_candidates,
+    hit_matrix,
+    make_eval_task,
+    predict_in_batches,
+    top_k_lists,
+)
+from .lib.recommender import Recommender, load_recommender
+from .lib.runs import METRIC_SCHEMA, Run, step
+from .lib.statistics import bootstrap
 from .training import train
 
 # %% ../nbs/06_evaluation.ipynb #4fcc8f84
@@ -149,229 +141,6 @@ def ranking_metrics(
     metrics = [METRICS[name] for name in RANKING_METRICS]
     return {f"{m.name}@{k}": m.function(hits, n_relevant, k) for k in ks for m in metrics}
 
-# %% ../nbs/06_evaluation.ipynb #9f4e9035
-@dataclass(frozen=True)
-class EvalTask:
-    "Users, candidate items and ground truth that every model is evaluated on."
-
-    users: torch.Tensor  # int64 [n], codes of the users with at least one relevant item
-    candidates: torch.Tensor  # int64 [m], item codes in a seeded random order
-    ground_truth: pl.DataFrame  # user, item: the relevant pairs, each once
-    history: History  # interactions of each user before the evaluated part
-    excluded: dict  # counts of the excluded users and pairs, by reason
-
-
-def _unique_items(rows: pl.DataFrame) -> pl.Series:
-    return rows["item"].unique().sort()
-
-# %% ../nbs/06_evaluation.ipynb #bcaf70f2
-def eval_candidates(
-    split: Split,  # three parts
-    part: str,  # "val" or "test"
-    items: str = "known",  # "known": items of the training rows; "new": items first seen in `part`
-    seed: int = 0,  # of the random order
-) -> torch.Tensor:  # int64 [m], item codes in a seeded random order
-    "Return all candidate items in a seeded random order (a hash of their ids)."
-    if check_choice(items, ("known", "new"), "choice of items") == "known":
-        codes = _unique_items(split.train)
-    else:
-        items_before = _unique_items(split.rows_before(part))
-        items_of_part = _unique_items(getattr(split, part))
-        codes = items_of_part.filter(~items_of_part.is_in(items_before.implode()))
-    return to_index(codes)[hash_order(split.items["item"].gather(codes), seed)]
-
-# %% ../nbs/06_evaluation.ipynb #9c0530c4
-def _sample_users(
-    split: Split,
-    users: pl.Series,  # user codes
-    max_users: int,  # 0: all
-) -> pl.Series:  # at most `max_users` of them, sorted
-    if not 0 < max_users < len(users):
-        return users
-    order = hash_order(split.users["user"].gather(users))
-    return users.gather(order[:max_users].numpy()).sort()
-
-# %% ../nbs/06_evaluation.ipynb #e7f352d2
-def make_eval_task(
-    split: Split,  # three parts
-    part: str = "val",  # "val" or "test"
-    relevant: Optional[float] = None,  # lowest rating of a relevant row; None: any row
-    items: str = "known",  # candidates: items "known" to training, or "new" ones only
-    seed: int = 0,  # of the random order that breaks ties
-    max_users: int = 0,  # sample at most so many users (seeded); 0: all
-) -> EvalTask:  # the same for every model
-    "Make the evaluation task of a part: users, candidates, relevant pairs and exclusion counts."
-    rows = getattr(split, part)
-    rows_before = split.rows_before(part)
-    candidates = eval_candidates(split, part, items, seed)
-    relevant_rows = rows if relevant is None else rows.filter(pl.col("rating") >= relevant)
-    pairs = relevant_rows.select("user", "item").unique()
-    is_candidate = pl.col("item").cast(pl.Int64).is_in(pl.Series(candidates.numpy()).implode())
-    possible = pairs.filter(is_candidate)
-    ground_truth = possible
-    if split.protocol.mask_seen:
-        ground_truth = possible.join(rows_before, on=["user", "item"], how="anti")
-    all_users = ground_truth["user"].unique().sort()
-    users = _sample_users(split, all_users, max_users)
-    if len(users) < len(all_users):
-        ground_truth = ground_truth.filter(pl.col("user").is_in(users.implode()))
-    n_users = rows["user"].n_unique()
-    excluded = {
-        "users": n_users,
-        "users without relevant items": n_users - len(all_users),
-        "users not sampled": len(all_users) - len(users),
-        "pairs": len(pairs),
-        "pairs on non-candidate items": len(pairs) - len(possible),
-        "pairs already in the history": len(possible) - len(ground_truth),
-    }
-    history = History.from_rows(rows_before, len(split.users))
-    return EvalTask(
-        to_index(users), candidates, ground_truth.sort("user", "item"), history, excluded
-    )
-
-# %% ../nbs/06_evaluation.ipynb #c17492f0
-def check_fitted_on(
-    recommender: Recommender,  # fitted
-    split: Split,  # the split to evaluate it on
-):
-    "Raise UserError where a model was fitted on other rows than the training rows of the split."
-    same_users = recommender.user_ids.equals(split.users["user"][: split.n_train_users])
-    same_items = recommender.item_ids.equals(split.items["item"][: split.n_train_items])
-    same_rows = len(recommender.train_history.item) == len(split.train)
-    if not (same_users and same_items and same_rows):
-        name = recommender.name or type(recommender).__name__
-        raise UserError(
-            f"{name} was fitted on other rows than the training part of this split; fit it on this "
-            "split, or evaluate it on the split it was fitted on (for test: split.for_final_fit())"
-        )
-
-# %% ../nbs/06_evaluation.ipynb #97eeedfa
-def _top_k_block(
-    recommender: Recommender,
-    split: Split,
-    task: EvalTask,
-    users: torch.Tensor,  # int64 [b], a block of the task's users
-    k: int,
-) -> torch.Tensor:  # int64 [b, k], as in `top_k_lists`
-    history = task.history.select(users)
-    query_history = history if split.protocol.history_source == "seen" else None
-    scores = recommender.scores(users, query_history, task.candidates).float().cpu()
-    if scores.isnan().any():
-        raise UserError(f"{recommender.name} gives scores that are not numbers")
-    if split.protocol.mask_seen:
-        scores = mask_seen(scores, history, task.candidates)
-    column = top_k(scores, k)[1]
-    lists = torch.where(column < 0, -1, task.candidates[column])
-    return torch.nn.functional.pad(lists, (0, k - lists.shape[1]), value=-1)
-
-# %% ../nbs/06_evaluation.ipynb #bcf98275
-def top_k_lists(
-    recommender: Recommender,  # fitted on the training rows of the split
-    split: Split,  # three parts
-    task: EvalTask,  # users and candidates
-    k: int,  # list length
-    budget: int = 2**20,  # largest number of scores in memory
-) -> torch.Tensor:  # int64 [n, k], item codes, best first; -1 where no candidate is left
-    "Return the k best candidates of each user of the task; raise UserError for NaN scores."
-    check_fitted_on(recommender, split)
-    blocks = [torch.empty(0, k, dtype=torch.int64)]
-    block_size = max(1, budget // max(len(task.candidates), 1))
-    for users in task.users.split(block_size) if len(task.users) else ():
-        blocks.append(_top_k_block(recommender, split, task, users, k))
-    return torch.cat(blocks)
-
-# %% ../nbs/06_evaluation.ipynb #aaf2a1b6
-def hit_matrix(
-    lists: torch.Tensor,  # int64 [n, k], item codes, -1 for an empty place
-    task: EvalTask,  # with the n users of the lists
-) -> tuple:  # hits: bool [n, k]; number of relevant items: int64 [n]
-    "Mark the listed items that are relevant, and count the relevant items of each user."
-    user, item = (to_index(task.ground_truth[c]) for c in ("user", "item"))
-    # a pair becomes one number, so that isin compares pairs
-    n_codes = int(torch.cat([item, lists.flatten(), item.new_zeros(1)]).max()) + 1
-    listed_pairs = task.users[:, None] * n_codes + lists
-    hits = torch.isin(listed_pairs, user * n_codes + item) & (lists >= 0)
-    row = torch.searchsorted(task.users, user)
-    return hits, torch.bincount(row, minlength=len(task.users))
-
-# %% ../nbs/06_evaluation.ipynb #27e5a383
-def diversity(
-    lists: torch.Tensor,  # int64 [n, k], item codes, -1 for an empty place
-    category: torch.Tensor,  # int64 [items], -1 where unknown
-) -> torch.Tensor:  # float64 [n], NaN for lists without a pair of known categories
-    "Return 1 - share of item pairs with the same category (Smyth and McClave, 2001). AAB: 2/3."
-    listed = torch.where(lists < 0, -1, category[lists.clamp(min=0)]).sort(dim=1)[0]
-    known = (listed >= 0).sum(1).double()
-    # in a sorted row: the distance to the first equal one is the number of equal ones to the left
-    first_equal = torch.searchsorted(listed, listed)
-    same_pairs = ((torch.arange(listed.shape[1]) - first_equal) * (listed >= 0)).sum(1)
-    return 1 - same_pairs / (known * (known - 1) / 2)
-
-# %% ../nbs/06_evaluation.ipynb #ee4e7770
-def _item_prices(items: pl.DataFrame) -> Optional[torch.Tensor]:  # float64 [items]; None: no prices
-    if "price" not in items.columns or not items["price"].dtype.is_numeric():
-        return None
-    price = torch.tensor(items["price"].cast(pl.Float64).fill_null(0).to_numpy())
-    return price if price.any() else None
-
-# %% ../nbs/06_evaluation.ipynb #2ed12fa4
-def beyond_accuracy(
-    lists: torch.Tensor,  # int64 [n, k], item codes, -1 for an empty place
-    hits: torch.Tensor,  # bool [n, k]
-    task: EvalTask,  # with the n users of the lists
-    split: Split,  # three parts
-) -> dict:  # name: float64 [n], NaN where it does not apply
-    "Compute novelty, popularity lift and, where the data allow, diversity and revenue of lists."
-    k = lists.shape[1]
-    listed = lists >= 0
-    item = lists.clamp(min=0)
-    pairs = split.train.select("user", "item").unique()
-    count = torch.bincount(to_index(pairs["item"]), minlength=len(split.items)).double()
-
-    def mean(values):
-        return (values * listed).sum(1) / listed.sum(1)
-
-    # an item without users counts as one with a single user
-    information = -(count.clamp(min=1) / max(split.n_train_users, 1)).log2()
-    history = task.history.select(task.users)
-    count_in_history = torch.zeros(len(lists), dtype=torch.float64).index_add(
-        0, history.user_index, count[history.item]
-    )
-    history_popularity = count_in_history / history.indptr.diff()
-    results = {
-        f"Novelty@{k}": mean(information[item]),
-        f"PopularityLift@{k}": (mean(count[item]) - history_popularity)
-        / history_popularity.nanmean(),
-    }
-    category = category_codes(split.items)[0] - 1  # unknown: code 0 becomes -1
-    if (category >= 0).any():
-        results[f"Diversity@{k}"] = diversity(lists, category)
-    price = _item_prices(split.items)
-    if price is not None:
-        results[f"Revenue@{k}"] = (price[item] * hits).sum(1)
-    return results
-
-# %% ../nbs/06_evaluation.ipynb #7e2d46a6
-@dataclass(frozen=True)
-class UserResults:
-    "Top-k lists of one model and their metrics for each user."
-
-    users: pl.DataFrame  # user (code), warm, n_seen, n_relevant, n_candidates, and the metrics
-    lists: torch.Tensor  # int64 [n, longest k], item codes, -1 for an empty place
-    task: EvalTask  # with the counts of the excluded users and pairs
-
-# %% ../nbs/06_evaluation.ipynb #ef762942
-def count_candidates(
-    split: Split,
-    task: EvalTask,
-    history: History,  # of the task's users
-) -> torch.Tensor:  # int64 [n], candidates that are not masked
-    n_masked = torch.zeros(len(task.users))
-    if split.protocol.mask_seen:
-        is_candidate = torch.zeros(len(split.items)).index_fill(0, task.candidates, 1)
-        n_masked = history.to_sparse(len(split.items)).float() @ is_candidate
-    return (len(task.candidates) - n_masked).long()
-
 # %% ../nbs/06_evaluation.ipynb #71d05516
 def eval_ranking(
     recommender: Recommender,  # fitted on the training rows of the split
@@ -412,24 +181,6 @@ def expected_random_ndcg(
     random_gain = n_relevant / n_candidates * gain[np.minimum(k, n_candidates)]
     return random_gain / gain[np.minimum(k, n_relevant)]
 
-# %% ../nbs/06_evaluation.ipynb #7036263b
-def predict_in_batches(
-    recommender: Recommender,
-    split: Split,
-    history: History,  # of all users of the split
-    rows: pl.DataFrame,  # user, item (codes)
-    batch_size: int,
-) -> torch.Tensor:  # float64 [rows]
-    user, item = (to_index(rows[c]) for c in ("user", "item"))
-    predicted = [torch.empty(0, dtype=torch.float64)]
-    for users, items in zip(user.split(batch_size), item.split(batch_size)):
-        if not len(users):
-            continue
-        use_history = split.protocol.history_source == "seen"
-        query_history = history.select(users) if use_history else None
-        predicted.append(recommender.predict(users, items, query_history).double().cpu())
-    return torch.cat(predicted)
-
 # %% ../nbs/06_evaluation.ipynb #3e8a790f
 def eval_ratings(
     recommender: Recommender,  # fitted on the training rows of the split
@@ -457,265 +208,6 @@ def eval_ratings(
         warm_item=pl.col("item").is_in(rows_before["item"].unique().implode()),
         **{name: METRICS[name].function(error) for name in RATING_METRICS},
     )
-
-# %% ../nbs/06_evaluation.ipynb #e27b580f
-def bootstrap_weights(
-    n: int,  # number of users
-    n_resamples: int = 1000,  # bootstrap samples
-    seed: int = 0,  # equal seeds give equal samples, for every model
-    width: int = 1,  # numbers computed from each sample; wider means smaller blocks
-):  # yields float64 [b, n]: how often each user is in each of b samples
-    "Draw users with replacement; yield the samples as counts, in blocks."
-    rng = np.random.default_rng(seed)
-    block_size = max(1, 2**24 // max(n, width))
-    for start in range(0, n_resamples, block_size):
-        b = min(block_size, n_resamples - start)
-        user = rng.integers(n, size=(b, n)) + n * np.arange(b)[:, None]
-        yield np.bincount(user.ravel(), minlength=b * n).reshape(b, n).astype(np.float64)
-
-# %% ../nbs/06_evaluation.ipynb #2243043c
-def _with_three_axes(values: np.ndarray) -> np.ndarray:  # float64 [seeds, users, metrics]
-    values = np.asarray(values, np.float64)
-    if values.ndim == 1:
-        return values.reshape(1, -1, 1)
-    return values.reshape(values.shape + (1,) * (3 - values.ndim))
-
-# %% ../nbs/06_evaluation.ipynb #f422afa0
-def resample(
-    totals: np.ndarray,  # [users], [seeds, users] or [seeds, users, metrics]: sums of each user
-    counts: Optional[np.ndarray] = None,  # the same shape: terms in each sum; default: one each
-    take_sqrt: Union[bool, np.ndarray] = False,  # take the root (RMSE); one for all, or [metrics]
-    n_resamples: int = 1000,  # samples of users, and of seeds where there are several
-    seed: int = 0,  # of the samples
-) -> tuple:  # value [metrics], and its bootstrap samples [n_resamples, metrics]
-    "Compute sum / count over users, mean over seeds, for the data and for bootstrap samples."
-    totals = _with_three_axes(totals)
-    if counts is None:
-        counts = np.ones_like(totals)
-    else:
-        counts = np.broadcast_to(_with_three_axes(counts), totals.shape)
-    n_seeds, n, n_metrics = totals.shape
-    flat = np.concatenate([totals, counts]).transpose(1, 0, 2).reshape(n, -1)
-
-    def ratio(weights):
-        sums = (weights @ flat).reshape(len(weights), 2, n_seeds, n_metrics)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            value = sums[:, 0] / sums[:, 1]
-        return np.where(take_sqrt, np.sqrt(np.maximum(value, 0)), value)
-
-    blocks = bootstrap_weights(n, n_resamples, seed, 2 * n_seeds * n_metrics)
-    samples = np.concatenate([ratio(weights) for weights in blocks])
-    rng = np.random.default_rng([seed, n_seeds])
-    equal = np.full(n_seeds, 1 / n_seeds)
-    seed_weights = rng.multinomial(n_seeds, equal, n_resamples) / n_seeds
-    value = ratio(np.ones((1, n)))[0].mean(0)
-    return value, (samples * seed_weights[:, :, None]).sum(1)
-
-# %% ../nbs/06_evaluation.ipynb #2aae095b
-MIN_USERS_FOR_CI = 5  # with fewer users, a table gives no interval
-
-# %% ../nbs/06_evaluation.ipynb #6abcfaf6
-def percentile_ci(
-    samples: np.ndarray,  # [n_resamples, metrics]
-) -> tuple:  # lo, hi: [metrics]
-    "Return the middle 95 % of bootstrap samples; samples that are NaN are left out."
-    usable = ~np.isnan(samples).all(0)
-    ends = np.full((2, samples.shape[1]), np.nan)
-    ends[:, usable] = np.nanquantile(samples[:, usable], [0.025, 0.975], axis=0)
-    return ends[0], ends[1]
-
-
-def bootstrap(
-    totals: np.ndarray,  # [users], [seeds, users] or [seeds, users, metrics]: sums of each user
-    counts: Optional[np.ndarray] = None,  # the same shape: terms in each sum; default: one each
-    **resample_kwargs,  # take_sqrt, n_resamples, seed: of `resample`
-) -> tuple:  # value, lo, hi: [metrics]
-    "Compute a metric and its 95 % interval over users, and over seeds where there are several."
-    value, samples = resample(totals, counts, **resample_kwargs)
-    return value, *percentile_ci(samples)
-
-# %% ../nbs/06_evaluation.ipynb #6e416255
-def paired_bootstrap(
-    totals: np.ndarray,  # of the model: [users], [seeds, users] or [seeds, users, metrics]
-    versus: np.ndarray,  # of the other model: the same users in the same order; any number of seeds
-    counts: Optional[np.ndarray] = None,  # terms in each sum, for the model
-    versus_counts: Optional[np.ndarray] = None,  # terms in each sum, for the other model
-    **resample_kwargs,  # take_sqrt, n_resamples, seed: of `resample`
-) -> tuple:  # difference, lo, hi, p: [metrics]
-    "Compute model minus other on the same samples, its 95 % interval and two-sided p-value."
-    value, samples = resample(totals, counts, **resample_kwargs)
-    versus_value, versus_samples = resample(versus, versus_counts, **resample_kwargs)
-    difference = samples - versus_samples
-    smaller_side = np.minimum((difference <= 0).sum(0), (difference >= 0).sum(0))
-    p = np.minimum(1, 2 * (smaller_side + 1) / (len(samples) + 1))
-    return value - versus_value, *percentile_ci(difference), p
-
-# %% ../nbs/06_evaluation.ipynb #5270c4cd
-def holm(
-    p_values: np.ndarray,  # [tests]
-) -> np.ndarray:  # [tests], to be compared with the level of a single test
-    "Correct the p-values of several tests (Holm, 1979). (.01, .04, .03): (.03, .06, .06)."
-    p_values = np.asarray(p_values, np.float64)
-    order = p_values.argsort()
-    n_remaining = len(p_values) - np.arange(len(p_values))
-    corrected = np.maximum.accumulate(p_values[order] * n_remaining).clip(max=1)
-    return corrected[order.argsort()]
-
-# %% ../nbs/06_evaluation.ipynb #f856dc65
-def exposure_gini(
-    exposure: np.ndarray,  # [..., m], how often each candidate is listed
-) -> np.ndarray:  # [...], 0: all items alike, towards 1: one item has all
-    "Return the Gini index of exposure. (0, 1): 1/2."
-    ordered = np.sort(exposure, axis=-1)
-    m = exposure.shape[-1]
-    return ((2 * np.arange(1, m + 1) - m - 1) * ordered).sum(-1) / (m * ordered.sum(-1))
-
-
-def _exposure_matrix(
-    lists: torch.Tensor,
-    candidates: torch.Tensor,
-) -> csr_matrix:  # 0/1 [lists, candidates]
-    n_columns = int(candidates.max()) + 1
-    column = torch.full((n_columns,), -1)
-    column = column.index_put((candidates,), torch.arange(len(candidates)))
-    row, rank = (lists >= 0).nonzero(as_tuple=True)
-    places = (row.numpy(), column[lists[row, rank]].numpy())
-    return csr_matrix((np.ones(len(row)), places), (len(lists), len(candidates)))
-
-# %% ../nbs/06_evaluation.ipynb #7c4910e2
-def catalog_metrics(
-    lists: torch.Tensor,  # int64 [n, k], item codes, -1 for an empty place
-    candidates: torch.Tensor,  # int64 [m], item codes
-    n_resamples: int = 200,  # bootstrap samples of users
-    seed: int = 0,  # of the bootstrap
-) -> pl.DataFrame:  # metric, value, lo, hi, n
-    "Compute coverage and Gini of all lists, with intervals of ±1.96 bootstrap deviations."
-    n, k = lists.shape
-    exposure = _exposure_matrix(lists, candidates)
-
-    def coverage_and_gini(weights):
-        weighted = weights @ exposure
-        return np.stack([(weighted > 0).mean(1), exposure_gini(weighted)], axis=1)
-
-    value = coverage_and_gini(np.ones((1, n)))[0]
-    margin = np.nan
-    if n >= MIN_USERS_FOR_CI:
-        blocks = bootstrap_weights(n, n_resamples, seed, len(candidates))
-        margin = 1.96 * np.concatenate([coverage_and_gini(weights) for weights in blocks]).std(0)
-    columns = {
-        "metric": [f"Coverage@{k}", f"Gini@{k}"],
-        "value": value,
-        "lo": (value - margin).clip(0, 1),
-        "hi": (value + margin).clip(0, 1),
-        "n": [n, n],
-    }
-    return pl.DataFrame(columns).fill_nan(None)
-
-# %% ../nbs/06_evaluation.ipynb #22582cd8
-EMPTY_RESULTS = pl.DataFrame(
-    schema={c: METRIC_SCHEMA[c] for c in ("users", "metric", "value", "lo", "hi", "n")}
-)
-USER_GROUPS = {"all": pl.lit(True), "warm": pl.col("warm"), "cold": ~pl.col("warm")}
-
-# %% ../nbs/06_evaluation.ipynb #4bf82776
-def per_user_sums(
-    frames: list,  # one for each seed: `user`, and a column per metric; several rows per user are fine
-    metrics: list,  # column names
-) -> tuple:  # users; sums and counts, both float64 [seeds, users, metrics]
-    "Sum each metric over the rows of each user; raise UserError where the users differ by seed."
-    tables = []
-    for frame in frames:
-        sums = frame.group_by("user").agg(
-            pl.col(metrics).sum(), pl.col(metrics).count().name.suffix(" n")
-        )
-        tables.append(sums.sort("user"))
-
-    def stack(names):
-        return np.stack([t.select(names).to_numpy().astype(np.float64) for t in tables])
-
-    users = tables[0]["user"]
-    if not all(t["user"].equals(users) for t in tables):
-        raise UserError("results can only be pooled over seeds where the users are the same")
-    return users, stack(metrics), stack([f"{m} n" for m in metrics])
-
-# %% ../nbs/06_evaluation.ipynb #69d3c875
-def _aggregate_group(
-    frames: list,  # one for each seed, the rows of one group
-    reference: Optional[list],  # the same of another model
-    metrics: list,
-    resample_kwargs: dict,
-) -> Optional[pl.DataFrame]:  # metric, value, lo, hi, n (p); None for a group without users
-    users, sums, counts = per_user_sums(frames, metrics)
-    if not len(users):
-        return None
-    resample_kwargs = resample_kwargs | {"take_sqrt": np.array([m == "RMSE" for m in metrics])}
-    if reference is None:
-        names = ("value", "lo", "hi")
-        values = bootstrap(sums, counts, **resample_kwargs)
-    else:
-        names = ("value", "lo", "hi", "p")
-        other_users, other_sums, other_counts = per_user_sums(reference, metrics)
-        if not users.equals(other_users):
-            raise UserError("two models can only be compared on the same users")
-        values = paired_bootstrap(sums, other_sums, counts, other_counts, **resample_kwargs)
-    too_few = (counts[0] > 0).sum(0) < MIN_USERS_FOR_CI
-    columns = {"metric": metrics}
-    for name, column in zip(names, values):
-        columns[name] = np.where(too_few & (name != "value"), np.nan, column)
-    columns["n"] = counts[0].sum(0).astype(np.int64)
-    return pl.DataFrame(columns).fill_nan(None)
-
-# %% ../nbs/06_evaluation.ipynb #7c3fa70e
-def aggregate(
-    frames: list,  # one for each seed: `user`, `warm`, and a column per metric
-    metrics: list,  # column names
-    groups: Optional[dict] = None,  # name: filter expression; default: all, warm and cold users
-    reference: Optional[list] = None,  # tables of another model: values become paired differences
-    **resample_kwargs,  # n_resamples, seed: of `resample`
-) -> pl.DataFrame:  # users, metric, value, lo, hi, n (p, where there is a reference)
-    "Compute metrics, or differences to a reference, with intervals for each group of rows."
-    tables = []
-    for name, rows in (USER_GROUPS if groups is None else groups).items():
-        table = _aggregate_group(
-            [f.filter(rows) for f in frames],
-            None if reference is None else [f.filter(rows) for f in reference],
-            metrics,
-            resample_kwargs,
-        )
-        if table is not None:
-            tables.append(table.select(pl.lit(name).alias("users"), pl.all()))
-    return pl.concat(tables).filter(pl.col("n") > 0) if tables else EMPTY_RESULTS
-
-# %% ../nbs/06_evaluation.ipynb #4b8cc699
-def format_ci(
-    value: float,  # a metric or a difference
-    lo: Optional[float] = None,  # lower end of its interval; None: no interval
-    hi: Optional[float] = None,  # upper end
-    sign: str = "",  # "+" for differences
-    digits: int = 4,  # decimals
-) -> str:  # such as "0.50 [0.25, 0.75]"
-    "Format a value with its interval."
-
-    def number(x):
-        return f"{round(x, digits) + 0.0:{sign}.{digits}f}"  # + 0.0: no -0.000
-
-    if lo is None:
-        return number(value)
-    return f"{number(value)} [{number(lo)}, {number(hi)}]"
-
-# %% ../nbs/06_evaluation.ipynb #0615fd5c
-def catalog_by_group(
-    results: UserResults,  # the lists of one model
-) -> pl.DataFrame:  # users, metric, value, lo, hi, n
-    "Compute coverage and Gini of the lists of all, warm and cold users."
-    tables = [EMPTY_RESULTS]
-    for name, rows in USER_GROUPS.items():
-        in_group = results.users.with_columns(in_group=rows)["in_group"].to_numpy()
-        in_group = torch.from_numpy(in_group)
-        if in_group.any():
-            table = catalog_metrics(results.lists[in_group], results.task.candidates)
-            tables.append(table.select(pl.lit(name).alias("users"), pl.all()))
-    return pl.concat(tables)
 
 # %% ../nbs/06_evaluation.ipynb #d2b3cb6c
 def evaluate_once(
@@ -814,25 +306,6 @@ def gain_over_random(
 
 # %% ../nbs/06_evaluation.ipynb #0eb88e39
 CURVE_KS = (1, 2, 3, 5, 10, 20)
-
-# %% ../nbs/06_evaluation.ipynb #d7ecd231
-def label_fold_and_seed(
-    frame: pl.DataFrame,  # any table of results
-    fold: Optional[int],  # fold of the rolling protocol; None: over several
-    seed: Optional[int],  # None: over several
-) -> pl.DataFrame:  # the table with columns cut and seed
-    "Add the fold (column `cut`) and the seed to a table of results."
-    return frame.with_columns(cut=pl.lit(fold, pl.Int64), seed=pl.lit(seed, pl.Int64))
-
-
-def user_codes_to_ids(
-    frame: pl.DataFrame,  # with a column of user codes; others are returned unchanged
-    split: Split,  # whose codes they are
-) -> pl.DataFrame:  # the same, with user ids
-    "Replace the user codes of a table by user ids, which are the same in every fold."
-    if "user" not in frame.columns:
-        return frame
-    return frame.with_columns(user=split.users["user"].gather(frame["user"]))
 
 # %% ../nbs/06_evaluation.ipynb #4f6a92d7
 def _split_by_seed(frame: pl.DataFrame, seeds: list) -> list:

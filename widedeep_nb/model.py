@@ -5,32 +5,15 @@
 # %% auto #0
 __all__ = ['WideDeepNet']
 
-# %% ../nbs/04_model.ipynb #13503e40
+# %% ../nbs/04_model.ipynb #439508a7
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
-import polars as pl
 import torch
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from torch import nn
 
-from widedeep_nb.core import (
-    COLORS,
-    History,
-    check_choice,
-    display_md,
-    open_run,
-    set_theme,
-    show_figure,
-)
-from widedeep_nb.preprocessing import (
-    Batch,
-    build_batch,
-    build_feature_state,
-    category_codes,
-    feature_names,
-    preprocess,
-)
+# %% ../nbs/04_model.ipynb #8292982a
+from .lib.core import check_choice
+from .lib.features import Batch, feature_names
 
 # %% ../nbs/04_model.ipynb #01ad6c59
 N_BUCKETS = 8  # values of `log2_bucket`
@@ -217,93 +200,3 @@ class WideDeepNet(nn.Module):
         share = ((x.mean - low) / width).clamp(0.02, 0.98)
         slope = width * share * (1 - share)  # of the sigmoid at the mean
         return low + width * torch.sigmoid(torch.logit(share) + z / slope)
-
-# %% ../nbs/04_model.ipynb #8f00d20a
-def weight_kind(
-    branch: str,  # "wide" or "deep"
-    module: str,  # attribute of the branch that holds the weights
-) -> str:  # for tables and figures
-    "Return the name of a group of weights."
-    if module in ("user", "item", "category"):
-        return "tables of ids"
-    if module == "cross":
-        return "cross-products"
-    return "weights of features" if branch == "wide" else "network"
-
-# %% ../nbs/04_model.ipynb #9597be2b
-def parameter_counts(
-    net: nn.Module,  # a WideDeepNet
-) -> pl.DataFrame:  # branch, part, weights
-    "Count the weights of each part of the model."
-    rows = []
-    for name, parameter in net.named_parameters():
-        branch, module = name.split(".")[:2]
-        rows.append((branch, weight_kind(branch, module), parameter.numel()))
-    return (
-        pl.DataFrame(rows, schema=["branch", "part", "weights"], orient="row")
-        .group_by("branch", "part", maintain_order=True)
-        .sum()
-    )
-
-# %% ../nbs/04_model.ipynb #030a9cbf
-def draw_box(
-    ax: plt.Axes,  # axes to draw on
-    corner: tuple,  # x and y of the lower left corner
-    width: float,  # of the box
-    texts: tuple,  # name (bold) and a line below it
-    color: str,  # of border and background
-) -> float:  # x of the middle
-    "Draw a box with two lines of text."
-    x, y = corner
-    middle = x + width / 2
-    style = dict(boxstyle="round,pad=.08", facecolor=color, alpha=0.16, edgecolor=color)
-    ax.add_patch(FancyBboxPatch(corner, width, 1.2, **style))
-    centered = dict(ha="center", va="center")
-    ax.text(middle, y + 0.78, texts[0], fontsize=10, weight="bold", **centered)
-    ax.text(middle, y + 0.3, texts[1], fontsize=8.75, **centered)
-    return middle
-
-# %% ../nbs/04_model.ipynb #b62eee6d
-def draw_arrow(
-    ax: plt.Axes,  # axes to draw on
-    start: tuple,  # x and y
-    end: tuple,  # x and y
-    color: str,  # of line and head
-):
-    "Draw an arrow."
-    style = dict(arrowstyle="-|>", mutation_scale=8, lw=1.2, color=color, shrinkA=2, shrinkB=4)
-    ax.add_patch(FancyArrowPatch(start, end, **style))
-
-# %% ../nbs/04_model.ipynb #6d20c7fa
-def plot_architecture(
-    counts: pl.DataFrame,  # from `parameter_counts`
-) -> plt.Figure:
-    "Draw the model as boxes and arrows, with the number of weights in each."
-    size = {(branch, part): f"{n:,} weights" for branch, part, n in counts.rows()}
-    fig, ax = plt.subplots(figsize=(5.2, 3.4))
-    ax.set(xlim=(0, 10), ylim=(0, 8))
-    ax.axis("off")
-    wide_color, deep_color, input_color = COLORS["wide"], COLORS["deep"], COLORS["baseline"]
-
-    feature_text = ("features", "user, item, category")
-    features = draw_box(ax, (0.1, 0.2), 2.9, feature_text, input_color)
-    ids = draw_box(ax, (3.5, 0.2), 2.9, ("ids", "some masked"), input_color)
-    cross_text = ("cross features", "user × category, …")
-    crosses = draw_box(ax, (6.9, 0.2), 2.9, cross_text, input_color)
-    wide_text = ("wide: a sum of weights", size["wide", "cross-products"])
-    wide = draw_box(ax, (5.3, 3.1), 4.5, wide_text, wide_color)
-    embedding_text = ("embeddings", size["deep", "tables of ids"])
-    embeddings = draw_box(ax, (2.3, 2.5), 2.5, embedding_text, deep_color)
-    network_text = ("ReLU network", size["deep", "network"])
-    network = draw_box(ax, (0.2, 4.6), 4.6, network_text, deep_color)
-    output_text = ("mean + wide + deep", "rating, linear or sigmoid")
-    output = draw_box(ax, (3.0, 6.6), 4.0, output_text, COLORS["hybrid"])
-
-    draw_arrow(ax, (ids, 1.5), (embeddings, 2.4), deep_color)
-    draw_arrow(ax, (features - 0.4, 1.5), (features - 0.4, 4.5), deep_color)
-    for x in (features, ids, crosses):
-        draw_arrow(ax, (x, 1.5), (wide, 3.0), wide_color)
-    draw_arrow(ax, (embeddings, 3.8), (embeddings, 4.5), deep_color)
-    draw_arrow(ax, (network, 5.9), (output - 0.6, 6.5), deep_color)
-    draw_arrow(ax, (wide, 4.4), (output + 0.6, 6.5), wide_color)
-    return fig
