@@ -18,6 +18,7 @@ from widedeep_nb.hybrid import build_hybrid, load_or_make_plan
 from widedeep_nb.leaderboard import build_leaderboard, cost_table, leaderboard_table
 from widedeep_nb.lib import comparison, final_fits
 from widedeep_nb.lib.core import UserError
+from widedeep_nb.lib.display import join_names
 from widedeep_nb.lib.final_fits import count_params, drop_component, track_resources
 from widedeep_nb.lib.leaderboard_plots import (
     describe_ablation,
@@ -34,7 +35,6 @@ from widedeep_nb.lib.recommender import (
 from widedeep_nb.lib.runs import Run
 from widedeep_nb.lib.verdict import (
     describe_rating_sort,
-    join_names,
     paired_comparisons,
     rank_models,
     statistical_ties,

@@ -10,16 +10,16 @@ __all__ = ['survival_function', 'show_survival_curves', 'lorenz_curve', 'gini_co
 # %% ../nbs/02_eda.ipynb #0570463e
 import math
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import polars as pl
-from matplotlib.ticker import FuncFormatter, PercentFormatter
 from scipy.integrate import trapezoid
+
+from .lib.display import plt, ticker
 
 # %% ../nbs/02_eda.ipynb #dbc0f74c
 from .data import ingest
-from .lib.display import COLORS, display_md, show_figure
+from .lib.display import COLORS, display_md, percent, pluralize, show_figure
 from widedeep_nb.lib.log_plots import (
     activity_sentence,
     correlation_title,
@@ -32,11 +32,9 @@ from widedeep_nb.lib.log_plots import (
     head_label,
     log_findings,
     new_figure,
-    percent,
     period_label,
     plot_correlations,
     plot_growth,
-    pluralize,
     popularity_sentence,
     row_label,
     survival_caption,
@@ -63,7 +61,7 @@ def survival_function(
 
 # %% ../nbs/02_eda.ipynb #dd2c58f8
 def plot_survival_function(
-    ax: plt.Axes,  # axes to draw on
+    ax: "plt.Axes",  # axes to draw on
     counts: pl.Series,  # rows of each user or item
 ):
     "Draw a survival function on logarithmic axes, with the median marked."
@@ -104,7 +102,7 @@ def show_survival_curves(
         ax.set_xlabel(f"{unit} of {label} (n, log)")
         ax.set_title(pluralize(len(counts), noun), fontweight="normal", fontsize=10.5)
     axes[0].set(ylabel="share with at least n (log)")
-    axes[0].yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+    axes[0].yaxis.set_major_formatter(ticker.FuncFormatter(lambda share, _: f"{100 * share:g} %"))
     show_figure(
         fig,
         "fig-tails",
@@ -165,8 +163,8 @@ def show_lorenz_curves(
         ax.plot(curve["ids"], curve["ratings"], color=color, ls=style, lw=width, label=label)
     # the curves may be almost equal; above the diagonal there is always space
     ax.legend(loc="upper left", handlelength=2.4, borderaxespad=0.2)
-    format_axis(ax.xaxis, 5, PercentFormatter(1, 0))
-    format_axis(ax.yaxis, 5, PercentFormatter(1, 0))
+    format_axis(ax.xaxis, 5, ticker.PercentFormatter(1, 0))
+    format_axis(ax.yaxis, 5, ticker.PercentFormatter(1, 0))
     ax.set(
         xlabel="share of items or users, least active first",
         ylabel=f"share of {unit}",

@@ -6,9 +6,10 @@
 __all__ = ['describe_cold_items', 'describe_exposure']
 
 # %% ../../nbs/lib/cold_start_plots.ipynb #0e34b19c
-import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
+
+from .display import plt
 
 # %% ../../nbs/lib/cold_start_plots.ipynb #48faa403
 from .display import COLORS
@@ -104,7 +105,7 @@ def _label_line_ends(ax, ends, x):
 # %% ../../nbs/lib/cold_start_plots.ipynb #2cb1ac5a
 def plot_metric_by_n_events(
     rows: pl.DataFrame,  # model, events, value, lo, hi
-) -> plt.Figure:  # one line per model; the hybrid's with its interval
+) -> "plt.Figure":  # one line per model; the hybrid's with its interval
     "Plot NDCG@20 against the number of events shown to the model."
     fig, ax = plt.subplots(figsize=(5.2, 3.2))
     counts = sorted(rows["events"].unique())
@@ -163,7 +164,7 @@ def _plot_dots(ax, rows, colors):
 # %% ../../nbs/lib/cold_start_plots.ipynb #f0f9e71a
 def plot_cold_items(
     rows: list,  # `new` of newcomers.json
-) -> plt.Figure:  # one panel per scenario
+) -> "plt.Figure":  # one panel per scenario
     "Plot NDCG@20 among cold-start items with intervals, best model at the top."
     scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
     names = {"content": "wide", "content-towers": "deep", "oracle": "ink"}
@@ -232,7 +233,7 @@ def _plot_group(ax, y, rows):
 # %% ../../nbs/lib/cold_start_plots.ipynb #49967234
 def plot_metric_by_group(
     rows: pl.DataFrame,  # by, group, model, value, lo, hi, n
-) -> plt.Figure:  # one line per group; dots: the hybrid, and popularity in gray
+) -> "plt.Figure":  # one line per group; dots: the hybrid, and popularity in gray
     "Plot NDCG@20 with intervals for every user group."
     groups = rows.select("by", "group", "n").unique(["by", "group"], maintain_order=True)
     n_lines = len(groups) + groups["by"].n_unique()
@@ -266,7 +267,7 @@ def _exposure_style(source):
 # %% ../../nbs/lib/cold_start_plots.ipynb #ff37ca13
 def plot_exposure(
     rows: pl.DataFrame,  # by, group, source, share
-) -> plt.Figure:  # one line per group, one marker per source
+) -> "plt.Figure":  # one line per group, one marker per source
     "Plot the share of every item group in interactions and in recommendations."
     groups = rows.select("by", "group").unique(maintain_order=True).rows()
     fig, ax = plt.subplots(figsize=(5.2, 1.0 + 0.34 * len(groups)))

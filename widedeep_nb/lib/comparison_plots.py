@@ -8,10 +8,10 @@ __all__ = ['model_color', 'draw_interval', 'plot_intervals', 'model_choice_text'
 # %% ../../nbs/lib/comparison_plots.ipynb #4871b36f
 from typing import Iterable, Optional
 
-import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
-from matplotlib.colors import to_rgba
+
+from .display import colors, plt
 
 # %% ../../nbs/lib/comparison_plots.ipynb #f8fea232
 from ..evaluation import higher_is_better
@@ -31,7 +31,7 @@ def model_color(
 
 # %% ../../nbs/lib/comparison_plots.ipynb #2a08c985
 def draw_interval(
-    ax: plt.Axes,  # to draw on
+    ax: "plt.Axes",  # to draw on
     y: float,  # position
     interval: tuple,  # value, lo, hi; lo and hi are None where there is no interval
     color: str,  # of dot, line and text
@@ -60,7 +60,7 @@ def plot_intervals(
     metric: str,  # axis label
     baseline_value: Optional[float] = None,  # drawn as a dotted line
     failed: Iterable[str] = (),  # models shown in red
-) -> plt.Figure:  # a dot and an interval per model
+) -> "plt.Figure":  # a dot and an interval per model
     "Plot the metric of each model with its interval."
     fig, ax = plt.subplots(figsize=(5.2, 0.7 + 0.3 * len(rows)))
     colors = [model_color(model, model in failed) for model in rows["model"]]
@@ -176,7 +176,7 @@ def plot_quality_vs_cost(
     rows: pl.DataFrame,  # model, value, lo, hi, seconds
     metric: str,  # axis label; higher is better
     highlight: str = "wide-deep",  # a model that is always named
-) -> plt.Figure:
+) -> "plt.Figure":
     "Plot a metric against seconds; name the best model, `cheapest_near_best` and `highlight`."
     rows = rows.sort("seconds")
     middle = (rows["seconds"].min() * rows["seconds"].max()) ** 0.5
@@ -207,7 +207,7 @@ def plot_quality_vs_cost(
 # %% ../../nbs/lib/comparison_plots.ipynb #19bdfbec
 def plot_rank_correlation(
     tau: pl.DataFrame,  # of `rank_correlation`
-) -> plt.Figure:  # a lower triangle of labeled squares: gray for agreement, red for reversal
+) -> "plt.Figure":  # a lower triangle of labeled squares: gray for agreement, red for reversal
     "Plot the rank correlation of each pair of protocols."
     names = list(dict.fromkeys([*tau["one"], *tau["other"]]))
     position = {name: i for i, name in enumerate(names)}
@@ -219,7 +219,7 @@ def plot_rank_correlation(
         value = grid[row, column]
         # strength is opacity, so that the text is readable on light and on dark pages
         color = COLORS["alarm" if value < 0 else "baseline"]
-        face = to_rgba(color, 0.1 + 0.45 * abs(value))
+        face = colors.to_rgba(color, 0.1 + 0.45 * abs(value))
         ax.add_patch(plt.Rectangle((column + 0.02, row - 0.98), 0.96, 0.96, color=face, lw=0))
         ax.text(column + 0.5, row - 0.5, f"{round(value, 2) + 0:+.2f}", ha="center", va="center")
     n = len(names) - 1

@@ -17,10 +17,11 @@ from pathlib import Path
 from string import Template
 from typing import NamedTuple, Optional
 
-import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 from prometheus_client.parser import text_string_to_metric_families
+
+from .display import plt
 
 # %% ../../nbs/lib/dashboard.ipynb #a0509b68
 from ..data import load
@@ -55,7 +56,7 @@ class Panel(NamedTuple):
     status: str  # "ok", "warn" or "none" (no data)
     summary: str  # what is observed
     expected: str  # what would be normal
-    figure: Optional[plt.Figure] = None  # optional figure
+    figure: Optional["plt.Figure"] = None  # optional figure
     alt: str = ""  # text alternative of the figure
     table: Optional[pl.DataFrame] = None  # optional table
 
@@ -236,7 +237,7 @@ def _format_hour(
 def _plot_traffic(
     hours: pl.DataFrame,  # from `hourly_counts`
     limits: Optional[tuple],  # usual range of lists per hour; None: not known yet
-) -> plt.Figure:
+) -> "plt.Figure":
     "Plot recommendations and events by hour."
     fig, ax = plt.subplots(figsize=(5.2, 2.2))
     for name, color, text_color, y in (
@@ -346,7 +347,7 @@ def _format_rate(
 def _plot_acceptance(
     days: pl.DataFrame,  # from `acceptance_rates`, by day
     usual: float,  # rate of the days before
-) -> plt.Figure:
+) -> "plt.Figure":
     "Plot the acceptance rate by day, with intervals and the mean of the days before."
     fig, ax = plt.subplots(figsize=(5.2, 2.2))
     color, days = COLORS["hybrid"], days.tail(30)

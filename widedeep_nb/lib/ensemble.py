@@ -13,12 +13,13 @@ import time
 from dataclasses import replace
 from typing import NamedTuple, Optional, Union
 
-import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
+
+from .display import plt
 
 # %% ../../nbs/lib/ensemble.ipynb #dce9fd72
 from .content_features import has_side_features
@@ -447,7 +448,7 @@ FAMILY_COLORS = {
 # %% ../../nbs/lib/ensemble.ipynb #769da557
 def plot_plan(
     rows: pl.DataFrame,  # from `mean_plan`
-) -> plt.Figure:  # one panel per task
+) -> "plt.Figure":  # one panel per task
     "Plot the weight of each component, colored by family."
     panels = [rows.filter(task=task) for task in PLAN_TITLES if task in rows["task"]]
     heights = [len(panel) + 1.5 for panel in panels]
@@ -511,7 +512,7 @@ def standalone_scores(
 # %% ../../nbs/lib/ensemble.ipynb #38f170ef
 def plot_standalone_scores(
     rows: pl.DataFrame,  # from `standalone_scores`
-) -> plt.Figure:
+) -> "plt.Figure":
     "Plot a dot for each component and for the ensemble."
     fig, ax = plt.subplots(figsize=(5.2, 0.7 + 0.27 * len(rows)))
     for y, (_, family, value) in enumerate(rows.rows()):

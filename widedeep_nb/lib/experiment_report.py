@@ -9,9 +9,10 @@ __all__ = ['calibration_table', 'describe_calibration', 'describe_experiment', '
 # %% ../../nbs/lib/experiment_report.ipynb #04a412b9
 import html
 
-import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
+
+from .display import plt
 
 # %% ../../nbs/lib/experiment_report.ipynb #cbbb6fbd
 from .ab_statistics import PRIMARY_OUTCOME, SRM_ALPHA, sample_size, statistical_power
@@ -186,7 +187,7 @@ def describe_experiment(
 # %% ../../nbs/lib/experiment_report.ipynb #20a1003c
 def plot_confidence_sequence(
     sequence: dict,  # "sequence" of the test
-) -> plt.Figure:
+) -> "plt.Figure":
     "Plot the confidence sequence of the primary outcome by number of users."
     fig, ax = plt.subplots(figsize=(5.2, 3.0))
     users, color = sequence["users"], COLORS["hybrid"]

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Callable, Optional
 
 import faiss
-import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 import psutil
 import torch
 import torch.nn.functional as F
-from matplotlib.ticker import LogLocator
+
+from .display import plt, ticker
 
 # %% ../../nbs/lib/export_measures.ipynb #009a64e9
 from ..evaluation import eval_ranking
@@ -206,7 +206,7 @@ def describe_export(
 def plot_export_metrics(
     rows: list,  # "metrics" of export.json
     sizes: dict,  # file name -> bytes
-) -> plt.Figure:
+) -> "plt.Figure":
     "Plot NDCG@20 of the ensemble and of each file, with confidence intervals."
     labels = ["whole ensemble"]
     labels += [f"{row['model']}\n{sizes[row['model']] / 1e6:.1f} MB" for row in rows[1:]]
@@ -234,7 +234,7 @@ def plot_latencies(
     times: dict,  # name -> milliseconds per list
     highlight: str,  # name in the hybrid's color
     target_ms: Optional[float] = None,  # target, a dashed line; None: no line
-) -> plt.Figure:
+) -> "plt.Figure":
     "Plot latencies as a row of dots per name, with the median and the 99th percentile."
     fig, ax = plt.subplots(figsize=(5.2, 0.8 + 0.6 * len(times)))
     rng = np.random.default_rng(0)
@@ -250,7 +250,7 @@ def plot_latencies(
         ax.axvline(target_ms, color=COLORS["alarm"], lw=1, ls="--")
     ax.set(xscale="log", ylim=(len(times) - 0.5, -0.5), xlabel="milliseconds per list (log scale)")
     ax.set_yticks(range(len(times)), labels, multialignment="right")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()
     ax.tick_params(axis="y", length=0)

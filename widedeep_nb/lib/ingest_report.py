@@ -11,8 +11,9 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Optional
 
-import matplotlib.pyplot as plt
 import polars as pl
+
+from .display import plt
 
 # %% ../../nbs/lib/ingest_report.ipynb #46e03306
 from .core import INTERACTION_SCHEMA, OPTIONAL_COLUMNS, UserError
@@ -183,7 +184,7 @@ def ingest_report(
 
 # %% ../../nbs/lib/ingest_report.ipynb #e30d907c
 def _plot_total(
-    ax: plt.Axes,  # for one bar
+    ax: "plt.Axes",  # for one bar
     report: dict,  # ingest.json
 ):
     "Draw one bar of all rows: kept, excluded and faulty."
@@ -200,7 +201,7 @@ def _plot_total(
 
 # %% ../../nbs/lib/ingest_report.ipynb #fe0aa0d1
 def _plot_reasons(
-    ax: plt.Axes,  # for a bar per reason
+    ax: "plt.Axes",  # for a bar per reason
     dropped: list,  # entries of ingest.json's `dropped` with rows
 ):
     "Draw a bar for each reason for leaving rows out."
@@ -220,7 +221,7 @@ def _plot_reasons(
 # %% ../../nbs/lib/ingest_report.ipynb #52bf14d7
 def plot_ingest(
     report: dict,  # ingest.json
-) -> plt.Figure:
+) -> "plt.Figure":
     "Plot the rows read, the rows kept, and the rows left out by reason."
     dropped = [d for d in report["dropped"] if d["rows"]]
     n = len(dropped)

@@ -12,10 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, Optional
 
-import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
-import seaborn as sns
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
@@ -23,6 +21,8 @@ from sklearn.decomposition import NMF
 from sklearn.linear_model import Ridge
 from torch import nn
 from tqdm.auto import tqdm
+
+from .display import plt, sns
 
 # %% ../../nbs/lib/item_vectors.ipynb #c0506b72
 from widedeep_nb.lib.content_features import (
@@ -494,7 +494,7 @@ def add_side_features(
 def plot_word_effects(
     effects: pl.DataFrame,  # word, stars, from the worst to the best
     n: int = 7,  # words at each end
-) -> plt.Figure:
+) -> "plt.Figure":
     "Plot the words that lower and raise ratings most."
     shown = effects if len(effects) <= 2 * n else pl.concat([effects[:n], effects[-n:]])
     colors = [COLORS["hybrid"] if stars > 0 else COLORS["alarm"] for stars in shown["stars"]]
@@ -508,7 +508,7 @@ def plot_word_effects(
 
 # %% ../../nbs/lib/item_vectors.ipynb #9c8da37f
 def _annotate_group(
-    ax: plt.Axes,  # gets a label
+    ax: "plt.Axes",  # gets a label
     points: np.ndarray,  # float [n, 2], of one group
     label: str,  # text
 ):
@@ -533,7 +533,7 @@ def plot_item_map(
     points: np.ndarray,  # float [n, 2]
     labels: list,  # [n], the category of each point
     max_colors: int = 6,  # categories with a color of their own
-) -> plt.Figure:
+) -> "plt.Figure":
     "Plot items as dots, the largest categories in color and named."
     fig, ax = plt.subplots(figsize=(5.2, 4.4))
     counts = pl.Series(labels).value_counts().sort("count", "", descending=[True, False])

@@ -7,18 +7,19 @@ __all__ = ['describe_tuning_gains', 'diagnose_curve', 'describe_fit', 'describe_
            'plot_forest_by_group', 'describe_ablation']
 
 # %% ../../nbs/lib/leaderboard_plots.ipynb #8f5a7d38
-import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
+
+from .display import plt
 
 # %% ../../nbs/lib/leaderboard_plots.ipynb #3eaf4c94
 from .comparison import ABLATIONS
 from .comparison_plots import model_color
-from .display import COLORS
+from .display import COLORS, join_names
 from .ensemble import best_epoch
 from .statistics import format_ci, holm
 from .tuning import RATING_METRIC
-from .verdict import is_better_when_high, join_names
+from .verdict import is_better_when_high
 from ..sequences import SEQUENCE_MODELS
 
 # %% ../../nbs/lib/leaderboard_plots.ipynb #de28004b
@@ -79,7 +80,7 @@ def _plot_gain(ax, y, name, default, best):
 def plot_tuning_gains(
     rows: pl.DataFrame,  # from `tuning_gains`
     baselines: dict,  # metric: score of the non-personalized baseline, a dotted line
-) -> plt.Figure:  # one panel per objective; one line per model, from default to best
+) -> "plt.Figure":  # one panel per objective; one line per model, from default to best
     "Plot the default and the best validation score of every model."
     metrics = rows["metric"].unique(maintain_order=True).to_list()
     heights = [1.2 + len(rows.filter(metric=metric)) for metric in metrics]
@@ -190,7 +191,7 @@ def _plot_curve(ax, name, curve, with_labels):
 def plot_learning_curves(
     curves: dict,  # model: one dict per epoch
     n_cols: int = 3,  # panels side by side
-) -> plt.Figure:  # one panel per model; each line is scaled to its own range
+) -> "plt.Figure":  # one panel per model; each line is scaled to its own range
     "Plot training loss, validation quality and best epoch of every model."
     n_rows = -(-len(curves) // n_cols)
     fig, axes = plt.subplots(n_rows, n_cols, figsize=(5.2, 0.5 + 1.25 * n_rows), squeeze=False)
@@ -261,7 +262,7 @@ def _label_difference(ax, y, value, lo, hi, color):
 def plot_forest(
     rows: pl.DataFrame,  # from `paired_comparisons`
     metric: str,  # their metric
-) -> plt.Figure:  # red: significantly better than the hybrid, gray: no significant difference
+) -> "plt.Figure":  # red: significantly better than the hybrid, gray: no significant difference
     "Plot paired differences from the hybrid with intervals, the largest wins at the top."
     fig, ax = plt.subplots(figsize=(5.2, 0.8 + 0.27 * len(rows)))
     ax.axvline(0, color=COLORS["baseline"], lw=0.8, ls=":")
@@ -288,7 +289,7 @@ def plot_forest(
 def plot_forest_by_group(
     groups: dict,  # title: rows from `paired_comparisons`; the first sets the order of models
     metric: str,  # their metric
-) -> plt.Figure:  # one panel per group, colored by significance after Holm's correction
+) -> "plt.Figure":  # one panel per group, colored by significance after Holm's correction
     "Plot paired differences from the hybrid for several groups of users side by side."
     models = next(iter(groups.values()))["model"].to_list()
     figsize = (5.2, 0.9 + 0.21 * len(models))

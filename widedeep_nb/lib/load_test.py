@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
-import matplotlib.pyplot as plt
 import numpy as np
 import psutil
-from matplotlib.ticker import LogLocator
+
+from .display import plt, ticker
 
 # %% ../../nbs/lib/load_test.ipynb #d085997a
 from .core import UserError
@@ -156,7 +156,7 @@ def format_3sig(
 # %% ../../nbs/lib/load_test.ipynb #1ba99ad8
 def plot_throughput(
     batches: list,  # of serving.json
-) -> plt.Figure:
+) -> "plt.Figure":
     "Plot requests per second by batch size."
     fig, ax = plt.subplots(figsize=(5.2, 3.0))
     sizes, rates = [b["size"] for b in batches], [b["rate"] for b in batches]
@@ -188,7 +188,7 @@ def describe_throughput(
 # %% ../../nbs/lib/load_test.ipynb #16a10040
 def plot_latency(
     load: dict,  # of serving.json
-) -> plt.Figure:
+) -> "plt.Figure":
     "Plot the cumulative distribution of latencies, with the median and the 99th percentile."
     color = COLORS["hybrid"]
     fig, ax = plt.subplots(figsize=(5.2, 3.0))
@@ -199,7 +199,7 @@ def plot_latency(
         ax.plot(load[name], y, "o", color=color, ms=6)
         ax.annotate(f"{label}: {format_3sig(load[name])} ms", (load[name], y), (9, offset), **style)
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     ax.minorticks_off()
     ax.set(

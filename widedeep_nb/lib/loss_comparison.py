@@ -9,8 +9,9 @@ __all__ = ['fit_with_loss', 'loss_leaderboard', 'gap_to_best', 'plot_loss_compar
 import time
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import polars as pl
+
+from .display import plt
 
 # %% ../../nbs/lib/loss_comparison.ipynb #9e51bab6
 from .aggregation import aggregate
@@ -145,7 +146,7 @@ def plot_loss_comparison(
     rows: pl.DataFrame,  # of `loss_leaderboard`
     baseline: str = "popularity",  # name of the row drawn as a dotted line
     metrics: tuple = ("NDCG@20", "Recall@20"),  # one panel each
-) -> plt.Figure:  # losses whose interval is below the baseline are red
+) -> "plt.Figure":  # losses whose interval is below the baseline are red
     "Plot the metrics of each loss with their intervals."
     fig, axes = plt.subplots(1, len(metrics), figsize=(5.6, 0.9 + 0.27 * len(rows)), sharey=True)
     for ax, metric in zip(axes, metrics):

@@ -6,10 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/lib/model_plots.ipynb #898eaff6
-import matplotlib.pyplot as plt
 import polars as pl
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from torch import nn
+
+from .display import patches, plt
 
 # %% ../../nbs/lib/model_plots.ipynb #d39cc1b5
 from .display import COLORS
@@ -43,7 +43,7 @@ def parameter_counts(
 
 # %% ../../nbs/lib/model_plots.ipynb #030a9cbf
 def draw_box(
-    ax: plt.Axes,  # axes to draw on
+    ax: "plt.Axes",  # axes to draw on
     corner: tuple,  # x and y of the lower left corner
     width: float,  # of the box
     texts: tuple,  # name (bold) and a line below it
@@ -53,7 +53,7 @@ def draw_box(
     x, y = corner
     middle = x + width / 2
     style = dict(boxstyle="round,pad=.08", facecolor=color, alpha=0.16, edgecolor=color)
-    ax.add_patch(FancyBboxPatch(corner, width, 1.2, **style))
+    ax.add_patch(patches.FancyBboxPatch(corner, width, 1.2, **style))
     centered = dict(ha="center", va="center")
     ax.text(middle, y + 0.78, texts[0], fontsize=10, weight="bold", **centered)
     ax.text(middle, y + 0.3, texts[1], fontsize=8.75, **centered)
@@ -61,19 +61,19 @@ def draw_box(
 
 # %% ../../nbs/lib/model_plots.ipynb #b62eee6d
 def draw_arrow(
-    ax: plt.Axes,  # axes to draw on
+    ax: "plt.Axes",  # axes to draw on
     start: tuple,  # x and y
     end: tuple,  # x and y
     color: str,  # of line and head
 ):
     "Draw an arrow."
     style = dict(arrowstyle="-|>", mutation_scale=8, lw=1.2, color=color, shrinkA=2, shrinkB=4)
-    ax.add_patch(FancyArrowPatch(start, end, **style))
+    ax.add_patch(patches.FancyArrowPatch(start, end, **style))
 
 # %% ../../nbs/lib/model_plots.ipynb #6d20c7fa
 def plot_architecture(
     counts: pl.DataFrame,  # from `parameter_counts`
-) -> plt.Figure:
+) -> "plt.Figure":
     "Draw the model as boxes and arrows, with the number of weights in each."
     size = {(branch, part): f"{n:,} weights" for branch, part, n in counts.rows()}
     fig, ax = plt.subplots(figsize=(5.2, 3.4))

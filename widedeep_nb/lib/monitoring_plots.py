@@ -8,10 +8,10 @@ __all__ = ['describe_drift', 'describe_staleness', 'describe_output_drift']
 # %% ../../nbs/lib/monitoring_plots.ipynb #be8e16af
 from typing import Optional
 
-import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
-from matplotlib.colors import to_rgba
+
+from .display import colors, plt
 
 # %% ../../nbs/lib/monitoring_plots.ipynb #8267ff7b
 from .backtests import BACKTEST_MODELS
@@ -24,7 +24,7 @@ DATE_DIGITS = {"hour": 16, "month": 7, "quarter": 7, "year": 4}  # of tick label
 
 
 def _draw_cells(
-    ax: plt.Axes,
+    ax: "plt.Axes",
     excess: np.ndarray,  # float [features, periods]: scores in units of the threshold
 ):
     "Draw a square for each feature and period, red above the threshold."
@@ -33,13 +33,13 @@ def _draw_cells(
         color = COLORS["alarm" if over else "baseline"]
         opacity = 0.95 if over else 0.6 * excess[i, t]
         corner = (t - 0.46, i - 0.44)
-        ax.add_patch(plt.Rectangle(corner, 0.92, 0.88, color=to_rgba(color, opacity), lw=0))
+        ax.add_patch(plt.Rectangle(corner, 0.92, 0.88, color=colors.to_rgba(color, opacity), lw=0))
         if over:
             ax.plot(t, i, "x", ms=3.5, mew=1, color="white")
 
 # %% ../../nbs/lib/monitoring_plots.ipynb #b1729cf4
 def _draw_largest(
-    ax: plt.Axes,
+    ax: "plt.Axes",
     rows: list,  # periods of drift.json
     z: np.ndarray,  # float [features, periods]
     threshold: np.ndarray,  # float [periods], NaN for none
@@ -74,7 +74,7 @@ def _mark_training(
 # %% ../../nbs/lib/monitoring_plots.ipynb #215fc004
 def plot_drift_scores(
     results: dict,  # drift.json
-) -> plt.Figure:
+) -> "plt.Figure":
     "Plot scores by feature and period; below them the largest score and the alarm threshold."
     rows, names = results["periods"][-2 * N_PLOTTED_PERIODS :], results["features"]
     threshold = np.array([row["threshold"] or np.nan for row in rows])
@@ -208,7 +208,7 @@ def _is_loss(
 
 # %% ../../nbs/lib/monitoring_plots.ipynb #14538312
 def _plot_ages(
-    ax: plt.Axes,
+    ax: "plt.Axes",
     x: np.ndarray,  # float [ages]
     rows: list,  # of one model, by age
 ):
@@ -227,7 +227,7 @@ def _plot_ages(
 def plot_staleness(
     rows: list,  # "ages" of replay.json
     unit: str,  # name of a period
-) -> plt.Figure:
+) -> "plt.Figure":
     "Plot NDCG@20 by model age, with intervals; crosses mark significant losses."
     fig, ax = plt.subplots(figsize=(5.2, 3.2))
     ages = sorted({row["age"] for row in rows})

@@ -8,9 +8,10 @@ __all__ = ['K', 'full_catalog_task']
 # %% ../../nbs/lib/original_results.ipynb #57dfe2b2
 from typing import Optional
 
-import matplotlib.pyplot as plt
 import polars as pl
 import torch
+
+from .display import plt
 
 # %% ../../nbs/lib/original_results.ipynb #86310579
 from ..evaluation import eval_ratings, metrics_by_seed_and_fold
@@ -177,7 +178,7 @@ def plot_waterfall(
     muted: tuple = (),  # variants in gray: baselines
     reference: Optional[float] = None,  # position of a dotted line
     digits: int = 3,  # decimals of the values
-) -> plt.Figure:  # one dot and interval per variant, its name above
+) -> "plt.Figure":  # one dot and interval per variant, its name above
     "Plot the effect of successive changes."
     fig, ax = plt.subplots(figsize=(5.2, 0.7 + 0.5 * len(rows)))
     if reference is not None:

@@ -14,8 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Optional
 
-import matplotlib.pyplot as plt
 import nbformat
+
+from .display import plt
 
 # %% ../../nbs/lib/publish.ipynb #0d670218
 from .core import DEVICES, UserError, atomic_write

@@ -8,9 +8,10 @@ __all__ = ['HISTORY_LENGTH_BINS', 'metric_by_history_length', 'describe_history_
 # %% ../../nbs/lib/quality_by_group.ipynb #5c0c5d4b
 from typing import Optional
 
-import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
+
+from .display import plt
 
 # %% ../../nbs/lib/quality_by_group.ipynb #cff382dc
 from ..baselines import compare_baselines
@@ -76,7 +77,7 @@ def _first_of_bin(
 
 
 def _plot_line_with_ci(
-    ax: plt.Axes,  # gets a line with vertical intervals
+    ax: "plt.Axes",  # gets a line with vertical intervals
     rows: pl.DataFrame,  # value, lo, hi
     x: list,  # position of each row
     color: str,  # of dots and lines
@@ -91,7 +92,7 @@ def _plot_line_with_ci(
 def plot_metric_by_history_length(
     rows: pl.DataFrame,  # from `metric_by_history_length`
     reference: str,  # the model that is shown in every panel
-) -> plt.Figure:  # one panel per model
+) -> "plt.Figure":  # one panel per model
     "Plot NDCG@20 against history length, small multiples."
     names = [m for m in rows["model"].unique(maintain_order=True) if m != reference]
     bins = [name for name in HISTORY_LENGTH_BINS if name in set(rows["history_length"])]

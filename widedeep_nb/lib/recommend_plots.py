@@ -6,9 +6,10 @@
 __all__ = ['describe_diversity_cost', 'describe_revenue_order']
 
 # %% ../../nbs/lib/recommend_plots.ipynb #588dce12
-import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
+
+from .display import plt
 
 # %% ../../nbs/lib/recommend_plots.ipynb #39c8b152
 from .display import COLORS
@@ -46,7 +47,7 @@ def _label_strengths(ax, names, points):
 # %% ../../nbs/lib/recommend_plots.ipynb #43ef78ee
 def plot_diversity_cost(
     rows: pl.DataFrame,  # diversity of lists.json
-) -> plt.Figure:  # one dot per strength; red: significant loss
+) -> "plt.Figure":  # one dot per strength; red: significant loss
     "Plot the change of NDCG@20 against the diversity of the lists."
     accuracy, x = _metric_rows(rows, "NDCG"), _metric_rows(rows, "ILD")["value"].to_numpy()
     fig, ax = plt.subplots(figsize=(5.2, 3.2))

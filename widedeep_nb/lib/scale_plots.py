@@ -6,9 +6,10 @@
 __all__ = ['format_row_count', 'readme_size_text']
 
 # %% ../../nbs/lib/scale_plots.ipynb #92129734
-import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
+
+from .display import plt
 
 # %% ../../nbs/lib/scale_plots.ipynb #f3afc3ea
 from .display import COLORS
@@ -16,7 +17,7 @@ from .display import COLORS
 # %% ../../nbs/lib/scale_plots.ipynb #22a90007
 def plot_speedups(
     records: pl.DataFrame,  # "records" of a benchmark
-) -> plt.Figure:
+) -> "plt.Figure":
     "Plot the speedup over the usual implementations, with the range over the rounds."
     fig, ax = plt.subplots(figsize=(5.2, 0.8 + 0.62 * len(records)))
     for y, row in enumerate(records.rows(named=True)):
@@ -91,7 +92,7 @@ def describe_end_to_end(
 
 # %% ../../nbs/lib/scale_plots.ipynb #22a9000a
 def _label_ends(
-    ax: plt.Axes,  # with logarithmic axes
+    ax: "plt.Axes",  # with logarithmic axes
     ends: list,  # (value at the end, stage, exponent)
     last: float,  # x of the last point
     worst: str,  # stage with the largest exponent
@@ -108,7 +109,7 @@ def _label_ends(
 
 # %% ../../nbs/lib/scale_plots.ipynb #6fe02408
 def _label_ticks(
-    ax: plt.Axes,  # with a logarithmic y axis
+    ax: "plt.Axes",  # with a logarithmic y axis
 ):
     "Label ticks of the y axis: 1, 2 and 5 where the axis is long, else all digits."
     low, high = ax.get_ylim()
@@ -125,7 +126,7 @@ def plot_scaling(
     rows: pl.DataFrame,  # from `scaling_runs`
     slopes: pl.DataFrame,  # from `scaling_exponents`
     column: str = "seconds",  # or "memory"
-) -> plt.Figure:
+) -> "plt.Figure":
     "Plot the cost of each stage by size on logarithmic axes, the largest exponent in red."
     slopes = slopes.sort("exponent")
     fig, ax = plt.subplots(figsize=(5.2, 3.4))
@@ -180,7 +181,7 @@ def describe_scaling(
 def plot_sparse_updates(
     steps: pl.DataFrame,  # from `step_time_by_size`
     curves: pl.DataFrame,  # from `compare_dense_and_sparse`
-) -> plt.Figure:
+) -> "plt.Figure":
     "Plot the time of a step by the number of ids, and the loss curves."
     fig, (cost, loss) = plt.subplots(1, 2, figsize=(5.2, 2.9))
     has_validation = curves["val"].null_count() == 0
@@ -204,7 +205,7 @@ def plot_sparse_updates(
 # %% ../../nbs/lib/scale_plots.ipynb #22a90019
 def plot_engines(
     rows: pl.DataFrame,  # from `compare_engines`
-) -> plt.Figure:
+) -> "plt.Figure":
     "Plot the time of a split by rows, a line per engine."
     fig, ax = plt.subplots(figsize=(5.2, 2.8))
     medians = rows.group_by("engine", "rows").agg(pl.col("seconds").median()).sort("rows")

@@ -6,9 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/lib/split_report.ipynb #05d8a74a
-import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
+
+from .display import plt
 
 # %% ../../nbs/lib/split_report.ipynb #e7138bac
 from .core import SPLIT_NAMES, Split
@@ -89,7 +90,7 @@ def part_spans(
 
 
 def label_part(
-    ax: plt.Axes,  # axes of the timeline
+    ax: "plt.Axes",  # axes of the timeline
     span: dict,  # part, from, to
 ):
     "Write the name of a part above its bar, near the border to the next part."
@@ -111,7 +112,7 @@ def label_part(
 
 # %% ../../nbs/lib/split_report.ipynb #7c1f0a2e
 def plot_split_timeline(
-    ax: plt.Axes,  # axes to draw on
+    ax: "plt.Axes",  # axes to draw on
     parts: pl.DataFrame,  # rows of `split_summary`, of one or several folds
 ) -> bool:  # True where the parts of each fold follow one another in time
     "Draw the parts as bars along time, a lane for each fold, or for each part where parts overlap."
@@ -144,7 +145,7 @@ def plot_split_timeline(
 
 # %% ../../nbs/lib/split_report.ipynb #ad161fab
 def plot_coldness(
-    ax: plt.Axes,  # axes to draw on
+    ax: "plt.Axes",  # axes to draw on
     shares: pl.DataFrame,  # rows of `coldness_by_part`
 ):
     "Draw a stacked bar for each part: the shares of its rows from both known to both new."
