@@ -1,5 +1,5 @@
 # report: the demo report in runs/demo · test: all tests but the long ones · test-all: all tests
-# lint: check the style · format: fix the style · screenshot: results/page.png, a picture of the service of runs/demo
+# lint: check the style · format: fix the style · screenshot: pictures of the product, from runs/demo
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
@@ -12,14 +12,16 @@ report: $(READY)
 	$(BIN)/widedeep run --dataset demo --out runs/demo
 
 lint: $(READY)
-	$(BIN)/ruff check nbs tests
-	$(BIN)/ruff format --check nbs tests
+	$(BIN)/ruff check nbs tests tools templates index.ipynb
+	$(BIN)/ruff format --check nbs tests tools templates index.ipynb
 
-# in this order: ruff formats cells, nbdev_export writes the modules, nbdev_clean removes metadata that differs between runs
+# in this order: ruff formats cells, nbdev_export writes the modules, the drawing follows their imports,
+# nbdev_clean removes metadata that differs between runs
 format: $(READY)
-	$(BIN)/ruff check --fix nbs tests
-	$(BIN)/ruff format nbs tests
+	$(BIN)/ruff check --fix nbs tests tools templates index.ipynb
+	$(BIN)/ruff format nbs tests tools templates index.ipynb
 	$(BIN)/nbdev_export
+	$(BIN)/python tools/draw_architecture.py
 	$(BIN)/nbdev_clean
 
 # two workers with one thread each: more threads would wait for each other, which takes six times as long;
@@ -41,8 +43,8 @@ test-all: lint
 lab: $(READY)
 	$(BIN)/jupyter lab nbs
 
-site: $(READY)
-	@if command -v quarto >/dev/null; then PATH="$(CURDIR)/$(BIN):$$PATH" quarto render; \
+site:
+	@if command -v quarto >/dev/null; then PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR)" quarto render; \
 	else echo "make site needs Quarto: pip install quarto-cli, or see quarto.org/docs/get-started" >&2; exit 2; fi
 
 screenshot: $(READY)

@@ -57,7 +57,8 @@ def small_run(tmp_path_factory):
     "Factory of small runs of the demo shop with fitted models: `small_run(name=params)`."
     from widedeep_nb.data import load
     from widedeep_nb.lib.content_features import add_catalog
-    from widedeep_nb.lib.core import PROTOCOLS, Split
+    from widedeep_nb.lib.core import Split
+    from widedeep_nb.lib.protocols import PROTOCOLS
     from widedeep_nb.lib.recommender import make_recommender
     from widedeep_nb.lib.runs import Run
 
@@ -89,30 +90,36 @@ def small_run(tmp_path_factory):
 
 
 @pytest.fixture
-def look():
-    "Browser that opens a file at two widths and in two color schemes and yields measurements."
+def browser():
+    "Start a browser."
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if not chromium:
         pytest.skip("needs chromium")
     sync = pytest.importorskip("playwright.sync_api")
     with sync.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_OPTIONS)
-
-        def see(file):
-            "Yield per width and scheme: page width, colors, broken elements, network requests."
-            for width, scheme in [(w, s) for w in (1280, 360) for s in ("light", "dark")]:
-                viewport = {"width": width, "height": 800}
-                page = browser.new_page(viewport=viewport, color_scheme=scheme)
-                requests = []
-                page.on("request", lambda r, requests=requests: requests.append(r.url))
-                page.goto(Path(file).as_uri())
-                seen = page.evaluate(MEASURE_PAGE)
-                page.close()
-                remote = [url for url in requests if not url.startswith(("file:", "data:"))]
-                yield {"width": width, "scheme": scheme, "asked": remote} | seen
-
-        yield see
+        yield browser
         browser.close()
+
+
+@pytest.fixture
+def look(browser):
+    "Browser that opens a file at two widths and in two color schemes and yields measurements."
+
+    def see(file):
+        "Yield per width and scheme: page width, colors, broken elements, network requests."
+        for width, scheme in [(w, s) for w in (1280, 360) for s in ("light", "dark")]:
+            viewport = {"width": width, "height": 800}
+            page = browser.new_page(viewport=viewport, color_scheme=scheme)
+            requests = []
+            page.on("request", lambda r, requests=requests: requests.append(r.url))
+            page.goto(Path(file).as_uri())
+            seen = page.evaluate(MEASURE_PAGE)
+            page.close()
+            remote = [url for url in requests if not url.startswith(("file:", "data:"))]
+            yield {"width": width, "scheme": scheme, "asked": remote} | seen
+
+    return see
 
 
 def light_of(color):

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from widedeep_nb.content import evaluate_new_items, hide_random_items
 from widedeep_nb.data import load
 from widedeep_nb.evaluation import eval_ranking
 from widedeep_nb.lib.cli import main
@@ -34,6 +35,7 @@ from widedeep_nb.lib.content_features import (
     tokenize,
     truncated_svd,
 )
+from widedeep_nb.lib.content_plots import content_in_short
 from widedeep_nb.lib.core import History, UserError, to_interactions
 from widedeep_nb.lib.item_vectors import (
     AMAZON_IMAGE_DTYPE,
@@ -828,3 +830,42 @@ def test_the_ensemble_ranks_new_items(split):
         0.6 * popular / popular.sum() + 0.4 * torch.softmax(logits[:, :n], 1),
         atol=1e-6,
     )
+
+
+# ---------------------------------------------------------------- new items
+
+
+def test_items_hidden_before_validation_are_ranked_in_it(split):
+    hidden = hide_random_items(split, 0.3, part="val")
+    assert len(hidden.val) == len(split.val) and len(hidden.train) < len(split.train)
+    models = {n: make_recommender(n).fit(hidden) for n in ("kind-popularity", "content")}
+    rows = {row["model"]: row for row in evaluate_new_items(models, hidden)}
+    assert rows["content"]["value"] > rows["random"]["value"]
+    assert rows["kind-popularity"]["difference"] is None
+    difference = rows["content"]["value"] - rows["kind-popularity"]["value"]
+    assert rows["content"]["difference"] == pytest.approx(difference)
+
+
+def test_the_summary_changes_with_the_results():
+    def row(model, value, difference=None):
+        lo, hi = (None, None) if difference is None else (difference - 0.05, difference + 0.05)
+        score = {"model": model, "value": value, "lo": value - 0.1, "hi": value + 0.1, "n": 9}
+        return score | {"difference": difference, "difference_lo": lo, "difference_hi": hi}
+
+    sources = pl.DataFrame({"source": ["category"], "items": [5], "numbers": [2]})
+    summaries = [
+        content_in_short(10, sources, [row("kind-popularity", 0.2), row("random", 0.1), best])
+        for best in (
+            row("content", 0.4, 0.2),
+            row("content-towers", 0.2, 0.0),
+            row("content", 0.1, -0.1),
+        )
+    ]
+    assert len({sentences[1] for sentences in summaries}) == 3
+    summaries.append(content_in_short(10, sources, []))
+    summaries.append(content_in_short(10, sources[:0], []))
+    for sentences in summaries:
+        assert 2 <= len(sentences) <= 5
+        for sentence in sentences:
+            assert sentence.endswith(".")
+            assert not any(word in sentence for word in ("nan", "None", "()", "{", "`"))

@@ -65,14 +65,23 @@ def add_entry(path, table, line):
     path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf8")
 
 
+def add_line(path, after, line):
+    "Add a line to a text file after the line that contains `after`, with its indent."
+    lines = path.read_text(encoding="utf8").split("\n")
+    place = next(i for i, other in enumerate(lines) if after in other)
+    indent = re.match(r" *", lines[place])[0]
+    lines.insert(place + 1, indent + line.strip())
+    path.write_text("\n".join(lines), encoding="utf8")
+
+
 @pytest.fixture
 def checkout(tmp_path):
     "Copy what a contributor edits."
-    for folder in ("nbs", "widedeep_nb"):
+    for folder in ("nbs", "widedeep_nb", "templates"):
         shutil.copytree(
             ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
         )
-    for name in ("settings.ini", "pyproject.toml"):
+    for name in ("settings.ini", "pyproject.toml", "_quarto.yml"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
@@ -89,6 +98,8 @@ def test_recipe(recipe, checkout):
             add_cell(checkout / about["cell"], text, about.get("before"))
         elif "table" in about:
             add_entry(checkout / about["in"], about["table"], text)
+        elif "after" in about:
+            add_line(checkout / about["in"], about["after"], text)
         elif language == "sh":
             script = ["bash", "-euc", text]
             done = subprocess.run(
@@ -103,4 +114,26 @@ def test_recipe(recipe, checkout):
 
 
 def test_there_are_recipes_for_what_people_add():
-    assert {"a recommender", "a loss", "a metric"} <= set(RECIPES)
+    expected = {"a recommender", "a loss", "a metric", "a chapter", "a library notebook"}
+    assert expected <= set(RECIPES)
+
+
+def test_new_chapter_is_run_and_in_order(checkout):
+    "Check that a chapter made from the template is listed last, with the form that all chapters have."
+    from widedeep_nb.lib.parameters import list_chapters, read_parameters
+
+    new = checkout / "nbs/24_returning_users.ipynb"
+    shutil.copy(checkout / "templates/chapter.ipynb", new)
+    assert list_chapters(checkout / "nbs")[-1] == new
+    assert set(read_parameters(new)) == {"out"}
+    cells = json.loads(new.read_text(encoding="utf8"))["cells"]
+    headings = ["".join(c["source"]).split("\n")[0] for c in cells if c["cell_type"] == "markdown"]
+    assert headings[0].startswith("# ") and headings[2].startswith("## By hand")
+    assert headings[-1] == "## In short"
+    first = json.loads((checkout / "nbs/01_data.ipynb").read_text(encoding="utf8"))["cells"][0]
+    assert cells[0]["source"] == first["source"]  # the cell that installs the package on Colab
+
+
+def test_template_of_a_library_notebook_says_where_it_stands():
+    cells = json.loads((ROOT / "templates/library.ipynb").read_text(encoding="utf8"))["cells"]
+    assert "A library notebook; it stands before chapter 01." in "".join(cells[0]["source"])

@@ -20,7 +20,13 @@ from widedeep_nb.data import ingest, load
 from widedeep_nb.lib import sources
 from widedeep_nb.lib.core import UserError
 from widedeep_nb.lib.datasets import datasets, fingerprint
-from widedeep_nb.lib.ingest_report import ERRORS, EXCLUSIONS, plot_ingest
+from widedeep_nb.lib.ingest_report import (
+    ERRORS,
+    EXCLUSIONS,
+    describe_ingest,
+    ingest_in_short,
+    plot_ingest,
+)
 from widedeep_nb.lib.parsing import infer_rating_scale
 from widedeep_nb.lib.runs import Run
 
@@ -1064,3 +1070,32 @@ def test_a_refused_log_leaves_nothing(tmp_path):
 def test_import_loads_no_network_library():
     code = "import sys, widedeep_nb.data; sys.exit('requests' in sys.modules or 'pooch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# What the chapter says
+
+
+def reports(tmp_path):
+    "Make reports of a clean log, a log with faults, and one without ratings and times."
+    rows = [f"u{i},i{i % 7},{1 + i % 5},{T + i}" for i in range(60)]
+    faulty = rows[:40] + [",i1,5,1400000000"] * 9 + ["u1,i1,2,1500000000"]
+    pairs = ["user,item"] + [f"u{i},i{i % 7}" for i in range(60)]
+    yield load(log_csv(tmp_path / "clean.csv", rows)).report
+    yield load(log_csv(tmp_path / "faulty.csv", faulty)).report
+    yield load(log_csv(tmp_path / "pairs.csv", pairs, header="")).report
+
+
+def test_sentences_follow_the_report(tmp_path):
+    clean, faulty, bare = reports(tmp_path)
+    assert ingest_in_short(clean)[1:3] == [
+        "All 60 rows of the file could be used.",
+        "No row is faulty, so the export from the shop's database needs no repair.",
+    ]
+    sentences = ingest_in_short(faulty)
+    assert sentences[1].startswith("10 of the 50 rows (20.0 %) were left out")
+    assert sentences[2].startswith("9 of the 10 are faulty. These are 18.0 % of all rows.")
+    assert "no times" in ingest_in_short(bare)[-1] and ", from" not in ingest_in_short(bare)[0]
+    assert "no timestamps" in describe_ingest(bare) and "no ratings" in describe_ingest(bare)
+    for report in (clean, faulty, bare):
+        text = " ".join(ingest_in_short(report)) + describe_ingest(report)
+        assert "None" not in text and "nan" not in text and "()" not in text

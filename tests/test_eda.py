@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from widedeep_nb import eda
-from widedeep_nb.lib import display, log_plots
+from widedeep_nb.lib import display, log_plots, log_summary
 from widedeep_nb.lib.core import to_interactions
 from widedeep_nb.lib.display import set_theme
 from widedeep_nb.lib.runs import Run
@@ -91,10 +91,38 @@ def shown(monkeypatch):
         outputs.append((label, caption + str(frame.rows())))
 
     for function in (show_figure, display_md, show_table):
-        for module in (eda, log_plots):
+        for module in (log_plots, log_summary):
             monkeypatch.setattr(module, function.__name__, function, raising=False)
     set_theme()
     return outputs
+
+
+def show_survival_curves(log):
+    counts = {side: eda.interaction_counts(log, side) for side in ("user", "item")}
+    survival = {side: eda.survival_function(rows) for side, rows in counts.items()}
+    log_plots.show_survival_curves(counts, survival, log_summary.row_label(log))
+
+
+def show_lorenz_curves(log):
+    counts = {side: eda.interaction_counts(log, side) for side in ("user", "item")}
+    curves = {side: eda.lorenz_curve(rows) for side, rows in counts.items()}
+    gini = {side: eda.gini_coefficient(rows) for side, rows in counts.items()}
+    head_share, n_items = eda.top_share(counts["item"]), len(counts["item"])
+    log_plots.show_lorenz_curves(curves, gini, head_share, n_items, log_summary.row_label(log))
+
+
+def show_growth(log):
+    every = log_plots.time_bin(log)
+    growth = eda.growth_by_period(log, every) if every else None
+    log_plots.show_growth(growth, every, eda.cold_share(log), log_summary.row_label(log))
+
+
+def show_correlations(log):
+    users, items = [
+        eda.spearman_correlations(eda.interaction_statistics(log, side))
+        for side in ("user", "item")
+    ]
+    log_plots.show_correlations(users, items)
 
 
 @given(counts_lists)
@@ -210,10 +238,10 @@ def test_every_figure_on_every_log(name, shown):
     rated = log["rating"].null_count() < len(log)
     dated = log["timestamp"].null_count() < len(log)
     log_plots.show_rating_counts(log)
-    eda.show_survival_curves(log)
-    eda.show_lorenz_curves(log)
-    eda.show_growth(log)
-    eda.show_correlations(log)
+    show_survival_curves(log)
+    show_lorenz_curves(log)
+    show_growth(log)
+    show_correlations(log)
     labels = [label for label, _ in shown]
     long_enough = dated and name not in ("one row", "two rows", "an hour")
     if name == "two rows":
@@ -258,13 +286,29 @@ def test_summary_and_findings_on_every_log(name, shown):
     assert summary["users_below_5"] == (per_user < 5).mean()
     assert summary["users_below_20"] == (per_user < 20).mean()
     assert summary["users_with_one"] == (per_user == 1).mean()
-    log_plots.show_log_summary(summary)
-    findings = log_plots.log_findings(summary)
+    log_summary.show_log_summary(summary)
+    findings = log_summary.log_findings(summary)
     label, caption = shown[0]
     assert label == "tbl-summary" and len(findings) == 3
     assert not any("None" in text or "nan" in text for text in [*findings, caption])
     undated = log["timestamp"].null_count() == len(log)
     assert ("Without times" in findings[-1]) == undated
+    sentences = log_summary.eda_in_short(summary)
+    assert len(sentences) == 3 and all(text.endswith(".") for text in sentences)
+    text = " ".join(sentences)
+    assert "None" not in text and "nan" not in text and "()" not in text
+    assert ("no times" in sentences[2]) == undated
+
+
+def test_sentences_follow_the_log():
+    even = pl.Series(range(600)) % 30
+    equal = random_log(user=[f"u{u}" for u in even], item=[f"i{i}" for i in even.reverse()])
+    pairs = [
+        log_summary.eda_in_short(eda.log_summary(log)) for log in (random_log(n_users=400), equal)
+    ]
+    assert all(ours != theirs for ours, theirs in zip(*pairs))
+    assert "personal lists for a few only" in pairs[0][1]
+    assert "most can get personal lists" in pairs[1][1]
 
 
 def test_top_share():
@@ -278,4 +322,4 @@ def test_the_step_writes_its_file(tmp_path):
     eda.run_eda(run)
     report = run.read("eda.json")
     assert report["summary"]["rows"] == len(run.read("interactions.parquet"))
-    assert report["findings"] == log_plots.log_findings(report["summary"])
+    assert report["findings"] == log_summary.log_findings(report["summary"])

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,12 @@ from hypothesis import strategies as st
 from widedeep_nb import evaluation
 from widedeep_nb.lib import aggregation, eval_tasks, statistics
 from widedeep_nb.lib.core import PROTOCOLS, Split, UserError, hash_order, to_interactions
+from widedeep_nb.lib.evaluation_plots import (
+    evaluation_in_short,
+    history_caption,
+    history_in_short,
+    history_title,
+)
 from widedeep_nb.lib.recommender import Recommender
 from widedeep_nb.lib.runs import METRIC_SCHEMA
 
@@ -741,3 +748,49 @@ def test_a_part_without_relevant_items_is_no_error():
     assert len(results.users) == 0
     assert results.task.excluded["users without relevant items"] == 1
     assert len(evaluation.evaluate(constant(split), split)) == 0
+
+
+def test_evaluation_in_short_follows_the_results():
+    recall = {"value": 0.3, "lo": 0.25, "hi": 0.35, "chance": 0.1}
+    gap = {"value": -0.05, "lo": -0.08, "hi": -0.02, "rmse": 1.1, "mean_rmse": 1.15}
+    good = evaluation_in_short(recall, 900, gap, "1", "More history helps.")
+    unsure = evaluation_in_short(
+        recall | {"lo": 0.05}, 900, gap | {"hi": 0.01}, "5", "Worst with no events."
+    )
+    bad = evaluation_in_short(
+        recall | {"value": 0.05, "lo": None, "hi": None},
+        3,
+        gap | {"value": 0.2, "lo": 0.1, "hi": 0.3},
+        passed=["constant"],
+    )
+    nothing = evaluation_in_short(None, 0, None)
+    assert "clearly less" in good[0] and "of 0.050 is significant" in good[1]
+    assert "not clear" in unsure[0] and "may be chance" in unsure[1]
+    assert "do not show the ratings" in bad[1] and "constant" in bad[-1]
+    few = evaluation_in_short(recall, 3, gap | {"lo": None, "hi": None})
+    assert "Too few users" in few[1]
+    for sentences in (good, unsure, bad, nothing, few):
+        assert 2 <= len(sentences) <= 5
+        assert not re.search(r"nan|None|\(\)|  ", " ".join(sentences))
+
+
+def test_history_title_follows_the_groups():
+    def groups(*values):
+        return pl.DataFrame(
+            {
+                "users": [f"{i}" for i in range(len(values))],
+                "value": values,
+                "lo": [v - 0.1 for v in values],
+                "hi": [v + 0.1 for v in values],
+            }
+        )
+
+    assert history_title(groups(1.5, 1.0), True) == "More history, better results"
+    assert history_title(groups(1.0, 1.5), True) == "More history, worse results"
+    assert history_title(groups(1.0, 1.5), False) == "More history, better results"
+    assert history_title(groups(1.0, 1.5, 1.0), True) == "Worst with 1 events"
+    assert history_title(groups(1.0, 1.05), True) == "History makes no significant difference"
+    assert "worst with 1 events" in history_caption(groups(1.0, 1.5, 1.0), "RMSE", True)
+    assert "a real difference." in history_in_short(groups(1.5, 1.0), "RMSE", True)
+    unsure = history_in_short(groups(1.0, 1.5, 1.0), "RMSE", True)
+    assert "too few users" in unsure and "worst for users with 1 events (1.500)" in unsure

@@ -24,7 +24,14 @@ from widedeep_nb.export import Int8Table, exported_items, quantize_int8, write_e
 from widedeep_nb.lib import ensemble, networks
 from widedeep_nb.lib.content_features import add_catalog
 from widedeep_nb.lib.core import PROTOCOLS, History, Split, UserError, to_interactions
-from widedeep_nb.lib.export_measures import component_recall, measure_two_stages, strip_histories
+from widedeep_nb.lib.export_measures import (
+    component_recall,
+    describe_export,
+    export_in_short,
+    measure_two_stages,
+    strip_histories,
+)
+from widedeep_nb.lib.history_models import HistoryRecommender
 from widedeep_nb.lib.networks import (
     EmbeddingTable,
     batch_histories,
@@ -298,9 +305,19 @@ def test_excluded_components_pass_their_weight_on(hybrid, histories):
 @pytest.mark.parametrize("name", recommender_names())
 def test_models_say_whether_they_can_be_exported(name):
     cls = recommender_class(name)
-    dispatch = networks.to_module.dispatch
-    has_module = dispatch(cls) is not dispatch(object)
+    has_module = any(base.__name__ in networks.MODULE_MAKERS for base in cls.__mro__)
     assert cls.exportable == (has_module or name == "hybrid")
+
+
+def test_modules_do_not_depend_on_class_identity(split, histories):
+    "Check that a second copy of a class, as in a notebook that is run, is exported too."
+    model = make_recommender("ease").fit(split)
+    codes, expected = expected_scores(model, histories)
+    cls = type(model)
+    model.__class__ = type(cls.__name__, (HistoryRecommender,), dict(vars(cls)))
+    assert not isinstance(model, cls)
+    with torch.no_grad():
+        assert relative_error(to_network(model)(codes), expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["mean", "damped-bias", "user-knn"])
@@ -750,6 +767,39 @@ def test_synthetic_split_has_all_items(n_items, n_more, seed):
 
 
 # ---------------------------------------------------------------- command
+
+
+def results_of_export(diff=(0.0, -0.01, 0.01), two_stage=9.0, torch_ms=5.0, excluded=("towers",)):
+    "Return results as in export.json."
+    value, lo, hi = diff
+    whole = {"model": "whole", "value": 0.218, "lo": 0.2, "hi": 0.235, "n": 823}
+    whole |= {"diff": None, "diff_lo": None, "diff_hi": None}
+    files = [whole | {"model": f, "diff": value, "diff_lo": lo, "diff_hi": hi} for f in ONNX_FILES]
+    return {
+        "files": {"model.onnx": 5_398_208, "model.int8.onnx": 2_267_885},
+        "fidelity": {"overlap": 0.998},
+        "excluded": list(excluded),
+        "speeds": {"PyTorch": [torch_ms] * 3, "ONNX Runtime, int8": [0.8] * 3},
+        "metrics": [whole, *files],
+        "two_stage": {"items": 550, "two_stage": [two_stage], "all": [4.0], "overlap": 0.98},
+    }
+
+
+def test_in_short_follows_the_results():
+    same = results_of_export()
+    better = results_of_export((0.01, 0.005, 0.02), two_stage=1.0, excluded=())
+    worse = results_of_export((-0.01, -0.02, -0.005), torch_ms=0.5, excluded=("towers", "bpr"))
+    nobody = same | {"metrics": []}
+    texts = [" ".join(export_in_short(r)) for r in (same, better, worse, nobody)]
+    assert "no sure difference" in texts[0] and "wait with two stages" in texts[0]
+    assert "so use the small file" in texts[1] and "4.0 times as quick" in texts[1]
+    assert "a sure loss" in texts[2] and "not quicker" in texts[2]
+    assert "towers and bpr, which need more" in texts[2] and "It leaves out" not in texts[1]
+    assert "not known" in texts[3]
+    assert not any(re.search(r"nan|None|\(\)|\[\]|  ", text) for text in texts)
+    captions = [describe_export(r["metrics"], 50) for r in (same, better, worse)]
+    assert "no difference is significant" in captions[0]
+    assert "significantly better" in captions[1] and "significantly worse" in captions[2]
 
 
 def test_command_export(hybrid, split, tmp_path, capsys):

@@ -259,3 +259,125 @@ def test_no_row_of_the_real_log_is_in_the_notebooks(shared):
         for p in (ROOT / "nbs").rglob("*.ipynb")
         if (found := form.findall(p.read_text())[:3])
     } == {}
+
+
+# --- rules between the two layers
+
+
+def exported_module(path):
+    "Parse a module of the package."
+    return ast.parse(path.read_text())
+
+
+def strings(tree):
+    "Return the string constants of a module, without docstrings."
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef))
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) not in docstrings:
+                yield node
+
+
+TABLES = {"RECOMMENDERS", "LOSSES", "DATASETS"}  # names that are imported when they are asked for
+COMMANDS = {"widedeep_nb.lib.cli"}  # the command line, found by its name
+
+
+def names_in_tables(tree):
+    "Return the nodes inside the tables of registered names."
+    found = set()
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(t, ast.Name) and t.id in TABLES for t in targets):
+            found |= {id(n) for n in ast.walk(node)}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_names_in_strings_stand_before(path):
+    "Check modules that a string names, as for a subprocess, like imports; tables of names are exempt."
+    tree = exported_module(path)
+    exempt = names_in_tables(tree)
+    own = chapter_before(MODULES[path])
+    known = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in MODULES}
+    for node in strings(tree):
+        if id(node) in exempt:
+            continue
+        for name in re.findall(r"widedeep_nb(?:\.[a-z_]+)+", node.value):
+            module = next((m for m in (name, name.rpartition(".")[0]) if m in known), None)
+            if module is None or module in COMMANDS or known[module] == path:
+                continue
+            assert chapter_before(MODULES[known[module]]) <= own, f"{path.stem} names {module}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_plotting_is_imported_in_one_place(path):
+    "Check that only lib.display knows matplotlib and seaborn, and loads them on first use."
+    imported = [
+        module
+        for node in ast.walk(exported_module(path))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for module in (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [a.name for a in node.names]
+        )
+    ]
+    assert [m for m in imported if m.split(".")[0] in ("matplotlib", "seaborn")] == []
+
+
+ELEMENTS = re.compile(
+    r"<(?:!doctype|a|article|body|button|code|details|dd|div|dl|dt|figure|figcaption|form|h[1-6]|head|header"
+    r"|html|img|input|li|main|nav|ol|p|pre|script|section|span|strong|style|summary|table|tbody|td|th|thead|tr|ul)"
+    r"(?:\s[^<>]*)?>",
+    re.I,
+)
+
+
+def in_patterns(tree):
+    "Return the nodes inside arguments of `re` functions: a pattern is no page."
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "re"
+    ]
+    return {id(n) for call in calls for n in ast.walk(call)}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_no_html_in_python(path):
+    "Check that pages are files in static/, not Python strings."
+    tree = exported_module(path)
+    patterns = in_patterns(tree)
+    found = [n.value for n in strings(tree) if id(n) not in patterns and ELEMENTS.search(n.value)]
+    css = [n.value for n in strings(tree) if re.search(r"[.#]?[\w-]+\s*\{[^{}]*:[^{}]*;", n.value)]
+    assert found == [] and css == []
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_chapters_have_the_parts_that_readers_expect(path):
+    "Check the question, a tiny example by hand before the first definition, and the summary at the end."
+    all_cells = cells(path)
+    texts = [source(c) for c in all_cells if c["cell_type"] == "markdown"]
+    assert re.search(r"^> .*\?$", texts[0], re.M), "the line under the title is a question"
+    by_hand = next(i for i, c in enumerate(all_cells) if source(c).startswith("## By hand"))
+    defined = [
+        i
+        for i, c in enumerate(all_cells)
+        if c["cell_type"] == "code"
+        and re.search(r"^#\| export", source(c), re.M)
+        and re.search(r"^(def|class) ", source(c), re.M)
+    ]
+    assert not defined or by_hand < defined[0]
+    headings = [h for t in texts for h in re.findall(r"^## (.+)$", t, re.M)]
+    assert headings[-1] == "In short" and headings.count("In short") == 1
+    assert any(source(c).startswith("## In short") for c in all_cells)
+    assert any("in_short(" in source(c) for c in all_cells if c["cell_type"] == "code")

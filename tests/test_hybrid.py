@@ -1,6 +1,7 @@
 "Check the ensemble: components against plain implementations, weights, time budget, and plans."
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ from sklearn.linear_model import Ridge as TheirRidge
 from widedeep_nb import hybrid as hybrid_module
 from widedeep_nb.evaluation import eval_ranking, ndcg
 from widedeep_nb.hybrid import (
+    blend_gain,
     ensemble_selection,
     fit_ranking_weights,
     fit_rating_weights,
@@ -45,6 +47,7 @@ from widedeep_nb.lib.ensemble import (
     normalize_scores,
     recency_weights,
 )
+from widedeep_nb.lib.ensemble_plots import hybrid_in_short
 from widedeep_nb.lib.eval_tasks import make_eval_task
 from widedeep_nb.lib.recommender import load_recommender, make_recommender
 from widedeep_nb.sequences import SEQUENCE_MODELS
@@ -729,7 +732,7 @@ def test_small_ranking_weights_are_left_out(without_ties):
         name: fit_component(without_ties, name)
         for name in ("popularity", "matrix", "neighbors", "rules", "low-pass")
     }
-    warm, only_cold_users, standalone = fit_ranking_weights(models, without_ties, 0.0)
+    warm, only_cold_users, standalone, _ = fit_ranking_weights(models, without_ties, 0.0)
     min_weight = max(warm.values()) - 1e-3
     kept, *_ = fit_ranking_weights(models, without_ties, min_weight)
     assert list(warm) == list(models) and abs(sum(warm.values()) - 1) < 1e-3
@@ -968,7 +971,7 @@ def test_choosing_keeps_to_the_time_budget(clock, split, monkeypatch, minutes):
     monkeypatch.setattr(
         hybrid_module,
         "fit_ranking_weights",
-        lambda models, _: (dict.fromkeys(models, 1.0), {"popularity": 1.0}, {}),
+        lambda models, _: (dict.fromkeys(models, 1.0), {"popularity": 1.0}, {}, {}),
     )
     monkeypatch.setattr(
         hybrid_module, "fit_rating_weights", lambda models, split: {n: 1.0 for n in models}
@@ -1136,13 +1139,69 @@ def test_every_component_is_saved_and_loaded_exactly(warm, split, tmp_path):
     )
 
 
+def toy_candidates(n_users, good, seed=0):
+    """Make candidates of two components; `good` of them puts the relevant item first."""
+    generator = torch.Generator().manual_seed(seed)
+    hits = torch.zeros(n_users, 30, dtype=torch.bool)
+    hits[torch.arange(n_users), torch.randint(30, (n_users,), generator=generator)] = True
+    probs = torch.rand(2, n_users, 30, generator=generator)
+    for k in good:
+        probs[k] += 0.3 * hits
+    ones = torch.ones(n_users)
+    return ensemble.Candidates(probs, torch.zeros(n_users, 30), hits, ones.long(), ones.bool())
+
+
+def test_the_gain_of_the_blend_is_measured_on_other_users():
+    names = ["matrix", "popularity"]
+    two_good = blend_gain(toy_candidates(400, (0, 1)), names, ["popularity"], 0.02)
+    assert two_good["lo"] > 0 and two_good["n"] == 400
+    # noise adds nothing, and fitted weights cannot pretend that it does
+    noise = [blend_gain(toy_candidates(400, (), seed), names, [], 0.0) for seed in range(12)]
+    assert abs(np.mean([gain["value"] for gain in noise])) < 0.01
+    few = toy_candidates(2 * hybrid_module.MIN_USERS_TO_WEIGHT - 2, (0,))
+    assert blend_gain(few, names, [], 0.02) == {}
+    assert two_good == blend_gain(toy_candidates(400, (0, 1)), names, ["popularity"], 0.02)
+
+
+@pytest.mark.parametrize(
+    "lo, hi, phrase",
+    [
+        (0.01, 0.03, "better (NDCG@20)"),
+        (-0.01, 0.03, "not proven"),
+        (-0.03, -0.01, "Serve gru alone"),
+    ],
+)
+def test_in_short_follows_the_gain(lo, hi, phrase):
+    weights = pl.DataFrame(
+        [("ranking", "matrix", "wide", 0.6), ("ranking", "gru", "deep", 0.4)],
+        schema=["task", "component", "family", "weight"],
+        orient="row",
+    )
+    gain = {"best": "gru", "value": (lo + hi) / 2, "lo": lo, "hi": hi, "n": 300}
+    text = " ".join(hybrid_in_short(weights, gain, 2))
+    assert phrase in text and "60 % models that count pairs" in text and "mean of 2 models" in text
+    one_source = hybrid_in_short(weights[:1], None)
+    assert "one source" in one_source[0] and "gain is unknown" in one_source[1]
+    for sentences in (text, " ".join(one_source)):
+        assert not re.search(r"nan|None|\(\)", sentences)
+
+
 def test_a_plan_is_json_and_is_replayed_exactly(first, split, monkeypatch, tmp_path):
     "Check that a fit with a plan chooses nothing and gives the same model."
     plan = json.loads(json.dumps(first.plan))
     assert (
         plan == first.plan
         and set(plan)
-        == {"ranking", "cold_users", "rating", "cold_items", "epochs", "standalone", "seconds"}
+        == {
+            "ranking",
+            "cold_users",
+            "rating",
+            "cold_items",
+            "epochs",
+            "standalone",
+            "gain",
+            "seconds",
+        }
         and 1 - 0.02 * len(RANKING_COMPONENTS) < sum(plan["ranking"].values()) < 1.011
         and abs(sum(plan["rating"].values()) - 1) < 1e-2
     )

@@ -20,11 +20,13 @@ from widedeep_nb.lib import comparison, final_fits
 from widedeep_nb.lib.core import UserError
 from widedeep_nb.lib.display import join_names
 from widedeep_nb.lib.final_fits import count_params, drop_component, track_resources
-from widedeep_nb.lib.leaderboard_plots import (
+from widedeep_nb.lib.leaderboard_plots import plot_forest, plot_forest_by_group, plot_verdict
+from widedeep_nb.lib.leaderboard_text import (
     describe_ablation,
     describe_hybrid_wins,
-    plot_forest,
-    plot_forest_by_group,
+    describe_rating_sort,
+    leaderboard_in_short,
+    takeaways,
 )
 from widedeep_nb.lib.recommender import (
     RECOMMENDERS,
@@ -34,11 +36,13 @@ from widedeep_nb.lib.recommender import (
 )
 from widedeep_nb.lib.runs import Run
 from widedeep_nb.lib.verdict import (
-    describe_rating_sort,
+    choose_model,
+    headline,
+    long_text,
     paired_comparisons,
     rank_models,
-    statistical_ties,
-    takeaways,
+    run_records,
+    short_text,
 )
 
 MODELS = [
@@ -70,6 +74,7 @@ class FakeEnsemble(Recommender):
     chose, fitted = [], []
     predicts_ratings = property(lambda self: bool(self.plan.get("rating")))
     name = "hybrid"
+    complexity = 4
 
     def _fit(self, split):
         assert not len(split.test)
@@ -408,14 +413,16 @@ def test_no_other_model_and_no_test_rows(ready, tmp_path):
     compare(alone, seeds=1)
     text = wins_text(leaderboard(alone), "NDCG@20")
     assert text == "In NDCG@20, there is no model to compare the hybrid ensemble with."
-    assert 0 < len(takeaways(leaderboard(alone), results(alone))) <= 10
+    assert 0 < len(takeaways(leaderboard(alone), run_records(alone), results(alone))) <= 10
     empty = copy_run(ready, tmp_path / "empty")
     empty.write("test.parquet", empty.read("test.parquet").clear())
     compare(empty, seeds=1)
     assert results(empty)["random_ndcg"] is None and results(empty)["ablation"] == []
     records = leaderboard(empty)
     assert not len(rank_models(records, "NDCG@20")) and describe_rating_sort(records) == ""
-    assert takeaways(records, results(empty))[0].startswith("The test part has no relevant items")
+    assert takeaways(records, run_records(empty), results(empty))[0].startswith(
+        "The test part has no relevant items"
+    )
 
 
 def test_a_log_without_ratings(tmp_path):
@@ -427,7 +434,7 @@ def test_a_log_without_ratings(tmp_path):
     compare(run, seeds=1)
     records = leaderboard(run)
     assert not len(rank_models(records, "RMSE")) and len(rank_models(records, "NDCG@20")) == 4
-    sentences = takeaways(records, results(run))
+    sentences = takeaways(records, run_records(run), results(run))
     no_ratings = "There are no ratings to predict, so rating prediction is not evaluated."
     assert no_ratings in sentences
     assert not any("off on average" in sentence for sentence in sentences)
@@ -531,6 +538,11 @@ def toy_records(ranking=(), rating=(), groups=(), n=500):
                     paired = {"model": "hybrid", "versus": model, "p": difference[2]}
                     rows.append(scope | paired | interval(*difference[:2]))
     return pl.DataFrame(rows, schema=SCHEMA, orient="row")
+
+
+def with_part(records, part="test"):
+    "Add what records of metrics.json have beside."
+    return records.with_columns(split=pl.lit(part), cut=0, seed=0)
 
 
 def toy_results(records, slow=()):
@@ -655,7 +667,7 @@ def test_join_names():
 
 
 def advice(records, **options):
-    return takeaways(records, toy_results(records, **options))
+    return takeaways(records, with_part(records), toy_results(records, **options))
 
 
 def contains(sentences, text):
@@ -663,23 +675,21 @@ def contains(sentences, text):
 
 
 def test_takeaways_follow_the_numbers():
-    opening = "If all users get recommendations from one model"
     sentences = advice(WINS)
-    best = "it is significantly better than all other models."
-    assert sentences[0] == f"{opening}, use hybrid: {best}"
-    assert contains(sentences, "For cold-start users, use hybrid")
+    best = "it is significantly better than all 2 other models."
+    assert sentences[0] == f"To rank items, use hybrid: {best}"
+    assert contains(sentences, "To rank items for cold-start users, use hybrid")
     assert contains(sentences, "a large gain")
     assert contains(sentences, "Do not sort by predicted ratings: that reaches 33%")
     assert f"use ease: {best}" in advice(LOSES)[0]
-    tie = "use hybrid; ease may be equally good, and ease is the fastest."
-    assert advice(TIES)[0] == f"{opening}, {tie}"
+    assert "use ease. hybrid has the best score, but its lead is not clear" in advice(TIES)[0]
     slow_hybrid = advice(TIES, slow=("hybrid",))
     assert contains(slow_hybrid, "With one minute for training, use ease: it trains in")
     assert contains(slow_hybrid, "reaches 97% of the best")
     all_slow = advice(TIES, slow=("hybrid", "ease", "popularity"))
     assert contains(all_slow, "No model trains within a minute; the fastest is")
     popular = toy_records([HYBRID, ("popularity", 0.29, 0.02, 0.01, 0.02, 0.4)])
-    assert "recommend popular items (popularity)" in advice(popular)[0]
+    assert "use popularity" in advice(popular)[0]
     chance = toy_records([("hybrid", 0.021, 0.01), ("mean", 0.02, 0.01, 0.001, 0.01, 0.9)])
     assert contains(advice(chance), "not significantly better than a random order")
     few_users = [("hybrid", 0.3, None), ("ease", 0.2, None, 0.1, None, None)]
@@ -705,7 +715,8 @@ CASES = {
 def test_there_are_one_to_ten_takeaways(records):
     report = toy_results(records)
     no_fits = report | {"random_ndcg": None, "plans": [], "fits": []}
-    for sentences in (takeaways(records, report), takeaways(records, no_fits)):
+    for results in (report, no_fits):
+        sentences = takeaways(records, with_part(records), results)
         assert 0 < len(sentences) <= 10
         for sentence in sentences:
             assert re.fullmatch(r"[A-Z].+\.", sentence)
@@ -722,11 +733,66 @@ def test_all_takeaways_together_are_ten():
     assert hits in sentences
 
 
-def test_statistical_ties():
-    assert statistical_ties(WINS, "NDCG@20") == ["hybrid"]
-    assert statistical_ties(LOSES, "NDCG@20") == ["ease"]
-    assert statistical_ties(TIES, "NDCG@20") == ["hybrid", "ease"]
-    assert statistical_ties(WINS[:0], "NDCG@20") == []
+def test_the_verdict_is_the_simplest_that_is_not_significantly_worse():
+    def model(records, task="ranking", **group):
+        found = choose_model(with_part(records), task, **group)
+        return found.model, found.level
+
+    assert model(WINS) == ("hybrid", ("hybrid",))
+    assert model(LOSES) == ("ease", ("ease",))
+    assert model(TIES) == ("ease", ("ease", "hybrid"))
+    assert model(WINS[:0]) == ("", ())
+    assert model(WINS.filter(metric="NDCG@20"), "rating") == ("", ())
+    unsure = toy_records([("hybrid", 0.3, None), ("popularity", 0.2, None)])  # no intervals
+    assert model(unsure) == ("popularity", ("popularity", "hybrid"))
+    better = [("als", 0.3, 0.02), ("svd", 0.31, 0.02), HYBRID]
+    assert model(toy_records(better))[0] == "svd"  # of equally simple models the better one
+
+
+def test_validation_decides_and_the_test_part_is_quoted():
+    """The test part says that the hybrid wins, validation that it does not."""
+    records = pl.concat([with_part(WINS), with_part(LOSES, "val")])
+    found = choose_model(records, "ranking")
+    assert (found.part, found.model, found.best) == ("val", "ease", "ease")
+    assert found.test_figures["ease"] == pytest.approx((0.2, 0.18, 0.22), abs=0.2)
+    text = long_text(found)
+    assert text.index("On the test part, ease has") < text.index(
+        "The choice was made on other data"
+    )
+    on_test = choose_model(with_part(WINS), "ranking")
+    assert "so the choice was made on the test part" in long_text(on_test)
+
+
+@pytest.mark.parametrize("name", ["wins", "loses", "ties", "nothing", "hybrid only", "all zero"])
+def test_all_texts_of_a_verdict_are_sentences(name):
+    records = with_part(CASES[name])
+    for task in ("ranking", "rating"):
+        found = choose_model(records, task)
+        for text in (short_text(found), long_text(found)):
+            assert not text or re.fullmatch(r"To .+\.", text)
+            assert "None" not in text and "nan" not in text and "()" not in text
+        if found:
+            assert headline(found).startswith(found.model)
+            n_labels = len(plot_verdict(found).axes[0].get_yticklabels())
+            assert n_labels == found.n_models
+
+
+def test_in_short_follows_the_verdict():
+    def in_short(records, seconds=None):
+        found = [choose_model(with_part(records), task) for task in ("ranking", "rating")]
+        return leaderboard_in_short(*found, seconds or {})
+
+    texts = {name: [s for s in in_short(CASES[name]) if s] for name in CASES}
+    assert "a clear winner for lists: hybrid" in texts["wins"][0]
+    assert "nobody wins clearly: 2 are level" in texts["ties"][0]
+    assert texts["nothing"][0].startswith("No list could be evaluated")
+    for sentences in texts.values():
+        assert 2 <= len(sentences) <= 5
+        for sentence in sentences:
+            assert re.fullmatch(r"[A-Z].+\.", sentence) and "`" not in sentence
+            assert "nan" not in sentence and "None" not in sentence and "()" not in sentence
+    cost = in_short(TIES, {"ease": 0.5, "hybrid": 50.0})[2]
+    assert cost == "Training ease takes 0.5 seconds; hybrid, the best, takes 100 times as long."
 
 
 def test_forest_plots():

@@ -26,6 +26,7 @@ from widedeep_nb.evaluation import ndcg
 from widedeep_nb.lib import content_features, two_tower, wide_deep
 from widedeep_nb.lib.ab_statistics import PRIMARY_OUTCOME
 from widedeep_nb.lib.backtests import (
+    BACKTEST_MODELS,
     backtest_once,
     full_eval_task,
     split_at_age,
@@ -56,11 +57,13 @@ from widedeep_nb.lib.monitoring_plots import (
     describe_drift,
     describe_output_drift,
     describe_staleness,
+    monitoring_in_short,
 )
 from widedeep_nb.lib.recommender import load_recommender, make_recommender
 from widedeep_nb.lib.runs import Run, current_run
 from widedeep_nb.lib.server import open_service
 from widedeep_nb.lib.service_schemas import FeedbackEvent, RecommendRequest
+from widedeep_nb.lib.update_report import describe_warm_start, updates_in_short
 from widedeep_nb.monitoring import (
     backtest,
     conformal_alarm,
@@ -74,9 +77,10 @@ from widedeep_nb.monitoring import (
 )
 from widedeep_nb.preprocessing import drop_undated, preprocess, sort_by_time, training_events
 from widedeep_nb.updates import (
+    align_events,
     compare_update_modes,
     compare_warm_start,
-    describe_warm_start,
+    daily_changes,
     evaluate_per_user,
     update_model,
 )
@@ -304,6 +308,87 @@ def test_chapter_runs_on_logs_with_few_columns(tmp_path, columns):
     ]
     assert all(texts) and ("no time" in texts[0]) == ("timestamp" not in columns)
     assert dashboard(run).read_text().count("<section") == 6
+    days = daily_changes(align_events(run.read("interactions.parquet")))
+    assert days["events"].sum() > 0 and days["events"].min() > 0
+    for sentences in (
+        monitoring_in_short(run.read("drift.json"), run.read("replay.json")),
+        updates_in_short(days, run.read("catchup.json")),
+    ):
+        well_formed(sentences)
+
+
+def well_formed(sentences):
+    "Check sentences for a reader who sees nothing else."
+    told = [sentence for sentence in sentences if sentence]
+    assert 2 <= len(told) <= 5
+    for sentence in told:
+        assert sentence.endswith(".") and not re.search(r"nan|None|\(\)|`|_", sentence), sentence
+
+
+def drift_results(alarm, n_alarms):
+    "Return drift.json with one period since training, and twenty trials."
+    row = {"trained": False, "alarm": alarm, "threshold": 3.0}
+    row["z"] = {"prices": 4.0 if alarm else 1.0, "ratings": None}
+    trials = [{"alarm": i < n_alarms, "delays": {"prices rise": 1}} for i in range(20)]
+    found = {"unit": "month", "rate": 0.05, "features": ["prices", "ratings"], "periods": [row]}
+    return found | {"before": {"alarms": 0, "periods": 0}, "trials": trials}
+
+
+def aging_results(change):
+    "Return replay.json of a model that changes by some NDCG@20 in three months."
+    rows = []
+    for age, more in ((1, 0.0), (3, change)):
+        row = {"model": BACKTEST_MODELS[-1], "age": age, "n": 90, "value": 0.2 + more}
+        row |= {
+            "lo": 0.1,
+            "hi": 0.3,
+            "more": more,
+            "more_lo": more - 0.001,
+            "more_hi": more + 0.001,
+        }
+        rows.append(row)
+    return {"unit": "month", "ages": rows}
+
+
+def test_monitoring_in_short_follows_the_run():
+    "Check that the sentences say the opposite where the run does."
+    moved = monitoring_in_short(drift_results(True, 1), aging_results(-0.02))
+    quiet = monitoring_in_short(drift_results(False, 4), aging_results(0.0))
+    nothing = monitoring_in_short({"reason": "no times"}, {"reason": "too short"})
+    for sentences in (moved, quiet, nothing):
+        well_formed(sentences)
+    assert all(a != b for a, b in zip(moved, quiet))
+    missed = {"injected": {"prices rise": {"after": None, "by": None}}}
+    told = monitoring_in_short(drift_results(False, 1) | missed, aging_results(0.0))[1]
+    assert "on this log it found 0 of 1" in told and "20 of 20" in told
+    assert "prices" in moved[0] and "lost 10" in moved[2] and "as when it was new" in quiet[2]
+
+
+def test_updates_in_short_follows_the_run():
+    "Check the sentences of a good and a poor update, and of none."
+    days = pl.DataFrame({"day": [1, 2], "events": [9, 3], "new users": [1, 0], "new items": [0, 2]})
+
+    def compared(ndcg, rmse, seconds):
+        rows = [
+            {"metric": "NDCG@20", "non_inferior": ndcg},
+            {"metric": "RMSE", "non_inferior": rmse},
+        ]
+        rows[0]["seconds"] = {"warm_start": seconds, "retrained": 10.0}
+        return {"new": 50, "metrics": rows}
+
+    texts = [
+        updates_in_short(days, results)
+        for results in (
+            compared(True, True, 1.0),
+            compared(False, None, 20.0),
+            compared(True, False, 2.0),
+            {"reason": "no events after training"},
+        )
+    ]
+    for sentences in texts:
+        well_formed(sentences)
+    assert len({sentences[-1] for sentences in texts}) == 4
+    assert "update every day" in texts[0][2] and "train again" in texts[1][2]
 
 
 # --- incremental updates

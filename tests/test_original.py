@@ -1,5 +1,6 @@
 "Tests of the original recipe: against a row-by-row loop, its metrics against plain Python, and its faults."
 
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from widedeep_nb.evaluation import eval_ratings
 from widedeep_nb.lib.core import PROTOCOLS, Split, UserError, to_interactions
+from widedeep_nb.lib.original_plots import original_in_short
 from widedeep_nb.lib.original_recipe import (
     OriginalWideDeep,
     best_val_epoch,
@@ -461,3 +463,29 @@ def test_filter_variants_on_ciao(shared):
     assert size == {"rows": 54_320, "users": 3_384, "items": 1_458}
     assert dataset_size(filter_users_then_items(log, 20))["items"] < 1_458
     assert feasible_min_ratings(log) == 20
+
+
+def test_in_short_follows_the_results(run):
+    results = run.read("original.json")
+    texts = []
+    for sign in (-1, 0, 1):
+        changes = []
+        for record in results["changes"]:
+            ends = {"value": sign * 0.5, "lo": sign * 0.5 - 0.1, "hi": sign * 0.5 + 0.1}
+            changes.append(record | ends)
+        popular = {"value": sign / 10, "lo": sign / 10 - 0.01, "hi": sign / 10 + 0.01}
+        changed = results | {"changes": changes, "versus popularity": popular}
+        sentences = original_in_short(changed, REPORTED)
+        assert 2 <= len(sentences) <= 5
+        texts.append(" ".join(sentences))
+    texts.append(" ".join(original_in_short({"has_ratings": False}, REPORTED)))
+    assert (
+        "which is surely worse than always" in texts[0] and "surely worse than a list" in texts[0]
+    )
+    assert "not surely different from always" in texts[1]
+    assert (
+        "which is surely better than always" in texts[2] and "surely better than a list" in texts[2]
+    )
+    assert "this log has none" in texts[3] and len(set(texts)) == 4
+    for text in texts:
+        assert not re.search(r"nan|None|\(\)|  ", text)

@@ -34,6 +34,7 @@ from widedeep_nb.lib.features import (
 )
 from widedeep_nb.lib.recommender import load_recommender, make_recommender
 from widedeep_nb.lib.runs import Run
+from widedeep_nb.lib.split_report import preprocessing_in_short, split_notes, split_summary
 from widedeep_nb.lib.statistics import spearman_with_ci
 from widedeep_nb.preprocessing import k_core, pointwise_examples, prepare, time_blocks
 
@@ -724,3 +725,80 @@ def test_the_past_of_a_block_is_each_users_rows_in_order(users, n_blocks):
         assert history.item.tolist() == sum(expected, [])
         assert history.indptr.diff().tolist() == [len(items) for items in expected]
     assert start == n
+
+
+def correlations(*rows):
+    "Make a table of feature correlations: (feature, correlation, half the interval)."
+    frame = pl.DataFrame(rows, schema=["feature", "correlation", "half"], orient="row")
+    value, half = pl.col("correlation"), pl.col("half")
+    return frame.with_columns(lo=value - half, hi=value + half)
+
+
+STRONG = correlations(("item: deviation", 0.4, 0.1), ("both: recency in the category", 0.1, 0.2))
+WEAK = correlations(("user: recency", -0.1, 0.2))
+
+
+def split_report(dates, folds=1, min_user=5, filtered_out=0):
+    "Make the content of preprocessing.json; `dates` holds begin and end of each part."
+    parts = [
+        {"cut": fold, "part": part, "rows": rows, "from": begin, "to": end}
+        for fold in range(folds)
+        for part, rows, (begin, end) in zip(("train", "val", "test"), (80, 10, 10), dates)
+    ]
+    used = {"min_user": min_user, "min_item": min_user, "filter_scope": "train"}
+    return {"filter": used, "filtered_out": filtered_out, "parts": parts}
+
+
+IN_ORDER = [
+    ("2020-01-01", "2021-01-01"),
+    ("2021-01-01", "2021-06-01"),
+    ("2021-06-01", "2022-01-01"),
+]
+OVERLAPPING = [("2020-01-01", "2022-01-01")] * 3
+UNDATED = [(None, None)] * 3
+
+
+@pytest.mark.parametrize(
+    "report, unknown, features, words",
+    [
+        (
+            split_report(IN_ORDER),
+            0.02,
+            STRONG,
+            ["as in a shop", "Only 2 %", "1 has a clear relation"],
+        ),
+        (
+            split_report(IN_ORDER, filtered_out=7),
+            0.3,
+            WEAK,
+            ["7 training rows were removed", "In 30 %", "None of"],
+        ),
+        (split_report(IN_ORDER, folds=4), 0.7, STRONG, ["tested 4 times", "judge a model first"]),
+        (split_report(OVERLAPPING), 0.5, STRONG, ["newer than test rows"]),
+        (split_report(UNDATED, min_user=1), 0.0, WEAK, ["drawn at random", "was dropped"]),
+    ],
+)
+def test_sentences_follow_the_split(report, unknown, features, words):
+    sentences = preprocessing_in_short(report, 5, unknown, features, "the following ratings")
+    text = " ".join(sentences)
+    for word in words:
+        assert word in text
+    assert "None " not in text.replace("None of", "") and "nan" not in text and "()" not in text
+    assert 2 <= len([s for s in sentences if s]) <= 5
+    assert all(s.endswith(".") for s in sentences if s)
+
+
+def test_sentences_of_a_real_split():
+    rows = to_interactions(
+        pl.DataFrame(
+            {
+                "user": [f"u{i % 7}" for i in range(140)],
+                "item": [f"i{i % 5}" for i in range(140)],
+                "rating": [1 + i % 5 for i in range(140)],
+            }
+        )
+    )
+    split = prepare(rows)
+    report = split_report(UNDATED) | {"parts": split_summary(split)}
+    assert "drawn at random" in preprocessing_in_short(report, 5, 0.0, STRONG, "ratings")[0]
+    assert "random order" in split_notes(report, split.protocol, has_times=False)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from widedeep_nb.lib.publish import readme_table
+from widedeep_nb.lib.publish import chapter_table
 from widedeep_nb.lib.results import load_results
+from widedeep_nb.lib.results_text import answer_text, results_table
 from widedeep_nb.lib.scale_plots import readme_size_text
 
 ROOT = Path(__file__).parents[1]
@@ -15,22 +16,38 @@ README = (ROOT / "README.md").read_text()
 RESULTS = sorted((ROOT / "results").glob("*.json"))
 
 
-def test_tables_are_those_of_results():
-    block = re.search(r"<!-- figures -->\n(.*?)\n<!-- /figures -->", README, re.S)[1]
-    assert RESULTS and block == "\n\n".join(
-        map(readme_table, load_results(ROOT / "results").values())
-    )
+def block(name):
+    "Return the text between two markers."
+    return re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", README, re.S)[1]
+
+
+def test_answers_are_those_of_results():
+    runs = load_results(ROOT / "results")
+    assert RESULTS and block("answer") == "\n".join(map(answer_text, runs.values()))
+
+
+def test_pictures_are_there_for_light_and_dark_pages():
+    files = re.findall(r'(?:srcset|src)="([^"]+)"', block("picture"))
+    assert len(files) == 4 and len([f for f in files if f.endswith("-dark.png")]) == 2
+    assert all((ROOT / file).exists() for file in files)
+
+
+def test_chapters_are_listed_with_their_questions():
+    assert block("chapters") == chapter_table(ROOT / "nbs")
+    assert block("chapters").count("?") >= 23
+
+
+def test_it_is_one_screen_of_words():
+    "Check that README stays short: tables are on a page of their own."
+    prose = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->|```.*?```", "", README, flags=re.S)
+    assert len(prose.split()) < 800
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
 def test_numbers_of_the_table(path):
     "Check the table without the code that wrote it."
     results = json.loads(path.read_text())
-    start = re.search(
-        rf"\*\*{results['dataset']}\*\*[^\n]*, protocol `{results['protocol']}`, {results['rows']:,} rows",
-        README,
-    ).start()
-    table = README[start:].split("\n\n")[1]
+    table = results_table(results).split("\n\n")[1]
     wanted = {
         (r["model"], r["metric"], r["versus"]): r
         for r in results["metrics"]
@@ -71,7 +88,7 @@ def test_numbers_of_the_table(path):
 
 
 def test_scale_text_is_that_of_results():
-    text = re.search(r"<!-- size -->\n(.*?)\n?<!-- /size -->", README, re.S)[1]
+    text = block("size")
     results = json.loads((ROOT / "results" / "scale" / "cpu.json").read_text())
     assert text == readme_size_text(results) and len(text.splitlines()) == 3
     for stage in results["large_log"]:
@@ -82,7 +99,7 @@ def test_scale_text_is_that_of_results():
 
 def test_no_other_number_is_typed_into_it():
     prose = re.sub(
-        r"<!-- (figures|picture|size) -->.*?<!-- /\1 -->|```.*?```", "", README, flags=re.S
+        r"<!-- (answer|picture|size|chapters) -->.*?<!-- /\1 -->|```.*?```", "", README, flags=re.S
     )
     assert re.findall(r"\d*\.\d{3,}", prose) == []
 

@@ -29,7 +29,11 @@ from widedeep_nb.lib.ranking_pipeline import (
     mmr_select,
     ranking_value,
 )
-from widedeep_nb.lib.recommend_plots import describe_diversity_cost, describe_revenue_order
+from widedeep_nb.lib.recommend_plots import (
+    describe_diversity_cost,
+    describe_revenue_order,
+    recommend_in_short,
+)
 from widedeep_nb.lib.recommender import make_recommender
 from widedeep_nb.lib.rules import Rules, align_catalog, allowed_items, category_levels, read_rules
 from widedeep_nb.lib.runs import Run
@@ -689,3 +693,45 @@ def test_the_command_explains_and_reports_errors(command, tmp_path):
         code, output = call("--user", "u1", *options)
         assert code == 2 and message in output.err and len(output.err.splitlines()) <= 3
     assert load_pipeline(run).rank([0], k=3)[0].shape == (1, 3)
+
+
+def reranking_report(loss, revenue, rule):
+    "Make a lists.json in which strength 0.5, the order and the rule change NDCG@20 by this much."
+
+    def row(name, metric, value, difference):
+        figures = {"value": value, "lo": value - 0.01, "hi": value + 0.01}
+        figures |= {"difference": difference, "difference_lo": difference - 0.01}
+        return {
+            "name": name,
+            "n": 50,
+            "metric": metric,
+            "difference_hi": difference + 0.01,
+        } | figures
+
+    diversity = [row("0", "NDCG@20", 0.3, 0.0), row("0.5", "NDCG@20", 0.3 + loss, loss)]
+    diversity += [row("0", "ILD@20", 0.4, 0.0), row("0.5", "ILD@20", 0.6, 0.2)]
+    orders = [row("revenue", "NDCG@20", 0.3, loss), row("revenue", "Revenue@20", 9.0, revenue)]
+    rules = [row("none", "NDCG@20", 0.3, 0.0), row("cheap", "NDCG@20", 0.3 + rule, rule)]
+    report = {"diversity": diversity, "orders": orders, "rules": rules}
+    report["allowed_share"] = {"none": 1.0, "cheap": 0.5}
+    return report | {"explanations": {"slots": 100, "explained": 90, "liked": 60}}
+
+
+def test_in_short_follows_the_figures():
+    worse = recommend_in_short(reranking_report(-0.1, 2.0, -0.2))
+    better = recommend_in_short(reranking_report(0.0, -2.0, 0.1))
+    assert worse[0].startswith(
+        "Every bit of variety that we tried makes the lists significantly worse"
+    )
+    assert "50 % more varied (strength 0.5)" in better[0]
+    assert "holds more of the money" in worse[1] and "but is worse at showing" in worse[1]
+    assert "holds less of the money" in better[1] and "and is as good" in better[1]
+    assert "“cheap” costs most quality: -0.200" in worse[2]
+    assert better[2] == "None of the rules that we tried costs any quality."
+    nothing = {"slots": 0, "explained": 0, "liked": 0}
+    empty = {"diversity": [], "orders": [], "rules": [], "allowed_share": {"none": 1.0}}
+    for sentences in (worse, better, recommend_in_short(empty | {"explanations": nothing})):
+        assert 2 <= len(sentences) <= 5
+        for sentence in sentences:
+            assert sentence[0].isupper() and sentence.endswith(".") and "`" not in sentence
+            assert "nan" not in sentence and "None " not in sentence.replace("None of", "")

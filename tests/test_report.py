@@ -13,6 +13,7 @@ import pytest
 
 from widedeep_nb.lib.cli import main
 from widedeep_nb.lib.comparison import PARAM_GRIDS
+from widedeep_nb.lib.notebooks import read_in_short
 from widedeep_nb.lib.recommender import LOSSES
 from widedeep_nb.sequences import SEQUENCE_MODELS
 
@@ -28,6 +29,7 @@ SETTINGS = {
     "bench_rows": 20000,
     "bench_repeats": 1,
     "scaling_rows": 4000,
+    "distributed_rows": 2000,
 }
 QUICK = [word for name, value in SETTINGS.items() for word in ("-p", f"{name}={value}")]
 
@@ -60,7 +62,7 @@ def report(tmp_path_factory):
 
 def test_page_is_one_file_with_everything(report):
     page = (report / "index.html").read_text()
-    assert "synthetic" in page and page.count("<section") == 23
+    assert "synthetic" in page and page.count('<section id="') == 23
     outside = re.findall(
         r"""(?:src|data|poster)=["']?(https?:[^"' >]+)|url\((https?:[^)]+)|@import|<link[^>]+href|<script[^>]+src""",
         page,
@@ -74,6 +76,52 @@ def test_page_is_one_file_with_everything(report):
 
 def test_page_fits_desktop_and_phone_in_both_themes(report, fits):
     fits(report / "index.html")
+
+
+def test_the_page_opens_with_what_came_out(report, browser):
+    "Check the two views: findings first, short enough to read and print, and the chapters behind one switch."
+    page_file = report / "index.html"
+    assert page_file.stat().st_size < 5e6
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(page_file.as_uri())
+    assert page.locator("#findings").is_visible() and not page.locator("#how").is_visible()
+    assert page.evaluate("document.scrollingElement.scrollHeight") <= 15_000
+    assert page.locator("article.found").count() == 23
+    assert page.locator("article.found .picture svg, article.found .picture img").count() == 23
+    commands = page.locator(".command code").all_inner_texts()
+    assert len(commands) >= 4 and all(c.startswith("widedeep ") for c in commands)
+    page.locator("article.found h3 a").nth(12).click()
+    assert page.locator("#how").is_visible() and not page.locator("#findings").is_visible()
+    stems = page.locator("#how section[id]").evaluate_all("all => all.map(e => e.id)")
+    assert stems[0] == "01_data" and stems[-1] == "23_demo_shop"
+    page.emulate_media(media="print")
+    assert page.locator("#findings").is_visible() and not page.locator("#how").is_visible()
+
+
+def sentence_frames(text):
+    "Return the sentences of a summary without numbers and names."
+    frames = re.sub(r"[\d.,%–\[\]+-]+", "#", text.lower())
+    return set(filter(None, (s.strip() for s in re.split(r"(?<=[a-z#)]{2})[.!?](?=\s|$)", frames))))
+
+
+def summaries(folder):
+    "Return what each chapter of a folder says in short."
+    paths = sorted(Path(folder).glob("[0-9][0-9]_*.ipynb"))
+    return {p.stem: read_in_short(json.loads(p.read_text())["cells"]) for p in paths}
+
+
+def test_every_chapter_says_in_short_what_came_out(report):
+    "Check the summaries of this run, and that they differ from those of the published run."
+    here, published = summaries(report / "notebooks"), summaries(ROOT / "nbs")
+    assert len(here) == 23
+    seen = {}
+    for stem, (text, figure) in here.items():
+        assert figure.startswith("fig-"), stem
+        assert not re.search(r"\b(nan|None|inf)\b|\(\)|  ", text), (stem, text)
+        assert 2 <= len(re.findall(r"[.!?](?:\s|$)", text)) <= 12, (stem, text)
+        assert text != published[stem][0], f"{stem} says the same for two runs"
+        for frame in sentence_frames(text):
+            assert seen.setdefault(frame, stem) == stem, (stem, seen[frame], frame)
 
 
 def test_all_metrics_of_the_contract_are_there(report):
@@ -95,7 +143,7 @@ def test_all_metrics_of_the_contract_are_there(report):
     assert (
         set(records["users"]) == {"all", "warm", "cold"}
         and set(records["task"]) == {"rating", "ranking"}
-        and set(records["split"]) == {"test"}
+        and set(records["split"]) == {"val", "test"}
     )
     whole = records.filter(pl.col("lo").is_not_null(), pl.col("versus").is_null())
     assert whole.select(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -24,7 +25,12 @@ from widedeep_nb.lib.distributed import (
     saved_epochs,
     write_training_data,
 )
-from widedeep_nb.lib.end_to_end import CandidateGenerator, recommend_within, run_end_to_end
+from widedeep_nb.lib.end_to_end import (
+    CandidateGenerator,
+    check_sizes,
+    recommend_within,
+    run_end_to_end,
+)
 from widedeep_nb.lib.eval_tasks import top_k_lists
 from widedeep_nb.lib.large_logs import (
     MS_PER_DAY,
@@ -37,7 +43,12 @@ from widedeep_nb.lib.large_logs import (
 )
 from widedeep_nb.lib.optimizers import SparseAdamW
 from widedeep_nb.lib.profiling import BenchProcess
-from widedeep_nb.lib.scale_plots import format_row_count, readme_size_text
+from widedeep_nb.lib.scale_plots import (
+    describe_limits,
+    format_row_count,
+    readme_size_text,
+    scale_in_short,
+)
 from widedeep_nb.lib.wide_deep import WideDeepRecommender
 from widedeep_nb.preprocessing import prepare
 from widedeep_nb.scale import crossover_size, resource_estimates, scaling_exponents
@@ -473,3 +484,62 @@ def test_training_resumes_after_a_process_is_killed(data, tmp_path, mode):
         for name in ("undisturbed", "killed")
     ]
     assert all(first[k] == second[k] for k in ("curve", "n_weights")) and len(first["curve"]) == 6
+
+
+def stage_rows(n_rows, repeats=2, power=1.0):
+    "Return measurements of three sizes whose time grows by a power of the rows."
+    return pl.DataFrame(
+        [
+            {
+                "rows": n,
+                "repeat": repeat,
+                "stage": stage,
+                "seconds": 1e-4 * n**power,
+                "memory": 0.7,
+                "rows_read": n,
+                "users": 30,
+                "items": 20,
+                "n_users": 10,
+                "exhaustive": True,
+            }
+            for n in (n_rows // 10, n_rows, 10 * n_rows)
+            for repeat in range(1, repeats + 1)
+            for stage in ("read", "lists")
+        ]
+    )
+
+
+def is_well_formed(sentences):
+    text = " ".join(sentences)
+    return not re.search(r"\bnan\b|None|\(\)|\binf\b|  |`", text) and all(
+        s.rstrip().endswith(".") for s in sentences
+    )
+
+
+def test_in_short_follows_the_measurements():
+    linear, steep = stage_rows(1_000), stage_rows(500, repeats=1, power=1.6)
+    calm = scale_in_short(linear, scaling_exponents(linear), [], 20.0, has_gpu=False)
+    too_large = ["ease: dense item-item matrix", "user-knn: exact user neighbors"]
+    alarm = scale_in_short(steep, scaling_exponents(steep), too_large, 4.0, has_gpu=True)
+    assert is_well_formed(calm) and is_well_formed(alarm)
+    assert all(a != b for a, b in zip(calm, alarm)) and 2 <= len(calm) <= 5
+    assert "10,000 ratings" in calm[0] and "2 seconds" in calm[0] and "without a GPU" in calm[0]
+    assert "200 seconds" not in calm[2] and "3 minutes" in calm[2]  # 2 s times 100
+    assert "In a single repeat" in alarm[1] and "1 repeat " in alarm[2]
+    twice = stage_rows(500, repeats=2, power=1.6)
+    sure = scale_in_short(twice, scaling_exponents(twice), [], 4.0, has_gpu=True)
+    assert "grows faster than the log" in sure[1]
+    assert "do not use ease and user-knn" in alarm[3]
+
+
+def test_one_implementation_is_described_as_one():
+    assert describe_limits(["ease: x"], 3.0).startswith("ease does not fit")
+    assert describe_limits(["ease: x", "bpr: y"], 3.0).startswith("ease and bpr do not fit")
+
+
+def test_sizes_of_chapter_21_are_checked():
+    sizes = {"bench_ratings": 1000, "large_log_rows": 0, "engine_rows": 0, "distributed_rows": 0}
+    check_sizes(sizes)
+    for name in ("bench_ratings", "distributed_rows"):
+        with pytest.raises(UserError, match=f"{name} must be 1,000 or more"):
+            check_sizes(sizes | {name: 5})

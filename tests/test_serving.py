@@ -2,9 +2,11 @@
 
 import asyncio
 import hashlib
+import io
 import itertools
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -23,6 +25,7 @@ import polars as pl
 import psutil
 import pytest
 import uvicorn
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from widedeep_nb import serving
@@ -35,6 +38,7 @@ from widedeep_nb.lib.cli import cli, main
 from widedeep_nb.lib.core import UserError
 from widedeep_nb.lib.feedback import FeedbackStore
 from widedeep_nb.lib.inference import BatchQueue
+from widedeep_nb.lib.item_details import ItemImages
 from widedeep_nb.lib.off_policy import pl_probabilities, sample_plackett_luce
 from widedeep_nb.lib.rules import Rules
 from widedeep_nb.lib.runs import Run
@@ -295,6 +299,30 @@ def test_about(run, client):
     assert about["items"] == len(run.read("items.parquet")) and about["stars"] and about["prices"]
     body = {"rules": {"allowed": about["categories"][-1:]}}
     assert client("POST", "/api/recommend", body).status_code == 200
+
+
+def test_pictures(run, client):
+    "Check the pictures of the demo shop, the errors for others, and the currency."
+    about = get(client, "/api/about")
+    assert about["images"] and about["currency"] == "USD"
+    item = run.read("items.parquet")["item"][0]
+    response = client("GET", "/api/image", params={"item": item})
+    assert response.headers["content-type"] == "image/png"
+    assert Image.open(io.BytesIO(response.content)).size == (32, 32)
+    for unknown in ("nothing", "../run.json", "run.json"):
+        assert client("GET", "/api/image", params={"item": unknown}).status_code == 404
+    assert client("GET", "/api/image").status_code == 422
+
+
+def test_pictures_of_a_folder(run, tmp_path):
+    "Check that only pictures of known items are used, whatever else lies in the folder."
+    first, second = run.read("items.parquet")["item"][:2]
+    Image.new("RGB", (3, 3)).save(tmp_path / f"{first}.jpg")
+    (tmp_path / f"{second}.svg").write_text("<svg onload='alert(1)'/>")
+    (tmp_path / "other.png").write_text("")
+    images = ItemImages(pl.Series([first, second]), "demo", str(tmp_path))
+    assert list(images.files) == [first] and images.read(first)[1] == "image/jpeg"
+    assert images.read(second) is None and images.read("other") is None
 
 
 def test_search_items(run, client):
@@ -1193,6 +1221,32 @@ def test_latency_counts_from_the_due_time():
     results = asyncio.run(measure())
     assert len(results) == 200 and (results["status"] == 200).all() and results["due"].is_sorted()
     assert results["seconds"].max() > 0.45 and (results["seconds"] > 0.1).sum() > 40
+
+
+def results_of_load(median=30.0, p99=60.0, answered=2500, rates=(66.0, 1448.0)):
+    "Return results as in serving.json."
+    load = {"asked": 2500, "answered": answered, "lost": 0, "seconds": 5.1, "rate": 488.7}
+    load |= {"median": median, "p99": p99, "mean_batch_size": 10.6, "memory": [1257.0]}
+    batches = [{"size": size, "rate": rate} for size, rate in zip((1, 64), rates)]
+    return {"items": 600, "synthetic": False, "cores": 2, "load": load, "batches": batches}
+
+
+def test_in_short_follows_the_results():
+    good = load_test.serving_in_short(results_of_load(), 100, 100)
+    slow = load_test.serving_in_short(results_of_load(p99=400.0), 100, 100)
+    bad = load_test.serving_in_short(results_of_load(answered=2000, rates=(66.0, 60.0)), 90, 100)
+    assert (
+        "every customer got a list" in good[0]
+        and "Nobody would notice" in good[1]
+        and "1,448" in good[1]
+    )
+    assert "add a worker" in slow[1] and slow[0] != good[0]
+    assert "20.0% of the customers got no list" in bad[0] and "too slow" in bad[1]
+    assert "brought nothing" in bad[2] and "10 of 100 confirmed clicks were lost" in bad[3]
+    for sentences in (good, slow, bad):
+        text = " ".join(sentences)
+        assert 2 <= len(sentences) <= 5 and text.count("  ") == 0
+        assert not re.search(r"nan|None|\(\)|\[\]", text)
 
 
 def test_load_on_a_process(run):

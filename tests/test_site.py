@@ -20,10 +20,10 @@ from widedeep_nb.lib.site import site_filter
 
 ROOT = Path(__file__).parents[1]
 SITE = yaml.safe_load((ROOT / "_quarto.yml").read_text())
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+NOTEBOOKS = [ROOT / "index.ipynb", *sorted((ROOT / "nbs").glob("*.ipynb"))]
 LIBRARY = sorted((ROOT / "nbs/lib").glob("*.ipynb"))
 RESULT_PAGES = static_pages(ROOT / "nbs")
-PAGES = [ROOT / "index.qmd", *sorted((ROOT / "nbs").glob("*.qmd")), *NOTEBOOKS]
+PAGES = [*NOTEBOOKS, *sorted((ROOT / "nbs").glob("*.qmd"))]
 TEXTS = [ROOT / "README.md", *PAGES]
 HOSTS = {
     "jmlr.org",
@@ -41,6 +41,9 @@ HOSTS = {
     "mcauleylab.ucsd.edu",
     "datarepo.eng.ucsd.edu",
     "narwhals-dev.github.io",
+    "onnx.ai",
+    "widedeep-nb.github.io",
+    "www.usenix.org",
 }
 
 
@@ -58,6 +61,11 @@ def outputs(path):
         if path.suffix == ".ipynb"
         else []
     )
+
+
+def filtered(path):
+    "Return a notebook as Quarto gets it."
+    return site_filter(json.loads(path.read_text(encoding="utf8")), path.parent)
 
 
 def markdown(path):
@@ -90,7 +98,11 @@ def anchors(path):
         else "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"),
         re.M,
     )
-    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", h).strip().lower()) for h in headings}
+    labels = {
+        o.metadata.widedeep.label for o in outputs(path) if "widedeep" in o.get("metadata", {})
+    }
+    ids = {re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", h).strip().lower()) for h in headings}
+    return ids | labels
 
 
 def links(text):
@@ -114,9 +126,8 @@ def listed(contents):
 
 
 def test_the_sidebar_lists_every_page_once():
-    assert sorted(listed(SITE["website"]["sidebar"]["contents"])) == sorted(
-        map(name, [*PAGES, *LIBRARY])
-    )
+    pages = [p for p in listed(SITE["website"]["sidebar"]["contents"]) if not p.endswith(".html")]
+    assert sorted(pages) == sorted(map(name, [*PAGES, *LIBRARY]))
 
 
 def test_all_pages_are_rendered():
@@ -131,7 +142,7 @@ def test_all_pages_are_rendered():
     )
 
 
-@each(PAGES[1:])
+@each(PAGES)
 def test_each_page_says_what_it_is_for(path):
     text = (
         path.read_text()
@@ -202,7 +213,7 @@ def test_links_without_are_https_to_known_hosts(path):
 def test_links_are_found():
     "Check that links and anchors are found."
     assert (
-        "nbs/lib/core.ipynb" in links(markdown(ROOT / "README.md"))
+        "nbs/results.ipynb" in links(markdown(ROOT / "README.md"))
         and sum(len(links(markdown(p))) for p in TEXTS) > 40
     )
     assert "rating-prediction-and-ranking" in anchors(ROOT / "nbs/discussion.ipynb")
@@ -271,15 +282,15 @@ LABELLED = re.compile(
 @each(NOTEBOOKS)
 def test_labelled_outputs_become_divs_that_quarto_can_number(path):
     labels = []
-    for cell in site_filter(nbformat.read(path, 4)).cells:
+    for cell in filtered(path)["cells"]:
         for output in [o for o in cell.get("outputs", []) if "widedeep" in o.get("metadata", {})]:
-            text = output.data["text/markdown"]
+            text = output["data"]["text/markdown"]
             found = LABELLED.match(text)
-            assert found and list(output.data) == ["text/markdown"], text[:200]
+            assert found and list(output["data"]) == ["text/markdown"], text[:200]
             label, content, caption = found.groups()
             labels.append(label)
             assert (
-                label == output.metadata.widedeep.label
+                label == output["metadata"]["widedeep"]["label"]
                 and ":::" not in content
                 and "````" not in content
             )
@@ -288,7 +299,7 @@ def test_labelled_outputs_become_divs_that_quarto_can_number(path):
             )
             if label.startswith("tbl-"):
                 assert content.count("<table") == content.count("</table>") == 1
-            assert re.sub(r"\\(.)", r"\1", caption) == output.metadata.widedeep.caption
+            assert re.sub(r"\\(.)", r"\1", caption) == output["metadata"]["widedeep"]["caption"]
     assert len(labels) == len(set(labels)), (
         "a website's references hold within a page, and need each label once there"
     )
@@ -364,7 +375,7 @@ def test_result_pages_hold_for_other_runs_too(path, tmp_path):
     "Check logs without ratings, times and cold-start users, and one log under two protocols."
     runs = {f.stem: json.loads(f.read_text()) for f in (ROOT / "results").glob("*.json")}
     bare = json.loads(json.dumps(runs["demo-strict"])) | {"dataset": "bare", "protocol": "given"}
-    bare["log"] |= {"has_stars": False, "first": None, "last": None}
+    bare["log"] |= {"has_ratings": False, "first": None, "last": None}
     bare["summary"] |= dict.fromkeys(
         ["first", "last", "stars_mean", "stars_sd", "new_user", "new_item", "new_either"]
     )
@@ -402,11 +413,154 @@ def test_result_pages_fit_desktop_and_phone(tmp_path, fits):
 
 
 def test_dark_theme_colors_match_the_site():
-    css = (ROOT / "site.css").read_text()
+    css = (ROOT / "site/site.css").read_text()
     rules = re.findall(r'style\*="(\w+): (#\w+)"\] \{ (\w+): (#\w+) !important', css)
     assert sorted(rules) == sorted(
         (use, COLORS[n], use, bright)
         for n, bright in DARK_COLORS.items()
         for use in ("fill", "stroke")
     )
-    assert SITE["format"]["html"]["css"] == "site.css"
+    assert SITE["format"]["html"]["css"] == "site/site.css"
+
+
+# --- the site without Quarto: the filter and pandoc do the same to a page
+
+
+def page_source(path):
+    "Return a page as Markdown: texts, folded code and outputs."
+    if path.suffix == ".qmd":
+        return path.read_text(encoding="utf8")
+    parts = []
+    for cell in filtered(path)["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        if source.strip():
+            summary = "<details><summary>code</summary>"
+            parts.append(f"{summary}\n\n````python\n{source}\n````\n\n</details>")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "text/markdown" in data:
+                parts.append("".join(data["text/markdown"]))
+            elif "text/html" in data:
+                parts.append("````{=html}\n" + "".join(data["text/html"]) + "\n````")
+            else:
+                text = "".join(data.get("text/plain", "")) or "".join(output.get("text", ""))
+                parts.append(f"````\n{text}\n````")
+    return "\n\n".join(parts)
+
+
+def page_html(path):
+    "Convert a page with pandoc, and put it into the width and the style of the site."
+    pandoc = pytest.importorskip("pypandoc")
+    body = pandoc.convert_text(page_source(path), "html5", "markdown", extra_args=["--mathml"])
+    css = (ROOT / "site/site.css").read_text(encoding="utf8")
+    head = (
+        '<!doctype html><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        "<style>body{margin:0 12px;font:16px/1.6 system-ui;color:#1f2933;background:#fff}"
+        "pre{overflow-x:auto}svg,img{max-width:100%}"
+        "@media (prefers-color-scheme:dark){body{color:#e6edf3;background:#0f1720}}"
+    )
+    return f"{head}{css}</style><main>{body}</main>"
+
+
+@pytest.fixture(scope="module")
+def html_pages():
+    "Convert every page once."
+    return {path: page_html(path) for path in [*PAGES, *LIBRARY]}
+
+
+def test_pages_fit_a_telephone(html_pages, tmp_path, browser):
+    "Check that no page is wider than 390 pixels, with the style sheet of the site."
+    wide = {}
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    for path, html in html_pages.items():
+        file = tmp_path / f"{path.parent.name}-{path.stem}.html"
+        file.write_text(html, encoding="utf8")
+        page.goto(file.as_uri())
+        reach = page.evaluate("document.scrollingElement.scrollWidth")
+        if reach > 390:
+            wide[name(path)] = reach
+    assert wide == {}
+
+
+def test_links_of_pages_have_a_target(html_pages):
+    "Check links between pages, and links within a page, as they are after the filter."
+    broken = []
+    for path, html in html_pages.items():
+        soup = BeautifulSoup(html, "html.parser")
+        ids = {e["id"] for e in soup.find_all(id=True)}
+        for link in [a["href"] for a in soup.find_all("a", href=True)]:
+            parts = urlsplit(link)
+            if parts.scheme in ("https", "mailto"):
+                continue
+            target = (path.parent / parts.path).resolve() if parts.path else path
+            if not target.exists() or (not parts.path and parts.fragment not in ids):
+                broken.append((name(path), link))
+    assert broken == []
+
+
+MENTION = re.compile(r"(?<![\w/])[Cc]hapters? \d\d\b")
+
+
+def test_every_mention_of_a_chapter_is_a_link(html_pages):
+    open_mentions = []
+    for path, html in html_pages.items():
+        soup = BeautifulSoup(html, "html.parser")
+        for element in soup(["a", "code", "pre", "svg", "table", "figcaption"]):
+            element.decompose()
+        own = path.name[:2]
+        mentions = [m for m in MENTION.findall(soup.get_text()) if m[-2:] != own]
+        open_mentions += [(name(path), m) for m in mentions]
+    assert open_mentions == []
+
+
+CHAPTERS = [p for p in NOTEBOOKS if p.name[:2].isdigit()]
+
+
+@each(CHAPTERS)
+def test_chapters_show_no_dump(path):
+    "Check that no output is a bare frame, a dictionary or an array."
+    dump = re.compile(r"shape: \(|class=\"dataframe|^[\[{(].*[\]})]$|^tensor\(|^array\(", re.S)
+    for cell in filtered(path)["cells"]:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            texts = [
+                output.get("text", ""),
+                *(data.get(k, "") for k in ("text/plain", "text/html")),
+            ]
+            if "text/markdown" in data or "widedeep" in output.get("metadata", {}):
+                continue
+            for text in map("".join, texts):
+                assert not dump.search(text.strip()), text[:100]
+
+
+@each(CHAPTERS)
+def test_chapters_have_no_walls_of_code(path):
+    "Check that at most three code cells follow each other without a text or an output."
+    run = 0
+    for cell in filtered(path)["cells"]:
+        silent = cell["cell_type"] == "code" and not cell["outputs"]
+        run = run + 1 if silent else 0
+        assert run <= 3
+
+
+def test_the_filter_is_quick_and_light():
+    "Check that the filter imports no package: Quarto starts it once for every page."
+    import subprocess
+    import sys
+
+    code = "import sys, widedeep_nb.lib.site; print([m for m in sys.modules if m in BIG])"
+    code = code.replace("BIG", repr(("torch", "polars", "numpy", "nbformat", "matplotlib")))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_no_theme_asks_for_a_font():
+    "Check that both themes switch web fonts off; cosmo and darkly load some."
+    for kind in ("light", "dark"):
+        base, own = SITE["format"]["html"]["theme"][kind]
+        assert base in ("cosmo", "darkly")
+        assert "$web-font-path: false;" in (ROOT / own).read_text()

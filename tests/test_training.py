@@ -1,5 +1,7 @@
 "Check that Wide & Deep starts as the damped bias, learns, stops, resumes and serves cold-start users."
 
+import re
+
 import numpy as np
 import polars as pl
 import pytest
@@ -7,6 +9,14 @@ import torch
 
 from widedeep_nb.lib.core import History, to_interactions
 from widedeep_nb.lib.features import build_batch, build_feature_state, category_codes, damped_bias
+from widedeep_nb.lib.model_plots import (
+    best_val_losses,
+    learning_caption,
+    learning_curves,
+    learning_summary,
+    model_in_short,
+    training_in_short,
+)
 from widedeep_nb.lib.recommender import load_recommender, make_loss, make_recommender
 from widedeep_nb.model import WideDeepNet
 from widedeep_nb.preprocessing import pointwise_examples, prepare
@@ -161,3 +171,61 @@ def test_beats_the_damped_bias_on_ciao(ciao):
         rmse_by_seed.append(rmse_on(ciao.test, model))
     baseline = rmse_on(ciao.test, make_recommender("damped-bias").fit(final))
     assert np.mean(rmse_by_seed) <= baseline
+
+
+def test_contributions_add_up_to_the_prediction():
+    split = parity_split(600)
+    model = make_recommender("wide-deep", epochs=2).fit(split)
+    users, items = torch.arange(20), torch.arange(20)
+    terms = model.contributions(users, items)
+    assert list(terms) == ["mean", "user", "item", "cross-products", "deep"]
+    scores = model.scores(users, items=items).diagonal()
+    assert torch.allclose(sum(terms.values()), scores, atol=1e-5)
+
+
+def fits_with(train, val, model="wide-deep", seeds=(0, 1)):
+    "Make fits as in training.json, the losses a little higher for later seeds."
+    fits = []
+    for seed in seeds:
+        rows = zip(train, val)
+        curve = [
+            {"epoch": e, "train": t + seed / 100, "val": v if v is None else v + seed / 100}
+            for e, (t, v) in enumerate(rows, 1)
+        ]
+        fits.append({"model": model, "cut": 0, "seed": seed, "curve": curve})
+    return fits
+
+
+@pytest.mark.parametrize(
+    "train, val, expected",
+    [
+        ([1.5, 1.2, 0.9], [1.6, 1.3, 1.4], ["The network learns", "rises to 1.405", "better than"]),
+        ([1.5, 1.2, 0.9], [1.6, 1.7, 1.8], ["learns nothing", "rises to 1.805", "worse than"]),
+        ([1.5, 1.4, 1.3], [1.6, 1.45, 1.4], ["memorizes a little", "allow it more epochs"]),
+        ([1.5, 1.2], [None, None], ["no validation part", "from 1.505 to 1.205"]),
+    ],
+)
+def test_training_in_short_follows_the_curves(train, val, expected):
+    fits = fits_with(train, val)
+    for branch in ("wide-alone", "deep-alone"):
+        fits += fits_with([1.5] * len(val), [v and 1.5 for v in val], branch)
+    curves = learning_curves(fits, take_root=False)
+    summary = learning_summary(curves, max_epochs=3)
+    sentences = training_in_short(summary, best_val_losses(curves), "rating error (RMSE)")
+    text = " ".join(sentences)
+    assert 2 <= len(sentences) <= 5 and not re.search(r"nan|None|\(\)|  ", text)
+    for part in expected:
+        assert part in text
+    assert len(learning_caption(curves, "RMSE", 2)) > 40
+
+
+def test_model_in_short_follows_the_model():
+    up, down = [{"mean": 4.0, "user": sign * 0.3, "item": sign * 0.4} for sign in (1, -1)]
+    first = model_in_short(5_000_000, 0.98, 10_000, 500, up, True)
+    second = model_in_short(1_000, 0.3, 20, 1, down, False)
+    assert (
+        "5,000,000" in first[1]
+        and "grows with the number" in first[1]
+        and "+0.70 stars" in first[2]
+    )
+    assert "1 item " in second[1] and "hardly grows" in second[1] and "no ratings" in second[2]

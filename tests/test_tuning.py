@@ -370,7 +370,8 @@ def test_a_failed_trial_counts_with_its_reason(small, monkeypatch):
 
 
 def test_a_score_must_be_finite(small, monkeypatch):
-    monkeypatch.setattr(tuning, "val_score", lambda *args: math.nan)
+    table = pl.DataFrame({RANKING_METRIC: [math.nan]})
+    monkeypatch.setattr(tuning, "validation_table", lambda *args: table)
     with pytest.raises(UserError, match="not a finite number"):
         run_trial("svd", RANKING_METRIC, {}, small)
 
@@ -421,7 +422,15 @@ def test_all_models_have_equally_many_trials(tuned):
 def test_reports_hold_the_default_and_the_best_trial(tuned):
     for model in tuned.read("tuning.json")["models"]:
         name = model["model"]
-        keys = {"model", "registry_name", "settings", "seconds", "objectives", "curve"}
+        keys = {
+            "model",
+            "registry_name",
+            "settings",
+            "seconds",
+            "objectives",
+            "curve",
+            "validation",
+        }
         assert set(model) == keys
         assert (model["curve"] is not None) == ("patience" in recommender_params(name))
         for objective in model["objectives"]:
@@ -434,6 +443,17 @@ def test_reports_hold_the_default_and_the_best_trial(tuned):
             assert best["value"] == objective["best"]
             assert best["settings"].items() <= model["settings"].items()
         make_recommender(model["registry_name"], **model["settings"])
+
+
+def test_the_best_trial_leaves_its_validation_table(tuned):
+    for model in tuned.read("tuning.json")["models"]:
+        for metric, path in model["validation"].items():
+            value = tuned.read(f"tuning/{path}")[metric].mean()
+            value = value**0.5 if metric == RATING_METRIC else value
+            best = [o["best"] for o in model["objectives"] if o["metric"] == metric]
+            assert best in ([], [pytest.approx(value)])
+        assert {o["metric"] for o in model["objectives"]} <= set(model["validation"])
+        assert model["validation"]
 
 
 KILLED = """

@@ -14,7 +14,7 @@ _HOMES = {  # where the public names live; each module is imported when one of i
     "check_recommender": "lib.recommender_checks",
     "Run": "lib.runs",
     "Split": "lib.core",
-    "Protocol": "lib.core",
+    "Protocol": "lib.protocols",
     "Recommender": "lib.recommender",
 }
 __all__ = list(_HOMES)

@@ -10,35 +10,18 @@ __all__ = ['cli', 'run_command', 'datasets_command', 'recommend_command', 'serve
 # %% ../../nbs/lib/cli.ipynb #a215c5ec
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Optional
 
 import click
-import nbformat
-import polars as pl
 
 # %% ../../nbs/lib/cli.ipynb #88042c1e
-from ..experiments import run_experiment
-from .benchmarks import bench, bench_recommend, bench_two_stages, format_bench
-from .core import PROTOCOLS, UserError, package_versions
-from .dashboard import dashboard
-from .datasets import datasets
-from .display import nbsp_percent
-from .experiment_report import describe_experiment
-from .increments import append
-from .parameters import find_notebooks, parse_overrides
-from .publish import publish
-from .ranking_pipeline import SORT_ORDERS
-from .run_recommendations import format_table, load_model, recommend_from_run
-from .runner import ChapterError, make_run_plan, run_report
-from .runs import Run, current_run
-from .site import site_filter
-from .verdict import summary_text
+from .. import __version__
+from .protocols import PROTOCOLS, ChapterError, UserError
 
 # %% ../../nbs/lib/cli.ipynb #cb025883
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_versions().get("widedeep_nb", "unknown"))
+@click.version_option(__version__)
 def cli():
     "Turn the rating log of a shop into an evaluated recommender and a report."
 
@@ -62,6 +45,10 @@ _PROTOCOL_HELP = f"Protocol: {', '.join(PROTOCOLS)} [strict; given, if the data 
 @click.option("--notebooks", default="", hidden=True)
 def run_command(pairs, file, **options):
     "Run the chapters in order and write the report."
+    from widedeep_nb.lib.parameters import parse_overrides
+    from widedeep_nb.lib.runner import make_run_plan, run_report
+    from widedeep_nb.lib.verdict import summary_text
+
     plan = make_run_plan(overrides=parse_overrides(pairs, file), **options)
     try:
         run = run_report(plan)
@@ -75,8 +62,10 @@ def run_command(pairs, file, **options):
 # %% ../../nbs/lib/cli.ipynb #e53973f6
 def open_existing_run(
     folder: str,  # as typed
-) -> Run:
+) -> "Run":  # noqa: F821 - imported when it is needed
     "Open an existing run; raise UserError if the folder is not one."
+    from widedeep_nb.lib.runs import Run
+
     if not (Path(folder) / "run.json").exists():
         raise UserError(f"{folder} is not a run folder; make one with: widedeep run --out {folder}")
     return Run(folder)
@@ -93,6 +82,8 @@ def _download_size(dataset: dict) -> str:
 @cli.command("datasets")
 def datasets_command():
     "List the datasets that are known by name."
+    from widedeep_nb.lib.datasets import datasets
+
     for d in datasets().iter_rows(named=True):
         size = _download_size(d)
         text = f"{d['description']}; {d['license']}"
@@ -100,7 +91,7 @@ def datasets_command():
 
 # %% ../../nbs/lib/cli.ipynb #da51bb47
 _BASKET_HELP = "Items of a basket, with or without ratings"
-_MODEL_HELP = "Name of a model [the one that ranks best on the test part]"
+_MODEL_HELP = "Name of a model [the one to use by the verdict of the report]"
 _ITEMS_HELP = "Candidates: items with events, those without, or all [known]"
 _RULES_HELP = (
     "JSON or YAML file: in_stock, min_price, max_price, allowed, blocked, "
@@ -109,7 +100,7 @@ _RULES_HELP = (
 _DIVERSITY_HELP = "From 0 (by score alone) to 1 (as diverse as possible) [0]"
 _ORDER_HELP = "Sort by score or by expected revenue [score]"
 _ITEM_CHOICE = click.Choice(["known", "new", "all"])
-_ORDER_CHOICE = click.Choice(list(SORT_ORDERS))
+_ORDER_CHOICE = click.Choice(["score", "revenue"])
 
 # %% ../../nbs/lib/cli.ipynb #89cb5f44
 @cli.command("recommend")
@@ -125,6 +116,8 @@ _ORDER_CHOICE = click.Choice(list(SORT_ORDERS))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON")
 def recommend_command(folder, as_json, **options):
     "Recommend to a user or for a basket, with a model of RUN."
+    from widedeep_nb.lib.run_recommendations import format_table, recommend_from_run
+
     result = recommend_from_run(open_existing_run(folder), **options)
     if as_json:
         click.echo(json.dumps(result, indent=1))
@@ -139,7 +132,7 @@ _PORT_HELP = "Port to listen on; 0: a free one [8000]"
 _HOST_HELP = "Address to listen on [127.0.0.1: this machine only]"
 _SERVED_HELP = (
     "Model to serve; can be repeated; the first is the default "
-    "[hybrid, item-knn and popularity, where available]"
+    "[the verdict, hybrid, item-knn and popularity]"
 )
 _TOKEN_HELP = "Token that feedback requires; better set it as WIDEDEEP_TOKEN [none]"
 _EXPLORE_HELP = "Temperature of random lists (Plackett-Luce); 0: always the best items [0]"
@@ -160,13 +153,18 @@ _WORKERS_HELP = "Processes that score, each with its own copy of the models [1]"
 @click.option("--workers", default=1, type=click.IntRange(1, 64), help=_WORKERS_HELP)
 def serve_command(folder, **options):
     "Serve recommendations of RUN over HTTP until stopped."
+    from widedeep_nb.lib.runs import current_run
     from widedeep_nb.lib.server import serve
+    from widedeep_nb.lib.verdict import default_models
 
     run = open_existing_run(folder)
     # appended events are served; feedback stays with the original run
     served = current_run(run.folder)
     feedback_dir = options.pop("feedback_dir") or str(run.folder / "service")
-    serve(served, echo=click.echo, feedback_dir=feedback_dir, **options)
+    # the figures that decide are those of the report, not of the appended events
+    fitted = sorted(p.parent.name for p in (served / "models").glob("*/model.json"))
+    models = options.pop("models") or tuple(default_models(run, fitted))
+    serve(served, echo=click.echo, models=models, feedback_dir=feedback_dir, **options)
 
 
 @cli.command("feedback")
@@ -191,7 +189,10 @@ _LENGTH_HELP = "Number of last events of a basket that the exported model reads 
 @click.option("--length", default=50, type=click.IntRange(1), help=_LENGTH_HELP)
 def export_command(folder, model, out, length):
     "Export a model of RUN as ONNX, with a page that runs it in a browser."
+    import polars as pl
+
     from widedeep_nb.export import write_export
+    from widedeep_nb.lib.run_recommendations import load_model
 
     run = open_existing_run(folder)
     fitted = load_model(run, model or "hybrid")
@@ -222,6 +223,10 @@ _VISITORS_HELP = "Maximum number of users [1500]"
 @click.option("--max-visitors", default=1500, type=click.IntRange(20), help=_VISITORS_HELP)
 def experiment_command(folder, **options):
     "Compare two models of RUN in an A/B test with simulated users and the real service."
+    from widedeep_nb.experiments import run_experiment
+    from widedeep_nb.lib.display import nbsp_percent
+    from widedeep_nb.lib.experiment_report import describe_experiment
+
     run = open_existing_run(folder)
     run_experiment(run, **options)
     for line in describe_experiment(run.read("experiment.json")):
@@ -244,6 +249,8 @@ _METRICS_HELP = "Address of the service, or a file with the text of its /metrics
 @click.option("--model", "models", multiple=True, help=_UPDATED_HELP)
 def append_command(folder, log, **options):
     "Append the events of LOG to RUN and update its models by a warm start."
+    from widedeep_nb.lib.increments import append
+
     report = append(open_existing_run(folder), log, **options)
     counts = {name.replace(" ", "_"): value for name, value in report.items()}
     click.echo(_APPENDED.format(**counts))
@@ -258,6 +265,8 @@ def append_command(folder, log, **options):
 @click.option("--output", default="", help="Target, an HTML file [dashboard.html in RUN]")
 def dashboard_command(folder, log, **options):
     "Write a page on the health, quality, drift and experiments of RUN; LOG is a newer log."
+    from widedeep_nb.lib.dashboard import dashboard
+
     page = dashboard(open_existing_run(folder), log, **options)
     click.echo(f"Page: {os.path.relpath(page)}")
 
@@ -266,6 +275,13 @@ def dashboard_command(folder, log, **options):
 @click.option("--json", "as_json", is_flag=True, help="Print JSON")
 def bench_command(as_json):
     "Benchmark training, ranking, preprocessing and recommendations on this machine; takes some minutes."
+    from widedeep_nb.lib.benchmarks import (
+        bench,
+        bench_recommend,
+        bench_two_stages,
+        format_bench,
+    )
+
     results = bench()
     latencies = bench_recommend() | bench_two_stages()
     if as_json:
@@ -282,6 +298,9 @@ def bench_command(as_json):
 @click.option("--notebooks", default="", hidden=True)
 def publish_command(folder, notebooks):
     "Publish the results of RUN in results/ and its outputs in nbs/; log rows only of the demo shop."
+    from widedeep_nb.lib.parameters import find_notebooks
+    from widedeep_nb.lib.publish import publish
+
     target = publish(open_existing_run(folder), Path(notebooks or find_notebooks()))
     click.echo(f"{target} is written, and the pages that quote it")
 
@@ -289,8 +308,9 @@ def publish_command(folder, notebooks):
 @cli.command("site-filter", hidden=True)
 def site_filter_command():
     "Convert a notebook from stdin to the form that Quarto needs, on stdout."
-    nb = nbformat.reads(sys.stdin.read(), 4)
-    click.echo(nbformat.writes(site_filter(nb)))
+    from widedeep_nb.lib.site import filter_stdin
+
+    filter_stdin()
 
 # %% ../../nbs/lib/cli.ipynb #e1b953aa
 def main(

@@ -6,7 +6,7 @@
 __all__ = ['tokenize', 'truncated_svd', 'token_tfidf', 'tfidf_vectors', 'price_bins', 'item_tags', 'ItemFeatures', 'pad_tags',
            'first_available', 'build_item_features', 'has_side_features', 'add_catalog', 'encode_user_features']
 
-# %% ../../nbs/lib/content_features.ipynb #708e6722
+# %% ../../nbs/lib/content_features.ipynb #c7f1d1a3
 from dataclasses import dataclass, replace
 from typing import Optional
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-# %% ../../nbs/lib/content_features.ipynb #6930277d
+# %% ../../nbs/lib/content_features.ipynb #a53faa42
 from .core import Split, encode_ids, select_columns, to_index
 from .features import DAY_MS
 

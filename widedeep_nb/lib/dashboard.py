@@ -7,27 +7,22 @@ __all__ = ['scrape_metrics', 'latency_quantile', 'health_panel', 'read_feedback'
            'dashboard']
 
 # %% ../../nbs/lib/dashboard.ipynb #ed7ca29e
-import html
 import sqlite3
 import urllib.request
 from contextlib import closing
 from datetime import datetime, timedelta, timezone
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import NamedTuple, Optional
 
 import numpy as np
 import polars as pl
 from prometheus_client.parser import text_string_to_metric_families
 
-from .display import plt
-
 # %% ../../nbs/lib/dashboard.ipynb #a0509b68
 from ..data import load
 from .ab_statistics import SRM_ALPHA
 from .core import UserError, atomic_write, to_interactions
-from .display import COLORS, fig_to_svg, nbsp_percent, set_theme
+from .display import COLORS, fig_to_svg, nbsp_percent, plt, pluralize, set_theme
 from .drift import DAYS_PER_UNIT, FALSE_ALARM_RATE
 from widedeep_nb.lib.experiment_report import (
     arms_table,
@@ -45,6 +40,7 @@ from widedeep_nb.lib.monitoring_plots import (
 )
 from .runs import LIVE_FILE, Run, current_run
 from .statistics import bootstrap
+from .templates import render
 from ..monitoring import NO_TIMES, detect_drift, last_training_time
 from ..updates import align_events, merge_logs, new_rows
 
@@ -271,7 +267,7 @@ def _traffic_expected(
 # %% ../../nbs/lib/dashboard.ipynb #219b41aa
 TRAFFIC_TEXT = (
     "In the hour from {hour:%Y-%m-%d %H:%M} on: {lists:,} lists and {events:,} events; "
-    "in the {n} hours shown {all_lists:,} and {all_events:,}. The feedback store has no latency: "
+    "in the {hours} shown {all_lists:,} and {all_events:,}. The feedback store has no latency: "
     "give the address of the service for that."
 )
 
@@ -288,7 +284,7 @@ def traffic_panel(
     hours = hourly_counts(lists, events)
     last, before = hours.row(-1, named=True), hours[:-1]
     totals = {
-        "n": len(hours),
+        "hours": pluralize(len(hours), "hours"),
         "all_lists": hours["lists"].sum(),
         "all_events": hours["events"].sum(),
     }
@@ -396,7 +392,7 @@ def quality_panel(
     return Panel(title, "warn" if low else "ok", summary, expected, figure, alt)
 
 # %% ../../nbs/lib/dashboard.ipynb #21a13d6d
-NO_BACKTEST = {"reason": "this run has no results of the chapter on monitoring"}
+NO_BACKTEST = {"reason": "the backtest of chapter 19 has not been run here"}
 
 
 def _read_backtest(
@@ -404,28 +400,6 @@ def _read_backtest(
 ) -> dict:  # replay.json, or a reason
     "Read the results of the backtest, if there are any."
     return run.read("replay.json") if (run.folder / "replay.json").exists() else NO_BACKTEST
-
-# %% ../../nbs/lib/dashboard.ipynb #22c5f495
-def drift_panels(
-    run: Run,  # of the report
-    log: str = "",  # a newer log, as for `load`; empty: the appended events
-) -> list:  # of Panel
-    "Summarize drift of inputs and outputs."
-    current, last = Run(current_run(run.folder)), last_training_time(run)
-    rows, items = align_events(current.read("interactions.parquet")), current.read("items.parquet")
-    if log:
-        loaded = load(log)
-        rows = merge_logs(rows, new_rows(align_events(loaded.interactions), rows))
-        items = merge_side_table(items, loaded.items, "item")
-    try:
-        if last is None:
-            raise UserError(NO_TIMES)
-        inputs = detect_drift(to_interactions(rows), run.read("items.parquet"), last, items)
-    except UserError as e:
-        inputs = {"reason": str(e)}
-    replay = _read_backtest(run)
-    outputs = replay if "reason" in replay else replay["outputs"]
-    return [drift_panel("Input drift", inputs), drift_panel("Output drift", outputs)]
 
 # %% ../../nbs/lib/dashboard.ipynb #21a1abb6
 DRIFT_ALT = (
@@ -451,6 +425,28 @@ def drift_panel(
     status = "warn" if tested[-1]["alarm"] else "ok"
     figure = plot_drift_scores(results)
     return Panel(title, status, describe_drift(results), expected, figure, DRIFT_ALT)
+
+# %% ../../nbs/lib/dashboard.ipynb #22c5f495
+def drift_panels(
+    run: Run,  # of the report
+    log: str = "",  # a newer log, as for `load`; empty: the appended events
+) -> list:  # of Panel
+    "Summarize drift of inputs and outputs."
+    current, last = Run(current_run(run.folder)), last_training_time(run)
+    rows, items = align_events(current.read("interactions.parquet")), current.read("items.parquet")
+    if log:
+        loaded = load(log)
+        rows = merge_logs(rows, new_rows(align_events(loaded.interactions), rows))
+        items = merge_side_table(items, loaded.items, "item")
+    try:
+        if last is None:
+            raise UserError(NO_TIMES)
+        inputs = detect_drift(to_interactions(rows), run.read("items.parquet"), last, items)
+    except UserError as e:
+        inputs = {"reason": str(e)}
+    replay = _read_backtest(run)
+    outputs = replay if "reason" in replay else replay["outputs"]
+    return [drift_panel("Input drift", inputs), drift_panel("Output drift", outputs)]
 
 # %% ../../nbs/lib/dashboard.ipynb #21a1dd38
 def _append_summary(
@@ -519,53 +515,33 @@ def experiment_panel(
     status = "warn" if invalid else "ok"
     return Panel(title, status, summary, expected, figure, SEQUENCE_TEXT, table)
 
-# %% ../../nbs/lib/dashboard.ipynb #21a10df9
-def _escape(
-    text: str,
-) -> str:  # HTML
-    "Escape a text, with non-breaking spaces before percent signs."
-    return html.escape(nbsp_percent(text))
-
-
-def _table_row(
-    values: list,  # cells
-    tag: str,  # "td" or "th"
-) -> str:  # HTML
-    "Render a row of a table."
-    cells = [html.escape("" if value is None else str(value)) for value in values]
-    return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
-
-# %% ../../nbs/lib/dashboard.ipynb #e13455c0
-def render_panel(
+# %% ../../nbs/lib/dashboard.ipynb #1ff6ae96
+def _panel_values(
     panel: Panel,  # to render
     section_id: str,  # id of the section
-) -> str:  # HTML
-    "Render a panel as a section of the page, and close its figure."
-    figure, table = "", ""
+) -> dict:  # values of the page's template
+    "Draw the figure of a panel and prepare its text."
+    figure = ""
     if panel.figure:
         figure = fig_to_svg(panel.figure, section_id, panel.alt)
         plt.close(panel.figure)
-    if panel.table is not None and len(panel.table):
-        body = "".join(_table_row(row, "td") for row in panel.table.rows())
-        head = _table_row(panel.table.columns, "th")
-        table = f'<div class="scroll"><table>{head}{body}</table></div>'
-    status = f'<span class="state">{STATUS_LABELS[panel.status]}</span>'
-    heading = f'<div class="head"><h2>{_escape(panel.title)}</h2>{status}</div>'
-    summary = f"<p>{_escape(panel.summary)}</p>"
-    expected = f'<p class="normal">{_escape(panel.expected)}</p>'
-    content = f"{heading}{summary}{figure}{table}{expected}"
-    return f'<section id="{section_id}" class="{panel.status}">{content}</section>'
+    columns, rows = [], []
+    if panel.table is not None:
+        columns = panel.table.columns
+        rows = panel.table.rows()
+    return {
+        "id": section_id,
+        "title": panel.title,
+        "status": panel.status,
+        "label": STATUS_LABELS[panel.status],
+        "summary": nbsp_percent(panel.summary),
+        "expected": nbsp_percent(panel.expected),
+        "figure": figure,
+        "columns": columns,
+        "rows": rows,
+    }
 
-# %% ../../nbs/lib/dashboard.ipynb #21a1cd79
-def _index_entry(
-    panel: Panel,  # on the page
-    section_id: str,  # id of its section
-) -> str:  # HTML
-    "Render an entry of the page's table of contents."
-    state = f'<span class="state {panel.status}">{STATUS_LABELS[panel.status]}</span>'
-    return f'<li><a href="#{section_id}">{html.escape(panel.title)}</a> {state}</li>'
-
-
+# %% ../../nbs/lib/dashboard.ipynb #d195ea03
 def _page_sources(
     run: Run,  # of the report
     log: str,  # a newer log; empty: none
@@ -597,16 +573,13 @@ def dashboard(
         health = traffic_panel(*(feedback or (pl.DataFrame(), pl.DataFrame())))
     panels = [health, quality_panel(feedback), *drift_panels(run, log)]
     panels += [staleness_panel(run), experiment_panel(run)]
-    ids = [f"panel-{i}" for i in range(len(panels))]
     warnings = [panel.title for panel in panels if panel.status == "warn"]
     finding = f"check {' and '.join(warnings).lower()}" if warnings else "no warnings"
-    template = (files("widedeep_nb") / "static/dashboard.html").read_text(encoding="utf-8")
-    page = Template(template).substitute(
-        name=html.escape(run.data_name),
-        title=html.escape(f"{run.data_name}: {finding}"),
-        when=html.escape(_page_sources(run, log, feedback is not None, metrics)),
-        index="".join(map(_index_entry, panels, ids)),
-        panels="\n".join(map(render_panel, panels, ids)),
+    page = render(
+        "dashboard.html.j2",
+        title=f"{run.data_name}: {finding}",
+        sources=_page_sources(run, log, feedback is not None, metrics),
+        panels=[_panel_values(panel, f"panel-{i}") for i, panel in enumerate(panels)],
     )
     with atomic_write(path) as p:
         p.write_text(page, encoding="utf-8")

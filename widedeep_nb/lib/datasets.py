@@ -65,7 +65,7 @@ UCSD_URLS = (
 DATASETS = {
     "demo": Dataset(
         "a synthetic shop for electronics",
-        20_000,
+        40_000,
         "Apache-2.0",
         generator="widedeep_nb.lib.shop:demo_shop",
         images="widedeep_nb.lib.shop:demo_images",

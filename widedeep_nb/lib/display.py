@@ -171,13 +171,15 @@ def show_table(
     digits: int = 4,  # decimals of floating-point numbers
 ):
     "Display a table with its caption."
-    frame = frame.to_pandas() if isinstance(frame, pl.DataFrame) else frame
+    is_polars = isinstance(frame, pl.DataFrame)
+    # pandas would make integers with missing values floats
+    values = frame.rows() if is_polars else frame.astype(object).itertuples(index=False)
+    frame = frame.to_pandas() if is_polars else frame
     caption = nbsp_percent(caption)
     is_numeric = [_looks_numeric(frame.iloc[:, c]) for c in range(frame.shape[1])]
-    rows = [
-        [nbsp_percent(_format_cell(value, digits)) for value in row]
-        for row in frame.astype(object).itertuples(index=False)
-    ]
+    rows = []
+    for row in values:
+        rows.append([nbsp_percent(_format_cell(value, digits)) for value in row])
     body = render(
         "table.html.j2",
         label=label,
@@ -216,8 +218,12 @@ def pluralize(
 def percent(
     fraction: float,  # 0 to 1
 ) -> str:  # "12.3 %"
-    "Format a fraction as a percentage, with three significant digits."
-    digits = np.format_float_positional(100 * fraction, precision=3, fractional=False, trim="-")
+    "Format a fraction as a percentage: one decimal from 1 % on, two significant digits below."
+    value = 100 * fraction
+    is_small = abs(value) < 1
+    digits = np.format_float_positional(
+        value, precision=2 if is_small else 1, fractional=not is_small, trim="-"
+    )
     return f"{digits} %"
 
 # %% ../../nbs/lib/display.ipynb #d566922f

@@ -17,14 +17,12 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from .display import plt, ticker
-
 # %% ../../nbs/lib/export_measures.ipynb #009a64e9
 from ..evaluation import eval_ranking
 from ..hybrid import EnsembleRecommender
 from .aggregation import aggregate
 from .core import History, Split
-from .display import COLORS
+from .display import COLORS, join_names, percent, plt, ticker
 from .networks import batch_histories, to_network
 from .onnx_graph import ONNX_FILES, OnnxRecommender
 from .recommender import Recommender
@@ -49,7 +47,7 @@ def time_calls(
         start = time.perf_counter()
         call(value)
         times.append(round(1000 * (time.perf_counter() - start), 3))
-    return times[5:]
+    return times[len(inputs[:5]) :]
 
 # %% ../../nbs/lib/export_measures.ipynb #15c0cb1b
 def strip_histories(
@@ -115,6 +113,14 @@ def export_metrics(
             result |= {"diff": diff["value"], "diff_lo": diff["lo"], "diff_hi": diff["hi"]}
             results.append(result)
     return results
+
+# %% ../../nbs/lib/export_measures.ipynb #b7f72c57
+def call_at_once(
+    key: str,  # name of the task
+    fn: Callable,  # computes a result
+):  # the result
+    "Compute a result without keeping it: what `Run.cached` does outside of a step."
+    return fn()
 
 # %% ../../nbs/lib/export_measures.ipynb #15c0ca38
 @torch.no_grad()
@@ -186,6 +192,20 @@ def _describe_difference(
     return f"{clause}, significantly {direction})"
 
 # %% ../../nbs/lib/export_measures.ipynb #d92eb24e
+def _compare_files(
+    rows: list,  # "metrics" of export.json, without the whole ensemble
+) -> str:
+    "Return a sentence that compares the files with the whole ensemble."
+    worse = [row for row in rows if row["diff_hi"] is not None and row["diff_hi"] < 0]
+    better = [row for row in rows if row["diff_lo"] is not None and row["diff_lo"] > 0]
+    if worse:
+        names = join_names([FILE_LABELS[row["model"]] for row in worse])
+        return f"The file in {names} ranks significantly worse than the whole ensemble."
+    if len(better) == len(rows):
+        return "The files rank significantly better than the whole ensemble."
+    return "The files rank as well as the whole ensemble; no difference is significant."
+
+
 def describe_export(
     rows: list,  # "metrics" of export.json
     length: int,  # last events that are read
@@ -196,6 +216,7 @@ def describe_export(
     differences = " and ".join(_describe_difference(row) for row in rows[1:])
     return " ".join(
         [
+            _compare_files(rows[1:]),
             f"NDCG@20 is {value} for the whole ensemble and {differences}.",
             f"A file reads the last {length} events, without ratings and user features.",
             f"{whole['n']:,} users.",
@@ -255,3 +276,160 @@ def plot_latencies(
     ax.minorticks_off()
     ax.tick_params(axis="y", length=0)
     return fig
+
+# %% ../../nbs/lib/export_measures.ipynb #f90c8f2b
+def describe_files(
+    results: dict,  # export.json
+) -> str:
+    "Return sentences on the size and the accuracy of the files."
+    fidelity, sizes = results["fidelity"], results["files"]
+    megabytes = {file: f"{size / 1e6:,.1f} MB" for file, size in sizes.items()}
+    excluded = join_names(results["excluded"])
+    left_out = f"It leaves out {excluded}." if excluded else "No part is left out."
+    return " ".join(
+        [
+            f"The ensemble over {results['items']:,} items takes {megabytes['model.onnx']} in float32 "
+            f"and {megabytes['model.int8.onnx']} in int8.",
+            left_out,
+            f"The page with the items and the interpreter takes {megabytes['edge.html']}.",
+            f"Over {fidelity['n_baskets']:,} baskets the scores of the file differ from PyTorch's "
+            f"by at most {fidelity['max_abs_error']:.0e}, "
+            f"or {fidelity['max_rel_error']:.0e} of the largest score of a basket.",
+            f"In int8, {fidelity['overlap']:.1%} of the top 10 stay the same.",
+        ]
+    )
+
+
+def exported_models_table(
+    rows: list,  # "models" of export.json, at least one
+) -> tuple:  # a table, its label and its caption
+    "Tabulate the models that can be exported by themselves."
+    table = pl.DataFrame(
+        {
+            "model": [r["model"] for r in rows],
+            "MB": [r["megabytes"] for r in rows],
+            "MB, int8": [r["megabytes_int8"] for r in rows],
+            "relative error": [f"{r['max_rel_error']:.0e}" for r in rows],
+            "same top 10 in int8": [f"{r['overlap']:.1%}" for r in rows],
+        }
+    )
+    worst = max(rows, key=lambda r: r["max_rel_error"])
+    caption = (
+        f"{len(rows)} models of the run can be exported by themselves; "
+        f"the largest error is {worst['model']}'s, {worst['max_rel_error']:.0e} of its largest score."
+    )
+    return table, "tbl-alone", caption
+
+# %% ../../nbs/lib/export_measures.ipynb #3715ca84
+def describe_latency(
+    percentiles: dict,  # name -> median and 99th percentile in milliseconds
+    n_threads: int,  # of PyTorch
+) -> str:
+    "Return sentences on the latency of one list."
+    fastest = min(percentiles, key=lambda name: percentiles[name][0])
+    median, p99 = percentiles[fastest]
+    return " ".join(
+        [
+            f"{fastest} is the fastest: a median of {median:.1f} ms "
+            f"and a 99th percentile of {p99:.1f} ms.",
+            f"The model in PyTorch takes a median of {percentiles['PyTorch'][0]:.1f} ms.",
+            f"One basket at a time; threads: {n_threads}.",
+            "Ticks are the median and the 99th percentile.",
+        ]
+    )
+
+
+def _describe_speedup(
+    median: float,  # of two stages, milliseconds
+    exact_median: float,  # of all items, milliseconds
+) -> str:
+    "Return a clause on which way is faster."
+    if median < exact_median:
+        return f"two-stage retrieval is {exact_median / median:.1f} times as fast as exact scoring"
+    return f"exact scoring is {median / exact_median:.1f} times as fast as two-stage retrieval"
+
+
+def describe_two_stages(
+    two_stage: dict,  # of export.json
+    is_synthetic: bool,  # whether the catalog is synthetic
+) -> str:
+    "Return sentences on the latency and the accuracy of two-stage retrieval."
+    median, p99 = latency_percentiles(two_stage["two_stage"])
+    exact_median, exact_p99 = latency_percentiles(two_stage["all"])
+    catalog = "a synthetic catalog" if is_synthetic else "a catalog"
+    recall = two_stage["recall"]
+    indexes = "No component has an index."
+    if recall:
+        worst = min(recall, key=recall.get)
+        indexes = f"The indexes take {two_stage['megabytes']:,.0f} MB; "
+        indexes += f"the lowest recall@10 is {recall[worst]:.1%} ({worst})."
+    return " ".join(
+        [
+            f"In {catalog} of {two_stage['items']:,} items "
+            f"{_describe_speedup(median, exact_median)}.",
+            f"Two stages have a median of {median:.1f} ms and a 99th percentile of {p99:.1f} ms; "
+            f"exact scoring has {exact_median:.1f} and {exact_p99:.1f} ms.",
+            f"{two_stage['overlap']:.1%} of the top 10 are the same.",
+            indexes,
+            "Dashed: 10 ms.",
+        ]
+    )
+
+# %% ../../nbs/lib/export_measures.ipynb #79548ff6
+def _quality_sentence(
+    rows: list,  # "metrics" of export.json; may be empty
+) -> str:
+    "Return what the file in 8 bits costs in ranking quality, and what to do."
+    if not rows or rows[-1]["diff"] is None:
+        return "Nobody in the test part bought anything later, so the quality of the lists is not known."
+    whole, row = rows[0], rows[-1]
+    interval = f"between {row['diff_lo']:+.4f} and {row['diff_hi']:+.4f}"
+    quality = (
+        f"Ranking quality (NDCG@20) is {whole['value']:.3f} for {whole['n']:,} users, "
+        f"and the 8-bit file changes it by {row['diff']:+.4f} ({interval}, 95 % interval)"
+    )
+    if row["diff_hi"] < 0:
+        return f"{quality}: a sure loss, so keep the full ensemble where lists must be best."
+    if row["diff_lo"] > 0:
+        return f"{quality}: surely no worse than the original, so use the small file."
+    return f"{quality}: no sure difference, so the small file is good enough."
+
+
+def _two_stage_sentence(
+    two_stage: dict,  # of export.json
+) -> str:
+    "Return whether to retrieve candidates first."
+    median = latency_percentiles(two_stage["two_stage"])[0]
+    exact = latency_percentiles(two_stage["all"])[0]
+    items = f"{two_stage['items']:,} items"
+    if median < exact:
+        return (
+            f"With {items}, choosing candidates first is {exact / median:.1f} times as quick as "
+            f"scoring everything and keeps {percent(two_stage['overlap'])} of each list: do so."
+        )
+    return (
+        f"With {items}, scoring everything takes {exact:.1f} ms and choosing candidates first "
+        f"{median:.1f} ms, so wait with two stages until the catalog is far larger."
+    )
+
+
+def export_in_short(
+    results: dict,  # export.json
+) -> list:  # sentences
+    "Return what came out of the export, how sure it is, and what to do."
+    fidelity, sizes = results["fidelity"], results["files"]
+    big, small = sizes["model.onnx"] / 1e6, sizes["model.int8.onnx"] / 1e6
+    torch_ms = latency_percentiles(results["speeds"]["PyTorch"])[0]
+    file_ms = latency_percentiles(results["speeds"]["ONNX Runtime, int8"])[0]
+    excluded = join_names(results["excluded"])
+    without = f" It leaves out {excluded}, which needs more than a basket." if excluded else ""
+    if len(results["excluded"]) > 1:
+        without = without.replace("which needs", "which need")
+    speed = "quicker" if file_ms < torch_ms else "not quicker"
+    return [
+        f"The recommender runs without Python, from a file of {big:,.1f} MB or, in 8 bits, "
+        f"of {small:,.1f} MB that keeps {percent(fidelity['overlap'])} of the ten best items.{without}",
+        f"It is {speed} than the original: {file_ms:.1f} ms a list instead of {torch_ms:.1f} ms.",
+        _quality_sentence(results["metrics"]),
+        _two_stage_sentence(results["two_stage"]),
+    ]

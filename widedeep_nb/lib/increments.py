@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from ..data import load
 from .core import Split, UserError, check_choice, to_interactions
 from .recommender import load_recommender
-from .runs import DEFAULT_MODELS, LIVE_FILE, Run, VerifiedRun, current_run
+from .runs import LIVE_FILE, Run, VerifiedRun, current_run
+from .verdict import default_models
 from ..preprocessing import drop_undated, sort_by_time, training_events
 from ..updates import align_events, filtered_split, merge_logs, new_rows, update_model
 
@@ -117,6 +118,53 @@ def _numbered_folders(
     "List the folders of earlier updates."
     return {int(p.name): p for p in place.iterdir() if p.name.isdecimal()}
 
+# %% ../../nbs/lib/increments.ipynb #21a127ee
+def _models_to_update(
+    run: Run,  # with fitted models
+    models: tuple,  # names; empty: the served models that are fitted
+) -> list:
+    "Return the models to update; raise UserError where a name is not fitted."
+    fitted = [p.parent.name for p in (run.folder / "models").glob("*/model.json")]
+    if models:
+        return [check_choice(m, fitted, "model") for m in models]
+    order = dict.fromkeys((*default_models(run, fitted), "wide-deep"))
+    return [model for model in order if model in fitted]
+
+# %% ../../nbs/lib/increments.ipynb #0939c721
+def build_increment(
+    run: Run,  # of the report
+    current: Run,  # the run, or its last update
+    folder: Path,  # of the new run
+    loaded,  # LoadedDataset with new side tables
+    increment: pl.DataFrame,  # all appended rows
+    full_log: pl.DataFrame,  # the log with the appended rows
+    epochs: int,  # over old and new events, for models that train in epochs
+    models: tuple = (),  # names; empty: the served models that are fitted
+) -> dict:  # model name -> seconds of its update
+    "Write a run folder with updated tables and models."
+    settings = {key: run.manifest[key] for key in ("dataset", "protocol", "seed", "parameters")}
+    updated = Run(folder, **settings)
+    items = merge_side_table(current.read("items.parquet"), loaded.items, "item")
+    users = merge_side_table(current.read("users.parquet"), loaded.users, "user")
+    updated.write("interactions.parquet", to_interactions(full_log))
+    updated.write("appended.parquet", increment)
+    updated.write("items.parquet", items)
+    updated.write("users.parquet", users)
+    counts = {"kept": len(full_log), "appended": len(increment)}
+    updated.write("ingest.json", run.read("ingest.json") | counts)
+    names = _models_to_update(run, models)
+    split = full_training_split(run, full_log, items, users)
+    seconds = {}
+    for name in tqdm(names, desc="warm start", leave=False, mininterval=1):
+        started = time.perf_counter()
+        model = update_model(load_recommender(run.model_folder(name)), split, epochs)
+        model.save(updated.model_folder(name))
+        seconds[name] = round(time.perf_counter() - started, 2)
+    hashes = updated.file_hashes
+    data = {"rows": len(full_log), "sha256": hashes["interactions.parquet"]}
+    updated.update_manifest(hashes=hashes, data=data)
+    return seconds
+
 # %% ../../nbs/lib/increments.ipynb #21bc2cdc
 def append(
     run: Run,  # with fitted models
@@ -158,49 +206,3 @@ def append(
             if n < number - 1:  # a service may still read the one before
                 shutil.rmtree(old)
     return summary
-
-# %% ../../nbs/lib/increments.ipynb #21a127ee
-def _models_to_update(
-    run: Run,  # with fitted models
-    models: tuple,  # names; empty: the served models that are fitted
-) -> list:
-    "Return the models to update; raise UserError where a name is not fitted."
-    fitted = [p.parent.name for p in (run.folder / "models").glob("*/model.json")]
-    if models:
-        return [check_choice(m, fitted, "model") for m in models]
-    return [m for m in (*DEFAULT_MODELS, "wide-deep") if m in fitted] or fitted[:1]
-
-# %% ../../nbs/lib/increments.ipynb #0939c721
-def build_increment(
-    run: Run,  # of the report
-    current: Run,  # the run, or its last update
-    folder: Path,  # of the new run
-    loaded,  # LoadedDataset with new side tables
-    increment: pl.DataFrame,  # all appended rows
-    full_log: pl.DataFrame,  # the log with the appended rows
-    epochs: int,  # over old and new events, for models that train in epochs
-    models: tuple = (),  # names; empty: the served models that are fitted
-) -> dict:  # model name -> seconds of its update
-    "Write a run folder with updated tables and models."
-    settings = {key: run.manifest[key] for key in ("dataset", "protocol", "seed", "parameters")}
-    updated = Run(folder, **settings)
-    items = merge_side_table(current.read("items.parquet"), loaded.items, "item")
-    users = merge_side_table(current.read("users.parquet"), loaded.users, "user")
-    updated.write("interactions.parquet", to_interactions(full_log))
-    updated.write("appended.parquet", increment)
-    updated.write("items.parquet", items)
-    updated.write("users.parquet", users)
-    counts = {"kept": len(full_log), "appended": len(increment)}
-    updated.write("ingest.json", run.read("ingest.json") | counts)
-    names = _models_to_update(run, models)
-    split = full_training_split(run, full_log, items, users)
-    seconds = {}
-    for name in tqdm(names, desc="warm start", leave=False, mininterval=1):
-        started = time.perf_counter()
-        model = update_model(load_recommender(run.model_folder(name)), split, epochs)
-        model.save(updated.model_folder(name))
-        seconds[name] = round(time.perf_counter() - started, 2)
-    hashes = updated.file_hashes
-    data = {"rows": len(full_log), "sha256": hashes["interactions.parquet"]}
-    updated.update_manifest(hashes=hashes, data=data)
-    return seconds

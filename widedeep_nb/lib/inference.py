@@ -14,13 +14,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import datetime, timezone
-from typing import Annotated, Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 import orjson
 import polars as pl
 import torch
-from fastapi import HTTPException, Query
+from fastapi import HTTPException
 from fastcore.basics import patch
 
 # %% ../../nbs/lib/inference.ipynb #258b5c90
@@ -142,6 +142,7 @@ class RecommendService:
         self.default = next(iter(pipelines))
         self.rng = np.random.default_rng(seed)
         self.changed_files = _no_changes
+        self.images, self.currency = None, None  # of the catalog
         self.fitted_at = {}  # model -> seconds since 1970
         self.rating_range = {name: p.model.rating_range for name, p in pipelines.items()}
         self.predicts_ratings = any(p.rating_model is not None for p in pipelines.values())
@@ -464,9 +465,6 @@ def parse_request(
     return RecommendJob(request, model, rules, (self.explore or 1.0) if is_sampled else 0.0)
 
 # %% ../../nbs/lib/inference.ipynb #81144cc1
-SearchQuery = Annotated[str, Query(max_length=100)]
-
-
 def category_prefixes(
     categories: pl.Series,  # paths, such as A > B > C
     max_count: int = 200,  # those with the most items
@@ -496,6 +494,8 @@ def service_info(
         "categories": category_prefixes(products["category"]),
         "stars": self.predicts_ratings,
         "prices": products["price"].null_count() < len(products),
+        "currency": self.currency,
+        "images": bool(self.images),
         "writing": write_access,
     }
 

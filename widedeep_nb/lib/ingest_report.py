@@ -13,11 +13,12 @@ from typing import Optional
 
 import polars as pl
 
-from .display import plt
+from .display import plt, pluralize
 
 # %% ../../nbs/lib/ingest_report.ipynb #46e03306
 from .core import INTERACTION_SCHEMA, OPTIONAL_COLUMNS, UserError
-from .display import COLORS
+from .display import COLORS, show_figure
+from .parsing import EVENT_ALIASES
 from .readers import PARSE_ERRORS
 from .sources import RawSource
 
@@ -49,6 +50,27 @@ def is_implausible_time(
 def is_rating_scale(scale: Optional[tuple]) -> bool:
     "Return true for a scale of ratings, false for liked-or-not, a count or no ratings."
     return scale is not None and 1 < scale[1] < float("inf")
+
+# %% ../../nbs/lib/ingest_report.ipynb #464accaa
+def reason_table() -> pl.DataFrame:  # reason, kind; in the order of the checks
+    "List all reasons for leaving out a row."
+    kinds = ["faulty"] * len(ERRORS) + ["valid, but excluded"] * len(EXCLUSIONS)
+    return pl.DataFrame({"reason": ERRORS + EXCLUSIONS, "the row is": kinds})
+
+# %% ../../nbs/lib/ingest_report.ipynb #4a5c06b8
+def add_row_columns(
+    log: pl.LazyFrame,  # from `normalize_log`
+) -> pl.LazyFrame:  # with `row`, `event` and any missing column of the schema
+    "Number the rows and map their events to event types."
+    types = {}
+    for event, aliases in EVENT_ALIASES.items():
+        types |= dict.fromkeys(aliases.split(), event)
+    word = pl.col("raw_event").str.to_lowercase().str.replace_all("[^a-z]", "")
+    event = word.replace_strict(types, default=None, return_dtype=OPTIONAL_COLUMNS["event"])
+    schema = {"rating": pl.Float32, "timestamp": pl.Int64, "raw_event": pl.String}
+    present = log.collect_schema()
+    missing = [pl.lit(None, t).alias(c) for c, t in schema.items() if c not in present]
+    return log.with_row_index("row").with_columns(missing).with_columns(event=event)
 
 # %% ../../nbs/lib/ingest_report.ipynb #aa86c76d
 @dataclass(frozen=True)
@@ -243,3 +265,140 @@ def format_percent(
         return f"{100 * count // total} %"
     text = f"{100 * count / total:.1f}"
     return {"100.0": "over 99.9", "0.0": "under 0.1"}.get(text, text) + " %"
+
+# %% ../../nbs/lib/ingest_report.ipynb #5bbb0429
+def _dropped_caption(
+    dropped: list,  # entries of ingest.json's `dropped` with rows, the largest first
+    n_read: int,  # rows read
+) -> str:
+    "Write which share of the rows was left out, and mainly why."
+    if not dropped:
+        return "Every row is valid and is kept."
+    n_dropped = sum(d["rows"] for d in dropped)
+    top = dropped[0]
+    cause = f"for {len(dropped)} reasons"
+    if top["rows"] * 2 > n_dropped:
+        cause = f"most of them because of '{top['reason']}'"
+    if len(dropped) == 1:
+        cause = f"all because of '{top['reason']}'"
+    share = format_percent(n_dropped, n_read).capitalize()
+    return f"{share} of the rows are left out, {cause}."
+
+# %% ../../nbs/lib/ingest_report.ipynb #7d2e17d3
+def show_ingest(
+    report: dict,  # ingest.json
+):
+    "Show the rows read, the rows kept, and the rows left out by reason."
+    dropped = sorted(
+        [d for d in report["dropped"] if d["rows"]], key=lambda d: d["rows"], reverse=True
+    )
+    alt = f"A bar of {report['rows_read']:,} rows, of which {report['kept']:,} are kept"
+    if dropped:
+        bars = ", ".join(f"{d['reason']} {d['rows']:,}" for d in dropped)
+        alt += f"; below it a bar for each reason for leaving rows out: {bars}"
+    caption = _dropped_caption(dropped, report["rows_read"])
+    show_figure(plot_ingest(report), "fig-ingest", caption, alt + ".")
+
+# %% ../../nbs/lib/ingest_report.ipynb #f474b6fb
+def _day(
+    time: str,  # ISO 8601
+) -> str:  # "5 March 2022"
+    "Format the day of a time."
+    moment = datetime.fromisoformat(time)
+    return f"{moment.day} {moment:%B %Y}"
+
+# %% ../../nbs/lib/ingest_report.ipynb #ebf74938
+def describe_ingest(
+    report: dict,  # ingest.json
+) -> str:  # Markdown
+    "Describe the size of a clean log, its period, and what it lacks."
+    n, n_users, n_items = report["kept"], report["users"], report["items"]
+    sentences = [
+        f"The log has **{n:,} rows** by {n_users:,} users on {n_items:,} items.",
+        f"That is {n / n_users:.1f} rows per user and {n / n_items:.1f} per item.",
+    ]
+    if report["has_time"]:
+        sentences.append(f"It runs from {_day(report['first'])} to {_day(report['last'])}.")
+    else:
+        sentences.append("The log has no timestamps, so it cannot be split by time.")
+    if not report["has_ratings"]:
+        sentences.append("The log has no ratings, so rating prediction is not evaluated.")
+    return " ".join(sentences)
+
+# %% ../../nbs/lib/ingest_report.ipynb #2f620fb6
+def _dropped_sentence(
+    dropped: list,  # entries of ingest.json's `dropped` with rows
+    n_read: int,  # rows read
+) -> str:
+    "Write how many rows were left out, and the most frequent reason."
+    if not dropped:
+        return f"All {n_read:,} rows of the file could be used."
+    top = max(dropped, key=lambda d: d["rows"])
+    n_out = sum(d["rows"] for d in dropped)
+    share = format_percent(n_out, n_read)
+    verb = "was" if n_out == 1 else "were"
+    return (
+        f"{n_out:,} of the {n_read:,} rows ({share}) {verb} left out. "
+        f"The most frequent reason is '{top['reason']}' ({pluralize(top['rows'], 'rows')})."
+    )
+
+# %% ../../nbs/lib/ingest_report.ipynb #045de057
+def _fault_advice(
+    n_faulty: int,  # rows left out as faulty
+    n_dropped: int,  # rows left out
+    n_read: int,  # rows read
+    max_share: float = 0.01,  # of faulty rows that need no repair
+) -> str:
+    "Write whether the export of the log needs a repair."
+    if not n_faulty:
+        return "No row is faulty, so the export from the shop's database needs no repair."
+    verb = "is" if n_faulty == 1 else "are"
+    fact = f"{n_faulty:,} of the {n_dropped:,} {verb} faulty."
+    if n_faulty == n_dropped:
+        fact = f"{'It is' if n_faulty == 1 else 'All of them are'} faulty."
+    if n_faulty <= max_share * n_read:
+        return f"{fact} Correcting them in your shop's database would change little."
+    return (
+        f"{fact} These are {format_percent(n_faulty, n_read)} of all rows. Find out why your shop's "
+        "database exports them before you trust any later figure."
+    )
+
+# %% ../../nbs/lib/ingest_report.ipynb #3b876ff9
+def _assumption_advice(
+    report: dict,  # ingest.json
+) -> str:
+    "Write which assumption of the reader to check, or what the log lacks."
+    if not report["has_time"]:
+        return "The rows have no times, so nothing can be tested on the future: export them too."
+    unit = report["time_unit"]
+    if not report["has_ratings"]:
+        return (
+            f"Please check one assumption, that times are given as {unit}; "
+            "there are no ratings, so only lists can be tested."
+        )
+    low, high = report["scale"]
+    return (
+        f"Please check two assumptions: ratings run from {low:g} to {high:g}, "
+        f"and times are given as {unit}."
+    )
+
+# %% ../../nbs/lib/ingest_report.ipynb #e9d91834
+def ingest_in_short(
+    report: dict,  # ingest.json
+) -> list:  # four sentences
+    "Summarize what was read, what was left out, and what to check."
+    dropped = [d for d in report["dropped"] if d["rows"]]
+    n_faulty = sum(d["rows"] for d in dropped if d["fault"])
+    period = ""
+    if report["has_time"]:
+        period = f", from {_day(report['first'])} to {_day(report['last'])}"
+    size = (
+        f"There are {report['kept']:,} usable rows by {report['users']:,} users "
+        f"on {report['items']:,} items{period}."
+    )
+    return [
+        size,
+        _dropped_sentence(dropped, report["rows_read"]),
+        _fault_advice(n_faulty, sum(d["rows"] for d in dropped), report["rows_read"]),
+        _assumption_advice(report),
+    ]

@@ -20,11 +20,9 @@ from typing import Optional
 import numpy as np
 import psutil
 
-from .display import plt, ticker
-
 # %% ../../nbs/lib/load_test.ipynb #d085997a
 from .core import UserError
-from .display import COLORS
+from .display import COLORS, patches, plt, pluralize, ticker
 from .inference import RecommendService, run_async
 from .runs import Run, VerifiedRun
 from .service_schemas import RecommendRequest
@@ -161,7 +159,7 @@ def plot_throughput(
     fig, ax = plt.subplots(figsize=(5.2, 3.0))
     sizes, rates = [b["size"] for b in batches], [b["rate"] for b in batches]
     ax.plot(sizes, rates, "-o", ms=5, color=COLORS["hybrid"])
-    for batch, offset, align in ((batches[0], (7, -12), "left"), (batches[-1], (-9, 9), "right")):
+    for batch, offset, align in ((batches[0], (0, 26), "left"), (batches[-1], (-9, 9), "right")):
         text = f"{format_3sig(1000 * batch['seconds'])} ms per batch"
         style = {"textcoords": "offset points", "ha": align, "color": COLORS["ink"]}
         ax.annotate(text, (batch["size"], batch["rate"]), offset, **style)
@@ -236,3 +234,114 @@ def describe_load(
             f"Service and load shared {results['cores']} cores.",
         ]
     )
+
+# %% ../../nbs/lib/load_test.ipynb #1f9359a2
+REQUEST_PATH_BOXES = {  # name -> left, bottom, width, height, text
+    "customer": (0.0, 3.5, 1.9, 1.5, "customer's\nbrowser"),
+    "checks": (3.1, 3.5, 1.9, 1.5, "checks"),
+    "queue": (5.8, 3.5, 1.6, 1.5, "queue"),
+    "worker": (9.3, 3.5, 1.7, 1.5, "worker\nwith\nmodels"),
+    "store": (3.1, 0.5, 4.3, 1.1, "feedback store on disk"),
+}
+REQUEST_PATH_ARROWS = (  # from x, y to x, y; label and its place
+    (1.9, 4.5, 3.1, 4.5, "request", 2.5, 4.62),
+    (5.0, 4.5, 5.8, 4.5, "", 0, 0),
+    (5.8, 3.85, 5.0, 3.85, "", 0, 0),
+    (7.4, 4.5, 9.3, 4.5, "batch", 8.35, 4.62),
+    (9.3, 3.85, 7.4, 3.85, "lists", 8.35, 3.32),
+    (3.1, 3.85, 1.9, 3.85, "list", 2.5, 3.32),
+    (0.95, 3.5, 3.1, 1.2, "feedback", 1.15, 1.75),
+    (7.4, 1.2, 10.15, 3.5, "history", 9.75, 1.75),
+)
+
+
+def plot_request_path() -> "plt.Figure":
+    "Draw the way of a request through the two processes of the service."
+    fig, ax = plt.subplots(figsize=(5.2, 3.1))
+    for left, width, label in ((2.9, 4.7, "HTTP process"), (9.1, 2.1, "worker process")):
+        height, bottom = (5.3, 0.2) if label.startswith("HTTP") else (2.3, 3.2)
+        frame = {"facecolor": "none", "edgecolor": COLORS["baseline"], "lw": 0.8, "ls": "--"}
+        ax.add_patch(patches.Rectangle((left, bottom), width, height, **frame))
+        ax.text(left + width / 2, 5.62, label, ha="center", color=COLORS["baseline"], size=9)
+    for name, (left, bottom, width, height, text) in REQUEST_PATH_BOXES.items():
+        color = {"worker": "hybrid", "store": "wide"}.get(name, "ink")
+        box = {"facecolor": "none", "edgecolor": COLORS[color], "lw": 1.4}
+        ax.add_patch(patches.Rectangle((left, bottom), width, height, **box))
+        ax.text(left + width / 2, bottom + height / 2, text, ha="center", va="center", size=9)
+    for x, y, to_x, to_y, label, label_x, label_y in REQUEST_PATH_ARROWS:
+        style = {"arrowstyle": "->", "color": COLORS["ink"], "lw": 1, "shrinkA": 0, "shrinkB": 0}
+        ax.annotate("", (to_x, to_y), (x, y), arrowprops=style)
+        ax.text(label_x, label_y, label, ha="center", size=8.5)
+    ax.set(xlim=(-0.1, 11.4), ylim=(0, 6.1))
+    ax.axis("off")
+    return fig
+
+
+def describe_request_path(
+    load: dict,  # of serving.json
+) -> str:
+    "Return a sentence on how many requests were answered together."
+    mean = load["mean_batch_size"]
+    if mean < 1.5:
+        return (
+            "The worker was seldom busy, so hardly any request waited for another: "
+            f"a batch had {mean:.3g} on average."
+        )
+    return (
+        "The worker was busy, so requests waited and were answered together: "
+        f"a batch had {mean:.3g} on average."
+    )
+
+# %% ../../nbs/lib/load_test.ipynb #832a5980
+def _answered_sentence(
+    load: dict,  # of serving.json
+) -> str:
+    "Return how many requests were answered, and how fast."
+    times = f"half of them within {format_3sig(load['median'])} ms and 99 % within "
+    times += f"{format_3sig(load['p99'])} ms"
+    rate = f"At {load['rate']:,.0f} requests per second"
+    if load["answered"] == load["asked"]:
+        return f"{rate} every customer got a list, {times}."
+    share = 1 - load["answered"] / load["asked"]
+    return f"{rate} {share:.1%} of the customers got no list; the requests came back {times}."
+
+
+def _advice_sentence(
+    load: dict,  # of serving.json
+    capacity: float,  # requests per second of the best batch size
+) -> str:
+    "Return whether the service is quick enough, and what to do if not."
+    if load["answered"] < load["asked"] or load["p99"] > 1000:
+        return "That is too slow for a shop: add workers, or serve a smaller model."
+    if load["p99"] > 200:
+        return "The slowest would notice it: add a worker before the next busy season."
+    return (
+        "Nobody would notice such a delay, and there is room: "
+        f"scoring alone would take up to {capacity:,.0f} requests per second on one core."
+    )
+
+
+def serving_in_short(
+    results: dict,  # serving.json
+    n_kept: int,  # acknowledged events that were stored after a kill
+    n_acknowledged: int,  # events that were acknowledged before the kill
+) -> list:  # sentences
+    "Return what the load test showed, how sure it is, and what to do."
+    load, batches = results["load"], results["batches"]
+    best = max(batches, key=lambda batch: batch["rate"])
+    gain = best["rate"] / batches[0]["rate"]
+    lost = n_acknowledged - n_kept
+    feedback = f"Of {n_acknowledged:,} confirmed clicks none was lost when the process was killed."
+    if lost:
+        feedback = f"{lost:,} of {n_acknowledged:,} confirmed clicks were lost in a crash: a fault."
+    together = f"Scoring up to {best['size']} customers together serves {gain:.1f} times as many."
+    if best is batches[0]:
+        together = "Scoring customers together brought nothing here."
+    return [
+        _answered_sentence(load),
+        _advice_sentence(load, best["rate"]),
+        together,
+        feedback,
+        f"Measured for {load['seconds']:.0f} s with {results['items']:,} products, on a machine of "
+        f"{pluralize(results['cores'], 'cores')} that also sent the requests: repeat it on yours.",
+    ]

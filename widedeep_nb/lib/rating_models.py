@@ -34,6 +34,7 @@ class FeatureRegressor(Recommender):
     tasks = ("rating",)
     search_space = None  # a component of the hybrid, not compared on its own
     updatable = True
+    complexity = 2
 
     predicts_ratings = True
     feature_groups = ()  # of FEATURES beside "stars"
@@ -87,6 +88,8 @@ class FeatureRegressor(Recommender):
 @dataclass
 class RidgeRating(FeatureRegressor):
     "Ridge regression on standardized damped statistics (Hoerl and Kennard, 1970)."
+
+    complexity = 1
 
     reg: float = 300.0  # penalty, in rows
 

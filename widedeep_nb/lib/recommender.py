@@ -50,6 +50,9 @@ class Recommender:
     tasks = ("ranking",)  # what it is tuned and evaluated for, of TASKS
     search_space = {}  # task: {hyperparameter: range}; None: only a component, not compared
     max_epochs = 0  # maximum number of epochs with early stopping; 0: no early stopping
+    complexity = (
+        3  # 0: counts, 1: item-item models, neighbors, 2: factors, 3: networks, 4: ensembles
+    )
     exportable = False  # `export` can write it as ONNX
     updatable = False  # `append` can continue from its weights
     predicts_ratings = False  # `predict` returns ratings

@@ -29,12 +29,12 @@ from widedeep_nb.lib.networks import (
     PopularityModule,
     batch_histories,
     component_weights,
+    has_class,
     make_basket_batch,
     plan_components,
     to_module,
 )
 from .recommender import Recommender, mask_seen
-from .two_tower import TwoTower
 
 # %% ../../nbs/lib/retrieval.ipynb #15c0ca27
 def estimate_normalizer(
@@ -193,13 +193,13 @@ class TwoStageRetriever:
         n_sample: int = 8192,  # random items that estimate normalizers
         seed: int = 0,  # of the sample
     ):
-        if not isinstance(model, EnsembleRecommender):
+        if not has_class(model, "EnsembleRecommender"):
             name = model.name or type(model).__name__
             raise UserError(f"two-stage retrieval needs the hybrid ensemble, not {name}")
         self.model = model
         self.n_candidates, self.n_ann_candidates = n_candidates, n_ann_candidates
         self.names = plan_components(model.plan)
-        towers = [m for m in model.models.values() if isinstance(m, TwoTower)]
+        towers = [m for m in model.models.values() if has_class(m, "TwoTower")]
         self.user_features = towers[0].user_features if towers else None
         with torch.no_grad():
             self._build_parts()

@@ -14,17 +14,18 @@ import torch
 
 # %% ../../nbs/lib/run_recommendations.ipynb #2a75e761
 from .core import History, UserError, check_choice, encode_ids, hash_order, top_k
+from .display import join_names
 from .ranking_pipeline import explanations, load_pipeline
 from .recommender import Recommender, load_recommender, mask_seen
 from .rules import Rules, read_rules
 from .runs import Run
-from .verdict import REFERENCE_MODELS, join_words, run_metrics, without_ablations
+from .verdict import preferred_models
 from ..preprocessing import sort_by_time, training_events
 
 # %% ../../nbs/lib/run_recommendations.ipynb #83932e13
 def load_model(
     run: Run,  # with fitted models
-    name: str = "",  # of the recommender; empty: the one that ranks best on the test part, else wide-deep
+    name: str = "",  # of the recommender; empty: the verdict, else wide-deep
 ) -> Recommender:  # as fitted
     "Load a fitted model of a run; raise UserError if there is none of this name."
     fitted = sorted(p.parent.name for p in (run.folder / "models").glob("*/model.json"))
@@ -35,8 +36,7 @@ def load_model(
     if name:
         check_choice(name, fitted, "model")
     else:
-        best = without_ablations(run_metrics(run, "NDCG@20"))["model"]
-        name = next(m for m in (*best, *REFERENCE_MODELS, *fitted) if m in fitted)
+        name = preferred_models(run, fitted)[0]
     model = load_recommender(run.model_folder(name))
     model.name = name
     return model
@@ -106,7 +106,7 @@ def _cold_start_note(
     consequence = f"; these are {fallback}" if is_cold else ""
     if user:
         return f"user {user} is not in the log{consequence}" if is_cold else ""
-    return f"{model.name} does not know {join_words(unknown)}{consequence}" if unknown else ""
+    return f"{model.name} does not know {join_names(unknown)}{consequence}" if unknown else ""
 
 # %% ../../nbs/lib/run_recommendations.ipynb #17c0de0b
 def recommend_from_run(
@@ -114,7 +114,7 @@ def recommend_from_run(
     user: str = "",  # id
     basket: str = "",  # instead of a user: ITEM:RATING,ITEM,...
     k: int = 10,  # number of items
-    model: str = "",  # name; empty: the one that ranks best on the test part
+    model: str = "",  # name; empty: the verdict
     items: str = "known",  # candidates: those with events, the "new" ones without, or "all"
     rules: str = "",  # file of rules, JSON or YAML
     diversity: float = 0.0,  # strength, 0 to 1

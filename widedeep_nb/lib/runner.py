@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import DeadKernelError
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 # %% ../../nbs/lib/runner.ipynb #7c288dc4
@@ -50,6 +50,7 @@ from widedeep_nb.lib.parameters import (
     resolve_parameters,
     select_chapters,
 )
+from .protocols import ChapterError
 from .report_page import write_page
 from widedeep_nb.lib.runs import (
     PACKAGE,
@@ -397,10 +398,6 @@ def chapter_is_done(
     )
 
 # %% ../../nbs/lib/runner.ipynb #190923a9
-class ChapterError(RuntimeError):
-    "Failure of a chapter that is not the user's mistake."
-
-
 def explain_failure(
     error: papermill.PapermillExecutionError,  # from a cell
     notebook: Path,  # executed notebook
@@ -427,7 +424,10 @@ def _execute_with_progress(
         TimeElapsedColumn(),
     ]
     try:
-        with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
+        console = Console()
+        is_shown = console.is_terminal or console.is_jupyter
+        bars = Progress(*columns, transient=True, console=console, disable=not is_shown)
+        with bars as bar:
             task = bar.add_task(title, total=len(nbformat.read(path, 4).cells) + 1, cell=0)
 
             def advance(cell, cell_index):

@@ -24,15 +24,18 @@ from fastapi import FastAPI, HTTPException
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 # %% ../../nbs/lib/server.ipynb #28d90efc
-from ..hybrid import EnsembleRecommender
 from .app import LOCAL_HOSTS, ServiceMetrics, make_app
 from .catalog import CatalogIndex
 from .core import UserError, check_choice
 from .feedback import FeedbackStore
 from .inference import RecommendService
+from .item_details import find_images, price_currency
+from .networks import has_class
 from .ranking_pipeline import RankingPipeline, load_pipeline
-from .runs import DEFAULT_MODELS, Run, VerifiedRun
+from .retrieval import TwoStageRetriever
+from .runs import Run, VerifiedRun
 from .service_schemas import LIMITS
+from .verdict import default_models
 
 # %% ../../nbs/lib/server.ipynb #77dead3d
 REQUIRED_FILES = ("run.json", "interactions.parquet", "items.parquet", "users.parquet")
@@ -59,16 +62,14 @@ def use_two_stage_if_large(
 ) -> RankingPipeline:  # the same
     "Use two-stage retrieval if the model is an ensemble over a large catalog."
     model = pipeline.model
-    if isinstance(model, EnsembleRecommender) and model.n_items >= TWO_STAGE_MIN_ITEMS:
-        from widedeep_nb.lib.retrieval import TwoStageRetriever
-
+    if has_class(model, "EnsembleRecommender") and model.n_items >= TWO_STAGE_MIN_ITEMS:
         pipeline.retrieve = TwoStageRetriever(model).retrieve
     return pipeline
 
 # %% ../../nbs/lib/server.ipynb #16a1002e
 def _served_models(
     run: Run,  # with fitted models
-    models: tuple,  # names that are asked for; empty: DEFAULT_MODELS
+    models: tuple,  # names that are asked for; empty: the verdict's, hybrid, item-knn and popularity
 ) -> list:  # names
     "Return the names of the models to serve; raise UserError if one is not fitted."
     fitted = sorted(p.parent.name for p in (run.folder / "models").glob("*/model.json"))
@@ -78,7 +79,7 @@ def _served_models(
         )
     if models:
         return [check_choice(name, fitted, "model") for name in dict.fromkeys(models)]
-    return [m for m in DEFAULT_MODELS if m in fitted] or fitted[:1]
+    return default_models(run, fitted)
 
 
 def _describe_changes(
@@ -109,7 +110,7 @@ def _open_store(
 # %% ../../nbs/lib/server.ipynb #16a10054
 def open_service(
     folder: Path,  # of a run
-    models: tuple = (),  # names, the first is the default; empty: DEFAULT_MODELS
+    models: tuple = (),  # names, the first is the default; empty: the verdict's, hybrid, item-knn and popularity
     explore: float = 0.0,  # temperature of sampled lists; 0: sample on request only
     feedback_dir: str = "",  # folder of the feedback store; empty: service/ of the run
     **queue_options,  # seed; max_size, wait, on_batch, n_threads of the BatchQueue
@@ -131,6 +132,8 @@ def open_service(
         pipeline.recommend([[pipeline.model.item_ids[0]]], 1)
     store = _open_store(Path(feedback_dir or run.folder / "service"))
     service = RecommendService(pipelines, catalog, store, run.data_name, explore, **queue_options)
+    service.currency = price_currency(tables[1], run.manifest["dataset"])
+    service.images = find_images(run, catalog.products["item"])
     for name in names:
         weights = run.model_folder(name) / "model.safetensors"
         service.fitted_at[name] = weights.stat().st_mtime
@@ -310,7 +313,7 @@ def serve(
     folder: Path,  # of a run
     port: int = 8000,  # 0: any free port
     host: str = "127.0.0.1",  # address to listen on; by default only this machine reaches it
-    models: tuple = (),  # names, the first is the default; empty: DEFAULT_MODELS
+    models: tuple = (),  # names, the first is the default; empty: the verdict's, hybrid, item-knn and popularity
     token: str = "",  # that a writer must send; empty: none
     explore: float = 0.0,  # temperature of sampled lists; 0: sample on request only
     wait: float = 0.0,  # seconds that a job waits for others

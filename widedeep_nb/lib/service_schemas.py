@@ -202,6 +202,8 @@ class ServiceInfo(BaseModel):
     categories: list[str]
     stars: bool
     prices: bool
+    currency: Optional[str] = None  # ISO 4217, such as EUR; null: not known
+    images: bool = False
     writing: Literal["open", "token"]
 
 # %% ../../nbs/lib/service_schemas.ipynb #ca386a0d

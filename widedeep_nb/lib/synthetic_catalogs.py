@@ -107,14 +107,6 @@ def synthetic_hybrid(
     model.plan = plan
     return model
 
-# %% ../../nbs/lib/synthetic_catalogs.ipynb #16a10039
-def _numbered_ids(
-    prefix: str,  # of each id
-    numbers: np.ndarray,  # int [n]
-) -> pl.Series:  # text [n]
-    "Return a prefix and nine digits per number."
-    return pl.Series(numbers).cast(pl.String).str.zfill(9).str.replace("^", prefix)
-
 # %% ../../nbs/lib/synthetic_catalogs.ipynb #77fcefd7
 def synthetic_catalog(
     n_items: int = 50_000,  # items
@@ -126,10 +118,10 @@ def synthetic_catalog(
     all_items = np.arange(n_items)
     items = pl.DataFrame(
         {
-            "item": _numbered_ids("B", all_items),
-            "title": _numbered_ids("Thing ", all_items),
-            "category": _numbered_ids("A > C", all_items % 200),
-            "brand": _numbered_ids("", all_items % 300),
+            "item": _padded_ids("B", all_items),
+            "title": _padded_ids("Thing ", all_items),
+            "category": _padded_ids("A > C", all_items % 200),
+            "brand": _padded_ids("", all_items % 300),
             "price": rng.lognormal(3, 1, n_items).round(2),
         }
     )
@@ -137,8 +129,8 @@ def synthetic_catalog(
     event_items = rng.permutation(np.concatenate([all_items, popular_items]))
     log = pl.DataFrame(
         {
-            "user": _numbered_ids("U", rng.integers(0, n_events // 10, n_events)),
-            "item": _numbered_ids("B", event_items),
+            "user": _padded_ids("U", rng.integers(0, n_events // 10, n_events)),
+            "item": _padded_ids("B", event_items),
             "rating": rng.integers(1, 6, n_events),
             "timestamp": 10**12 + 10**7 * np.arange(n_events),
         }

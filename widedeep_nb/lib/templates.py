@@ -25,11 +25,12 @@ def template_environment() -> Environment:
 
 
 def render(
-    name: str,  # of a template in `static/`, such as `table.html.j2`
+    template: str,  # its name in `static/`, such as `table.html.j2`
+    /,
     **values,  # of the template
 ) -> str:
     "Render a template."
-    return template_environment().get_template(name).render(**values)
+    return template_environment().get_template(template).render(**values)
 
 
 def static_text(

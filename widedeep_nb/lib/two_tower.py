@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TwoTower', 'softmax_batch_loss', 'train_two_tower', 'precompute_items', 'strip_prefix']
 
-# %% ../../nbs/lib/two_tower.ipynb #08f3102f
+# %% ../../nbs/lib/two_tower.ipynb #8d48b1cf
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable, Optional
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-# %% ../../nbs/lib/two_tower.ipynb #79100292
+# %% ../../nbs/lib/two_tower.ipynb #20d1094b
 from ..content import TwoTowerNet
 from widedeep_nb.lib.content_features import (
     ItemFeatures,

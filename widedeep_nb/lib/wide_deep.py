@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../../nbs/lib/wide_deep.ipynb #69d8652f
-from .core import UserError, pick_device
+from .core import UserError, pick_device, to_index
 from widedeep_nb.lib.features import (
     Batch,
     FeatureState,
@@ -30,10 +30,16 @@ from widedeep_nb.lib.features import (
 from .recommender import LOSSES, Recommender, make_loss, register
 from ..model import WideDeepNet
 from ..preprocessing import listwise_examples, pointwise_examples
-from ..training import TOO_LARGE, resolve_loss, train_loop
+from ..training import resolve_loss, train_loop
 
 # %% ../../nbs/lib/wide_deep.ipynb #54feba1a
 MAX_FEATURE_BYTES = 2 * 2**30  # of the features of full-softmax
+
+# %% ../../nbs/lib/wide_deep.ipynb #fa8498b8
+TOO_LARGE = (
+    "full-softmax would hold {gigabytes:,.1f} GB of features for {n_rows:,} rows of {n_items:,} "
+    "items (at most {limit:.0f}); choose sampled-softmax, which uses a sample of them"
+)
 
 # %% ../../nbs/lib/wide_deep.ipynb #c6f61393
 def check_feature_memory(
@@ -274,6 +280,21 @@ def _scores(self: WideDeepRecommender, users, history, items, block_size=256, ma
             tile = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
             scores[tile] = self.net(batch)
     return scores
+
+# %% ../../nbs/lib/wide_deep.ipynb #81a58ae7
+@patch
+@torch.no_grad()
+def contributions(
+    self: WideDeepRecommender,  # fitted
+    users,  # codes [n]
+    items,  # codes [n]
+) -> dict:  # name -> tensor [n]; they add up to the prediction (before a sigmoid)
+    "Return the terms of each prediction, from the histories of training."
+    users, items = to_index(users), to_index(items)
+    history = self.train_history.select(users)
+    return self.net.contributions(
+        self._build_batch(users, items, history, torch.arange(len(users)))
+    )
 
 # %% ../../nbs/lib/wide_deep.ipynb #aae1df1b
 @patch

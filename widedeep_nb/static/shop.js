@@ -7,7 +7,8 @@ const make = (tag, text = "", give = {}) => Object.assign(document.createElement
 const count = (n, one, many = one + "s") => `${n.toLocaleString("en")} ${n === 1 ? one : many}`;
 const name = p => p.title || p.item;
 const path = p => (p.category ?? "").split(" > ").join(" › ");
-const money = p => p.price == null ? "no price" : p.price.toLocaleString("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 });
+const amount = n => n.toLocaleString("en", about.currency ? { style: "currency", currency: about.currency } : { minimumFractionDigits: 2, maximumFractionDigits: 2 });
+const money = p => p.price == null ? "no price" : amount(p.price);
 const DID = { more: "more like this", less: "not for me", purchase: "bought", cart: "in the basket", click: "clicked", view: "looked at", rating: "rated" };
 const LEAST = { user: "", basket: [], less: [], model: "", versus: "", k: 10, diversity: 0, order: "score", candidates: "known", lowest: "", highest: "", allowed: [], blocked: [] };
 const MOST = 50, PAST = 50;  // the longest list, and the most events of a history, that are asked for
@@ -328,11 +329,21 @@ function card(li, p, answer, known, both, fresh) {
   part(".stars").textContent = p.stars == null ? "" : `${p.stars.toFixed(1)} ★`;
   part(".stars").title = "predicted stars"; part(".stars").ariaLabel = `predicted ${p.stars?.toFixed(1)} stars`;
   part(".price").textContent = about.prices ? money(p) : ""; part(".price").classList.toggle("none", p.price == null);
+  picture(part(".picture"), p);
   for (const button of li.querySelectorAll(".say button")) {
     button.ariaLabel = `${button.textContent}: ${name(p)}`;
     button.onclick = () => button.value ? say(button.value, p, answer.list) : near(li, button, p, answer.model);
   }
   return li;
+}
+
+function picture(img, p) {
+  const source = at("image", { item: p.item });
+  img.hidden = !about.images;
+  if (!about.images || img.getAttribute("src") === source) return;
+  img.classList.remove("gone");
+  img.onerror = () => img.classList.add("gone");  // the place stays, so that titles are in line
+  img.src = source;
 }
 
 async function near(li, button, product, model) {
