@@ -89,9 +89,9 @@ def small_run(tmp_path_factory):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def browser():
-    "Start a browser."
+    "Start one browser for all tests of a process."
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if not chromium:
         pytest.skip("needs chromium")

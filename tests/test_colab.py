@@ -76,7 +76,7 @@ def test_it_installs_on_colab_only(monkeypatch, on_colab):
     done = run_cell(cell.source, monkeypatch, on_colab)
     assert [d.split()[0] for d in done] == (["git", "cd", "pip", "%pip"] if on_colab else [])
     if on_colab:
-        assert f"--branch v{__version__} " in done[0] and "-c /tmp/colab.txt" in done[3]
+        assert f"--branch v{__version__} " in done[0] and "-c /content/colab.txt" in done[3]
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
@@ -86,8 +86,8 @@ def test_chapters_install_the_release_and_replace_nothing(path, monkeypatch):
     assert "#| hide" in source and "#| eval: false" in source
     assert run_cell(source, monkeypatch, on_colab=False) == []
     listed, installed = run_cell(source, monkeypatch, on_colab=True)
-    assert listed == "pip list --format=freeze > /tmp/colab.txt"
-    assert installed.startswith("%pip install -q -c /tmp/colab.txt ")
+    assert listed == "pip list --format=freeze > /content/colab.txt"
+    assert installed.startswith("%pip install -q -c /content/colab.txt ")
     assert installed.endswith(f"@v{__version__}'")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +14,6 @@ import polars as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHROMIUM_OPTIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -457,12 +455,8 @@ BASKETS = [[], [0], [5, 3, 7], [1, 2, 1, 1], list(range(30)) * 3]
 
 
 @pytest.fixture
-def opened(hybrid, split, tmp_path):
+def opened(hybrid, split, tmp_path, browser):
     "The page in a browser, and the list of what goes wrong in it."
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if not chromium:
-        pytest.skip("needs chromium")
-    sync = pytest.importorskip("playwright.sync_api")
     write_export(hybrid, split.items, tmp_path, 60, "shop & <co>")
     faults = []
 
@@ -474,15 +468,13 @@ def opened(hybrid, split, tmp_path):
         if not request.url.startswith("file:"):
             faults.append(request.url)
 
-    with sync.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_OPTIONS)
-        page = browser.new_page(viewport={"width": 360, "height": 800})
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("dialog", refuse_dialog)
-        page.on("request", check_request)
-        page.goto((tmp_path / "edge.html").as_uri())
-        yield page, faults
-        browser.close()
+    page = browser.new_page(viewport={"width": 360, "height": 800})
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("dialog", refuse_dialog)
+    page.on("request", check_request)
+    page.goto((tmp_path / "edge.html").as_uri())
+    yield page, faults
+    page.close()
 
 
 def best_on_page(page, basket):

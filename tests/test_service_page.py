@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import re
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from conftest import CHROMIUM_OPTIONS, light_of
+from conftest import light_of
 
 from widedeep_nb.lib.item_vectors import add_side_features
 from widedeep_nb.lib.recommender import make_recommender
@@ -104,18 +103,6 @@ def with_token(folder):
         yield service
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    if not path:
-        pytest.skip("needs chromium")
-    sync = pytest.importorskip("playwright.sync_api")
-    with sync.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_OPTIONS)
-        yield browser
-        browser.close()
-
-
 def watch_page(page, base, faults):
     "Append requests to other sites, errors and blocked content of a page to `faults`."
 
@@ -133,13 +120,13 @@ def watch_page(page, base, faults):
 
 
 @pytest.fixture
-def visit(chromium, address):
+def visit(browser, address):
     "A function that opens the page; there must be no faults at the end."
     contexts, faults = [], []
 
     def open_page(query="", base=address, **options):
         defaults = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce"}
-        context = chromium.new_context(**defaults | options)
+        context = browser.new_context(**defaults | options)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(10_000)
