@@ -89,9 +89,10 @@ def small_run(tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="session")
+# playwright keeps an event loop running while it is open: tests of other files that call asyncio.run would fail
+@pytest.fixture(scope="module")
 def browser():
-    "Start one browser for all tests of a process."
+    "Start one browser for all tests of a file."
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if not chromium:
         pytest.skip("needs chromium")
