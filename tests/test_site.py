@@ -387,19 +387,19 @@ def test_result_pages_hold_for_other_runs_too(path, tmp_path):
         (tmp_path / folder).mkdir()
     for stem, run in runs.items():
         (tmp_path / "results" / f"{stem}.json").write_text(json.dumps(run))
-    shutil.copy(path, tmp_path / "nbs")
-    assert execute_notebook(tmp_path / "nbs" / path.name, tmp_path / "done.ipynb", {}) is None
+    page = tmp_path / path.relative_to(ROOT)
+    shutil.copy(path, page)
+    assert execute_notebook(page, tmp_path / "done.ipynb", {}) is None
     labels = [
         o.metadata.widedeep.label
         for o in outputs(tmp_path / "done.ipynb")
         if "widedeep" in o.get("metadata", {})
     ]
-    assert (
-        labels
-        and len(labels) == len(set(labels))
-        and set(re.findall(r"@((?:fig|tbl)-[\w-]*\w)", markdown(tmp_path / "done.ipynb")))
-        <= set(labels)
-    )
+    text = "".join(str(o.get("data", "")) for o in outputs(tmp_path / "done.ipynb"))
+    assert "bare" in text and "rolling" in text and not re.search(r"\bnan\b", text)
+    assert len(labels) == len(set(labels)) and set(
+        re.findall(r"@((?:fig|tbl)-[\w-]*\w)", markdown(tmp_path / "done.ipynb"))
+    ) <= set(labels)
 
 
 def test_result_pages_fit_desktop_and_phone(tmp_path, fits):
