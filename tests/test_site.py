@@ -390,16 +390,15 @@ def test_result_pages_hold_for_other_runs_too(path, tmp_path):
     page = tmp_path / path.relative_to(ROOT)
     shutil.copy(path, page)
     assert execute_notebook(page, tmp_path / "done.ipynb", {}) is None
-    labels = [
-        o.metadata.widedeep.label
-        for o in outputs(tmp_path / "done.ipynb")
-        if "widedeep" in o.get("metadata", {})
-    ]
-    text = "".join(str(o.get("data", "")) for o in outputs(tmp_path / "done.ipynb"))
+    done = tmp_path / "done.ipynb"
+    labels, published = (
+        [o.metadata.widedeep.label for o in outputs(p) if "widedeep" in o.get("metadata", {})]
+        for p in (done, path)
+    )
+    assert bool(labels) == bool(published) and len(labels) == len(set(labels))
+    assert set(re.findall(r"@((?:fig|tbl)-[\w-]*\w)", markdown(done))) <= set(labels)
+    text = "".join(str(o.get("data", "")) for o in outputs(done))
     assert "bare" in text and "rolling" in text and not re.search(r"\bnan\b", text)
-    assert len(labels) == len(set(labels)) and set(
-        re.findall(r"@((?:fig|tbl)-[\w-]*\w)", markdown(tmp_path / "done.ipynb"))
-    ) <= set(labels)
 
 
 def test_result_pages_fit_desktop_and_phone(tmp_path, fits):
