@@ -53,6 +53,31 @@ def ciao(shared):
 
 
 @pytest.fixture(scope="session")
+def demo_split():
+    "Factory of splits of the rated rows of a demo shop, with its catalog: `demo_split(3000, seed=1)`."
+    import polars as pl
+
+    from widedeep_nb.lib.content_features import add_catalog
+    from widedeep_nb.lib.core import to_interactions
+    from widedeep_nb.lib.shop import demo_shop
+    from widedeep_nb.preprocessing import prepare
+
+    def make(n_ratings, seed):
+        shop = demo_shop(n_ratings=n_ratings, seed=seed)
+        log = shop.interactions.filter(
+            pl.col("rating").is_between(1, 5),
+            pl.col("user").is_not_null(),
+            pl.col("item").is_not_null(),
+            pl.col("timestamp").dt.year().is_between(2000, 2030),
+        )
+        log = to_interactions(log.unique(["user", "item"], maintain_order=True))
+        split = prepare(log, "strict", shop.items, shop.users)
+        return add_catalog(split, shop.items, shop.users)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
     "Factory of small runs of the demo shop with fitted models: `small_run(name=params)`."
     from widedeep_nb.data import load

@@ -43,7 +43,7 @@ from widedeep_nb.lib.matrix_factorization import batched_ridge
 from widedeep_nb.lib.neighbors import cosine, top_k_neighbors
 from widedeep_nb.lib.recommender import load_recommender, make_recommender, mask_seen
 from widedeep_nb.lib.runs import Run
-from widedeep_nb.preprocessing import prepare
+from widedeep_nb.preprocessing import prepare, run_event_weights
 from widedeep_nb.training import train
 
 NAMES = list(PARAM_GRIDS)
@@ -367,9 +367,9 @@ def test_funk_svd_reaches_the_objective_of_surprise(split):
         users = fitted._solve(residuals.tocsr(), fitted.item)
         return cost(users.double().numpy(), fitted.item.double().numpy())
 
-    # both are local searches of the same objective, each the best of six seeds
+    # both are local searches of the same objective, each the best of six seeds; ours ends 1 % lower
     theirs, ours = min(map(surprise_cost, range(6))), min(map(our_cost, range(6)))
-    assert abs(ours / theirs - 1) < 0.01
+    assert 0.98 < ours / theirs < 1.01
     assert ours < 0.9 * sum(e * e for *_, e in rows)
 
 
@@ -867,8 +867,9 @@ def test_each_protocol_is_evaluated_as_it_says(run):
         return figures.filter(protocol=protocol, model=model)[column].item()
 
     def ndcg(name, split):
-        model = make_recommender(name).fit(split)
-        return eval_ranking(model, split, "test", (20,)).users["NDCG@20"]
+        weighted = split.with_event_weights(run_event_weights(run))
+        model = make_recommender(name).fit(weighted)
+        return eval_ranking(model, weighted, "test", (20,)).users["NDCG@20"]
 
     recorded = run.metrics().filter(
         pl.col("versus").is_null(),
@@ -889,7 +890,9 @@ def test_each_protocol_is_evaluated_as_it_says(run):
     assert not np.isclose(figure("as-reported", "ease"), figure("filtered-first", "ease"))
     split = prepare(log, "leave-one-out")
     known = split.test.join(split.train, on="item", how="semi")
-    unseen = known.join(split.rows_before("test"), on=["user", "item"], how="anti")
+    bought = split.auxiliary_before("test").filter(pl.col("event") == "purchase")
+    owned = pl.concat(rows.select("user", "item") for rows in (split.rows_before("test"), bought))
+    unseen = known.join(owned, on=["user", "item"], how="anti")
     assert figure("leave-one-out", "popularity", "n") == len(unseen)
     folds = [s.for_final_fit() for s in prepare(log, "rolling")]
     assert len(folds) == 4

@@ -35,27 +35,16 @@ from widedeep_nb.lib.cold_start_evaluation import (
     with_mean_unknown_row,
 )
 from widedeep_nb.lib.cold_start_plots import cold_start_in_short, describe_cold_items
-from widedeep_nb.lib.content_features import add_catalog
 from widedeep_nb.lib.core import PROTOCOLS, History, Split, UserError, to_interactions
 from widedeep_nb.lib.quality_by_group import metric_by_group, user_groups
 from widedeep_nb.lib.recommender import make_recommender
 from widedeep_nb.lib.runs import Run
-from widedeep_nb.lib.shop import demo_shop
 from widedeep_nb.preprocessing import prepare
 
 
 @pytest.fixture(scope="module")
-def split():
-    shop = demo_shop(n_ratings=4000, seed=2)
-    log = shop.interactions.filter(
-        pl.col("rating").is_between(1, 5),
-        pl.col("user").is_not_null(),
-        pl.col("item").is_not_null(),
-        pl.col("timestamp").dt.year().is_between(2000, 2030),
-    )
-    log = to_interactions(log.unique(["user", "item"], maintain_order=True))
-    plain = prepare(log, "strict", shop.items, shop.users)
-    return add_catalog(plain, shop.items, shop.users).for_final_fit()
+def split(demo_split):
+    return demo_split(4000, seed=2).for_final_fit()
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.integers(0, 7))
@@ -275,8 +264,10 @@ def test_cold_item_sentences():
 
 
 def test_the_hidden_fraction_is_checked(tmp_path):
-    with pytest.raises(UserError, match="between 0 and 1, not 1.5"):
-        evaluate_cold_start.__wrapped__(Run(tmp_path / "run"), hidden_fraction=1.5)
+    with pytest.raises(
+        UserError, match="hidden_fraction=1.5 is not valid; it should be less than 1"
+    ):
+        evaluate_cold_start(Run(tmp_path / "run"), hidden_fraction=1.5)
 
 
 def test_folds_are_concatenated_by_user_id():

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -36,7 +37,7 @@ from widedeep_nb.lib.content_features import (
     truncated_svd,
 )
 from widedeep_nb.lib.content_plots import content_in_short
-from widedeep_nb.lib.core import History, UserError, to_interactions
+from widedeep_nb.lib.core import History, UserError
 from widedeep_nb.lib.item_vectors import (
     AMAZON_IMAGE_DTYPE,
     add_side_features,
@@ -56,17 +57,8 @@ from widedeep_nb.preprocessing import prepare
 
 
 @pytest.fixture(scope="module")
-def split():
-    shop = demo_shop(n_ratings=3000, seed=1)
-    log = shop.interactions.filter(
-        pl.col("rating").is_between(1, 5),
-        pl.col("user").is_not_null(),
-        pl.col("item").is_not_null(),
-        pl.col("timestamp").dt.year().is_between(2000, 2030),
-    ).unique(["user", "item"], maintain_order=True)
-    return add_catalog(
-        prepare(to_interactions(log), "strict", shop.items, shop.users), shop.items, shop.users
-    )
+def split(demo_split):
+    return demo_split(3000, seed=1)
 
 
 @given(st.lists(st.one_of(st.none(), st.text(max_size=40)), min_size=1, max_size=8))
@@ -743,6 +735,7 @@ def test_sentence_transformers_is_called(tmp_path, monkeypatch):
             return np.array([[len(t), 1.0] for t in texts])
 
     fake = ModuleType("sentence_transformers")
+    fake.__spec__ = ModuleSpec("sentence_transformers", loader=None)
     fake.SentenceTransformer = Encoder
     monkeypatch.setitem(sys.modules, "sentence_transformers", fake)
     run = Run(tmp_path / "run", dataset="demo?ratings=2000")

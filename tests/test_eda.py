@@ -87,10 +87,13 @@ def shown(monkeypatch):
     def display_md(text):
         outputs.append(("text", text))
 
+    def show_missing(label, reason):
+        outputs.append(("text", reason))
+
     def show_table(frame, label, caption):
         outputs.append((label, caption + str(frame.rows())))
 
-    for function in (show_figure, display_md, show_table):
+    for function in (show_figure, display_md, show_missing, show_table):
         for module in (log_plots, log_summary):
             monkeypatch.setattr(module, function.__name__, function, raising=False)
     set_theme()

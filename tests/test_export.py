@@ -783,9 +783,9 @@ def test_in_short_follows_the_results():
     worse = results_of_export((-0.01, -0.02, -0.005), torch_ms=0.5, excluded=("towers", "bpr"))
     nobody = same | {"metrics": []}
     texts = [" ".join(export_in_short(r)) for r in (same, better, worse, nobody)]
-    assert "no sure difference" in texts[0] and "wait with two stages" in texts[0]
+    assert "no significant difference" in texts[0] and "wait with two stages" in texts[0]
     assert "so use the small file" in texts[1] and "4.0 times as quick" in texts[1]
-    assert "a sure loss" in texts[2] and "not quicker" in texts[2]
+    assert "significantly worse" in texts[2] and "not quicker" in texts[2]
     assert "towers and bpr, which need more" in texts[2] and "It leaves out" not in texts[1]
     assert "not known" in texts[3]
     assert not any(re.search(r"nan|None|\(\)|\[\]|  ", text) for text in texts)

@@ -34,7 +34,7 @@ from widedeep_nb.lib.recommender import (
     load_recommender,
     make_recommender,
 )
-from widedeep_nb.lib.runs import Run
+from widedeep_nb.lib.runs import CHAPTER_FIT, METRIC_KEYS, TESTED_FIT, Run
 from widedeep_nb.lib.verdict import (
     choose_model,
     headline,
@@ -254,6 +254,27 @@ def test_earlier_tables_stay(run, ready):
     assert not (run.folder / "evaluation/ease").exists()
 
 
+def test_the_figures_of_earlier_chapters_stay_beside_those_of_the_leaderboard(run, ready):
+    both = run.metrics()
+    assert both.filter(fit=CHAPTER_FIT).equals(ready.metrics())
+    assert set(both["fit"]) == {CHAPTER_FIT, TESTED_FIT}
+    assert set(run_records(run)["fit"]) == {TESTED_FIT}
+    assert set(run_records(ready)["fit"]) == {CHAPTER_FIT}
+    assert "wide-deep" not in choose_model(both, "ranking").test_figures
+
+
+def test_chapter_06_measures_the_fit_of_chapter_05_after_chapter_13(ready, tmp_path):
+    again = copy_run(ready, tmp_path / "again")
+    split = again.load_splits()[-1].for_final_fit()
+    make_recommender("wide-deep", epochs=1, seed=9).fit(split).save(again.model_folder("wide-deep"))
+    steps = again.manifest["steps"]
+    steps.pop("evaluate_wide_deep")
+    again.update_manifest(steps=steps)
+    evaluate_wide_deep(again)
+    key = [*METRIC_KEYS, "value"]
+    assert again.metrics().sort(key).equals(ready.metrics().sort(key))
+
+
 def test_the_evaluated_model_is_the_saved_one(run):
     model = load_recommender(run.model_folder("als", 1))
     final_split = run.load_splits()[-1].for_final_fit()
@@ -398,9 +419,9 @@ def test_a_model_that_cannot_be_fitted_is_excluded(ready, tmp_path):
     excluded = results(run)["excluded"]
     assert list(excluded) == ["neumf"] and "max_examples" in excluded["neumf"]
     assert set(leaderboard(run)["model"]) == {"hybrid", "popularity"}
-    for wrong in ({"seeds": 0}, {"time_budget_min": -1.0}):
-        with pytest.raises(UserError, match="at least"):
-            compare(run, **wrong)
+    for step, wrong in ((build_leaderboard, {"seeds": 0}), (build_hybrid, {"time_budget_min": -1})):
+        with pytest.raises(UserError, match="is not valid"):
+            step(run, **wrong)
 
 
 def wins_text(records, metric, *args):
@@ -784,7 +805,7 @@ def test_in_short_follows_the_verdict():
 
     texts = {name: [s for s in in_short(CASES[name]) if s] for name in CASES}
     assert "a clear winner for lists: hybrid" in texts["wins"][0]
-    assert "nobody wins clearly: 2 are level" in texts["ties"][0]
+    assert "no model wins clearly: 2 are level" in texts["ties"][0]
     assert texts["nothing"][0].startswith("No list could be evaluated")
     for sentences in texts.values():
         assert 2 <= len(sentences) <= 5

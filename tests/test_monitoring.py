@@ -204,6 +204,13 @@ def test_logs_with_few_columns_are_handled(columns):
     assert found["features"] == ["activity", "new users", "new items"] and describe_drift(found)
 
 
+def test_two_dates_have_no_period_to_compare():
+    times = [datetime(2024, 1, 1), datetime(2024, 2, 10)] * 45
+    log = pl.DataFrame({"user": list("abc") * 30, "item": list("xyz") * 30, "timestamp": times})
+    with pytest.raises(UserError, match="no period of this log"):
+        detect_drift(to_interactions(log), log.select("item").unique(), datetime(2024, 2, 10))
+
+
 def test_short_past_gives_no_alarm():
     log = to_interactions(
         pl.DataFrame(
@@ -463,7 +470,7 @@ def updated_state(run):
     "Return the log and the model weights of the last update."
     folder = current_run(run.folder)
     models = {
-        name: load_recommender(folder / "models" / name)._state()
+        name: load_recommender(folder / "models/released" / name)._state()
         for name in ("hybrid", "popularity")
     }
     return pl.read_parquet(folder / "interactions.parquet"), models
@@ -531,17 +538,16 @@ def test_popularity_and_features_are_updated(base_run, run):
     append(run, base_run.parent / "two.csv", epochs=1)
     folder = current_run(run.folder)
     model, hybrid = (
-        load_recommender(folder / "models/popularity"),
-        load_recommender(folder / "models/hybrid"),
+        load_recommender(folder / "models/released/popularity"),
+        load_recommender(folder / "models/released/hybrid"),
     )
     rows = training_events(pl.read_parquet(folder / "interactions.parquet"))
-    item = model.item_ids[3]
-    assert (
-        model.weight[3]
-        == rows.filter(item=item)
-        .filter(pl.col("user").is_in(model.user_ids.implode()))["user"]
-        .n_unique()
-    )
+    log = pl.read_parquet(folder / "interactions.parquet")
+    known = log.filter(pl.col("user").is_in(model.user_ids.implode()), item=model.item_ids[3])
+    weights = {"rating": 1.0} | model.event_weights
+    event_weight = known["event"].cast(pl.String).replace_strict(weights, default=0.0)
+    by_user = known.with_columns(weight=event_weight).group_by("user").agg(pl.col("weight").sum())
+    assert model.weight[3] == pytest.approx(by_user["weight"].clip(upper_bound=1).sum(), rel=1e-5)
     assert (
         "New user" in hybrid.user_ids
         and len(hybrid.train_history.item) == len(model.train_history.item) > 0

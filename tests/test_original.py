@@ -427,7 +427,7 @@ def test_log_without_ratings(tmp_path):
     run = Run(tmp_path / "run", dataset=str(log))
     replicate_original(run)
     assert run.read("original.json") == {"has_ratings": False} and not len(run.metrics())
-    with pytest.raises(UserError, match="min_ratings must be at least 1"):
+    with pytest.raises(UserError, match="min_ratings=0 is not valid"):
         replicate_original(run, min_ratings=0)
 
 
@@ -480,11 +480,13 @@ def test_in_short_follows_the_results(run):
         texts.append(" ".join(sentences))
     texts.append(" ".join(original_in_short({"has_ratings": False}, REPORTED)))
     assert (
-        "which is surely worse than always" in texts[0] and "surely worse than a list" in texts[0]
+        "which is significantly worse than always" in texts[0]
+        and "significantly worse than a list" in texts[0]
     )
-    assert "not surely different from always" in texts[1]
+    assert "not significantly different from always" in texts[1]
     assert (
-        "which is surely better than always" in texts[2] and "surely better than a list" in texts[2]
+        "which is significantly better than always" in texts[2]
+        and "significantly better than a list" in texts[2]
     )
     assert "this log has none" in texts[3] and len(set(texts)) == 4
     for text in texts:

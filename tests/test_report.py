@@ -8,13 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
+from bs4 import BeautifulSoup
 
 from widedeep_nb.lib.cli import main
 from widedeep_nb.lib.comparison import PARAM_GRIDS
 from widedeep_nb.lib.notebooks import read_in_short
 from widedeep_nb.lib.recommender import LOSSES
+from widedeep_nb.lib.runs import CHAPTER_FIT, METRIC_SCHEMA, TESTED_FIT
 from widedeep_nb.sequences import SEQUENCE_MODELS
 
 ROOT = Path(__file__).parents[1]
@@ -152,6 +155,136 @@ def test_all_metrics_of_the_contract_are_there(report):
     ).item()
     about = json.loads((report / "run.json").read_text())
     assert {c["status"] for c in about["chapters"].values()} == {"done"} and about["data"]["sha256"]
+
+
+def per_user(folder, model, fit, task):
+    "Read the figures of each user, or of each rating, of one fit of a model."
+    place = folder / "evaluation"
+    if fit == TESTED_FIT:
+        place = place / "tuned" / model
+    elif model != "wide-deep":
+        place = place / model
+    name = {"ranking": "ranked", "rating": "rated"}[task]
+    return pl.read_parquet(place / f"{name}.parquet")
+
+
+def plain_mean(table, record):
+    "Average a metric over users within each seed, then over seeds; the root of a mean for RMSE."
+    if record["task"] == "ranking":
+        table = table.filter(relevant=record["relevant"], items=record["items"])
+    elif record["items"] != "all":
+        table = table.filter(warm_item=record["items"] == "warm")
+    if record["users"] != "all":
+        table = table.filter(warm=record["users"] == "warm")
+    means = []
+    for _, rows in table.group_by("seed"):
+        values = rows[record["metric"]].drop_nulls().to_numpy()
+        means.append(values.mean() ** 0.5 if record["metric"] == "RMSE" else values.mean())
+    return float(np.mean(means))
+
+
+def plain_difference(folder, record):
+    "Recompute a difference of the test part from the figures of the users of both models."
+    sides = [
+        per_user(folder, record[side], record["fit"], record["task"])
+        for side in ("model", "versus")
+    ]
+    assert set(sides[0]["user"]) == set(sides[1]["user"])
+    return plain_mean(sides[0], record) - plain_mean(sides[1], record)
+
+
+def test_every_difference_is_that_of_one_fit(report):
+    "Recompute the differences of metrics.json, and the values beside them, from the users' figures."
+    records = pl.DataFrame(json.loads((report / "metrics.json").read_text()), schema=METRIC_SCHEMA)
+    measured = records.filter(pl.col("metric").is_in(["NDCG@20", "Recall@5", "RMSE", "MAE"]))
+    measured = measured.filter(split="test", protocol="strict").drop_nulls("value")
+    differences = measured.filter(pl.col("versus").is_not_null()).to_dicts()
+    fits = {(r["fit"], r["model"]) for r in differences}
+    assert fits == {(TESTED_FIT, "hybrid"), (CHAPTER_FIT, "wide-deep")}
+    for record in differences:
+        assert plain_difference(report, record) == pytest.approx(record["value"], abs=1e-6), record
+    for record in measured.filter(pl.col("versus").is_null(), seed=0).to_dicts():
+        table = per_user(report, record["model"], record["fit"], record["task"])
+        assert plain_mean(table, record) == pytest.approx(record["value"], abs=1e-6), record
+    assert dict(records.group_by("split").agg(pl.col("fit").unique()).rows())["val"] == [TESTED_FIT]
+
+
+PRINTED = [  # chapter, table, metric, fit, column of the values, column of the differences
+    ("07_baselines", "tbl-stars", "RMSE", CHAPTER_FIT, "all", "wide-deep minus model"),
+    ("07_baselines", "tbl-lists", "NDCG@20", CHAPTER_FIT, "all", "wide-deep minus model"),
+    ("09_sequences", "tbl-both", "NDCG@20", CHAPTER_FIT, "NDCG@20", "wide-deep minus model"),
+    ("13_leaderboard", "tbl-lead-stars", "RMSE", TESTED_FIT, "all", "hybrid minus model"),
+    ("13_leaderboard", "tbl-lead-lists", "NDCG@20", TESTED_FIT, "all", "hybrid minus model"),
+]
+
+
+def printed_table(folder, stem, label):
+    "Return the rows of a table that a chapter has shown, as dicts of text."
+    cells = json.loads((folder / f"notebooks/{stem}.ipynb").read_text())["cells"]
+    for output in (o for c in cells for o in c.get("outputs", [])):
+        html = "".join(output.get("data", {}).get("text/html", ""))
+        table = BeautifulSoup(html, "html.parser").find("table", id=label)
+        if table:
+            heads = [cell.get_text() for cell in table.find_all("th")]
+            rows = [
+                [cell.get_text() for cell in row.find_all("td")] for row in table.find_all("tr")
+            ]
+            return [dict(zip(heads, row)) for row in rows if row]
+
+
+@pytest.mark.parametrize("stem, label, metric, fit, values, differences", PRINTED)
+def test_printed_values_and_differences_are_of_one_fit(
+    report, stem, label, metric, fit, values, differences
+):
+    reference = differences.split(" minus ")[0]
+    task = "rating" if metric == "RMSE" else "ranking"
+    record = {"metric": metric, "users": "all", "items": "all", "relevant": "any", "task": task}
+    record |= {"fit": fit, "model": reference}
+    rows = printed_table(report, stem, label)
+    n_differences = 0
+    for row in rows:
+        table = per_user(report, row["model"], fit, task)
+        assert f"{plain_mean(table, record):.3f}" == row[values].split()[0].lstrip("+")
+        if row[differences] not in ("", "–"):
+            n_differences += 1
+            difference = plain_difference(report, record | {"versus": row["model"]})
+            assert abs(difference - float(row[differences].split()[0])) < 0.0006, row
+    assert n_differences >= len(rows) - 1 - (metric == "RMSE") and n_differences
+
+
+def test_differences_of_later_chapters_are_those_of_the_values_beside_them(report):
+    "Check the files of chapters 11, 12, 14, 15 and 20, which have values and differences."
+
+    def read(name):
+        return json.loads((report / f"{name}.json").read_text())
+
+    def check(rows, keys, is_reference, difference, sign):
+        references = {
+            tuple(row[k] for k in keys): row["value"] for row in rows if is_reference(row)
+        }
+        n_checked = 0
+        for row in rows:
+            if row.get(difference) is not None:
+                expected = sign * (row["value"] - references[tuple(row[k] for k in keys)])
+                assert row[difference] == pytest.approx(expected, abs=1e-6), row
+                n_checked += row[difference] != 0
+        assert n_checked
+
+    check(read("item_models")["models"], (), lambda r: r["model"] == "popularity", "gain", 1)
+    events = read("event_types")["rows"]
+    check(events, ("metric",), lambda r: r["variant"] == "weighted", "gain", -1)
+    cold_start = read("newcomers")
+    keys = ("model", "group_name", "metric")
+    rows = cold_start["unknown_rows"]
+    check(rows, keys, lambda r: r["row"] == "learned", "learned_minus_row", -1)
+    rows = cold_start["sources"]
+    check(rows, ("items",), lambda r: r["removed"] == "nothing", "difference", -1)
+    lists = read("lists")
+    check(lists["diversity"], ("metric",), lambda r: r["name"] == "0", "difference", 1)
+    for row in read("catchup")["metrics"]:
+        for name in ("warm_start", "stale"):
+            difference = row[name]["value"] - row["retrained"]["value"]
+            assert row[f"{name}_minus_retrained"]["value"] == pytest.approx(difference, abs=1e-6)
 
 
 def test_recommendations_of_the_run(report, capsys):

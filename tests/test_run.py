@@ -1,6 +1,5 @@
 "Tests of the command line, runner, page, site filter and publishing, on small notebooks."
 
-import ast
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 import nbformat
 import polars as pl
@@ -23,7 +21,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from widedeep_nb.lib.cli import main
 from widedeep_nb.lib.core import Split, UserError, to_interactions
-from widedeep_nb.lib.parameters import CASTS, list_chapters, parse_overrides, read_parameters
+from widedeep_nb.lib.parameters import list_chapters, parse_overrides
 from widedeep_nb.lib.recommender import RECOMMENDERS, Recommender, register
 from widedeep_nb.lib.report_page import render_page
 from widedeep_nb.lib.run_recommendations import parse_basket, recommend_from_run
@@ -143,8 +141,8 @@ def source_of(path):
                 "pause: float = 0.0",
             ],
         ),
-        (["-p", "n=two"], ["n=two is not of type int", "n: int = 2"]),
-        (["-p", "rate=fast"], ["rate=fast is not of type Optional[float]"]),
+        (["-p", "n=two"], ["n=two is not valid; it should be a valid integer", "n: int = 2"]),
+        (["-p", "rate=fast"], ["rate=fast is not valid", "rate: Optional[float] = None"]),
         (["-p", "n"], ["'-p n' has no value"]),
         (["-p", "out=/tmp"], ["unknown parameter 'out'"]),
         (["--chapters", "00", "-p", "pause=1"], ["unknown parameter 'pause'"]),
@@ -153,6 +151,7 @@ def source_of(path):
         (["--protocol", "strickt"], ["unknown protocol 'strickt'", "strict"]),
         (["--dataset", "demmo"], ["unknown dataset 'demmo'", "demo", "electronics-2014"]),
         (["--seed", "x"], ["--seed"]),
+        (["--seed", "-1"], ["--seed"]),
         (["-f", "nowhere.yaml"], ["nowhere.yaml cannot be read"]),
     ],
 )
@@ -181,25 +180,6 @@ def test_without_a_checkout(tmp_path, monkeypatch, capsys):
 
 
 # --- parameters
-
-
-@pytest.mark.parametrize("path", REAL, ids=lambda p: p.stem)
-def test_parameters_of_real_chapters_are_what_python_makes_of_them(path):
-    cells = [
-        c.source for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])
-    ]
-    assert len(cells) == 1
-    space = {"Optional": Optional}
-    exec(cells[0], space)
-    declared = read_parameters(path)
-    assert list(declared)[0] == "out" and len(declared) == len(ast.parse(cells[0]).body) == len(
-        space["__annotations__"]
-    )
-    for name, p in declared.items():
-        kind = p.type.removeprefix("Optional[").removesuffix("]")
-        assert kind in CASTS and space[name] == p.default and p.comment
-        assert space["__annotations__"][name] == eval(p.type, {"Optional": Optional})
-        assert type(p.default).__name__ == kind or p.default is None and kind != p.type
 
 
 def test_values_come_from_a_file_and_from_words(nbs, tmp_path):
@@ -633,7 +613,12 @@ def test_recommend(tmp_path, capsys, monkeypatch):
         "007",
         "bag",
     }
+    _, found = ask("--basket", "bag,cam:5")
+    assert found["note"] == "" and {r["item"] for r in found["items"]} == {"007"}
+    _, found = ask("--basket", "hat")
+    assert "does not know hat" in found["note"] and "quoted" not in found["note"]
     _, found = ask("--basket", "007:5,hat")
+    assert "does not know hat" in found["note"] and "is quoted: --basket" in found["note"]
     assert "hat" in found["note"] and {r["item"] for r in found["items"]} == {"bag", "cam"}
     assert widedeep("recommend", run.folder, "--user", "zoe") == 0
     shown = capsys.readouterr()
@@ -651,10 +636,30 @@ def test_recommend(tmp_path, capsys, monkeypatch):
     )
 
 
-def test_parse_basket():
-    assert parse_basket("007:4.5, bag,a:b") == {"007": 4.5, "bag": None, "a:b": None}
-    with pytest.raises(UserError):
-        parse_basket(" , ")
+@pytest.mark.parametrize(
+    "text, known, items",
+    [
+        ("007:4.5, bag,a:b", (), {"007": 4.5, "bag": None, "a:b": None}),
+        ("a,b:5", ["a,b"], {"a,b": 5}),
+        ("a,b", ["a,b", "a", "b"], {"a,b": None}),
+        ("a,b:5", ["a", "b"], {"a": None, "b": 5}),
+        ("x:5", ["x:5"], {"x:5": None}),
+        ("x:5:4", ["x:5"], {"x:5": 4}),
+        ("x:5,y:3", ["x:5", "y"], {"x:5": None, "y": 3}),
+        ('"a,b":5,"x:5",y', (), {"a,b": 5, "x:5": None, "y": None}),
+        ('"x":5', ["x", "x:5"], {"x": 5}),
+        ('"5"" pipe":2, 6" pipe', (), {'5" pipe': 2, '6" pipe': None}),
+        ("https://shop/7,b", (), {"https://shop/7": None, "b": None}),
+    ],
+)
+def test_parse_basket(text, known, items):
+    assert parse_basket(text, known) == items
+
+
+@pytest.mark.parametrize("text", [" , ", '"a,b:5', '"a"b', '""'])
+def test_a_basket_that_cannot_be_read(text):
+    with pytest.raises(UserError, match="--basket"):
+        parse_basket(text)
 
 
 def test_datasets(capsys):

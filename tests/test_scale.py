@@ -27,7 +27,6 @@ from widedeep_nb.lib.distributed import (
 )
 from widedeep_nb.lib.end_to_end import (
     CandidateGenerator,
-    check_sizes,
     recommend_within,
     run_end_to_end,
 )
@@ -57,7 +56,7 @@ TABLES = (*SPLIT_NAMES, "filtered_out", "users", "items")
 
 
 def make_log(rows, users, items, days, seed=0, whole_days=False):
-    "Draw a log without repeats; with whole days rows share their times, so that ids decide the order."
+    "Draw a log without repeats; with whole days rows share their times, so that hashes decide the order."
     rng = np.random.default_rng(seed)
     time = (
         rng.integers(0, days * MS_PER_DAY, rows)
@@ -535,11 +534,3 @@ def test_in_short_follows_the_measurements():
 def test_one_implementation_is_described_as_one():
     assert describe_limits(["ease: x"], 3.0).startswith("ease does not fit")
     assert describe_limits(["ease: x", "bpr: y"], 3.0).startswith("ease and bpr do not fit")
-
-
-def test_sizes_of_chapter_21_are_checked():
-    sizes = {"bench_ratings": 1000, "large_log_rows": 0, "engine_rows": 0, "distributed_rows": 0}
-    check_sizes(sizes)
-    for name in ("bench_ratings", "distributed_rows"):
-        with pytest.raises(UserError, match=f"{name} must be 1,000 or more"):
-            check_sizes(sizes | {name: 5})

@@ -584,12 +584,12 @@ def test_study_names(tmp_path, few):
 def test_errors(tmp_path, few, monkeypatch):
     run = toy_run(tmp_path / "a")
     for options, message in (
-        ({"trials": 0}, "trials is at least 1, not 0"),
-        ({"trials": -3}, "trials is at least 1"),
-        ({"epochs": 0}, "epochs is at least 1"),
+        ({"trials": 0}, "trials=0 is not valid"),
+        ({"trials": -3}, "trials=-3 is not valid"),
+        ({"epochs": 0}, "epochs=0 is not valid"),
     ):
         with pytest.raises(UserError, match=message):
-            tune_alone(run, **options)
+            tune(run, **options)
     assert not (run.folder / "tuning.json").exists()
     (run.folder / "tuning").mkdir()
     (run.folder / f"tuning/{FEW[1]}.journal").write_text("no journal\n{}\n{}\n")

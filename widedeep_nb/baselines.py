@@ -18,7 +18,6 @@ import torch
 from scipy.stats import kendalltau
 
 # %% ../nbs/07_baselines.ipynb #ffff32cf
-from .data import ingest
 from .evaluation import eval_ranking, evaluate_wide_deep
 from .lib.aggregation import aggregate, user_codes_to_ids
 from widedeep_nb.lib.comparison import (
@@ -34,9 +33,10 @@ from widedeep_nb.lib.comparison import (
 from .lib.core import PROTOCOLS, UserError, check_choice
 from .lib.history_models import HistoryRecommender, Popularity, rating_tensors
 from .lib.neighbors import top_k_neighbors
+from .lib.parameter_types import NonNegativeInt
 from .lib.recommender import Recommender, make_recommender, register
 from .lib.runs import Run, step
-from .preprocessing import prepare
+from .preprocessing import prepare, preprocess, run_event_weights, run_target
 
 # %% ../nbs/07_baselines.ipynb #589605a7
 @register("mean")
@@ -121,7 +121,8 @@ class AssociationRules(HistoryRecommender):
         n_columns = self.n_items + 1  # the last column takes the padding
         place = user[:, None] * n_columns + self.consequents[item]
         scores = torch.zeros(len(user_item) * n_columns)
-        scores = scores.scatter_reduce(0, place.flatten(), self.strength[item].flatten(), "amax")
+        strength = self.strength[item] * user_item.values()[:, None]
+        scores = scores.scatter_reduce(0, place.flatten(), strength.flatten(), "amax")
         return scores.view(len(user_item), -1)[:, :-1]
 
 # %% ../nbs/07_baselines.ipynb #9126a1fc
@@ -221,21 +222,23 @@ def evaluate_under_protocol(
     return results.drop("users", "metric").row(0, named=True)
 
 # %% ../nbs/07_baselines.ipynb #90b6f2e8
-@step(ingest)
+@step(preprocess)
 def compare_protocols(
-    run: Run,  # with its log; its own protocol does not matter
-    max_users: int = 5000,  # evaluate at most so many users, a seeded sample; 0: all users
+    run: Run,  # preprocessed; its own protocol does not matter
+    max_users: NonNegativeInt = 5000,  # evaluate at most so many users, a seeded sample; 0: all users
 ):
     "Evaluate the same models under every protocol; write protocols.json."
     log, items, users = (run.read(f"{name}.parquet") for name in ("interactions", "items", "users"))
+    weights = run_event_weights(run)
     results, skipped = [], []
     for protocol in PROTOCOLS:
         try:
-            splits = prepare(log, protocol, items, users)
+            splits = prepare(log, protocol, items, users, run_target(run))
         except UserError as e:
             skipped.append({"protocol": protocol, "model": None, "reason": str(e)})
             continue
         splits = splits if isinstance(splits, list) else [splits]
+        splits = [split.with_event_weights(weights) for split in splits]
         for name in PROTOCOL_MODELS:
             label = {"protocol": protocol, "model": name}
             try:

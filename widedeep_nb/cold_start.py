@@ -29,10 +29,11 @@ from widedeep_nb.lib.cold_start_evaluation import (
     summarize_cold_items,
 )
 from .lib.content_features import has_side_features
-from .lib.core import History, Split, UserError, top_k
+from .lib.core import History, Split, top_k
 from .lib.ensemble import COLD_ITEM_COMPONENT
 from .lib.eval_tasks import hit_matrix, make_eval_task
 from .lib.item_vectors import add_side_features, build_item_vectors
+from .lib.parameter_types import ProperShare
 from .lib.quality_by_group import aggregate_ndcg, metric_by_group, user_groups
 from .lib.recommender import load_recommender, make_recommender, mask_seen
 from .lib.runs import Run, step
@@ -47,7 +48,7 @@ def truncate_history(
     indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     offsets = history.indptr[1:] - counts - indptr[:-1]
     index = torch.arange(int(indptr[-1])) + torch.repeat_interleave(offsets, counts)
-    return History(indptr, history.item[index], history.rating[index], history.time[index])
+    return history.take(index, indptr)
 
 # %% ../nbs/14_cold_start.ipynb #5b333936
 def _select_users(task, mask):
@@ -251,11 +252,9 @@ def _settings_of_run(run):
 @step(build_item_vectors, LEADERBOARD)
 def evaluate_cold_start(
     run: Run,  # with fitted models, if possible; gets newcomers.json
-    hidden_fraction: float = 0.2,  # share of the items that are hidden at random, in (0, 1)
+    hidden_fraction: ProperShare = 0.2,  # share of the items that are hidden at random
 ):
     "Evaluate cold-start users and items, quality by user group and exposure by item group."
-    if not 0 < hidden_fraction < 1:
-        raise UserError(f"hidden_fraction is between 0 and 1, not {hidden_fraction}")
     splits = add_side_features(run)
     epochs, max_users = _settings_of_run(run)
     final_split = splits[-1].for_final_fit()

@@ -58,6 +58,7 @@ class ContentRecommender(Recommender):
 
     sources: tuple = ()  # "category", "brand", "price", "text", columns of vectors; empty: all
     uses_side_features = True
+    uses_event_types = True
 
     def _fit(self, split):
         features = build_item_features(split, tuple(self.sources))
@@ -80,7 +81,8 @@ class ContentRecommender(Recommender):
     def _scores(self, users, history, items):
         last = len(self.space) - 1
         events = self.space[history.item.clamp(max=last)]
-        weighted = self.event_weight(history.rating)[:, None] * events
+        weight = self.event_weight(history.rating) * history.weight
+        weighted = weight[:, None] * events
         zeros = torch.zeros(len(users), self.space.shape[1])
         profile = zeros.index_add(0, history.user_index, weighted)
         is_cold = (profile == 0).all(1, keepdim=True)
@@ -293,6 +295,7 @@ def hide_random_items(
         train=split.train.filter(is_visible),
         filtered_out=split.filtered_out.filter(is_visible),
         val=split.val.filter(is_visible) if part == "test" else split.val,
+        auxiliary=split.auxiliary.filter(is_visible),
     )
     return reindex(visible)
 

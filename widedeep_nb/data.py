@@ -8,6 +8,7 @@ __all__ = ['validate', 'ingest_log', 'load', 'ingest']
 # %% ../nbs/01_data.ipynb #12e505cd
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Optional
 
@@ -15,6 +16,7 @@ import polars as pl
 
 from .lib.core import atomic_write, file_sha256
 from .lib.datasets import resolve_source
+from .lib.events import read_events
 from widedeep_nb.lib.ingest_report import (
     EXCLUSIONS,
     LoadedDataset,
@@ -22,48 +24,62 @@ from widedeep_nb.lib.ingest_report import (
     add_missing_ids,
     add_row_columns,
     check_row_counts,
+    first_rows,
     ingest_report,
     is_implausible_time,
     is_rating_scale,
+    leave_out_returns,
+    optional_columns,
     reviews_path,
     write_interactions,
 )
-from .lib.parsing import infer_rating_scale
 from widedeep_nb.lib.readers import (
-    PARSE_ERRORS,
-    parse_column_mapping,
+    ColumnsText,
+    EventsText,
+    NotRatedText,
+    QuantityWeightText,
+    ScaleText,
+    TimeFormatText,
+    parse_read_options,
     sanitize,
     translate_read_errors,
 )
+from .lib.reading import Reading, ReadOptions
 from .lib.runs import Run, step
+from .lib.scales import RatingScale, read_ratings
 from .lib.sources import RawSource, redact_credentials
+from .lib.times import plausible_range
 
 # %% ../nbs/01_data.ipynb #f215579c
 def row_checks(
-    scale: Optional[tuple],  # from `infer_rating_scale`
+    scale: RatingScale,  # of the ratings
     has_time: bool,  # at least one row has a timestamp
+    time_limits: Optional[tuple] = None,  # from `plausible_range`; None: 1990 and tomorrow
 ) -> dict:  # reason -> expression, true where a row is left out; in order of precedence
     "Build the checks of all reasons that concern a single row."
-    names = ("user", "item", "rating", "timestamp", "raw_event", "event")
-    has = {c: pl.col(c).is_not_null() for c in names}
+    has = {c: pl.col(c).is_not_null() for c in ("user", "item", "rating", "timestamp", "event")}
     is_word = pl.col("rating").is_nan().fill_null(False)
     has["rating"] &= ~is_word
     # a view needs no rating
-    is_rating_event = has["rating"] | ~has["raw_event"] | (pl.col("event") == "rating")
-    needs_rating = (pl.lit(scale is not None) | is_word) & is_rating_event
-    in_scale = pl.col("rating").is_between(*(scale or (0, 0)))
+    is_rating_event = has["rating"] | ~has["event"] | (pl.col("event") == "rating")
+    needs_rating = (pl.lit(bool(scale.kind)) | is_word) & is_rating_event & ~pl.col("is_unrated")
+    in_scale = pl.lit(True)
+    if scale.kind in ("ratings", "liked"):
+        in_scale = pl.col("rating").is_between(*scale.range)
     is_invalid_utf8 = pl.col("user", "item").str.contains("\ufffd", literal=True)
-    checks = [
-        ~(has["user"] & has["item"]),
-        pl.any_horizontal(is_invalid_utf8),
-        has["raw_event"] & ~has["event"],
-        needs_rating & ~has["rating"],
-        needs_rating & ~in_scale,
-        pl.lit(has_time) & ~has["timestamp"],
-        is_implausible_time(pl.col("timestamp")),
-        pl.lit(scale == (0, 1)) & (pl.col("rating") == 0),
-    ]
-    return dict(zip(RejectReason.categories[len(PARSE_ERRORS) :], checks))
+    return {
+        "missing user or item": ~(has["user"] & has["item"]),
+        "id not in UTF-8": pl.any_horizontal(is_invalid_utf8),
+        "event that takes something back": pl.col("is_left_out"),
+        "rating missing or not a number": needs_rating & ~has["rating"],
+        "rating outside the scale": needs_rating & ~in_scale,
+        "timestamp missing or unreadable": pl.lit(has_time) & ~has["timestamp"],
+        "timestamp before 1990 or in the future": is_implausible_time(
+            pl.col("timestamp"), time_limits
+        ),
+        "not liked": pl.lit(scale.kind == "liked") & (pl.col("rating") <= 0),
+        "quantity of 0": pl.col("quantity") == 0,
+    }
 
 # %% ../nbs/01_data.ipynb #a25fce9b
 def superseded_ratings(
@@ -82,37 +98,50 @@ def superseded_ratings(
 # %% ../nbs/01_data.ipynb #b073fa48
 def validate_rows(
     log: pl.LazyFrame,  # from `normalize_log`, perhaps with a column `part`
-) -> tuple:  # the rows with `row`, `event` and `reason` (null: valid); the rating scale
+    options: ReadOptions = ReadOptions(),  # what the user says about the log
+    reading: Optional[Reading] = None,  # gets what was decided
+) -> tuple:  # rows with `row`, `event`, `quantity` and `reason` (null: valid); `RatingScale`
     "Find for each row the first reason for leaving it out, if there is one."
-    log = add_row_columns(log)
-    scale = infer_rating_scale(log)
+    reading = Reading() if reading is None else reading
+    log, scale = read_ratings(add_row_columns(log), options, reading)
+    log = read_events(log, options, reading)
+    *time_limits, notes = plausible_range(log)
+    reading.notes += notes
     n_times = log.select(pl.col("timestamp").count()).collect(engine="streaming").item()
-    checks = row_checks(scale, n_times > 0)
+    checks = row_checks(scale, n_times > 0, tuple(time_limits))
     reasons = [
         pl.when(check).then(pl.lit(reason, RejectReason)) for reason, check in checks.items()
     ]
     log = log.with_columns(reason=pl.coalesce(reasons), rating=pl.col("rating").fill_nan(None))
     if is_rating_scale(scale):
         is_valid_rating = pl.col("reason").is_null() & pl.col("rating").is_not_null()
-        superseded = superseded_ratings(log.filter(is_valid_rating))
+        # a purchase does not replace an earlier one, rated or not
+        is_opinion = pl.col("event").ne_missing("purchase")
+        superseded = superseded_ratings(log.filter(is_valid_rating & is_opinion))
         is_superseded = pl.col("row").is_in(superseded.implode())
         reason = pl.when(is_superseded).then(pl.lit(EXCLUSIONS[1], RejectReason))
         log = log.with_columns(reason=reason.otherwise("reason"))
-    return log, scale
+    return leave_out_returns(log, reading), scale
 
 # %% ../nbs/01_data.ipynb #7c04de81
 def validate(
     source: RawSource,  # log and side tables
     name: str,  # name of the log in a message
     path: Path,  # Parquet file to write
+    options: ReadOptions = ReadOptions(),  # what the user says about the log
 ) -> tuple:  # the report, the table of items, the table of users
     "Validate a log, write its valid rows to Parquet, and report what was left out."
-    checked, scale = validate_rows(source.log)
-    counts = dict(checked.group_by("reason").len().collect(engine="streaming").iter_rows())
-    counts |= source.rejected
-    check_row_counts(name, counts)
+    reading = source.reading
+    checked, scale = validate_rows(source.log, options, reading)
+    groups = checked.group_by("reason").agg(rows=pl.len(), first=pl.col("row").min())
+    groups = groups.collect(engine="streaming")
+    counts = dict(groups.select("reason", "rows").iter_rows()) | source.rejected
+    first = dict(groups.drop_nulls("reason").select("reason", "first").iter_rows())
+    shown = first_rows(checked, first) | reading.examples
+    reading.examples = {reason: text for reason, text in shown.items() if counts.get(reason)}
+    check_row_counts(name, counts, reading.examples)
     valid = checked.filter(pl.col("reason").is_null())
-    write_interactions(valid, source.log.collect_schema().names(), scale, path)
+    write_interactions(valid, optional_columns(source.log, reading), scale, path)
     log = pl.scan_parquet(path, glob=False)
     ids = {}
     for key in ("item", "user"):
@@ -125,7 +154,7 @@ def validate(
 def ingest_log(
     name_or_path: str,  # as for `resolve_source`
     path: Path,  # Parquet file to write
-    columns: Optional[dict] = None,  # our name -> column of the log
+    options: ReadOptions = ReadOptions(),  # what the user says about the log
 ) -> tuple:  # the report, the table of items, the table of users
     "Validate a log and write it to disk; only the side tables are in memory."
     name = name_or_path
@@ -133,18 +162,20 @@ def ingest_log(
         name = redact_credentials(name_or_path.split("?")[0])
     folder = tempfile.TemporaryDirectory(prefix=".reading-", dir=path.parent)
     with translate_read_errors(name), folder as workdir:
-        source = resolve_source(name_or_path, Path(workdir), columns)
-        return validate(source, sanitize(name), path)
+        source = resolve_source(name_or_path, Path(workdir), options)
+        return validate(source, sanitize(name), path, options)
 
 # %% ../nbs/01_data.ipynb #3e549913
 def load(
     name_or_path: str,  # a known name, a file, a folder, or a database with a query
     columns: Optional[dict] = None,  # our name -> column of the log, where names do not match
+    options: ReadOptions = ReadOptions(),  # what else to say about the log
 ) -> LoadedDataset:  # unpacks as interactions, items, users; `report` lists what was left out
     "Load and validate a log from any source."
     with tempfile.TemporaryDirectory(prefix="widedeep-") as folder:
         path = Path(folder) / "interactions.parquet"
-        report, items, users = ingest_log(str(name_or_path), path, columns)
+        options = replace(options, columns=columns or options.columns)
+        report, items, users = ingest_log(str(name_or_path), path, options)
         interactions = pl.read_parquet(path)
         reviews = None
         if reviews_path(path).exists():
@@ -155,12 +186,20 @@ def load(
 @step()
 def ingest(
     run: Run,  # its manifest names the dataset
-    columns: str = "",  # column mapping, as in user=kunde,item=artikel; empty: match by name
+    columns: ColumnsText = "",  # column mapping, as in user=kunde,item=artikel; empty: match by name
+    delimiter: str = "",  # between two fields of a CSV file, or tab, space; empty: detect it
+    scale: ScaleText = "",  # of the ratings: 1-5, counts, or liked; empty: detect it
+    not_rated: NotRatedText = "",  # ratings that mean "not rated", as in 0 or -1,99
+    time_format: TimeFormatText = "",  # such as %d/%m/%Y, day first, or a unit of time; empty: detect it
+    events: EventsText = "",  # words for events and their types, as in play=view,fav=cart
+    quantity_weight: QuantityWeightText = "",  # log: several pieces weigh more; empty: they do not
+    ignore_items: str = "",  # ids of items to leave out, such as fees: POST,M
 ):
     "Read and validate the run's log; write interactions, items, users and ingest.json."
     with atomic_write(run.folder / "interactions.parquet") as path:
-        mapping = parse_column_mapping(columns)
-        report, items, users = ingest_log(run.manifest["dataset"], path, mapping)
+        texts = (columns, delimiter, scale, not_rated, time_format, events)
+        options = parse_read_options(*texts, quantity_weight, ignore_items)
+        report, items, users = ingest_log(run.manifest["dataset"], path, options)
         if reviews_path(path).exists():
             os.replace(reviews_path(path), run.folder / "reviews.parquet")
     for name in ("interactions.parquet", "reviews.parquet"):

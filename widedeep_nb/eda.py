@@ -14,6 +14,7 @@ import polars as pl
 from scipy.integrate import trapezoid
 
 from .data import ingest
+from .lib.core import sort_by_time
 from .lib.log_summary import log_findings, row_label
 from .lib.runs import Run, step
 
@@ -83,7 +84,7 @@ def cold_share(
     last_fraction: float = 0.1,  # share of the rows, by time, to check; at least one row
 ) -> dict:  # user, item, either: shares of these rows; empty where there are none
     "Compute the shares of the last rows with a user or an item not seen before."
-    rows = log.drop_nulls("timestamp").sort("timestamp", "user", "item", maintain_order=True)
+    rows = sort_by_time(log.drop_nulls("timestamp"))
     split_at = min(round((1 - last_fraction) * len(rows)), len(rows) - 1)
     before, after = rows[:split_at], rows[split_at:]
     if not len(after):

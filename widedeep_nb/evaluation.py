@@ -33,8 +33,9 @@ from widedeep_nb.lib.eval_tasks import (
     predict_in_batches,
     top_k_lists,
 )
+from .lib.parameter_types import NonNegativeInt
 from .lib.recommender import Recommender, load_recommender
-from .lib.runs import METRIC_SCHEMA, Run, step
+from .lib.runs import CHAPTER_FIT, METRIC_SCHEMA, Run, step
 from .lib.statistics import bootstrap
 from .training import train
 
@@ -157,7 +158,7 @@ def eval_ranking(
     lists = top_k_lists(recommender, split, task, max(ks))
     hits, n_relevant = hit_matrix(lists, task)
     history = task.history.select(task.users)
-    n_seen = history.indptr.diff()
+    n_seen = history.targets_only().indptr.diff()
     columns = {
         "user": task.users,
         "warm": n_seen > 0,
@@ -330,16 +331,17 @@ def metrics_by_seed_and_fold(
 @step(train)
 def evaluate_wide_deep(
     run: Run,  # with a trained wide-deep
-    relevant: float = 4.0,  # lowest rating of a relevant item
-    max_users: int = 5000,  # evaluate at most so many users, a seeded sample; 0: all users
+    relevant: Optional[float] = None,  # lowest rating of a relevant item; None: liked
+    max_users: NonNegativeInt = 5000,  # evaluate at most so many users, a seeded sample; 0: all users
 ):
     "Evaluate wide-deep on the test part; write evaluation/*.parquet, evaluation.json and metrics."
+    relevant = run.read("ingest.json")["liked_from"] if relevant is None else relevant
     tables = {"rated": [], "ranked": [], "shown": []}
     excluded, folds_and_seeds = [], []
     for fold, split in enumerate(s.for_final_fit() for s in run.load_splits()):
         thresholds = (None, relevant) if split.has_ratings else (None,)
         for seed in run.read("training.json")["seeds"]:
-            model = load_recommender(run.model_folder("wide-deep", seed, fold))
+            model = load_recommender(run.model_folder("wide-deep", seed, fold, CHAPTER_FIT))
             results = evaluate_once(
                 model, split, "test", CURVE_KS, thresholds, ("known", "new"), max_users=max_users
             )

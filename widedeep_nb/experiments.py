@@ -11,7 +11,10 @@ from scipy import stats
 
 from .leaderboard import build_leaderboard
 from widedeep_nb.lib.ab_simulation import (
+    ControlName,
+    ModelName,
     Population,
+    Visitors,
     estimator_bias_variance,
     experiment_name,
     fit_arms,
@@ -33,9 +36,10 @@ from widedeep_nb.lib.ab_statistics import (
     statistical_power,
     welch_test,
 )
-from .lib.core import UserError, atomic_write
+from .lib.core import atomic_write
 from .lib.datasets import synthetic_users
 from .lib.experiment_report import render_experiment
+from .lib.parameter_types import PositiveInt, Share
 from .lib.runs import Run, step
 from .preprocessing import preprocess
 
@@ -178,11 +182,6 @@ def write_experiment(
     n_logs: int = 400,  # simulated logs for off-policy evaluation
 ):
     "Check the calibration of the tests, size an experiment for this log, and simulate one."
-    if not 0 <= holdout < 1 or max_visits < 1:
-        arguments = f"holdout {holdout:g}, max_visits {max_visits}"
-        raise UserError(
-            f"holdout must be from 0 to below 1 and max_visits 1 or more; got {arguments}"
-        )
     log = run.read("interactions.parquet")
     simulator = synthetic_users(run.manifest["dataset"])
     pair = pick_arms(run, *arms)
@@ -210,11 +209,11 @@ def write_experiment(
 @step(build_leaderboard)
 def run_experiment(
     run: Run,  # with fitted models; gets experiment.json, experiment.html, experiment/
-    treatment: str = "hybrid",  # model of the treatment arm
-    control: str = "",  # model of the control arm; empty: the best simple baseline
-    holdout: float = 0.1,  # share of users kept out of all experiments
-    max_visits: int = 4,  # maximum visits of one user
-    max_visitors: int = 1500,  # maximum simulated users
+    treatment: ModelName = "hybrid",  # model of the treatment arm
+    control: ControlName = "",  # model of the control arm; empty: the best simple baseline
+    holdout: Share = 0.1,  # share of users kept out of all experiments
+    max_visits: PositiveInt = 4,  # maximum visits of one user
+    max_visitors: Visitors = 1500,  # maximum simulated users
 ):
     "Compare a model with a baseline in an experiment."
     write_experiment(run, (treatment, control), holdout, max_visits, max_visitors)
@@ -223,9 +222,9 @@ def run_experiment(
 @step(preprocess)
 def run_small_experiment(
     run: Run,  # gets two fitted models, experiment.json, experiment.html, experiment/
-    holdout: float = 0.1,  # share of users kept out of all experiments
-    max_visits: int = 4,  # maximum visits of one user
-    max_visitors: int = 300,  # maximum simulated users
+    holdout: Share = 0.1,  # share of users kept out of all experiments
+    max_visits: PositiveInt = 4,  # maximum visits of one user
+    max_visitors: Visitors = 300,  # maximum simulated users
 ):
     "Compare item-knn with popularity in an experiment, without the chapters before."
     arms = ("item-knn", "popularity")

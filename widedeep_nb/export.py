@@ -39,10 +39,11 @@ from widedeep_nb.lib.networks import (
     to_network,
 )
 from .lib.onnx_graph import ONNX_FILES, OnnxRecommender, to_onnx
+from .lib.parameter_types import PositiveInt
 from .lib.recommender import Recommender, load_recommender, mask_seen
 from .lib.retrieval import overlap_at_k
 from .lib.runs import Run, step
-from .lib.synthetic_catalogs import synthetic_hybrid
+from .lib.synthetic_catalogs import CatalogSize, synthetic_hybrid
 from .lib.templates import render, static_text
 
 # %% ../nbs/16_export.ipynb #15c0cb00
@@ -231,12 +232,10 @@ def measure_export(
 @step(build_leaderboard)
 def export(
     run: Run,  # with fitted models; gets export/ and export.json
-    length: int = 50,  # last events of a basket that are read
-    catalog_size: int = 0,  # items of a synthetic catalog for two-stage retrieval; 0: the run's own
+    length: PositiveInt = 50,  # last events of a basket that are read
+    catalog_size: CatalogSize = 0,  # items of a synthetic catalog for two-stage retrieval; 0: the run's own
 ):
     "Export the hybrid ensemble as files, and measure their accuracy, size and speed."
-    if catalog_size < 0:
-        raise UserError(f"catalog_size must be at least 0, not {catalog_size}")
     max_users = run.read("evaluation.json")["max_users"]
     results = measure_export(run, length, catalog_size, max_users, run.cached)
     run.write("export.json", results)

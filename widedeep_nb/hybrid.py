@@ -41,6 +41,7 @@ from widedeep_nb.lib.ensemble import (
     serves_cold_users,
 )
 from .lib.item_vectors import add_side_features, build_item_vectors
+from .lib.parameter_types import NonNegativeFloat
 from .lib.recommender import Recommender, make_recommender, register
 from .lib.runs import Run, code_hash, step
 from .lib.statistics import paired_bootstrap
@@ -203,13 +204,14 @@ def select_components(
     split: Split,  # with a validation part
     time_budget_min: float,  # minutes that it may take
     seed: int = 0,  # of the ensemble
+    allowed: tuple = tuple(COMPONENTS),  # names of the components that may be used
 ) -> tuple:  # the plan; and the models that were fitted for it, by key
     "Choose components, epochs and weights on validation within a time budget."
     started = time.perf_counter()
-    models = fit_applicable_models(split, time_budget_min * 60, seed)
+    models = fit_applicable_models(split, time_budget_min * 60, seed, allowed)
 
     def fitted(components):
-        names = [name for name in components if MODEL_KEY[name] in models]
+        names = [name for name in components if name in allowed and MODEL_KEY[name] in models]
         return {name: models[MODEL_KEY[name]] for name in names if is_applicable(split, name)}
 
     for_ranking, for_rating = fitted(RANKING_COMPONENTS), fitted(RATING_COMPONENTS)
@@ -250,8 +252,10 @@ class EnsembleRecommender(Recommender):
 
     time_budget_min: float = 15.0  # minutes to choose and fit the components, on two cores
     plan: dict = field(default_factory=dict)  # of an earlier fit; empty: choose
+    components: tuple = ()  # names of the components that may be used; empty: all
     seed: int = 0
     uses_side_features = True
+    uses_event_types = True
 
     @property
     def predicts_ratings(self):
@@ -265,7 +269,9 @@ class EnsembleRecommender(Recommender):
         else:
             # where training rows were moved to validation, all components are fitted again
             budget = self.time_budget_min * (0.9 if with_val is split else 0.5)
-            self.plan, fitted = select_components(with_val, budget, self.seed)
+            self.plan, fitted = select_components(
+                with_val, budget, self.seed, tuple(self.components or COMPONENTS)
+            )
         if with_val is not split:
             fitted = {}
         self.models = {}
@@ -288,12 +294,15 @@ _SHARED_ATTRIBUTES = (  # of the ensemble and its components
     "cold_items",
     "train_history",
     "rating_range",
+    "liked_from",
+    "event_weights",
 )
 
 
 @patch
 def _predict(self: EnsembleRecommender, users, items, history):
     weights = self.plan["rating"]
+    history = history.targets_only()
     weighted = [
         weight * self.models[name]._predict(users, items, history).clamp(*self.rating_range)
         for name, weight in weights.items()
@@ -316,6 +325,8 @@ def _restore(self: EnsembleRecommender, state):
         model = make_recommender(COMPONENTS[key].recommender, **COMPONENTS[key].settings)
         for name in _SHARED_ATTRIBUTES:
             setattr(model, name, getattr(self, name))
+        if not model.uses_event_types:
+            model.train_history = self.train_history.targets_only()
         model._restore(strip_prefix(state, f"{key}/"))
         self.models[key] = model
 
@@ -386,11 +397,9 @@ def load_or_make_plan(
 @step(build_item_vectors)
 def build_hybrid(
     run: Run,  # gets hybrid-plan-FOLD.json and hybrid.json
-    time_budget_min: float = 15.0,  # minutes to choose and fit the components, on each fold
+    time_budget_min: NonNegativeFloat = 15.0,  # minutes to choose and fit the components, on each fold
 ):
     "Choose components and weights on the validation part of every fold; write hybrid.json."
-    if time_budget_min < 0:
-        raise UserError(f"time_budget_min must be at least 0, not {time_budget_min}")
     plans = [
         load_or_make_plan(run, fold, split, time_budget_min)
         for fold, split in enumerate(add_side_features(run))

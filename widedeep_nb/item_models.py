@@ -20,6 +20,7 @@ from .lib.core import Split
 from .lib.history_models import HistoryRecommender, to_csr
 from .lib.item_model_report import ITEM_MODEL_TITLES
 from .lib.neighbors import neighbors_to_csr, top_k_neighbors
+from .lib.parameter_types import NonNegativeInt
 from .lib.recommender import make_recommender, register
 from .lib.runs import Run, step
 from .preprocessing import preprocess
@@ -125,7 +126,8 @@ class ItemGraph(SparseItemModel):
             return X
         age = (history.time.max() - history.time).numpy() / 86_400_000
         index = (history.user_index.numpy(), history.item.numpy())
-        decayed = sp.csr_array((np.exp(-age / self.days), index), shape=X.shape)
+        weight = np.exp(-age / self.days) * history.weight.numpy()
+        decayed = sp.csr_array((weight, index), shape=X.shape)
         decayed.sum_duplicates()
         decayed.data = np.minimum(decayed.data, 1)
         return decayed
@@ -164,13 +166,15 @@ class MarkovChain(SparseItemModel):
     target_power: float = 0.3  # power of the popularity of scored items
 
     def _fit_matrix(self, X):
-        item = self.train_history.item.numpy()
-        user_index = self.train_history.user_index.numpy()
+        history = self.train_history.keep_events(self.train_history.weight > 0)
+        item, user_index = history.item.numpy(), history.user_index.numpy()
+        event_weight = history.weight.double().numpy()
         follows = sp.csr_array((self.n_items, self.n_items))
         for step_size in range(1, self.window + 1):
             source, target = item[:-step_size], item[step_size:]
             is_pair = (user_index[step_size:] == user_index[:-step_size]) & (target != source)
-            weight = np.full(is_pair.sum(), self.decay ** (step_size - 1))
+            pair_weight = event_weight[step_size:] * event_weight[:-step_size]
+            weight = pair_weight[is_pair] * self.decay ** (step_size - 1)
             index = (source[is_pair], target[is_pair])
             follows = follows + sp.csr_array((weight, index), shape=follows.shape)
         _, popularity = degrees(X)
@@ -234,7 +238,7 @@ def _without_ratings(split: Split) -> Split:
 @step(preprocess)
 def compare_item_models(
     run: Run,  # with splits; gets item_models.json
-    max_users: int = 5000,  # evaluate at most so many users, a seeded sample; 0: all users
+    max_users: NonNegativeInt = 5000,  # evaluate at most so many users, a seeded sample; 0: all users
 ):
     "Evaluate popularity and the item models on validation; write item_models.json."
     splits = [_without_ratings(split) for split in run.load_splits() if len(split.val)]

@@ -16,7 +16,7 @@ import torch
 
 from .evaluation import eval_ratings, precision, recall
 from .lib.aggregation import aggregate
-from .lib.core import PROTOCOLS, Split, UserError, min_count_filter
+from .lib.core import PROTOCOLS, Split, min_count_filter
 from .lib.eval_tasks import EvalTask, hit_matrix, top_k_lists
 from .lib.original_recipe import PRINTED, OriginalWideDeep, TrainedVariants
 from widedeep_nb.lib.original_results import (
@@ -28,8 +28,9 @@ from widedeep_nb.lib.original_results import (
     rating_results,
     training_summary,
 )
+from .lib.parameter_types import NonNegativeInt, PositiveInt
 from .lib.recommender import make_recommender
-from .lib.runs import Run, step
+from .lib.runs import ORIGINAL_FIT, Run, step
 from .lib.statistics import bootstrap, paired_bootstrap
 from .preprocessing import prepare, preprocess, training_events
 
@@ -274,14 +275,11 @@ def evaluate_other_filter(
 @step(preprocess)
 def replicate_original(
     run: Run,  # gets original.json, and records of wide-deep-as-reported in metrics.json
-    seeds: int = 5,  # number of random seeds
-    min_ratings: int = 20,  # minimum ratings of a user and of an item; lowered for small logs
-    max_users: int = 5000,  # maximum number of users that are evaluated, chosen at random; 0: all
+    seeds: PositiveInt = 5,  # number of random seeds
+    min_ratings: PositiveInt = 20,  # minimum ratings of a user and of an item; lowered for small logs
+    max_users: NonNegativeInt = 5000,  # maximum number of users that are evaluated, chosen at random; 0: all
 ):
     "Train the original's recipe as printed and with one change at a time, and evaluate each change."
-    for name, value in (("seeds", seeds), ("min_ratings", min_ratings)):
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}")
     rows = training_events(run.read("interactions.parquet"))
     if rows["rating"].null_count() == len(rows):
         return run.write("original.json", {"has_ratings": False})
@@ -311,4 +309,4 @@ def replicate_original(
         "other_filter": {"rating": other_rating, "ranking": other_ranking},
     }
     run.write("original.json", settings | training_summary(trained) | results)
-    run.add_metrics(original_metrics(trained, max_users))
+    run.add_metrics(original_metrics(trained, max_users), ORIGINAL_FIT)

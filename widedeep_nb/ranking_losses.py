@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from .evaluation import evaluate_wide_deep
 from .lib.core import UserError
 from .lib.loss_comparison import fit_folds_and_seeds, save_loss_metrics
+from .lib.parameter_types import NonNegativeFloat, PositiveInt
 from .lib.recommender import LOSSES, make_recommender
 from .lib.runs import Run, step
 
@@ -138,15 +139,12 @@ def sampled_softmax_gradient(
 @step(evaluate_wide_deep)
 def compare_losses(
     run: Run,  # with wide-deep trained and evaluated; gets models/wide-deep-LOSS
-    epochs: int = 5,  # of every loss
-    seeds: int = 2,  # number of seeds
-    n_negatives: int = 8,  # sampled items per row
-    alpha: float = 0.25,  # sampling probability ~ popularity ** alpha
+    epochs: PositiveInt = 5,  # of every loss
+    seeds: PositiveInt = 2,  # number of seeds
+    n_negatives: PositiveInt = 8,  # sampled items per row
+    alpha: NonNegativeFloat = 0.25,  # sampling probability ~ popularity ** alpha
 ):
     "Train wide-deep with every loss on one budget; write models, metrics.json and ranking.json."
-    for name, value in {"epochs": epochs, "seeds": seeds, "n_negatives": n_negatives}.items():
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}")
     splits = [s.for_final_fit() for s in run.load_splits()]
     popularity = {
         (fold, 0): make_recommender("popularity").fit(split) for fold, split in enumerate(splits)

@@ -17,7 +17,18 @@ from tqdm.auto import tqdm
 from .lib.benchmarks import bench, compare_dense_and_sparse, step_time_by_size
 from .lib.core import Split
 from .lib.distributed import distributed_curves_of
-from .lib.end_to_end import check_sizes, compare_engines, large_log_run, scaling_runs
+from widedeep_nb.lib.end_to_end import (
+    BenchRatings,
+    BenchRows,
+    DistributedRows,
+    EngineRows,
+    LargeLogRows,
+    ScalingRows,
+    compare_engines,
+    large_log_run,
+    scaling_runs,
+)
+from .lib.parameter_types import PositiveInt
 from .lib.profiling import machine_peak, roofline_seconds
 from .lib.runs import Run, step
 from .preprocessing import preprocess
@@ -116,25 +127,15 @@ def crossover_size(
 @step(preprocess)
 def measure_scale(
     run: Run,  # gets scale.json
-    bench_ratings: int = 20_000,  # ratings for training and ranking
-    bench_rows: int = 200_000,  # rows of the file to preprocess
-    bench_repeats: int = 5,  # rounds
-    scaling_rows: int = 20_000,  # rows of the middle of three sizes
-    large_log_rows: int = 0,  # rows of a large synthetic file; 0: none
-    engine_rows: int = 0,  # rows of the largest of three sizes for Polars and Spark; 0: none
-    distributed_rows: int = 20_000,  # training rows for several processes; 0: none
+    bench_ratings: BenchRatings = 20_000,  # ratings for training and ranking
+    bench_rows: BenchRows = 200_000,  # rows of the file to preprocess
+    bench_repeats: PositiveInt = 5,  # rounds
+    scaling_rows: ScalingRows = 20_000,  # rows of the middle of three sizes
+    large_log_rows: LargeLogRows = 0,  # rows of a large synthetic file; 0: none
+    engine_rows: EngineRows = 0,  # rows of the largest of three sizes for Polars and Spark; 0: none
+    distributed_rows: DistributedRows = 20_000,  # training rows for several processes; 0: none
 ):
     "Measure time, memory and growth on this machine, and distributed training on this run's rows."
-    sizes = {
-        "bench_ratings": bench_ratings,
-        "bench_rows": bench_rows,
-        "bench_repeats": bench_repeats,
-        "scaling_rows": scaling_rows,
-        "large_log_rows": large_log_rows,
-        "engine_rows": engine_rows,
-        "distributed_rows": distributed_rows,
-    }
-    check_sizes(sizes)
     split = run.load_splits()[-1].for_final_fit()
     n_users = max(2, bench_ratings * 8_352 // 134_829)
     n_items = max(2, bench_ratings * 3_715 // 134_829)

@@ -17,7 +17,6 @@ import polars as pl
 import torch
 
 from .leaderboard import build_leaderboard
-from .lib.core import UserError
 from .lib.inference import run_async
 from widedeep_nb.lib.load_test import (
     measured_batch_size,
@@ -27,9 +26,10 @@ from widedeep_nb.lib.load_test import (
     sample_requests,
     send_request,
 )
+from .lib.parameter_types import PositiveFloat
 from .lib.runs import Run, step
 from .lib.server import open_service
-from .lib.synthetic_catalogs import synthetic_catalog_run
+from .lib.synthetic_catalogs import CatalogSize, synthetic_catalog_run
 
 # %% ../nbs/17_serving.ipynb #430dad1d
 async def open_loop_load(
@@ -69,7 +69,7 @@ def measure_load(
 ) -> dict:  # counts; latency in ms; memory in MB every 0.5 s; mean_batch_size; 201 quantiles
     "Measure a service in its own process under a load from this one."
     requests = sample_requests(run)
-    with running_service(run.folder) as (address, process):
+    with running_service(run.folder, "--fit", "tested") as (address, process):
         run_async(open_loop_load(address, requests, rate, min(1.0, seconds), 1))  # warm up
         with memory_samples(process) as memory:
             start = time.perf_counter()
@@ -106,7 +106,7 @@ def throughput_by_batch(
     torch.set_num_threads(1)
     results = []
     with tempfile.TemporaryDirectory(prefix="widedeep-") as feedback_dir:
-        service = open_service(folder, feedback_dir=feedback_dir)
+        service = open_service(folder, feedback_dir=feedback_dir, fit="tested")
         jobs = sample_jobs(service, folder, max(sizes) * (repeats + 1))
         for size in sizes:
             times = []
@@ -123,13 +123,11 @@ def throughput_by_batch(
 # %% ../nbs/17_serving.ipynb #16a1003a
 def measure_service(
     run: Run,  # with fitted models
-    seconds: float = 5.0,  # duration of the load
-    rate: float = 500.0,  # requests per second
-    catalog_size: int = 0,  # items of a synthetic catalog to serve instead; 0: the run's own
+    seconds: PositiveFloat = 5.0,  # duration of the load
+    rate: PositiveFloat = 500.0,  # requests per second
+    catalog_size: CatalogSize = 0,  # items of a synthetic catalog to serve instead; 0: the run's own
 ) -> dict:  # serving.json
     "Measure the throughput of batches, and a service under load."
-    if seconds <= 0 or rate <= 0:
-        raise UserError(f"seconds and rate must be above zero, not {seconds:g} and {rate:g}")
     with tempfile.TemporaryDirectory(prefix="widedeep-") as folder:
         served = run
         if catalog_size:
@@ -146,9 +144,9 @@ def measure_service(
 @step(build_leaderboard)
 def load_test(
     run: Run,  # with fitted models; gets serving.json
-    seconds: float = 5.0,  # duration of the load
-    rate: float = 500.0,  # requests per second
-    catalog_size: int = 0,  # items of a synthetic catalog to serve instead; 0: the run's own
+    seconds: PositiveFloat = 5.0,  # duration of the load
+    rate: PositiveFloat = 500.0,  # requests per second
+    catalog_size: CatalogSize = 0,  # items of a synthetic catalog to serve instead; 0: the run's own
 ):
     "Measure the models of a run as a service."
     run.write("serving.json", measure_service(run, seconds, rate, catalog_size))

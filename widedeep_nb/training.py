@@ -20,15 +20,16 @@ from tqdm.auto import tqdm
 from .lib.core import Split, UserError, check_choice, pick_device
 from .lib.features import Batch
 from widedeep_nb.lib.optimizers import (
+    OutputName,
     TrainState,
     auto_batch_size,
-    check_train_params,
     load_checkpoint,
     make_optimizer,
     save_checkpoint,
 )
-from .lib.recommender import LOSSES, make_loss, make_recommender
-from .lib.runs import Run, step
+from .lib.parameter_types import NonNegativeInt, PositiveFloat, PositiveInt
+from .lib.recommender import LOSSES, LossName, make_loss, make_recommender
+from .lib.runs import CHAPTER_FIT, Run, step
 from .preprocessing import preprocess
 
 # %% ../nbs/05_training.ipynb #df5aa22b
@@ -172,14 +173,14 @@ def ablation_fits(
 @step(preprocess)
 def train(
     run: Run,  # gets models/ and training.json
-    epochs: int = 30,  # maximum number of epochs
-    patience: int = 3,  # epochs without improvement on validation before training stops
-    lr: float = 0.004,  # learning rate of the network and the linear weights
-    batch_size: int = 0,  # rows per step; 0: by the number of rows
-    embedding: int = 4,  # size of user and item embeddings
-    output: str = "linear",  # or "sigmoid", scaled to the rating range
-    seeds: int = 5,  # number of seeds; the branches alone use at most two
-    loss: str = "",  # one of LOSSES; empty: mse with ratings, else logistic
+    epochs: PositiveInt = 30,  # maximum number of epochs
+    patience: PositiveInt = 3,  # epochs without improvement on validation before training stops
+    lr: PositiveFloat = 0.004,  # learning rate of the network and the linear weights
+    batch_size: NonNegativeInt = 0,  # rows per step; 0: by the number of rows
+    embedding: PositiveInt = 4,  # size of user and item embeddings
+    output: OutputName = "linear",  # or "sigmoid", scaled to the rating range
+    seeds: PositiveInt = 5,  # number of seeds; the branches alone use at most two
+    loss: LossName = "",  # one of LOSSES; empty: mse with ratings, else logistic
 ):
     "Fit Wide & Deep and its branches on every fold with every seed; write models/ and training.json."
     params = dict(
@@ -190,7 +191,6 @@ def train(
         embedding=embedding,
         output=output,
     )
-    check_train_params(seeds=seeds, **params)
     splits = run.load_splits()
     report = []
     used_loss = resolve_loss(splits[-1], loss)
@@ -199,7 +199,7 @@ def train(
         fit = partial(
             select_epochs_and_refit,
             splits[fold],
-            run.model_folder(name, seed, fold),
+            run.model_folder(name, seed, fold, CHAPTER_FIT),
             run.work_dir / key,
             branches=branches,
             seed=run.seed + seed,
@@ -207,4 +207,5 @@ def train(
             **params,
         )
         report.append({"model": name, "cut": fold, "seed": seed} | run.cached(key, fit))
+    run.use_chapter_fits()
     run.write("training.json", {"seeds": list(range(seeds)), "loss": used_loss, "fits": report})

@@ -20,10 +20,18 @@ from .hybrid import EnsembleRecommender, build_hybrid
 from .lib.aggregation import aggregate
 from .lib.backtests import ALL_USERS, full_eval_task, top_k_with_scores
 from .lib.content_features import add_catalog
-from .lib.core import Split, concat_by_time, encode_ids, min_count_filter, to_index
+from widedeep_nb.lib.core import (
+    Split,
+    concat_by_time,
+    encode_ids,
+    min_count_filter,
+    sort_by_time,
+    to_index,
+)
 from .lib.eval_tasks import hit_matrix
 from .lib.item_vectors import add_side_features
 from .lib.matrix_factorization import ALS
+from .lib.parameter_types import PositiveInt
 from .lib.rating_models import FeatureRegressor
 from .lib.recommender import Recommender, load_recommender, make_recommender
 from .lib.runs import Run, step
@@ -51,21 +59,21 @@ def align_events(
 def new_rows(
     rows: pl.DataFrame,  # from `align_events`
     base: pl.DataFrame,  # from `align_events`
-) -> pl.DataFrame:  # unique and sorted
+) -> pl.DataFrame:  # each once, in the same order
     "Select the rows that the base does not have."
-    added = rows.unique().join(base, on=rows.columns, how="anti", nulls_equal=True)
-    return added.sort(rows.columns, nulls_last=True)
+    distinct = rows.unique(maintain_order=True)
+    options = dict(how="anti", nulls_equal=True, maintain_order="left")
+    return distinct.join(base, on=rows.columns, **options)
 
 # %% ../nbs/20_updates.ipynb #846119a5
 def merge_logs(
     base: pl.DataFrame,  # from `align_events`: the run's own log
     increment: pl.DataFrame,  # from `new_rows`
 ) -> pl.DataFrame:  # sorted by time
-    "Merge logs; of several ratings of an item by a user the last one stays."
-    columns = ("timestamp", "user", "item", "event", "rating")
-    rows = pl.concat([base, increment]).sort(*columns, maintain_order=True, nulls_last=True)
-    unrated = pl.col("rating").is_null()
-    return rows.filter(unrated | pl.struct("user", "item", unrated).is_last_distinct())
+    "Merge logs; of several ratings of an item by a user the last one stays, of purchases all."
+    rows = sort_by_time(pl.concat([base, increment]))
+    is_event = pl.col("rating").is_null() | pl.col("event").eq_missing("purchase")
+    return rows.filter(is_event | pl.struct("user", "item", is_event).is_last_distinct())
 
 # %% ../nbs/20_updates.ipynb #08ecf3d1
 def daily_changes(
@@ -274,7 +282,7 @@ def write_update_comparison(
 @step(build_hybrid)
 def compare_warm_start(
     run: Run,  # with a plan for the hybrid; gets catchup.json
-    epochs: int = 2,  # over old and new events, at least 1
+    epochs: PositiveInt = 2,  # over old and new events
 ):
     "Compare a warm start of the hybrid with retraining it."
     old = add_side_features(run)[-1].for_final_fit()

@@ -17,8 +17,8 @@ from scipy import stats
 from statsmodels.stats.power import TTestIndPower
 
 # %% ../../nbs/lib/ab_statistics.ipynb #41388d18
-from .core import UserError
-from ..preprocessing import sort_by_time, training_events
+from .core import UserError, sort_by_time
+from ..preprocessing import training_events
 
 # %% ../../nbs/lib/ab_statistics.ipynb #20a10002
 def sample_size(

@@ -27,7 +27,8 @@ from widedeep_nb.lib.core import (
     top_k,
 )
 from .drift import PeriodGrid, make_period_grid
-from .eval_tasks import EvalTask, eval_candidates, hit_matrix
+from .eval_tasks import EvalTask, check_not_released, eval_candidates, hit_matrix
+from .parameter_types import optional_size
 from .recommender import Recommender, make_recommender, mask_seen
 from ..preprocessing import relax_filter_if_sparse
 
@@ -90,6 +91,7 @@ def top_k_with_scores(
     k: int = 20,  # items per list
 ) -> tuple:  # scores float [n, k] and item codes int64 [n, k]; -1 where no item is left
     "Return the top-k lists of a model with their scores."
+    check_not_released(model)
     scores, codes = [torch.zeros(0, k)], [torch.zeros(0, k, dtype=torch.int64)]
     pad_to = torch.nn.functional.pad
     for users in task.users.split(256) if len(task.users) else ():
@@ -180,6 +182,9 @@ def backtest_grid(
     span = (times.max() or datetime.min) - (times.min() or datetime.min)
     unit = "1mo" if span > timedelta(days=730) else ""
     return make_period_grid(times.drop_nulls(), unit=unit)
+
+
+OriginCount = optional_size(2)  # training ends; 0: by the number of rows
 
 
 def training_ends(

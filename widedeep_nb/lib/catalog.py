@@ -11,10 +11,10 @@ import polars as pl
 import torch
 
 # %% ../../nbs/lib/catalog.ipynb #25bc8b0a
-from .core import History, encode_ids
+from .core import History, encode_ids, sort_by_time
+from .event_types import all_events, resolve_target
 from .rules import align_catalog
 from .service_schemas import Item
-from ..preprocessing import sort_by_time, training_events
 
 # %% ../../nbs/lib/catalog.ipynb #16a10016
 ITEM_FIELDS = tuple(Item.model_fields)
@@ -39,8 +39,10 @@ class CatalogIndex:
         items: pl.DataFrame,  # side table, a row per `item`
         users: pl.DataFrame,  # side table, a row per `user`
         models: list,  # fitted; they may know more items
+        target: str = "",  # event type that the models predict; empty: chosen by the log
     ):
-        rows = sort_by_time(training_events(interactions))
+        self.target = resolve_target(interactions, target)
+        rows = sort_by_time(all_events(interactions, self.target))
         model_items = [model.all_items for model in models]
         self._index_items(_distinct_ids("item", *model_items, rows["item"], items["item"]), items)
         users_column = users["user"] if "user" in users.columns else rows["user"]
@@ -65,11 +67,7 @@ class CatalogIndex:
             item=encode_ids(rows["item"], self.products["item"]),
         ).sort("user", maintain_order=True)
         self.train_history = History.from_rows(rows, len(self.users))
-        if "event" in rows.columns:
-            self.event = rows["event"].cast(pl.String)
-        else:
-            rating = pl.when(pl.col("rating").is_not_null()).then(pl.lit("rating"))
-            self.event = rows.select(rating.alias("event"))["event"]
+        self.event = rows["type"]
 
     def user_rows(self, users: list) -> torch.Tensor:
         "Return the codes of users, int64 [n]; the number of users for an unknown one."
@@ -82,23 +80,33 @@ def concat_histories(
     item: torch.Tensor,  # int64 [events]
     rating: torch.Tensor,  # float [events]
     time: torch.Tensor,  # int64 [events], milliseconds
+    event: torch.Tensor,  # int8 [events], codes of `event_codes`
+    weight: torch.Tensor,  # float32 [events]
 ) -> History:  # the events of each user in the given order
     "Return a history of events in any order of users."
     order = torch.argsort(user, stable=True)
     indptr = torch.searchsorted(user[order], torch.arange(n_users + 1))
-    return History(indptr, item[order], rating[order], time[order])
+    columns = (item, rating, time, event, weight)
+    return History(indptr, *[column[order] for column in columns])
 
 
 def rows_to_tensors(
-    rows: list,  # tuples: user code, item code, rating or None, time
-) -> tuple:  # four tensors: int64, int64, float, int64
+    rows: list,  # tuples: user code, item code, rating or None, time, code of the event type
+) -> tuple:  # six tensors: int64, int64, float, int64, int8; float weights, all 1
     "Return rows of events as tensors; a missing rating is NaN."
-    values = [(u, i, np.nan if rating is None else rating, t) for u, i, rating, t in rows]
-    table = np.array(values, dtype=np.float64).reshape(-1, 4)
-    user, item, rating, time = torch.from_numpy(table).T
-    return user.long(), item.long(), rating.float(), time.long()
+    # numpy reads None as NaN
+    table = np.array(rows, dtype=np.float64).reshape(-1, 5)
+    user, item, rating, time, event = torch.from_numpy(table).T
+    ones = torch.ones(len(user))
+    return user.long(), item.long(), rating.float(), time.long(), event.to(torch.int8), ones
 
 # %% ../../nbs/lib/catalog.ipynb #9226e248
+def history_columns(history: History) -> tuple:  # user, item, rating, time, event, weight
+    "Return the columns of a history, as `concat_histories` takes them."
+    columns = (history.item, history.rating, history.time, history.event, history.weight)
+    return (history.user_index, *columns)
+
+
 def append_events(
     n_users: int,  # of the history
     history: History,  # of n users
@@ -107,6 +115,6 @@ def append_events(
     "Return a history with later events at the end of each user's."
     if not new_rows:
         return history
-    columns = (history.user_index, history.item, history.rating, history.time)
+    columns = history_columns(history)
     new_columns = rows_to_tensors(new_rows)
     return concat_histories(n_users, *[torch.cat(pair) for pair in zip(columns, new_columns)])

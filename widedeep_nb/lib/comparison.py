@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LARGE_LOG_ROWS', 'PARAM_GRIDS', 'ABLATIONS', 'OWN_MODELS', 'val_score', 'grid_search', 'fit_and_save',
            'evaluate_on_test', 'paired_differences', 'metric_records', 'save_records', 'reference_records',
-           'save_metrics', 'pooled_records', 'read_records']
+           'save_metrics', 'pooled_records', 'deciding_records', 'read_records']
 
 # %% ../../nbs/lib/comparison.ipynb #864df025
 import time
@@ -25,7 +25,7 @@ from widedeep_nb.evaluation import (
 from .aggregation import label_fold_and_seed, user_codes_to_ids
 from .core import Split
 from .recommender import LOSSES, Recommender, load_recommender, make_recommender
-from .runs import Run
+from .runs import CHAPTER_FIT, TESTED_FIT, Run
 
 # %% ../../nbs/lib/comparison.ipynb #9c7db865
 LARGE_LOG_ROWS = 1_000_000  # from so many rows on, only the first two settings of a grid are tried
@@ -179,7 +179,9 @@ def load_fitted_models(
 ) -> dict:  # by (fold, seed)
     "Load the models of a name, for all folds and seeds."
     return {
-        (f["cut"], f["seed"]): load_recommender(run.model_folder(name, f["seed"], f["cut"]))
+        (f["cut"], f["seed"]): load_recommender(
+            run.model_folder(name, f["seed"], f["cut"], CHAPTER_FIT)
+        )
         for f in fits
         if f["model"] == name
     }
@@ -271,11 +273,24 @@ def save_metrics(
 # %% ../../nbs/lib/comparison.ipynb #cb470fed
 def pooled_records(
     records: pl.DataFrame,  # of metrics.json
-) -> pl.DataFrame:  # one record for each model, comparison, group and metric
-    "Keep the records over all seeds and folds; with a single fit, the record of this fit."
-    key = ["model", "versus", "task", "split", "users", "items", "relevant", "metric"]
+) -> pl.DataFrame:  # one record for each fit, model, comparison, group and metric
+    "Keep the records over all seeds and folds; with a single seed and fold, its record."
+    key = ["fit", "model", "versus", "task", "split", "users", "items", "relevant", "metric"]
     ordered = records.sort("cut", "seed", nulls_last=False, maintain_order=True)
-    return ordered.unique(key, keep="first", maintain_order=True)
+    present = [column for column in key if column in records.columns]
+    return ordered.unique(present, keep="first", maintain_order=True)
+
+# %% ../../nbs/lib/comparison.ipynb #ef63286b
+def deciding_records(
+    records: pl.DataFrame,  # of metrics.json
+) -> pl.DataFrame:  # the values and differences of one fit
+    "Select the records of the fit that decides: the tuned one where there is one, else the chapters'."
+    if "fit" not in records.columns:
+        return records
+    present = set(records["fit"])
+    # records that were published before fits had names are all of one
+    chosen = next((fit for fit in (TESTED_FIT, CHAPTER_FIT) if fit in present), None)
+    return records.filter(pl.col("fit").eq_missing(chosen))
 
 # %% ../../nbs/lib/comparison.ipynb #0b4a0764
 def read_records(

@@ -30,7 +30,7 @@ from widedeep_nb.lib.experiment_report import (
     plot_confidence_sequence,
 )
 from .feedback import POSITIVE_EVENTS
-from .increments import merge_side_table
+from .increments import as_read_before, merge_side_table
 from widedeep_nb.lib.monitoring_plots import (
     age_of_first_loss,
     describe_drift,
@@ -38,6 +38,7 @@ from widedeep_nb.lib.monitoring_plots import (
     plot_drift_scores,
     plot_staleness,
 )
+from .reading import ReadOptions
 from .runs import LIVE_FILE, Run, current_run
 from .statistics import bootstrap
 from .templates import render
@@ -426,16 +427,26 @@ def drift_panel(
     figure = plot_drift_scores(results)
     return Panel(title, status, describe_drift(results), expected, figure, DRIFT_ALT)
 
+# %% ../../nbs/lib/dashboard.ipynb #c4091eec
+def _known_until(
+    run: Run,  # of the report
+):  # datetime; None where the log has no times
+    "Return the time of the last row that the delivered model of the report has learned from."
+    if run.released_models()["models"]:
+        return run.read("interactions.parquet")["timestamp"].max()
+    return last_training_time(run)
+
 # %% ../../nbs/lib/dashboard.ipynb #22c5f495
 def drift_panels(
     run: Run,  # of the report
     log: str = "",  # a newer log, as for `load`; empty: the appended events
+    read_options: ReadOptions = ReadOptions(),  # what to say about the newer log
 ) -> list:  # of Panel
     "Summarize drift of inputs and outputs."
-    current, last = Run(current_run(run.folder)), last_training_time(run)
+    current, last = Run(current_run(run.folder)), _known_until(run)
     rows, items = align_events(current.read("interactions.parquet")), current.read("items.parquet")
     if log:
-        loaded = load(log)
+        loaded = load(log, options=as_read_before(run.read("ingest.json"), read_options))
         rows = merge_logs(rows, new_rows(align_events(loaded.interactions), rows))
         items = merge_side_table(items, loaded.items, "item")
     try:
@@ -469,7 +480,7 @@ def staleness_panel(
     folder = current_run(run.folder)
     update = None if folder == run.folder else run.read(LIVE_FILE)
     log_end = Run(folder).read("interactions.parquet")["timestamp"].max()
-    trained = log_end if update else last_training_time(run)
+    trained = log_end if update else _known_until(run)
     summary = _append_summary(update)
     if "reason" in results or trained is None:
         expected = "Expected: a model younger than the age of its first significant loss."
@@ -562,6 +573,7 @@ def dashboard(
     metrics: str = "",  # address of the service, or a file with the text of its /metrics
     feedback_dir: str = "",  # folder of the feedback store; empty: service/ of the run
     output: str = "",  # path of the page; empty: dashboard.html of the run
+    read_options: ReadOptions = ReadOptions(),  # what to say about the newer log
 ) -> Path:  # of the page
     "Write the monitoring dashboard as one HTML page."
     set_theme()
@@ -571,7 +583,7 @@ def dashboard(
         health = health_panel(scrape_metrics(metrics))
     else:
         health = traffic_panel(*(feedback or (pl.DataFrame(), pl.DataFrame())))
-    panels = [health, quality_panel(feedback), *drift_panels(run, log)]
+    panels = [health, quality_panel(feedback), *drift_panels(run, log, read_options)]
     panels += [staleness_panel(run), experiment_panel(run)]
     warnings = [panel.title for panel in panels if panel.status == "warn"]
     finding = f"check {' and '.join(warnings).lower()}" if warnings else "no warnings"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'DOWNLOAD_TIMEOUT', 'Dataset', 'cache_dir', 'fetch', 'synthetic_extra', 'synthetic_images',
-           'synthetic_ground_truth', 'synthetic_users', 'fingerprint', 'datasets']
+           'synthetic_ground_truth', 'synthetic_users', 'synthetic_repeats', 'fingerprint', 'datasets']
 
 # %% ../../nbs/lib/datasets.ipynb #79b9df06
 import gzip
@@ -33,6 +33,7 @@ from widedeep_nb.lib.readers import (
     frame_reader,
     sanitize,
 )
+from .reading import ReadOptions, TableReading
 from .runs import code_hash
 from .sources import RawSource, checksum, find_log_files, open_database, open_files
 
@@ -52,6 +53,7 @@ class Dataset:
     images: str = ""  # "module:function" of item images, called with ids, n_ratings and seed
     ground_truth: str = ""  # "module:function" of true preferences, called with user and item ids
     simulator: str = ""  # "module:function" of simulated users, called with n_ratings and seed
+    repeats: str = ""  # "module:function" of true repeat purchases, called with n_ratings and seed
     options: dict = field(default_factory=dict)  # options of name?option=value, with defaults
 
 # %% ../../nbs/lib/datasets.ipynb #63b74fdc
@@ -71,7 +73,8 @@ DATASETS = {
         images="widedeep_nb.lib.shop:demo_images",
         ground_truth="widedeep_nb.lib.shop:demo_affinity",
         simulator="widedeep_nb.lib.shop:demo_simulator",
-        options={"ratings": 20_000, "seed": 0},
+        repeats="widedeep_nb.lib.shop:demo_repeats",
+        options={"ratings": 20_000, "seed": 0, "consumables": 0},
     ),
     "electronics-2014": Dataset(
         "Amazon Electronics until 2014",
@@ -223,6 +226,13 @@ def synthetic_checksum(
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
+def generator_params(
+    options: dict,  # from `parse_options`
+) -> dict:
+    "Return the options of a synthetic dataset by the names of its generator's arguments."
+    return {"n_ratings" if name == "ratings" else name: v for name, v in options.items()}
+
+
 def _import(
     reference: str,  # "module:function"
 ) -> Callable:
@@ -233,39 +243,43 @@ def _import(
 # %% ../../nbs/lib/datasets.ipynb #e3e0686e
 def open_named(
     name: str,  # name of a dataset
-    options: str,  # such as ratings=4000&seed=3
+    arguments: str,  # such as ratings=4000&seed=3
     workdir: Path,  # folder for temporary files
-    columns: Optional[dict] = None,  # our name -> column of the log
+    options: ReadOptions = ReadOptions(),  # what the user says about the log
 ) -> RawSource:
     "Read a known dataset: generate it, or download it."
     dataset = DATASETS[name]
-    parsed = parse_options(name, options)
+    parsed = parse_options(name, arguments)
     if not dataset.generator:
         ratings = fetch(name, dataset.urls, dataset.sha256)
         items = fetch(name, dataset.metadata) if parsed["metadata"] else None
-        return open_files({"": ratings}, items, None, workdir, columns)
+        return open_files({"": ratings}, items, None, workdir, options)
     try:
-        shop = _import(dataset.generator)(n_ratings=parsed["ratings"], seed=parsed["seed"])
+        shop = _import(dataset.generator)(**generator_params(parsed))
     except ValueError as e:
         raise UserError(f"{name}: {e}") from None
-    log = normalize_log(frame_reader(shop.interactions), workdir / "log.parquet", columns)
-    items = side_table(frame_reader(shop.items), ITEM_COLUMN_ALIASES)
-    users = side_table(frame_reader(shop.users), USER_COLUMN_ALIASES)
-    return RawSource(*log, synthetic_checksum(name, parsed), items, users)
+    table = frame_reader(shop.interactions)
+    log = normalize_log(table, workdir / "log.parquet", options)
+    table.reading.tables = {"items": TableReading(), "users": TableReading()}
+    tables = {}
+    for key, aliases in (("items", ITEM_COLUMN_ALIASES), ("users", USER_COLUMN_ALIASES)):
+        frame = getattr(shop, key)
+        tables[key] = side_table(frame_reader(frame), aliases, table.reading.tables[key])
+    checksum = synthetic_checksum(name, parsed)
+    return RawSource(*log, checksum, **tables, reading=table.reading)
 
 # %% ../../nbs/lib/datasets.ipynb #ff09df1b
 def synthetic_extra(
     dataset: str,  # a known name, or any other dataset
-    kind: str,  # "images", "ground_truth" or "simulator"
+    kind: str,  # "images", "ground_truth", "simulator" or "repeats"
     *ids,  # arguments of the function
 ):  # None where the dataset has none
     "Generate further data of a synthetic dataset."
     name, _, options = dataset.partition("?")
     if name not in DATASETS or not getattr(DATASETS[name], kind):
         return None
-    parsed = parse_options(name, options)
     generate = _import(getattr(DATASETS[name], kind))
-    return generate(*ids, n_ratings=parsed["ratings"], seed=parsed["seed"])
+    return generate(*ids, **generator_params(parse_options(name, options)))
 
 
 def synthetic_images(
@@ -291,23 +305,30 @@ def synthetic_users(
     "Return the simulator of a synthetic dataset's users, who respond to recommendations."
     return synthetic_extra(dataset, "simulator")
 
+
+def synthetic_repeats(
+    dataset: str,  # a known name, or any other dataset
+) -> Optional[pl.DataFrame]:  # item, again, usual_days, shape; None where not known
+    "Return which items of a synthetic dataset are bought again, how likely, and after how long."
+    return synthetic_extra(dataset, "repeats")
+
 # %% ../../nbs/lib/datasets.ipynb #850040b6
 def resolve_source(
     name_or_path: str,  # a known name, a file, a folder, or a database with a query
     workdir: Path,  # folder for temporary files
-    columns: Optional[dict] = None,  # our name -> column of the log
+    options: ReadOptions = ReadOptions(),  # what the user says about the log
 ) -> RawSource:
     "Open a dataset, whatever its source; raise a `UserError` where there is none."
-    name, _, options = name_or_path.partition("?")
+    name, _, arguments = name_or_path.partition("?")
     path = Path(name_or_path).expanduser()
     if name in DATASETS:
-        return open_named(name, options, workdir, columns)
+        return open_named(name, arguments, workdir, options)
     if "://" in name_or_path:
-        return open_database(name_or_path, workdir, columns)
+        return open_database(name_or_path, workdir, options)
     if path.is_dir():
-        return open_files(*find_log_files(path), workdir, columns)
+        return open_files(*find_log_files(path), workdir, options)
     if path.exists():
-        return open_files({"": path}, None, None, workdir, columns)
+        return open_files({"": path}, None, None, workdir, options)
     if "/" in name_or_path or detect_format(path):
         raise UserError(f"no such file or folder: {sanitize(name_or_path)}")
     raise UserError(

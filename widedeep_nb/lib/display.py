@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['plt', 'ticker', 'colors', 'dates', 'patches', 'sns', 'COLORS', 'LazyModule', 'set_theme', 'nbsp_percent',
-           'fig_to_svg', 'show_figure', 'show_table', 'display_md', 'pluralize', 'percent', 'join_names', 'in_short']
+           'fig_to_svg', 'show_figure', 'show_missing', 'show_table', 'escape_md', 'display_md', 'pluralize', 'percent',
+           'join_names', 'in_short']
 
 # %% ../../nbs/lib/display.ipynb #99801f63
 import html
@@ -139,6 +140,20 @@ def show_figure(
         raw=True,
     )
 
+# %% ../../nbs/lib/display.ipynb #dd7936e7
+def show_missing(
+    label: str,  # cross-reference label of the figure
+    reason: str,  # why it cannot be drawn, in one sentence
+):
+    "Display, in the place of a figure, why it cannot be drawn."
+    reason = nbsp_percent(reason)
+    body = render("missing.html.j2", label=label, reason=reason)
+    display(
+        {"text/html": body, "text/plain": f"[{label}] {reason}"},
+        metadata={"widedeep": {"label": label, "caption": reason, "alt": reason}},
+        raw=True,
+    )
+
 # %% ../../nbs/lib/display.ipynb #544aff91
 def _format_cell(
     value,  # of a table
@@ -198,6 +213,13 @@ def show_table(
     )
 
 # %% ../../nbs/lib/display.ipynb #1b89b141
+def escape_md(
+    text: str,  # from a file or a user
+) -> str:  # Markdown that shows the same characters
+    "Escape the characters that Markdown or HTML give a meaning."
+    return re.sub(r"([\\`*_\[\]<>&#$|~])", r"\\\1", text)
+
+
 def display_md(
     text: str,  # Markdown, its numbers filled in by the caller
 ):

@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 # %% ../../nbs/lib/ensemble.ipynb #dce9fd72
 from ..evaluation import ndcg
 from .content_features import has_side_features
-from .core import History, Split, reindex
+from .core import History, Split, pair_weights, reindex
 from .eval_tasks import hit_matrix, make_eval_task
+from .event_types import assign_parts
 from .recommender import Recommender, make_recommender, mask_seen, recommender_class
 from .wide_deep import MAX_FEATURE_BYTES
 from ..sequences import SEQUENCE_MODELS
@@ -45,23 +46,16 @@ def recency_weights(
     history: History,  # of n users
     n_items: int,  # items that the model knows
     time_constant: float = 3.0,  # an event so many events before the last has weight 1/e
-) -> torch.Tensor:  # sparse [n, n_items], at most 1 each
+) -> torch.Tensor:  # sparse [n, n_items]
     "Return the user-item matrix with weights that decay by the position of the event."
-    is_known = history.item < n_items
+    is_known = (history.item < n_items) & (history.weight > 0)
     user_index, item = history.user_index[is_known], history.item[is_known]
-    last = history.indptr[1:][user_index] - 1
-    position = torch.arange(len(history.item))[is_known]
-    weight = torch.exp(-(last - position) / time_constant)
-    shape = (len(history), n_items)
-    index = torch.stack([user_index, item])
-    summed = torch.sparse_coo_tensor(index, weight, shape, check_invariants=False).coalesce()
-    return torch.sparse_coo_tensor(
-        summed.indices(),
-        summed.values().clamp(max=1),
-        summed.shape,
-        is_coalesced=True,
-        check_invariants=False,
-    )
+    # a position counts events by weight: many views do not make a purchase old
+    position = history.weight.double().clamp(max=1).cumsum(0)
+    last = position[history.indptr[1:][user_index] - 1]
+    age = (last - position[is_known]).float()
+    weight = torch.exp(-age / time_constant) * history.weight[is_known]
+    return pair_weights(torch.stack([user_index, item]), weight, (len(history), n_items))
 
 # %% ../../nbs/lib/ensemble.ipynb #84b59f0c
 def history_confidence(
@@ -69,9 +63,10 @@ def history_confidence(
     n_items: int,  # items that the model knows
     half_count: float = 10.0,  # events at which the confidence is one half
 ) -> torch.Tensor:  # float [n, 1], 0 without known events, towards 1
-    "Return n / (n + half_count) for the n known events of each history."
-    user_index = history.user_index[history.item < n_items]
-    count = torch.bincount(user_index, minlength=len(history)).float()[:, None]
+    "Return n / (n + half_count) for the n known events of each history, counted by weight."
+    is_known = history.item < n_items
+    user_index, weight = history.user_index[is_known], history.weight[is_known]
+    count = torch.bincount(user_index, weight, minlength=len(history)).float()[:, None]
     return count / (count + half_count)
 
 # %% ../../nbs/lib/ensemble.ipynb #b0ca5e1a
@@ -104,6 +99,9 @@ RANKING_COMPONENTS = {
     "factors": Component("deep", "als", {"factors": 64}),
     "self-attention": Component("deep", "self-attention"),
     "gru": Component("deep", "gru"),
+    "already viewed": Component("wide", "own-history", {"event": "view"}),
+    "already clicked": Component("wide", "own-history", {"event": "click"}),
+    "in the cart": Component("wide", "own-history", {"event": "cart"}),
     "content": Component("wide", "content"),
     "content towers": Component("deep", "content-towers"),
     "towers": Component(
@@ -194,8 +192,10 @@ def component_probs(
     if component.family == "popular":  # the same for all users
         first = history.select(torch.arange(min(1, len(users))))
         return normalize_scores(model._scores(users[:1], first, items)).expand(len(users), -1)
+    if not model.uses_event_types:
+        history = history.targets_only()
     confidence = history_confidence(history, model.n_items)
-    if component.recommender == "content":
+    if component.recommender in ("content", "own-history"):
         return normalize_scores(model._scores(users, history, items), mass=confidence)
     if name in MAX_EPOCHS:
         probs = normalize_scores(model._scores(users, history, items), softmax=True)
@@ -229,13 +229,16 @@ def ensure_validation(
     if len(split.val):
         return split
     is_val = _validation_mask(split)
+    val, no_test = split.train.filter(is_val), split.test.clear()
+    auxiliary = assign_parts(split.auxiliary, val, no_test, split.protocol.split_by)
     return reindex(
         replace(
             split,
             train=split.train.filter(~is_val),
-            val=split.train.filter(is_val),
+            val=val,
             filtered_out=split.filtered_out.clear(),
-            test=split.test.clear(),
+            test=no_test,
+            auxiliary=auxiliary.select(split.auxiliary.columns),
         )
     )
 
@@ -363,6 +366,8 @@ def is_applicable(
     "Return whether a log has what a component needs: dates, item features, ratings, memory."
     if name.startswith("content") and not has_side_features(split):
         return False
+    if COMPONENTS[name].recommender == "own-history":
+        return COMPONENTS[name].settings["event"] in split.auxiliary["event"]
     if name == "towers":
         n_bytes = len(split.train) * 9 * 200
         if n_bytes > MAX_FEATURE_BYTES or split.n_train_items < 2:
@@ -385,7 +390,7 @@ def fit_within_budget(
 ]:  # fitted; None where the time is too short, for networks for three epochs
     "Fit a component with as many epochs as a time budget allows, measured on one epoch."
     if name not in MAX_EPOCHS:
-        is_cheap = name in ("popularity", "ridge")
+        is_cheap = COMPONENTS[name].recommender in ("popularity", "own-history", "ridge")
         return fit_component(split, name) if seconds > 0 or is_cheap else None
     started = time.perf_counter()
     if seconds > 0:
@@ -401,11 +406,12 @@ def fit_applicable_models(
     split: Split,  # with a validation part
     seconds: float,  # that it may take
     seed: int,  # of the ensemble
+    allowed: tuple = tuple(COMPONENTS),  # names of the components that may be fitted
 ) -> dict:  # fitted models by key, those without epochs first
     "Fit the models of all applicable components within a time budget, shared by the networks."
     started = time.perf_counter()
     order = list(COMPONENTS)
-    keys = {MODEL_KEY[name] for name in COMPONENTS if is_applicable(split, name)}
+    keys = {MODEL_KEY[name] for name in allowed if is_applicable(split, name)}
     keys = sorted(keys, key=lambda key: (key in MAX_EPOCHS, order.index(key)))
     models = {}
     for k, key in enumerate(tqdm(keys, desc="hybrid: fitting components", leave=False)):

@@ -6,7 +6,7 @@
 __all__ = ['CURVE_KS', 'EvalTask', 'eval_candidates', 'make_eval_task', 'top_k_lists', 'hit_matrix', 'diversity']
 
 # %% ../../nbs/lib/eval_tasks.ipynb #d9cd3158
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import polars as pl
@@ -14,6 +14,7 @@ import torch
 
 # %% ../../nbs/lib/eval_tasks.ipynb #3dff7c24
 from widedeep_nb.lib.core import (
+    POSSESSION_TYPES,
     History,
     Split,
     UserError,
@@ -71,6 +72,16 @@ def _sample_users(
     return users.gather(order[:max_users].numpy()).sort()
 
 # %% ../../nbs/lib/eval_tasks.ipynb #e7f352d2
+def _owned_pairs(
+    split: Split,  # three parts
+    part: str,  # "val" or "test"
+) -> pl.DataFrame:  # user, item
+    "Return the pairs that are hidden from lists: bought or rated before a part, or of the target type."
+    auxiliary = split.auxiliary_before(part)
+    owned = auxiliary.filter(pl.col("event").is_in(POSSESSION_TYPES))
+    return pl.concat([rows.select("user", "item") for rows in (split.rows_before(part), owned)])
+
+
 def make_eval_task(
     split: Split,  # three parts
     part: str = "val",  # "val" or "test"
@@ -78,18 +89,18 @@ def make_eval_task(
     items: str = "known",  # candidates: items "known" to training, or "new" ones only
     seed: int = 0,  # of the random order that breaks ties
     max_users: int = 0,  # sample at most so many users (seeded); 0: all
+    repeat: bool = False,  # items of the user's history count too where they are chosen again
 ) -> EvalTask:  # the same for every model
     "Make the evaluation task of a part: users, candidates, relevant pairs and exclusion counts."
     rows = getattr(split, part)
-    rows_before = split.rows_before(part)
     candidates = eval_candidates(split, part, items, seed)
     relevant_rows = rows if relevant is None else rows.filter(pl.col("rating") >= relevant)
     pairs = relevant_rows.select("user", "item").unique()
     is_candidate = pl.col("item").cast(pl.Int64).is_in(pl.Series(candidates.numpy()).implode())
     possible = pairs.filter(is_candidate)
     ground_truth = possible
-    if split.protocol.mask_seen:
-        ground_truth = possible.join(rows_before, on=["user", "item"], how="anti")
+    if split.protocol.mask_seen and not repeat:
+        ground_truth = possible.join(_owned_pairs(split, part), on=["user", "item"], how="anti")
     all_users = ground_truth["user"].unique().sort()
     users = _sample_users(split, all_users, max_users)
     if len(users) < len(all_users):
@@ -103,20 +114,32 @@ def make_eval_task(
         "pairs on non-candidate items": len(pairs) - len(possible),
         "pairs already in the history": len(possible) - len(ground_truth),
     }
-    history = History.from_rows(rows_before, len(split.users))
+    history = History.from_rows(split.events_before(part), len(split.users))
     return EvalTask(
         to_index(users), candidates, ground_truth.sort("user", "item"), history, excluded
     )
 
 # %% ../../nbs/lib/eval_tasks.ipynb #c17492f0
+def check_not_released(
+    recommender: Recommender,  # to evaluate
+):
+    "Raise UserError for a released fit: it knows all rows, those of the test part too."
+    if recommender.released:
+        raise UserError(
+            f"this is the released fit of {recommender.name}, which knows the test rows too; "
+            "evaluate the tested fit, in models/ of the run"
+        )
+
+
 def check_fitted_on(
     recommender: Recommender,  # fitted
     split: Split,  # the split to evaluate it on
 ):
     "Raise UserError where a model was fitted on other rows than the training rows of the split."
+    check_not_released(recommender)
     same_users = recommender.user_ids.equals(split.users["user"][: split.n_train_users])
     same_items = recommender.item_ids.equals(split.items["item"][: split.n_train_items])
-    same_rows = len(recommender.train_history.item) == len(split.train)
+    same_rows = int((recommender.train_history.event == 0).sum()) == len(split.train)
     if not (same_users and same_items and same_rows):
         name = recommender.name or type(recommender).__name__
         raise UserError(
@@ -212,7 +235,7 @@ def beyond_accuracy(
 
     # an item without users counts as one with a single user
     information = -(count.clamp(min=1) / max(split.n_train_users, 1)).log2()
-    history = task.history.select(task.users)
+    history = task.history.select(task.users).targets_only()
     count_in_history = torch.zeros(len(lists), dtype=torch.float64).index_add(
         0, history.user_index, count[history.item]
     )
@@ -249,7 +272,8 @@ def count_candidates(
     n_masked = torch.zeros(len(task.users))
     if split.protocol.mask_seen:
         is_candidate = torch.zeros(len(split.items)).index_fill(0, task.candidates, 1)
-        n_masked = history.to_sparse(len(split.items)).float() @ is_candidate
+        owned = replace(history.owned(), weight=None)  # each pair counts once
+        n_masked = owned.to_sparse(len(split.items)).float() @ is_candidate
     return (len(task.candidates) - n_masked).long()
 
 # %% ../../nbs/lib/eval_tasks.ipynb #7036263b

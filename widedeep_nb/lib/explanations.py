@@ -121,15 +121,17 @@ def explainable_components(
     return components
 
 # %% ../../nbs/lib/explanations.ipynb #d9ae6510
-def _history_weights(component, history, pair, item, recency_weighted):
+def _history_weights(component, history, pair, key, size, recency_weighted):
     "Return the weight of each user-item pair in the history, as a component sees it; float [pairs]."
-    weights = torch.zeros(len(item))
+    weights = torch.zeros(len(key))
     if isinstance(component, ContentRecommender):
-        return weights.index_add(0, pair, component.event_weight(history.rating))
+        event_weights = component.event_weight(history.rating) * history.weight
+        return weights.index_add(0, pair, event_weights)
     n_items = component.n_items
     matrix = recency_weights(history, n_items) if recency_weighted else history.to_sparse(n_items)
-    weights[item < n_items] = matrix.values()
-    return weights
+    user_index, item = matrix.indices()
+    # events without a weight are not in the matrix
+    return weights.index_put((torch.searchsorted(key, user_index * size + item),), matrix.values())
 
 # %% ../../nbs/lib/explanations.ipynb #e0d5c400
 def _component_scores(component, name, history, unknown_user):
@@ -161,7 +163,7 @@ def item_contributions(
         scores = scores.gather(1, recommended.clamp(max=n_items - 1))
         is_known = (codes >= 0) & (codes < n_items)
         user_scores = scores.masked_fill(~is_known, 0)[user]
-        history_weights = _history_weights(component, history, pair, item, recency_weighted)
+        history_weights = _history_weights(component, history, pair, key, size, recency_weighted)
         terms = history_weights[:, None] * item_weights(component, item, recommended[user])
         total = torch.zeros(codes.shape).index_add(0, user, terms)[user]
         contribution += weight * torch.where(total > 0, user_scores * terms / total, 0)

@@ -55,7 +55,8 @@ def strip_histories(
     n_items: int,  # items that the model knows
     length: int,  # maximum events per user, the last ones
 ) -> tuple:  # item codes int64 [n, length]; the same events as a History
-    "Return histories as an exported model reads them: known items only, no ratings, no times."
+    "Return histories as an exported model reads them: known items only, no event types, ratings or times."
+    history = history.targets_only()
     codes, event = batch_histories(history, n_items, length)
     indptr = F.pad((event >= 0).sum(1).cumsum(0), (1, 0))
     items = history.item[event[event >= 0]]
@@ -218,7 +219,7 @@ def describe_export(
         [
             _compare_files(rows[1:]),
             f"NDCG@20 is {value} for the whole ensemble and {differences}.",
-            f"A file reads the last {length} events, without ratings and user features.",
+            f"A file reads the last {length} events, without event types, ratings and user features.",
             f"{whole['n']:,} users.",
         ]
     )
@@ -389,10 +390,12 @@ def _quality_sentence(
         f"and the 8-bit file changes it by {row['diff']:+.4f} ({interval}, 95 % interval)"
     )
     if row["diff_hi"] < 0:
-        return f"{quality}: a sure loss, so keep the full ensemble where lists must be best."
+        return (
+            f"{quality}: significantly worse, so keep the full ensemble where lists must be best."
+        )
     if row["diff_lo"] > 0:
-        return f"{quality}: surely no worse than the original, so use the small file."
-    return f"{quality}: no sure difference, so the small file is good enough."
+        return f"{quality}: significantly better than the original, so use the small file."
+    return f"{quality}: no significant difference, so the small file is good enough."
 
 
 def _two_stage_sentence(

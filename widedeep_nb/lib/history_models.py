@@ -98,10 +98,11 @@ def rating_residuals(
 
 # %% ../../nbs/lib/history_models.ipynb #f5b62383
 def item_counts(
-    user_item: torch.Tensor,  # sparse 0/1 [users, items]
+    user_item: torch.Tensor,  # sparse weights [users, items]
 ) -> torch.Tensor:  # float32 [items + 1]; the last one, 0, is that of all new items
-    "Count the users of each item."
-    return torch.bincount(user_item.indices()[1], minlength=user_item.shape[1] + 1).float()
+    "Count the users of each item, by the weight of their events."
+    item, weight = user_item.indices()[1], user_item.values()
+    return torch.bincount(item, weight, minlength=user_item.shape[1] + 1).float()
 
 
 @register("popularity")
@@ -111,6 +112,7 @@ class Popularity(Recommender):
 
     complexity = 0
     exportable = True
+    uses_event_types = True
 
     def _fit(self, split):
         self.weight = item_counts(self.train_history.to_sparse(self.n_items))
@@ -130,6 +132,7 @@ class HistoryRecommender(Recommender):
     "Base class of recommenders that score a history; users without one get popularity."
 
     complexity = 1
+    uses_event_types = True
 
     def _fit(self, split):
         user_item = self.train_history.to_sparse(self.n_items)
@@ -165,6 +168,7 @@ def _same_history(a: History, b: History) -> bool:
     return (
         torch.equal(a.indptr, b.indptr)
         and torch.equal(a.item, b.item)
+        and torch.equal(a.event, b.event)
         and torch.equal(a.rating.nan_to_num(-1), b.rating.nan_to_num(-1))
     )
 

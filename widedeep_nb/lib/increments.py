@@ -19,12 +19,16 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/lib/increments.ipynb #c0eab048
 from ..data import load
-from .core import Split, UserError, check_choice, to_interactions
+from .core import UserError, check_choice, to_interactions
+from .ingest_report import quantity_weight
+from .ranking_pipeline import REPEAT_FILE
+from .reading import ReadOptions
+from .reading_report import left_out_lines, reading_in_short
 from .recommender import load_recommender
+from .release import all_rows_split, describe_rows, fit_info
 from .runs import LIVE_FILE, Run, VerifiedRun, current_run
 from .verdict import default_models
-from ..preprocessing import drop_undated, sort_by_time, training_events
-from ..updates import align_events, filtered_split, merge_logs, new_rows, update_model
+from ..updates import align_events, merge_logs, new_rows, update_model
 
 # %% ../../nbs/lib/increments.ipynb #21a10813
 def merge_side_table(
@@ -45,34 +49,58 @@ def merge_side_table(
     merged = merged.with_columns(pl.coalesce(f"{c} new", c).alias(c) for c in shared)
     return merged.drop([f"{c} new" for c in shared])
 
-# %% ../../nbs/lib/increments.ipynb #02577256
-def full_training_split(
-    run: Run,  # with the filter's settings
-    log: pl.DataFrame,  # from `merge_logs`
-    items: pl.DataFrame,  # item table
-    users: pl.DataFrame,  # user table
-) -> Split:  # without validation and test rows
-    "Make a split with the whole log as training part."
-    rows = sort_by_time(drop_undated(training_events(log)))
-    split = filtered_split(rows, rows.clear(), run.protocol, items, users)
-    numbered = list((run.folder / "content").glob("*.parquet"))
-    numbered.sort(key=lambda p: int(p.stem) if p.stem.isdecimal() else -1)
-    if not numbered:
-        return split
-    content = pl.read_parquet(numbered[-1])
-    return replace(
-        split, items=split.items.join(content, on="item", how="left", maintain_order="left")
-    )
+# %% ../../nbs/lib/increments.ipynb #0965f71c
+def has_weights(
+    ingest: dict,  # ingest.json of a run
+) -> bool:
+    "Return whether the quantities of a run weigh."
+    return bool(ingest.get("reading", {}).get("quantity_weight"))
+
+
+def as_read_before(
+    ingest: dict,  # ingest.json of the run
+    given: ReadOptions,  # what the user says about the new log
+) -> ReadOptions:
+    "Return options that read a small log as the log of the run: counts, likes, and what is not rated."
+    reading = ingest.get("reading", {})
+    scales = {"counts": (0, float("inf")), "liked": (0, 1)}
+    scale = given.scale or scales.get(reading.get("rating_kind"))
+    not_rated = given.not_rated or tuple(map(float, reading.get("not_rated", {})))
+    if given.quantity_weight and not has_weights(ingest):
+        raise UserError(
+            "the quantities of this run do not weigh, so those of a later log cannot; "
+            "leave quantity_weight out, or run again with it"
+        )
+    ignored = given.ignore_items or tuple(reading.get("ignore_items", ()))
+    options = {"scale": scale, "not_rated": not_rated, "ignore_items": ignored}
+    return replace(given, quantity_weight="", **options)
 
 # %% ../../nbs/lib/increments.ipynb #21a165af
+def align_quantities(
+    rows: pl.DataFrame,  # interactions
+    weighs: bool,  # do the quantities of the run weigh?
+) -> pl.DataFrame:  # columns of `align_events`; quantity_weight where quantities weigh
+    "Bring logs to one schema; one piece is meant where there is no quantity."
+    aligned = align_events(rows)
+    if not weighs:
+        return aligned
+    if "quantity_weight" in rows.columns:
+        return aligned.with_columns(rows["quantity_weight"])
+    if "quantity" in rows.columns:
+        return aligned.with_columns(rows.select(quantity_weight().alias("quantity_weight")))
+    return aligned.with_columns(quantity_weight=pl.lit(1.0, pl.Float32))
+
+
 def validate_increment(
     run: Run,  # run to append to
     log: str,  # as for `load`
     columns: Optional[dict] = None,  # own column name -> name in the log
+    read_options: ReadOptions = ReadOptions(),  # what else to say about the log
 ) -> tuple:  # LoadedDataset; its rows from `align_events`
     "Load a log to append; raise UserError where it does not fit the run."
-    loaded, ingest = load(str(log), columns), run.read("ingest.json")
-    rows = align_events(loaded.interactions)
+    ingest = run.read("ingest.json")
+    loaded = load(str(log), columns, as_read_before(ingest, read_options))
+    rows = align_quantities(loaded.interactions, has_weights(ingest))
     if ingest["has_time"] and rows["timestamp"].null_count():
         raise UserError(f"{log} has no times, but the log of this run has: add a timestamp column")
     if not ingest["has_ratings"]:
@@ -121,14 +149,33 @@ def _numbered_folders(
 # %% ../../nbs/lib/increments.ipynb #21a127ee
 def _models_to_update(
     run: Run,  # with fitted models
-    models: tuple,  # names; empty: the served models that are fitted
+    models: tuple,  # names; empty: the released models, else the served ones that are fitted
 ) -> list:
     "Return the models to update; raise UserError where a name is not fitted."
-    fitted = [p.parent.name for p in (run.folder / "models").glob("*/model.json")]
+    fitted = run.model_names()
     if models:
         return [check_choice(m, fitted, "model") for m in models]
-    order = dict.fromkeys((*default_models(run, fitted), "wide-deep"))
+    released = run.released_models()["models"]
+    order = dict.fromkeys(released or (*default_models(run, fitted), "wide-deep"))
     return [model for model in order if model in fitted]
+
+
+def _update_models(run, updated, split, epochs, names):
+    "Update models by a warm start; save them as released fits, and return the seconds of each."
+    seconds, models = {}, {}
+    for name in tqdm(names, desc="warm start", leave=False, mininterval=1):
+        started = time.perf_counter()
+        base = load_recommender(run.delivered_folder(name))
+        model = update_model(base, split, epochs)
+        tested = fit_info(run, name, base)["tested"]
+        model.released = describe_rows(model) | {"tested": tested}
+        model.save(updated.released_folder(name))
+        models[name] = model.released
+        seconds[name] = round(time.perf_counter() - started, 2)
+    chosen = run.released_models()["chosen"].items()
+    chosen = {task: name for task, name in chosen if name in models}
+    updated.write("released.json", {"chosen": chosen, "models": models, "excluded": {}})
+    return seconds
 
 # %% ../../nbs/lib/increments.ipynb #0939c721
 def build_increment(
@@ -152,14 +199,12 @@ def build_increment(
     updated.write("users.parquet", users)
     counts = {"kept": len(full_log), "appended": len(increment)}
     updated.write("ingest.json", run.read("ingest.json") | counts)
+    for name in ("preprocessing.json", REPEAT_FILE):  # the target and its weights stay
+        if (run.folder / name).exists():
+            updated.write(name, run.read(name))
     names = _models_to_update(run, models)
-    split = full_training_split(run, full_log, items, users)
-    seconds = {}
-    for name in tqdm(names, desc="warm start", leave=False, mininterval=1):
-        started = time.perf_counter()
-        model = update_model(load_recommender(run.model_folder(name)), split, epochs)
-        model.save(updated.model_folder(name))
-        seconds[name] = round(time.perf_counter() - started, 2)
+    split = all_rows_split(run, full_log, items, users)
+    seconds = _update_models(run, updated, split, epochs, names)
     hashes = updated.file_hashes
     data = {"rows": len(full_log), "sha256": hashes["interactions.parquet"]}
     updated.update_manifest(hashes=hashes, data=data)
@@ -172,17 +217,22 @@ def append(
     columns: Optional[dict] = None,  # own column name -> name in the log
     epochs: int = 2,  # over old and new events, for models that train in epochs
     models: tuple = (),  # names; empty: the served models that are fitted
+    read_options: ReadOptions = ReadOptions(),  # what else to say about the log
 ) -> dict:  # read, kept, new, repeated, late (rows), new users, new items, seconds, models, folder
     "Append events and update tables, features and models, atomically."
     started = time.perf_counter()
-    loaded, rows = validate_increment(run, log, columns)
+    loaded, rows = validate_increment(run, log, columns, read_options)
     with run.locked():
         current, folder = VerifiedRun(current_run(run.folder)), run.folder / "events"
-        base = align_events(run.read("interactions.parquet"))
+        weighs = has_weights(run.read("ingest.json"))
+        base = align_quantities(run.read("interactions.parquet"), weighs)
         first = current.folder == run.folder
         appended = base.clear() if first else current.read("appended.parquet")
         increment = new_rows(pl.concat([appended, rows]), base)
+        reading = loaded.report["reading"]
         summary = {"read": loaded.report["rows_read"]}
+        remarks = [*reading["notes"], *reading["warnings"], *left_out_lines(loaded.report)]
+        summary["reading"] = [reading_in_short(loaded.report), *remarks]
         full_log = merge_logs(base, increment)
         summary |= _append_counts(rows, base, appended, increment, full_log)
         if not summary["new"] and not first:

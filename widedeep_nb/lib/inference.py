@@ -13,6 +13,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Callable, NamedTuple, Optional
 
@@ -24,16 +25,23 @@ from fastapi import HTTPException
 from fastcore.basics import patch
 
 # %% ../../nbs/lib/inference.ipynb #258b5c90
-from .catalog import CatalogIndex, append_events, concat_histories, rows_to_tensors
-from .core import History, encode_ids, to_index
+from widedeep_nb.lib.catalog import (
+    CatalogIndex,
+    append_events,
+    concat_histories,
+    history_columns,
+    rows_to_tensors,
+)
+from .core import History, encode_ids, event_codes, to_index
 from widedeep_nb.lib.feedback import (
-    POSITIVE_EVENTS,
+    HISTORY_EVENTS,
     FeedbackStore,
     connect_store,
     drain,
     resolve_future,
 )
 from .off_policy import pl_probabilities, sample_plackett_luce
+from .repeat_purchases import purchase_history
 from .rules import Rules
 from .service_schemas import LIMITS, RULE_FIELDS, RecommendRequest
 
@@ -143,7 +151,7 @@ class RecommendService:
         self.rng = np.random.default_rng(seed)
         self.changed_files = _no_changes
         self.images, self.currency = None, None  # of the catalog
-        self.fitted_at = {}  # model -> seconds since 1970
+        self.fitted_at, self.fits = {}, {}  # model -> seconds since 1970; `fit_info`
         self.rating_range = {name: p.model.rating_range for name, p in pipelines.items()}
         self.predicts_ratings = any(p.rating_model is not None for p in pipelines.values())
         items, users = catalog.products["item"], catalog.users
@@ -176,6 +184,16 @@ class RecommendService:
 
 # %% ../../nbs/lib/inference.ipynb #16a1001b
 @patch
+def _event_code(
+    self: RecommendService,
+    event: str,  # type of a feedback event
+) -> int:  # for a `History`; 0: as good as a target event
+    "Return the code of an event type, which decides its weight and whether it hides its item."
+    is_target = event in (self.catalog.target, "more", "less")
+    return 0 if is_target else int(event_codes(pl.Series([event]))[0])
+
+
+@patch
 def query_histories(
     self: RecommendService,
     requests: list,  # of n `RecommendRequest`
@@ -190,20 +208,37 @@ def query_histories(
     for n, request in enumerate(requests):
         for item, event, rating, time_ms in feedback.get(request.user, ()):
             if item in item_codes:
-                row = (n, item_codes[item], rating, time_ms)
-                if event in POSITIVE_EVENTS:
+                row = (n, item_codes[item], rating, time_ms, self._event_code(event))
+                if event in HISTORY_EVENTS:
                     new_rows.append(row)
                 elif event == "less":
                     excluded_rows.append(row)
         for entry in request.basket:
             if entry.item in item_codes:
-                new_rows.append((n, item_codes[entry.item], entry.rating, 0))
+                new_rows.append((n, item_codes[entry.item], entry.rating, 0, 0))
         for item in request.not_for_me:
             if item in item_codes:
-                excluded_rows.append((n, item_codes[item], None, 0))
+                excluded_rows.append((n, item_codes[item], None, 0, 0))
     log = self.catalog.train_history.select(self.catalog.user_rows(users))
     history = append_events(len(requests), log, new_rows)
     return history, concat_histories(len(requests), *rows_to_tensors(excluded_rows))
+
+# %% ../../nbs/lib/inference.ipynb #c8e475fd
+@patch
+def query_purchases(
+    self: RecommendService,
+    requests: list,  # of n `RecommendRequest`
+) -> History:  # of n users, with catalog codes
+    "Return the purchases of the users of requests, from the log and from feedback."
+    item_codes = self.catalog.item_codes
+    users = [request.user for request in requests]
+    purchases = {}
+    for user, item, event, rating, time_ms in self.store.events_for([u for u in set(users) if u]):
+        if event == self.catalog.target and item in item_codes:
+            purchases.setdefault(user, []).append((item_codes[item], rating, time_ms, 0))
+    new_rows = [(n, *row) for n, user in enumerate(users) for row in purchases.get(user, ())]
+    log = self.catalog.train_history.select(self.catalog.user_rows(users))
+    return append_events(len(requests), purchase_history(log), new_rows)
 
 # %% ../../nbs/lib/inference.ipynb #bca1550c
 @patch
@@ -215,7 +250,7 @@ def to_model_history(
     "Translate a history to the codes of a model."
     item = self.to_model[name][1][history.item]
     is_known = item < len(self.from_model[name])
-    columns = (history.user_index, item, history.rating, history.time)
+    columns = history_columns(replace(history, item=item))
     return concat_histories(len(history), *[column[is_known] for column in columns])
 
 # %% ../../nbs/lib/inference.ipynb #16a1001c
@@ -275,6 +310,7 @@ def _rank(
     users: torch.Tensor,  # int64 [n], codes of the model
     history: History,  # of the n users
     excluded: History,  # items that the n users do not want to see
+    bought: Optional[History],  # their purchases, where these are suggested again
 ) -> tuple:  # item codes int64 [n, k], -1 where none is left; scores and propensities float [n, k]
     "Return the best lists, or sampled ones where the job has a temperature."
     request, pipeline = job.request, self.pipelines[job.model]
@@ -285,6 +321,7 @@ def _rank(
         "order": request.order,
         "candidates": request.candidates,
         "excluded": excluded,
+        "bought": bought,
     }
     if not job.temperature:
         codes, scores = pipeline.rank(users, history, k, **options)
@@ -379,10 +416,13 @@ def recommend_batch(
     name, pipeline = first.model, self.pipelines[first.model]
     histories = self.query_histories(requests)
     history, excluded = [self.to_model_history(name, h) for h in histories]
+    bought = None
+    if pipeline.suggests_repeats(first.rules):
+        bought = self.to_model_history(name, self.query_purchases(requests))
     unknown_user = torch.tensor([len(pipeline.model.all_users)])
     to_user = torch.cat([self.to_model[name][0], unknown_user])
     users = to_user[self.catalog.user_rows([request.user for request in requests])]
-    codes, scores, propensity = self._rank(first, users, history, excluded)
+    codes, scores, propensity = self._rank(first, users, history, excluded, bought)
     explained_by, liked = self._explained_by(name, history, codes)
     columns = {
         "score": scores,
@@ -411,7 +451,7 @@ def _explained_by(
         catalog_codes = self.from_model[name][history.item[event.clamp(min=0)]]
         item = torch.where(event < 0, -1, catalog_codes)
     rating = torch.cat([history.rating, torch.tensor([torch.nan])])[event]  # event -1: NaN
-    liked = torch.where(rating.isnan(), torch.nan, (rating >= pipeline.mean_rating).float())
+    liked = torch.where(rating.isnan(), torch.nan, (rating >= pipeline.liked_from).float())
     return item, liked
 
 # %% ../../nbs/lib/inference.ipynb #16a10020
@@ -461,6 +501,8 @@ def parse_request(
     if request.rules.model_fields_set:
         fields = request.rules.model_dump().items()
         rules = Rules.from_dict({RULE_FIELDS.get(name, name): value for name, value in fields})
+    if request.repeat is not None:
+        rules = replace(rules, repeat=request.repeat)
     is_sampled = self.explore > 0 if request.explore is None else request.explore
     return RecommendJob(request, model, rules, (self.explore or 1.0) if is_sampled else 0.0)
 
@@ -489,6 +531,7 @@ def service_info(
         "dataset": self.dataset,
         "models": list(self.pipelines),
         "default": self.default,
+        "fits": self.fits,
         "items": len(products),
         "users": len(self.catalog.users),
         "categories": category_prefixes(products["category"]),

@@ -7,32 +7,65 @@ __all__ = ['ERRORS', 'EXCLUSIONS', 'LoadedDataset', 'plot_ingest']
 
 # %% ../../nbs/lib/ingest_report.ipynb #472f2968
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import Optional
 
 import polars as pl
 
-from .display import plt, pluralize
+from .display import escape_md, join_names, plt, pluralize
 
 # %% ../../nbs/lib/ingest_report.ipynb #46e03306
 from .core import INTERACTION_SCHEMA, OPTIONAL_COLUMNS, UserError
 from .display import COLORS, show_figure
-from .parsing import EVENT_ALIASES
-from .readers import PARSE_ERRORS
+from .events import cancel_returns, returns_note
+from .readers import PARSE_ERRORS, sanitize
+from .reading import Reading, TableReading
+from .scales import RatingScale
 from .sources import RawSource
+from .times import EARLIEST, latest_time
 
 # %% ../../nbs/lib/ingest_report.ipynb #2f9410de
 ERRORS = PARSE_ERRORS + (
     "missing user or item",
     "id not in UTF-8",
-    "unknown event type",
     "rating missing or not a number",
     "rating outside the scale",
     "timestamp missing or unreadable",
     "timestamp before 1990 or in the future",
 )
-EXCLUSIONS = ("not liked", "superseded by a later rating")
+EXCLUSIONS = (
+    "not liked",
+    "superseded by a later rating",
+    "item to be ignored",
+    "event that takes something back",
+    "quantity of 0",
+    "return",
+    "returned later",
+)
+
+# %% ../../nbs/lib/ingest_report.ipynb #40e1f872
+_TIME_HINT = "-p time_format=%d/%m/%Y or -p columns=timestamp="
+READ_HINTS = {
+    "wrong number of fields": "-p delimiter=tab",
+    "missing user or item": "-p columns=user=Kunde,item=Artikel",
+    "rating missing or not a number": "-p columns=rating= (each row is an event then) or -p not_rated=-1",
+    "rating outside the scale": "-p scale=0-10 or -p not_rated=0",
+    "timestamp missing or unreadable": _TIME_HINT,
+    "timestamp before 1990 or in the future": _TIME_HINT,
+    "not liked": "-p scale=0-10",
+    "event that takes something back": "-p events=refund=purchase",
+}
+
+
+def quote(
+    text: str,  # from a file
+    max_length: int = 100,  # characters
+) -> str:  # in single quotes
+    "Quote a text of a file, shortened and without unprintable characters."
+    shown = text.replace("\t", r"\t")
+    end = "..." * (len(shown) > max_length)
+    return f"'{sanitize(shown[:max_length])}{end}'"
 
 # %% ../../nbs/lib/ingest_report.ipynb #e2a7b23b
 RejectReason = pl.Enum(ERRORS + EXCLUSIONS)
@@ -40,16 +73,15 @@ RejectReason = pl.Enum(ERRORS + EXCLUSIONS)
 
 def is_implausible_time(
     time: pl.Expr,  # milliseconds since 1970
+    limits: Optional[tuple] = None,  # earliest and latest time; None: 1990 and tomorrow
 ) -> pl.Expr:  # true or false
     "Return true for times before 1990 or more than a day in the future."
-    first = datetime(1990, 1, 1, tzinfo=timezone.utc)
-    last = datetime.now(timezone.utc) + timedelta(days=1)
-    return ~time.is_between(int(first.timestamp() * 1000), int(last.timestamp() * 1000))
+    return ~time.is_between(*(limits or (int(EARLIEST), int(latest_time()))))
 
 # %% ../../nbs/lib/ingest_report.ipynb #74181720
-def is_rating_scale(scale: Optional[tuple]) -> bool:
+def is_rating_scale(scale: RatingScale) -> bool:
     "Return true for a scale of ratings, false for liked-or-not, a count or no ratings."
-    return scale is not None and 1 < scale[1] < float("inf")
+    return scale.kind == "ratings"
 
 # %% ../../nbs/lib/ingest_report.ipynb #464accaa
 def reason_table() -> pl.DataFrame:  # reason, kind; in the order of the checks
@@ -58,19 +90,24 @@ def reason_table() -> pl.DataFrame:  # reason, kind; in the order of the checks
     return pl.DataFrame({"reason": ERRORS + EXCLUSIONS, "the row is": kinds})
 
 # %% ../../nbs/lib/ingest_report.ipynb #4a5c06b8
+RAW_COLUMNS = {
+    "rating": pl.Float32,
+    "timestamp": pl.Int64,
+    "raw_event": pl.String,
+    "quantity": pl.Float32,
+    "invoice": pl.String,
+    "is_unrated": pl.Boolean,
+}
+
+
 def add_row_columns(
     log: pl.LazyFrame,  # from `normalize_log`
-) -> pl.LazyFrame:  # with `row`, `event` and any missing column of the schema
-    "Number the rows and map their events to event types."
-    types = {}
-    for event, aliases in EVENT_ALIASES.items():
-        types |= dict.fromkeys(aliases.split(), event)
-    word = pl.col("raw_event").str.to_lowercase().str.replace_all("[^a-z]", "")
-    event = word.replace_strict(types, default=None, return_dtype=OPTIONAL_COLUMNS["event"])
-    schema = {"rating": pl.Float32, "timestamp": pl.Int64, "raw_event": pl.String}
+) -> pl.LazyFrame:  # with `row` and any missing column of the schema
+    "Number the rows and add the columns that are missing."
     present = log.collect_schema()
-    missing = [pl.lit(None, t).alias(c) for c, t in schema.items() if c not in present]
-    return log.with_row_index("row").with_columns(missing).with_columns(event=event)
+    missing = [pl.lit(None, t).alias(c) for c, t in RAW_COLUMNS.items() if c not in present]
+    log = log.with_row_index("row").with_columns(missing)
+    return log.with_columns(pl.col("is_unrated").fill_null(False))
 
 # %% ../../nbs/lib/ingest_report.ipynb #aa86c76d
 @dataclass(frozen=True)
@@ -90,6 +127,7 @@ class LoadedDataset:
 def check_row_counts(
     name: str,  # name of the log in a message
     counts: dict,  # reason -> rows left out; None: valid rows
+    examples: Optional[dict] = None,  # reason -> text of the first row
 ):
     "Raise a `UserError` where a log has no valid row, or more faulty rows than others."
     n_rows = sum(counts.values())
@@ -98,35 +136,129 @@ def check_row_counts(
         raise UserError(f"{name} holds no rows")
     if n_faulty * 2 > n_rows:
         worst = max(ERRORS, key=lambda reason: counts.get(reason, 0))
+        example = (examples or {}).get(worst)
+        example = f" (such as {quote(example)})" if example else ""
+        hint = READ_HINTS.get(worst, READ_HINTS["missing user or item"])
         raise UserError(
-            f"{name}: {n_faulty:,} of {n_rows:,} rows are faulty, most of them for '{worst}'; "
-            f"is it a log, with the columns {', '.join(INTERACTION_SCHEMA)}?"
+            f"{name}: {n_faulty:,} of {n_rows:,} rows are faulty, most of them for "
+            f"'{worst}'{example}; if it was read wrongly, say {hint}"
         )
     if not counts.get(None):
-        raise UserError(f"{name}: no row is left; all are excluded")
+        raise UserError(
+            f"{name}: no row is left, all are excluded; if the ratings were read wrongly, say -p scale=0-10"
+        )
 
 # %% ../../nbs/lib/ingest_report.ipynb #6147bab1
+def quantity_weight() -> pl.Expr:  # 1 for one piece, 2 for three; 1 where it is not known
+    "Return the weight of each quantity: every doubling adds about the same."
+    weight = (1 + pl.col("quantity").fill_null(1)).log(2)
+    return weight.cast(OPTIONAL_COLUMNS["quantity_weight"])
+
+
 def write_interactions(
     valid: pl.LazyFrame,  # valid rows
-    columns: list,  # columns of the raw log
-    scale: Optional[tuple],  # rating scale
+    columns: list,  # columns of the raw log, and optional columns that were derived
+    scale: RatingScale,  # of the ratings
     path: Path,  # Parquet file to write; reviews go beside it
 ):
     "Write the valid rows of a log in the interaction schema."
-    rating_event = pl.lit("rating", OPTIONAL_COLUMNS["event"])
-    event = pl.coalesce("event", pl.when(pl.col("rating").is_not_null()).then(rating_event))
-    valid = valid.with_columns(event=event)
+    rating_event, purchase = (pl.lit(e, OPTIONAL_COLUMNS["event"]) for e in ("rating", "purchase"))
+    is_rating = pl.col("rating").is_not_null()
+    derived = pl.when(is_rating).then(rating_event).when("is_unrated").then(purchase)
+    valid = valid.with_columns(event=pl.coalesce("event", derived))
     if not is_rating_scale(scale):
         valid = valid.with_columns(rating=pl.lit(None))
+    if "quantity_weight" in columns:
+        valid = valid.with_columns(quantity_weight=quantity_weight())
     schema = dict(INTERACTION_SCHEMA)
-    for name, dtype in OPTIONAL_COLUMNS.items():
-        if {"event": "raw_event"}.get(name, name) in columns:
-            schema[name] = dtype
+    schema |= {name: dtype for name, dtype in OPTIONAL_COLUMNS.items() if name in columns}
     interactions = valid.select([pl.col(c).cast(t) for c, t in schema.items()])
     interactions.sink_parquet(path, engine="streaming")
     if "review" in columns:
         reviews = valid.drop_nulls("review").select("user", "item", "review")
         reviews.sink_parquet(reviews_path(path), engine="streaming")
+
+# %% ../../nbs/lib/ingest_report.ipynb #2c183502
+def optional_columns(
+    log: pl.LazyFrame,  # the raw log
+    reading: Reading,  # how it was read
+) -> list:  # columns of the raw log, and optional columns that were derived
+    "List the columns that the interactions get."
+    columns = [c for c in log.collect_schema().names() if c != "quantity"]
+    if reading.events or reading.not_rated or "is_unrated" in columns:
+        columns.append("event")
+    has_quantity = "quantity" in log.collect_schema() or reading.rating_kind == "counts"
+    columns += ["quantity"] * has_quantity
+    return columns + ["quantity_weight"] * bool(reading.quantity_weight)
+
+# %% ../../nbs/lib/ingest_report.ipynb #81185ddc
+def leave_out_ignored(
+    log: pl.LazyFrame,  # with item and reason (null: valid)
+    reading: Reading,  # names the items
+) -> pl.LazyFrame:
+    "Leave out the rows of items that the user wants to ignore."
+    if not reading.ignore_items:
+        return log
+    is_ignored = pl.col("item").is_in(list(reading.ignore_items))
+    ignored = pl.when(is_ignored).then(pl.lit("item to be ignored", RejectReason))
+    return log.with_columns(reason=pl.coalesce("reason", ignored))
+
+
+MAX_ODD_SHARE = 0.05  # of the items: a few without a digit are probably fees
+
+
+def note_odd_items(
+    log: pl.LazyFrame,  # valid rows
+    items: pl.Series,  # their ids
+    reading: Reading,  # gets a note
+):
+    "Name the few items without a digit in their id, where nearly all others have one: perhaps fees."
+    odd = items.filter(~items.str.contains(r"\d"))
+    if not 0 < len(odd) <= MAX_ODD_SHARE * len(items):
+        return
+    rows = log.filter(pl.col("item").is_in(odd.implode())).group_by("item").len()
+    counts = rows.collect(engine="streaming").sort(-pl.col("len").cast(pl.Int64), "item")
+    shown = [f"{sanitize(item[:20])} ({pluralize(n, 'rows')})" for item, n in counts.head(5).rows()]
+    names = join_names(shown + ["others"] * (len(counts) > 5))
+    reading.notes.append(
+        f"unlike the other items, {names} have no digit in their id; if these are fees or "
+        f"discounts, leave them out: -p ignore_items={sanitize(','.join(counts['item'][:5]))}"
+    )
+
+# %% ../../nbs/lib/ingest_report.ipynb #4f8cf0a4
+def leave_out_returns(
+    log: pl.LazyFrame,  # with row, user, item, timestamp, quantity and reason (null: valid)
+    reading: Reading,  # gets a note
+) -> pl.LazyFrame:  # with reasons for returns and returned purchases, and reduced quantities
+    "Let returns cancel their purchases; leave out both, and items to be ignored."
+    log = leave_out_ignored(log, reading)
+    valid = log.filter(pl.col("reason").is_null())
+    has_returns = valid.select((pl.col("quantity") < 0).any()).collect(engine="streaming").item()
+    if not has_returns:
+        return log
+    changes = cancel_returns(valid)
+    reading.notes.append(returns_note(changes))
+    changes = changes.with_columns(is_return=pl.col("remaining").is_null()).drop("quantity")
+    log = log.join(changes.lazy(), on="row", how="left", maintain_order="left")
+    returned = pl.when("is_return").then(pl.lit("return", RejectReason))
+    returned = returned.when(pl.col("remaining") == 0).then(pl.lit("returned later", RejectReason))
+    quantity = pl.coalesce(pl.col("remaining").cast(pl.Float32), "quantity")
+    return log.with_columns(reason=pl.coalesce("reason", returned), quantity=quantity)
+
+
+def first_rows(
+    log: pl.LazyFrame,  # rows with `row` and `reason`
+    numbers: dict,  # reason -> number of its first row
+) -> dict:  # reason -> text of that row
+    "Write the first row that was left out for each reason."
+    rows = log.filter(pl.col("row").is_in(list(numbers.values())))
+    time = pl.from_epoch("timestamp", "ms").dt.strftime("%Y-%m-%d %H:%M:%S")
+    ids = [pl.col(c).fill_null(f"(no {c})") for c in ("user", "item")]
+    texts = ids + [pl.col(c).cast(pl.String) for c in ("rating", "quantity", "raw_event")] + [time]
+    rows = rows.select(
+        pl.col("reason").cast(pl.String), text=pl.concat_list(texts).list.drop_nulls()
+    )
+    return {reason: sanitize(", ".join(text)) for reason, text in rows.collect().iter_rows()}
 
 # %% ../../nbs/lib/ingest_report.ipynb #8cf11f8e
 def reviews_path(
@@ -146,16 +278,81 @@ def add_missing_ids(
     missing = ids.join(table, on=ids.columns, how="anti", maintain_order="left")
     return pl.concat([table, missing], how="diagonal")
 
+# %% ../../nbs/lib/ingest_report.ipynb #006e532e
+def _simplified_ids() -> list:
+    "Return expressions that write ids of different spelling alike: letters and digits, or the last number."
+    text = pl.col("id").str.to_lowercase().str.strip_suffix(".0")
+    alphanumeric = text.str.replace_all(r"[^\p{L}\p{N}]", "")
+    last_number = text.str.extract(r"(\d+)\D*$")
+    return [column.str.strip_chars_start("0") for column in (alphanumeric, last_number)]
+
+
+def guess_spelling(
+    log_ids: pl.Series,  # ids of the log that the table lacks
+    table_ids: pl.Series,  # ids of the table that the log lacks
+) -> Optional[tuple]:  # an id of the log and the same one of the table; None: no guess
+    "Find out whether two sets of ids differ only in how they are written."
+    for simplified in _simplified_ids():
+        sides = []
+        for name, ids in (("log", log_ids), ("table", table_ids)):
+            side = pl.DataFrame({"id": ids}).select(pl.col("id").alias(name), key=simplified)
+            sides.append(side.drop_nulls().unique("key", keep="first", maintain_order=True))
+        pairs = sides[0].join(sides[1], on="key", maintain_order="left")
+        if 2 * len(pairs) > min(len(log_ids), len(table_ids)):
+            return pairs.select("log", "table").row(0)
+    return None
+
+# %% ../../nbs/lib/ingest_report.ipynb #38b62f24
+def _ids_warning(
+    key: str,  # "item" or "user"
+    table: TableReading,  # with the ids that meet
+    pair: Optional[tuple],  # from `guess_spelling`
+) -> str:
+    "Warn that few ids of a side table are in the log, and why."
+    name = table.file or f"the table of {key}s"
+    n_ids = table.in_log + table.not_in_log
+    count = f"only {table.in_log:,}" if table.in_log else "none"
+    sentence = (
+        f"{count} of the {n_ids:,} ids in {name} {'is' if not table.in_log else 'are'} in the log"
+    )
+    if pair:
+        in_log, in_table = map(quote, pair)
+        return f"{sentence}: the log writes {in_log}, and {name} writes {in_table}"
+    return f"{sentence}; an {key} there is {quote(table.example_not_in_log)}"
+
+
+def match_ids(
+    ids: dict,  # "item" and "user" -> table of the ids in the log
+    source: RawSource,  # its `reading` gets the counts, and a warning where few ids meet
+):
+    "Count which ids of the side tables are in the log."
+    for key, frame in (("item", source.items), ("user", source.users)):
+        if frame is None:
+            continue
+        log_ids, table_ids = ids[key].select(id=key), frame.select(id=key)
+        missing = table_ids.join(log_ids, on="id", how="anti", maintain_order="left")["id"]
+        table = source.reading.tables.setdefault(f"{key}s", TableReading(rows=len(frame)))
+        table.in_log, table.not_in_log = len(frame) - len(missing), len(missing)
+        if not len(missing):
+            continue
+        table.example_not_in_log = missing[0]
+        if 2 * table.in_log < min(len(log_ids), len(frame)):
+            unmatched = log_ids.join(table_ids, on="id", how="anti", maintain_order="left")["id"]
+            pair = guess_spelling(unmatched, missing)
+            source.reading.warnings.append(_ids_warning(key, table, pair))
+
 # %% ../../nbs/lib/ingest_report.ipynb #94fce55f
 def _scale_note(
-    scale: Optional[tuple],  # rating scale
+    scale: RatingScale,  # of the ratings
 ) -> list:  # of at most one sentence
     "Describe how the ratings were read."
     if is_rating_scale(scale):
-        return [f"ratings run from {scale[0]:g} to {scale[1]:g}"]
-    if scale == (0, 1):
-        return ["ratings are 0 or 1: each 1 is an event without a rating"]
-    return ["ratings are counts: each row is an event without a rating"] if scale else []
+        return ["ratings run from {:g} to {:g}".format(*scale.range)]
+    if scale.kind == "liked":
+        return [f"ratings are {scale.range[0]:g} or 1: each 1 is an event without a rating"]
+    if scale.kind == "counts":
+        return ["ratings are counts: each row is an event without a rating"]
+    return []
 
 
 def _time_note(
@@ -172,7 +369,7 @@ def ingest_report(
     source: RawSource,  # log and side tables
     log: pl.LazyFrame,  # its valid rows
     counts: dict,  # reason -> rows left out; None: valid rows
-    scale: Optional[tuple],  # rating scale
+    scale: RatingScale,  # of the ratings
     ids: dict,  # "item" and "user" -> table of the ids in the log
 ) -> dict:  # content of ingest.json
     "Summarize what was read, what was left out and why."
@@ -182,10 +379,13 @@ def ingest_report(
     first, last = times.row(0)
     has_ratings = is_rating_scale(scale)
     has_time = first is not None
+    match_ids(ids, source)
+    note_odd_items(log, ids["item"]["item"], source.reading)
     dropped = []
     for reason in RejectReason.categories:
         rows = counts.get(reason, 0)
         dropped.append({"reason": reason, "rows": rows, "fault": reason in ERRORS})
+    notes = source.notes + _scale_note(scale) + _time_note(source.unit, has_time)
     return {
         "rows_read": sum(counts.values()),
         "kept": counts[None],
@@ -198,9 +398,11 @@ def ingest_report(
         "has_time": has_time,
         "has_events": "event" in columns,
         "has_parts": "part" in columns,
-        "scale": scale if has_ratings else None,
+        "scale": scale.range if has_ratings else None,
+        "liked_from": scale.liked_from if has_ratings else None,
         "time_unit": source.unit,
-        "notes": source.notes + _scale_note(scale) + _time_note(source.unit, has_time),
+        "notes": notes + [note for note in source.reading.notes if note not in notes],
+        "reading": source.reading.to_dict(),
         "sha256": source.sha256,
     }
 
@@ -377,15 +579,25 @@ def _assumption_advice(
             "there are no ratings, so only lists can be tested."
         )
     low, high = report["scale"]
+    liked_from = report["reading"]["liked_from"]
+    liked = "" if liked_from is None else f" and count as liked from {liked_from:g} on"
     return (
-        f"Please check two assumptions: ratings run from {low:g} to {high:g}, "
+        f"Please check two assumptions: ratings run from {low:g} to {high:g}{liked}, "
         f"and times are given as {unit}."
     )
+
+
+def _warning_sentence(
+    report: dict,  # ingest.json
+) -> str:  # Markdown; empty where nothing looks wrong
+    "Write what is probably wrong with the data."
+    warnings = report["reading"]["warnings"]
+    return f"**Warning:** {escape_md('; '.join(warnings))}." if warnings else ""
 
 # %% ../../nbs/lib/ingest_report.ipynb #e9d91834
 def ingest_in_short(
     report: dict,  # ingest.json
-) -> list:  # four sentences
+) -> list:  # four sentences, and one more where there is a warning
     "Summarize what was read, what was left out, and what to check."
     dropped = [d for d in report["dropped"] if d["rows"]]
     n_faulty = sum(d["rows"] for d in dropped if d["fault"])
@@ -396,9 +608,11 @@ def ingest_in_short(
         f"There are {report['kept']:,} usable rows by {report['users']:,} users "
         f"on {report['items']:,} items{period}."
     )
-    return [
+    sentences = [
         size,
         _dropped_sentence(dropped, report["rows_read"]),
         _fault_advice(n_faulty, sum(d["rows"] for d in dropped), report["rows_read"]),
         _assumption_advice(report),
+        _warning_sentence(report),
     ]
+    return [sentence for sentence in sentences if sentence]

@@ -381,9 +381,9 @@ _RANKING_SHORT = {
     "level with it, and no simpler.",
     "best": "Among {n} models with equal tuning budgets, {model} makes the best lists; "
     "{n_others} others are level with it, none of them simpler.",
-    "simplest": "Among {n} models with equal tuning budgets nobody wins clearly: {n_level} are "
+    "simplest": "Among {n} models with equal tuning budgets no model wins clearly: {n_level} are "
     "level in the quality of their lists, and {model} is the simplest of them.",
-    "alone": "Only {model} could be evaluated for lists, so nobody wins.",
+    "alone": "Only {model} could be evaluated for lists, so there is no winner.",
 }
 
 

@@ -19,7 +19,7 @@ import polars as pl
 from .display import colors, dates, percent, plt, pluralize, ticker
 
 # %% ../../nbs/lib/log_plots.ipynb #ff86c55a
-from .display import COLORS, display_md, show_figure
+from .display import COLORS, display_md, show_figure, show_missing
 from .log_summary import head_label, row_label, trend_word
 
 # %% ../../nbs/lib/log_plots.ipynb #2b4c6e80
@@ -132,9 +132,10 @@ def show_rating_counts(
     "Show the share of each rating as bars; without ratings, a sentence about the events."
     counts = rating_counts(log)
     if not len(counts):
-        return display_md(
+        return show_missing(
+            "fig-stars",
             "This log has no ratings, so there is no figure of them. "
-            f"Its {len(log):,} rows are events: {event_shares(log)}."
+            f"Its {len(log):,} rows are events: {event_shares(log)}.",
         )
     top_rating = counts.sort("rows", descending=True)["rating"][0]
     fig, ax = plt.subplots(figsize=(5.2, 2.6))
@@ -353,13 +354,15 @@ def show_growth(
 ):
     "Show rows, new users and new items over time; a sentence where that is impossible."
     if table is None:
-        return display_md(
-            "This log has no times, so its growth cannot be shown, and it cannot be split by time."
+        return show_missing(
+            "fig-growth",
+            "This log has no times, so its growth cannot be shown, and it cannot be split by time.",
         )
     period = "day" if every == "1d" else "month"
     if len(table) < 3:
         span = pluralize(len(table), f"{period}s")
-        return display_md(f"All rows fall within {span}: this is too short to show growth.")
+        reason = f"All rows fall within {span}: this is too short to show growth."
+        return show_missing("fig-growth", reason)
     peak = table["period"][table["ratings"].arg_max()]
     preposition = "on" if every == "1d" else "in"
     title = f"The log was busiest {preposition} {period_label(peak, every)}"

@@ -343,8 +343,10 @@ def loss_in_short(
     sentences.append(f"{advice} {_describe_level(level, baseline, n_users, n_seeds)}")
     difference = gaps.filter(name=baseline)
     if len(difference):
-        sure = "surely" if difference["significant"].item() else "not surely"
-        sentences.append(f"These lists are {sure} better than a plain list of bestsellers.")
+        verb = "are" if difference["significant"].item() else "are not"
+        sentences.append(
+            f"These lists {verb} significantly better than a plain list of bestsellers."
+        )
     return sentences
 
 

@@ -63,6 +63,7 @@ def batched_ridge(
     weight: float = 1.0,  # of each row's own inputs in its normal matrix
     base_gram: Optional[torch.Tensor] = None,  # float [f, f], part of all normal matrices
     budget: int = 2**22,  # numbers in memory at once
+    entry_weight: Optional[torch.Tensor] = None,  # float [entries], of each input; default: 1
 ) -> torch.Tensor:  # float [n, f]
     "Solve a ridge regression for every row of a sparse matrix, in blocks of similar length."
     n, f = targets.shape[0], inputs.shape[1]
@@ -84,7 +85,8 @@ def batched_ridge(
         is_entry = position < count[rows, None]
         entry = (indptr[rows, None] + position).clamp(max=targets.nnz - 1)
         x = inputs[column[entry]] * is_entry[..., None]
-        normal = weight * x.mT @ x + base_gram + penalty[rows, None, None] * torch.eye(f)
+        weighted = x if entry_weight is None else x * entry_weight[entry][..., None]
+        normal = weight * weighted.mT @ x + base_gram + penalty[rows, None, None] * torch.eye(f)
         solutions[rows] = torch.linalg.solve(normal, (x.mT @ target[entry][..., None])[..., 0])
         start += len(rows)
     return solutions
@@ -169,12 +171,29 @@ class ALS(HistoryRecommender):
         if base_gram is None:
             base_gram = fixed_factors.T @ fixed_factors
         penalty = torch.full((user_item.shape[0],), self.reg)
+        # an entry of weight w is preferred with confidence 1 + alpha w
         targets = user_item * (1 + self.alpha)
-        return batched_ridge(targets, fixed_factors, penalty, self.alpha, base_gram)
+        targets.data += 1 - user_item.data
+        w = torch.from_numpy(user_item.data).float() if (user_item.data != 1).any() else None
+        return batched_ridge(targets, fixed_factors, penalty, self.alpha, base_gram, entry_weight=w)
 
     def _score_history(self, user_item):
         base_gram = self._cached("common", lambda: self.item.T @ self.item)
         return self._solve(to_csr(user_item), self.item, base_gram) @ self.item.T
+
+# %% ../../nbs/lib/matrix_factorization.ipynb #f29e8243
+def sample_by_weight(
+    user_item: sp.csr_array,  # weights [users, items]
+    seed: int,  # of the draws
+) -> sp.csr_array:  # 0/1 [users, items]
+    "Keep each entry with the probability of its weight; target events have 1 or more: all are kept."
+    if (user_item.data == 1).all():
+        return user_item
+    kept = user_item.copy()
+    draws = np.random.default_rng(seed).random(kept.nnz)
+    kept.data = (draws < kept.data).astype(kept.data.dtype)
+    kept.eliminate_zeros()
+    return kept
 
 # %% ../../nbs/lib/matrix_factorization.ipynb #35605d40
 @register("bpr")
@@ -211,7 +230,8 @@ class BPR(FactorRecommender):
             num_threads=1,
             random_state=self.seed,
         )
-        model.fit(sp.csr_matrix(user_item), show_progress=False)
+        sampled = sample_by_weight(user_item, self.seed)
+        model.fit(sp.csr_matrix(sampled), show_progress=False)
         # the last number of an item is its bias
         self.user, self.item = torch.tensor(model.user_factors), torch.tensor(model.item_factors)
 
@@ -219,8 +239,9 @@ class BPR(FactorRecommender):
         return self.user[users] @ self.item.T
 
     def _score_history(self, user_item):
-        n_events = torch.bincount(user_item.indices()[0], minlength=len(user_item))
-        mean = torch.sparse.mm(user_item, self.item) / n_events.clamp(min=1)[:, None]
+        user, weight = user_item.indices()[0], user_item.values()
+        n_events = torch.bincount(user, weight, minlength=len(user_item))
+        mean = torch.sparse.mm(user_item, self.item) / n_events.clamp(min=1e-9)[:, None]
         mean[:, -1] = 1
         return mean @ self.item.T
 
@@ -297,6 +318,7 @@ class NeuMF(FactorRecommender):
     max_examples: int = 200_000_000  # largest number of training examples in all epochs
 
     def _fit_matrix(self, user_item):
+        user_item = sample_by_weight(user_item, self.seed)
         n_examples = user_item.nnz * (1 + self.n_negatives) * self.epochs
         if n_examples > self.max_examples:
             raise UserError(

@@ -45,12 +45,12 @@ def _block_edges(
 
 # %% ../../nbs/lib/neighbors.ipynb #830a5a6c
 def _best_per_query(
-    query: np.ndarray,  # int [pairs]
-    neighbor: np.ndarray,  # int [pairs]
+    query: np.ndarray,  # int [pairs], ascending
+    neighbor: np.ndarray,  # int [pairs], ascending for each query
     similarity: np.ndarray,  # float [pairs]
     k: int,
 ) -> tuple:  # query, rank, neighbor, similarity of the k best pairs of each query
-    order = np.lexsort((neighbor, -similarity, query))
+    order = np.lexsort((-similarity, query))
     query, neighbor, similarity = query[order], neighbor[order], similarity[order]
     rank = np.arange(len(query)) - np.searchsorted(query, query)
     keep = rank < k
@@ -58,10 +58,12 @@ def _best_per_query(
 
 # %% ../../nbs/lib/neighbors.ipynb #6a1d84c3
 def top_k_neighbors(
-    X: sp.csr_array,  # 0/1 [m, n]: its columns are the possible neighbors
+    X: sp.csr_array,  # weights [m, n]: its columns are the possible neighbors
     k: int,  # neighbors of each query
     similarity_fn: Callable,  # (block, neighbor, query in block, common) to similarity; <= 0: none
-    queries: Optional[sp.csr_array] = None,  # 0/1 [m, q]; default: X, no column its own neighbor
+    queries: Optional[
+        sp.csr_array
+    ] = None,  # weights [m, q]; default: X, no column its own neighbor
     budget: int = 20_000_000,  # pairs in memory at once
     max_pairs: float = 2e10,  # pairs in all: about an hour
 ) -> tuple:  # neighbors int64 [q, k] and similarities float32 [q, k], padded with n and 0
@@ -75,10 +77,12 @@ def top_k_neighbors(
     neighbors = np.full((n_queries, k), n)
     similarities = np.zeros((n_queries, k), np.float32)
     for start, end in zip(edges, edges[1:]):
-        pairs = (X.T @ queries[:, start:end]).tocoo()
-        neighbor = pairs.row
-        query = pairs.col + start
-        similarity = similarity_fn(slice(start, end), neighbor, pairs.col, pairs.data)
+        pairs = (queries[:, start:end].T @ X).tocsr()
+        pairs.sort_indices()
+        pairs = pairs.tocoo()
+        neighbor = pairs.col
+        query = pairs.row + start
+        similarity = similarity_fn(slice(start, end), neighbor, pairs.row, pairs.data)
         keep = similarity > 0
         if to_itself:
             keep &= neighbor != query
@@ -103,12 +107,12 @@ def neighbors_to_csr(
 
 # %% ../../nbs/lib/neighbors.ipynb #1764af9a
 def cosine(
-    X: sp.csr_array,  # 0/1 [m, n]
-    queries: sp.csr_array,  # 0/1 [m, q]
+    X: sp.csr_array,  # weights [m, n]
+    queries: sp.csr_array,  # weights [m, q]
     shrink: float,  # added to the denominator
 ) -> Callable:  # for `top_k_neighbors`
-    "Make the shrunk cosine similarity of 0/1 columns."
-    norm, query_norm = np.sqrt(X.sum(0)), np.sqrt(queries.sum(0))
+    "Make the shrunk cosine similarity of columns."
+    norm, query_norm = [np.sqrt(matrix.power(2).sum(0)) for matrix in (X, queries)]
 
     def similarity(block, neighbor, query, common):
         return common / (norm[neighbor] * query_norm[block][query] + shrink)
@@ -137,7 +141,9 @@ def pearson(
 
     def similarity(block, neighbor, query, common):
         def dot(a, b):
-            return sparse_lookup(a.T @ b[:, block], neighbor, query)
+            products = (b[:, block].T @ a).tocsr()
+            products.sort_indices()  # scipy searches rows that are not sorted from end to end
+            return sparse_lookup(products, query, neighbor)
 
         squares = dot(residuals.power(2), query_is_rated)
         query_squares = dot(is_rated, query_residuals.power(2))
@@ -229,7 +235,8 @@ class ItemKNN(KNNRecommender):
         user, item = user_item.indices()
         scores = torch.zeros(len(user_item), self.n_items + 1)  # the last column takes the padding
         places = (user[:, None], self.neighbors[item])
-        return scores.index_put(places, self.similarities[item], accumulate=True)[:, :-1]
+        weighted = self.similarities[item] * user_item.values()[:, None]
+        return scores.index_put(places, weighted, accumulate=True)[:, :-1]
 
     def _neighbor_sums(self, user_item, residuals):
         neighbor_matrix = neighbors_to_csr(

@@ -531,16 +531,16 @@ def original_in_short(
     difference = rating_record(results, "mean", records="changes")
     judged = "and the difference may be chance"
     if difference["hi"] is not None and difference["hi"] < 0:
-        judged = "which is surely worse"
+        judged = "which is significantly worse"
     elif difference["lo"] is not None and difference["lo"] > 0:
-        judged = "which is surely better"
+        judged = "which is significantly better"
     sentences = [
-        f"Repeated on this log, the student's network misses ratings by {printed:.2f} stars (root "
+        f"Repeated on this log, the student's network misses ratings by {printed:.2f} (root "
         f"mean squared error), {judged} than always saying the mean, {mean:.2f}; the report itself "
         f"prints {reported['RMSE']:.2f} and no baseline."
     ]
     if "may be" in judged:
-        sentences[0] = sentences[0].replace(f"{judged} than", "not surely different from")
+        sentences[0] = sentences[0].replace(f"{judged} than", "not significantly different from")
     share, part = unknown_share(results)
     if part is not None:
         amount = "all" if part > 0.995 else f"{part:.0%}"
@@ -553,11 +553,11 @@ def original_in_short(
         f"With a careful start, the right epoch and clipped ratings the same network has {final:.2f}."
     )
     popular = results["versus popularity"]
-    judged = "not surely different from"
+    judged = "not significantly different from"
     if popular["hi"] < 0:
-        judged = "surely worse than"
+        judged = "significantly worse than"
     elif popular["lo"] > 0:
-        judged = "surely better than"
+        judged = "significantly better than"
     sentences.append(
         f"Its lists of five are {judged} a list of bestsellers (mean average precision, difference "
         f"{format_record(popular, '+')})."

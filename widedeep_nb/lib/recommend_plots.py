@@ -230,7 +230,7 @@ def describe_explanations(
     if not counts["liked"]:
         return f"{explained}."
     share = counts["liked"] / counts["explained"]
-    return f"{explained}, {share:.0%} of these by an item with at least the mean rating (*liked*)."
+    return f"{explained}, {share:.0%} of these by an item that the user liked."
 
 
 def show_example_list(

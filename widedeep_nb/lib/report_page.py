@@ -29,6 +29,7 @@ from widedeep_nb.lib.findings import (
     describe_model,
     measured_on,
     next_commands,
+    reading_sentence,
     risks,
     run_facts,
 )
@@ -266,6 +267,7 @@ def render_page(
         css=page_css(),
         js=static_text("report.js"),
         facts=list(run_facts(run).items()),
+        reading=reading_sentence(run),
         verdict=_verdict_texts(run),
         winners=winners_svg(run),
         commands=next_commands(run),

@@ -13,7 +13,7 @@ from pathlib import Path
 import polars as pl
 
 # %% ../../nbs/lib/results.ipynb #443225f7
-from .comparison import pooled_records
+from .comparison import deciding_records, pooled_records
 from .runs import METRIC_SCHEMA, Run
 from .verdict import select_records
 
@@ -114,6 +114,6 @@ def published_metric(
     items: str = "all",  # or warm or new
 ) -> pl.DataFrame:  # as from `run_metrics`, best first
     "Select one metric of a published run for one group of users and items."
-    records = pl.DataFrame(results["metrics"], schema=METRIC_SCHEMA)
+    records = deciding_records(pl.DataFrame(results["metrics"], schema=METRIC_SCHEMA))
     group = dict(metric=metric, split="test", users=users, items=items, relevant="any")
     return select_records(records, group, metric)

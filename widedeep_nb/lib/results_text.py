@@ -12,6 +12,7 @@ from typing import Optional
 import polars as pl
 
 # %% ../../nbs/lib/results_text.ipynb #b27de266
+from .comparison import deciding_records
 from .core import DEVICES, atomic_write
 from .display import COLORS, plt
 from .runs import METRIC_SCHEMA
@@ -30,8 +31,8 @@ from widedeep_nb.lib.verdict import (
 def published_records(
     results: dict,  # of one run
 ) -> pl.DataFrame:  # of metrics.json
-    "Return the records of published results."
-    return pl.DataFrame(results["metrics"], schema=METRIC_SCHEMA)
+    "Return the records of published results, of the fit that decides."
+    return deciding_records(pl.DataFrame(results["metrics"], schema=METRIC_SCHEMA))
 
 
 def log_title(
@@ -70,7 +71,7 @@ def _index_records(
     "Index the main results of all users and items, and the differences: reference minus model."
     values, differences = {}, {}
     group = ("test", "all", "all", "any")
-    for r in results["metrics"]:
+    for r in published_records(results).to_dicts():
         is_main = r["metric"] in MAIN_METRICS
         if not is_main or (r["split"], r["users"], r["items"], r["relevant"]) != group:
             continue

@@ -57,6 +57,7 @@ def histories_to_batch(
     user_features: Optional[torch.Tensor] = None,  # float [n_users + 1, d]; the last row: unknown
 ) -> BasketBatch:
     "Return histories as baskets with rating weights and user features."
+    history = history.with_weights(model.event_weights)
     longest = int(history.indptr.diff().max()) if len(history) else 1
     codes, event = batch_histories(history, model.n_items, min(length, max(1, longest)))
     low, high = model.rating_range
@@ -65,8 +66,12 @@ def histories_to_batch(
     batch = make_basket_batch(codes, model.n_items)
     if user_features is not None:
         user_features = user_features[users.clamp(max=len(user_features) - 1)]
+    by_type = F.pad(history.weight, (0, 1))[event]  # 1 for a target event, less for a view
     return batch._replace(
-        rating_weights=weights.clamp(min=0) * batch.mask, user_features=user_features
+        last_mask=batch.last_mask * by_type,
+        recency_weights=batch.recency_weights * by_type,
+        rating_weights=weights.clamp(min=0) * batch.mask * by_type,
+        user_features=user_features,
     )
 
 # %% ../../nbs/lib/retrieval.ipynb #15c0cb12
@@ -309,6 +314,8 @@ def _propose(
         elif part is not None:
             codes, scores = reusable[name] = sparse_scores(part, x, n_items)
             proposals.append(top_positive(scores, codes, self.n_candidates, n_items))
+        elif has_class(self.model.models[MODEL_KEY[name]], "OwnHistory"):
+            proposals.append(x.codes)
     return torch.cat(proposals, 1), reusable
 
 # %% ../../nbs/lib/retrieval.ipynb #15c0ca2e
@@ -455,7 +462,8 @@ def mask_seen_candidates(
     codes: torch.Tensor,  # int64 [n, c], candidates of each user
     history: History,  # of the n users
 ) -> torch.Tensor:  # float [n, c]
-    "Set scores to -inf where the candidate is in the user's history."
+    "Set scores to -inf where the user has bought or rated the candidate."
+    history = history.owned()
     keys = _event_key(torch.arange(len(codes))[:, None], codes)
     is_seen = torch.isin(keys, _event_key(history.user_index, history.item))
     return scores.masked_fill(is_seen, -torch.inf)

@@ -33,6 +33,8 @@ def _check_rule(
     value_text = sanitize(repr(value))
     if name == "in_stock" and not isinstance(value, bool):
         raise UserError(f"in_stock is true or false, not {value_text}")
+    if name == "repeat" and not isinstance(value, bool | None):
+        raise UserError(f"repeat is true or false, not {value_text}")
     if name in ("min_price", "max_price") and value is not None and not _is_number(value):
         raise UserError(f"{name} is a price, a number from 0 on, not {value_text}")
     if name == "max_per_brand" and not (_is_number(value) and int(value) == value):
@@ -55,6 +57,7 @@ class Rules:
     blocked: tuple = ()  # categories, likewise
     excluded_items: tuple = ()  # item ids
     max_per_brand: int = 0  # items of one brand in a list; 0: any number
+    repeat: Optional[bool] = None  # items that the user has bought too; None: as the run decides
 
     def __post_init__(self):
         for field in fields(self):
@@ -193,7 +196,7 @@ def _check_applicable(items, categories, rules):
 def allowed_items(
     items: pl.DataFrame,  # from `align_catalog`
     categories: pl.DataFrame,  # from `category_levels`
-    rules: Rules,  # all but `max_per_brand`
+    rules: Rules,  # all but `max_per_brand` and `repeat`
 ) -> torch.Tensor:  # bool [items]
     "Return the mask of items that the rules allow; raise UserError if a rule cannot be applied."
     _check_applicable(items, categories, rules)

@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 # %% ../../nbs/lib/runner.ipynb #7c288dc4
+from ..data import ingest
 from widedeep_nb.lib.core import (
     PROTOCOLS,
     UserError,
@@ -43,7 +44,6 @@ from widedeep_nb.lib.core import (
 )
 from .datasets import DATASETS, fingerprint
 from widedeep_nb.lib.parameters import (
-    cast_parameter,
     find_notebooks,
     list_chapters,
     read_parameters,
@@ -51,6 +51,7 @@ from widedeep_nb.lib.parameters import (
     select_chapters,
 )
 from .protocols import ChapterError
+from .reading_report import reading_lines
 from .report_page import write_page
 from widedeep_nb.lib.runs import (
     PACKAGE,
@@ -161,19 +162,19 @@ def _merge_parameters(
     resume: bool,  # keep saved parameters of the selected chapters too?
 ) -> tuple:  # name -> value of the run; stem -> {name: value} of the selected chapters
     "Merge saved and given parameters; raise UserError for an unknown name or a bad value."
-    declared = {}
-    for path in all_paths:
-        declared |= read_parameters(path)
+    known = set().union(*[read_parameters(path) for path in all_paths])
     selected_names = set().union(*[read_parameters(path) for path in selected])
-    kept_parameters = {
-        name: str(value)
+    kept = {
+        name: value
         for name, value in saved.items()
-        if name in declared and (resume or name not in selected_names)
+        if name in known and (resume or name not in selected_names)
     }
-    merged = kept_parameters | overrides
-    for_chapters = {n: text for n, text in merged.items() if n in selected_names or n in overrides}
+    for_chapters = {n: value for n, value in kept.items() if n in selected_names} | overrides
     values = resolve_parameters(selected, for_chapters)
-    return {n: cast_parameter(declared[n], text) for n, text in merged.items()}, values
+    merged = dict(kept)
+    for chapter_values in values.values():
+        merged |= chapter_values
+    return merged, values
 
 # %% ../../nbs/lib/runner.ipynb #17c0de0c
 def make_run_plan(
@@ -225,11 +226,15 @@ def chapter_steps(
 def stage_ingest(
     run: Run,  # run that will have the log
     settings: dict,  # dataset, protocol, seed, parameters
+    echo: Callable,  # called with lines that say how the log was read
 ) -> Run:  # in a hidden folder of it: interactions, items, users and the parts
     "Read, check and split the log in a hidden folder; the run itself stays unchanged."
     folder = run.folder / ".new"
     shutil.rmtree(folder, ignore_errors=True)
     staged = Run(folder, **settings)
+    ingest(staged)
+    for line in reading_lines(staged.read("ingest.json")):
+        echo(line)
     preprocess(staged)
     return staged
 
@@ -295,7 +300,7 @@ def _prepare_manifest(
     if not plan.has_ingest or is_same and preprocess.is_done(manifest):
         run.update_manifest(**manifest)
         return
-    staged = stage_ingest(run, plan.settings)
+    staged = stage_ingest(run, plan.settings, echo)
     log_steps = ("ingest", "preprocess")
     manifest["steps"] = {k: v for k, v in manifest["steps"].items() if k not in log_steps}
     run.update_manifest(**manifest)

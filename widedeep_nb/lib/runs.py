@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Callable, Union
+from typing import Any, Callable, Union
 from unittest import mock
 
 import polars as pl
@@ -48,9 +48,12 @@ from widedeep_nb.lib.core import (
     pick_device,
 )
 from .display import display_md
+from .parameter_types import check_parameters, parameters_model
+from .protocols import CHAPTER_FIT, FITS, RELEASED_FIT, TESTED_FIT
+from .protocols import ORIGINAL_FIT as ORIGINAL_FIT
 
 # %% ../../nbs/lib/runs.ipynb #7056c16e
-RUN_FORMAT = 2  # raised where keys on disk change
+RUN_FORMAT = 3  # raised where keys on disk change
 
 # %% ../../nbs/lib/runs.ipynb #2923b5b8
 def dataset_slug(
@@ -253,6 +256,7 @@ def save_splits(
         for part in SPLIT_NAMES:
             self.write(f"{prefix}{part}.parquet", getattr(split, part))
         self.write(f"{prefix}split/aside.parquet", split.filtered_out)
+        self.write(f"{prefix}split/auxiliary.parquet", split.auxiliary)
         self.write(f"{prefix}split/users.parquet", split.users)
         self.write(f"{prefix}split/items.parquet", split.items)
         self.write(f"{prefix}split/protocol.json", asdict(split.protocol))
@@ -263,16 +267,20 @@ def load_splits(self: Run) -> list:  # of Split
     "Read the splits, oldest first."
     prefixes = [f"cuts/{i}/" for i in range(len(self.protocol.folds) - 1)] + [""]
     names = SPLIT_NAMES + ("split/aside", "split/users", "split/items")
+    liked_from = None
+    if (self.folder / "ingest.json").exists():
+        liked_from = self.read("ingest.json").get("liked_from")
     splits = []
     for prefix in prefixes:
         tables = [self.read(f"{prefix}{name}.parquet") for name in names]
         settings = self.read(f"{prefix}split/protocol.json")
         settings["folds"] = tuple(tuple(fold) for fold in settings["folds"])
-        splits.append(Split(*tables, Protocol(**settings)))
+        auxiliary = self.read(f"{prefix}split/auxiliary.parquet")
+        splits.append(Split(*tables, Protocol(**settings), liked_from, auxiliary))
     return splits
 
 # %% ../../nbs/lib/runs.ipynb #36d9ac58
-METRIC_KEYS = ["dataset", "protocol", "cut", "seed", "model", "versus", "task", "split"]
+METRIC_KEYS = ["dataset", "protocol", "cut", "seed", "fit", "model", "versus", "task", "split"]
 METRIC_KEYS += ["users", "items", "relevant", "metric"]
 METRIC_SCHEMA = {c: pl.String for c in METRIC_KEYS}
 METRIC_SCHEMA |= {"cut": pl.Int64, "seed": pl.Int64, "value": pl.Float64}
@@ -286,22 +294,52 @@ def metrics(self: Run) -> pl.DataFrame:  # columns of METRIC_SCHEMA
     return pl.DataFrame(rows, schema=METRIC_SCHEMA, orient="row")
 
 # %% ../../nbs/lib/runs.ipynb #6ac00bca
+_RECORD_GROUP = ["dataset", "protocol", "fit", "split"]
+
+
+def _outdated_differences(
+    records: pl.DataFrame,  # of metrics.json
+    new: pl.DataFrame,  # records that are added
+) -> pl.DataFrame:  # of `records`
+    "Select the differences of models whose own figures have changed: they belong to an earlier fit."
+    is_own = pl.col("versus").is_null()
+    figures = [frame.filter(is_own).select(*METRIC_KEYS, "value") for frame in (records, new)]
+    before_and_after = figures[0].join(figures[1], on=METRIC_KEYS, nulls_equal=True)
+    is_changed = pl.col("value").ne_missing(pl.col("value_right"))
+    changed = before_and_after.filter(is_changed).select(*_RECORD_GROUP, "model").unique()
+    differences = records.filter(~is_own)
+    sides = []
+    for side in ("model", "versus"):
+        is_side = [*_RECORD_GROUP, pl.col(side).alias("model")]
+        matches = differences.select(*is_side).join(
+            changed, on=[*_RECORD_GROUP, "model"], how="semi"
+        )
+        sides.append(
+            differences.join(matches.rename({"model": side}), on=[*_RECORD_GROUP, side], how="semi")
+        )
+    return pl.concat(sides)
+
+
 @patch
 def add_metrics(
     self: Run,
     frame: pl.DataFrame,  # columns of METRIC_SCHEMA; missing dataset, protocol, seed are filled in
+    fit: str = CHAPTER_FIT,  # that was measured; both models of a difference are of it
 ):
-    "Add records to metrics.json; they replace all records of the same model (or pair) and split."
+    "Add records to metrics.json; they replace all records of the same fit and model (or pair) and split."
     manifest = self.manifest
     defaults = {key: manifest[key] for key in ("dataset", "protocol", "seed")}
     defaults |= {"cut": 0, "versus": None}
     missing = [pl.lit(v).alias(c) for c, v in defaults.items() if c not in frame.columns]
-    new = frame.with_columns(missing)
+    new = frame.with_columns(pl.lit(fit).alias("fit"), *missing)
     new = new.select([pl.col(c).cast(t) for c, t in METRIC_SCHEMA.items()])
-    key = ["dataset", "protocol", "model", "versus", "split"]
+    key = [*_RECORD_GROUP, "model", "versus"]
     with self.locked():
-        other_records = self.metrics().join(new, on=key, how="anti", nulls_equal=True)
-        self.write("metrics.json", pl.concat([other_records, new]).to_dicts())
+        records = self.metrics()
+        outdated = _outdated_differences(records, new)
+        for replaced in (new, outdated):
+            records = records.join(replaced, on=key, how="anti", nulls_equal=True)
+        self.write("metrics.json", pl.concat([records, new]).to_dicts())
 
 # %% ../../nbs/lib/runs.ipynb #e27fc868
 @patch
@@ -310,13 +348,65 @@ def model_folder(
     name: str,  # name of the recommender
     seed: int = 0,  # seed of the fit
     fold: int = -1,  # number of the split; -1: the last
+    fit: str = TESTED_FIT,  # CHAPTER_FIT: a copy of wide-deep that chapter 13 does not replace
 ) -> Path:  # folder of the fitted recommender
     "Return the folder of a fitted model: models/NAME for seed 0 and the last fold."
     is_last = fold in (-1, len(self.protocol.folds) - 1)
-    folder = self.folder / "models" / name
+    models = self.folder / "models"
+    folder = models / name if fit == TESTED_FIT else models / fit / name
     if not is_last:
         folder = folder / f"cut-{fold}"
     return folder if seed == 0 else folder / f"seed-{seed}"
+
+
+@patch
+def use_chapter_fits(self: Run):
+    "Copy the fits of models/chapter to models/, where they serve until chapter 13 has tuned others."
+    models = self.folder / "models"
+    shutil.copytree(models / CHAPTER_FIT, models, dirs_exist_ok=True)
+
+# %% ../../nbs/lib/runs.ipynb #8b47f70e
+@patch
+def released_folder(
+    self: Run,
+    name: str,  # name of the model
+) -> Path:  # folder of its released fit
+    "Return the folder of the fit on all rows: models/released/NAME."
+    return self.folder / "models" / RELEASED_FIT / name
+
+
+@patch
+def delivered_folder(
+    self: Run,
+    name: str,  # name of the model
+    fit: str = RELEASED_FIT,  # of FITS
+) -> Path:  # folder of a fit
+    "Return the folder of a model's released fit; that of the tested fit where it was not released."
+    released = self.released_folder(name)
+    is_released = (released / "model.json").exists()
+    if check_choice(fit, FITS, "fit") == RELEASED_FIT and is_released:
+        return released
+    return self.model_folder(name)
+
+# %% ../../nbs/lib/runs.ipynb #70a95720
+@patch
+def model_names(
+    self: Run,
+    fit: str = RELEASED_FIT,  # TESTED_FIT: without models that have a released fit only
+) -> list:
+    "List the fitted models of a run by name."
+    pattern = "models/**/model.json" if fit == RELEASED_FIT else "models/*/model.json"
+    folders = [path.parent for path in self.folder.glob(pattern)]
+    places = (self.folder / "models", self.folder / "models" / RELEASED_FIT)
+    return sorted({folder.name for folder in folders if folder.parent in places})
+
+
+@patch
+def released_models(self: Run) -> dict:  # chosen: task -> model; models: name -> its fit; excluded
+    "Read released.json; empty where no model was released."
+    if (self.folder / "released.json").exists():
+        return self.read("released.json")
+    return {"chosen": {}, "models": {}, "excluded": {}}
 
 # %% ../../nbs/lib/runs.ipynb #fc50bee2
 PACKAGE = Path(find_spec("widedeep_nb").origin).parent
@@ -425,11 +515,30 @@ def step_code(
     return code_hash(module) + unexported
 
 # %% ../../nbs/lib/runs.ipynb #fcef7ea1
-def _step_params(f: Callable, manifest: dict, given: dict) -> dict:
-    "Resolve the parameters of a step: given values that are not the default, the run's, the defaults."
-    # a step that runs only because another requires it keeps the parameters of its last run
+def _own_parameters(f: Callable) -> dict:
+    "Return the parameters of a step that have a default: all but the run."
     signature = inspect.signature(f).parameters
-    defaults = {k: p.default for k, p in signature.items() if p.default is not p.empty}
+    return {name: p for name, p in signature.items() if p.default is not p.empty}
+
+
+def step_types(
+    f: Callable,  # the function of a step
+) -> dict:  # name of each parameter -> type
+    "Return the types of a step's parameters; one without a type may be anything."
+    types = {}
+    for name, parameter in _own_parameters(f).items():
+        is_typed = parameter.annotation is not parameter.empty
+        types[name] = parameter.annotation if is_typed else Any
+    return types
+
+
+_step_model = functools.cache(lambda f: parameters_model(step_types(f)))
+
+
+def _step_params(f: Callable, manifest: dict, given: dict) -> dict:
+    "Resolve and check a step's parameters: given values that are not the default, the run's, the defaults."
+    # a step that runs only because another requires it keeps the parameters of its last run
+    defaults = {name: p.default for name, p in _own_parameters(f).items()}
     for name in given:
         check_choice(name, defaults, f"parameter of {f.__name__}")
     run_params = {k: v for k, v in manifest["parameters"].items() if k in defaults}
@@ -437,7 +546,7 @@ def _step_params(f: Callable, manifest: dict, given: dict) -> dict:
         own = {k: v for k, v in given.items() if v != defaults[k]}
     else:
         own = manifest["steps"].get(f.__name__, {}).get("params", {})
-    return defaults | run_params | own
+    return check_parameters(_step_model(f), defaults | run_params | own)
 
 # %% ../../nbs/lib/runs.ipynb #60daf6be
 def _step_fingerprint(f: Callable, manifest: dict, params: dict, requires: tuple) -> str:
@@ -468,6 +577,7 @@ def step(
 
         @functools.wraps(f)
         def run_step(run, **given):
+            _step_params(f, run.manifest, given)  # a wrong value is refused before any work
             for required in requires:
                 required(run)
             params, fingerprint = resolve(run.manifest, given)

@@ -362,10 +362,10 @@ def distributed_caption(
     others: list,  # results of several processes
 ) -> str:
     "State whether the loss curves agree, and the share of weights per process."
-    gaps = []
+    gaps = [0.0]
     for result in others:
         pairs = zip(single["curve"], result["curve"])
-        gaps.append(max(abs(a - b) / abs(a) for a, b in pairs))
+        gaps += [abs(a - b) / max(abs(a), abs(b)) for a, b in pairs if a != b]
     agree = "agree" if max(gaps) <= LOSS_RTOL else "do NOT agree"
     share = others[-1]["n_weights"] / single["n_weights"]
     return (

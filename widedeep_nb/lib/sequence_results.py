@@ -17,6 +17,7 @@ from ..evaluation import evaluate_wide_deep
 from .comparison import evaluate_on_test, paired_differences
 from .core import History, UserError
 from .display import COLORS, join_names, plt, pluralize
+from .parameter_types import PositiveInt
 from .quality_by_group import HISTORY_LENGTH_BINS
 from .recommender import load_recommender, make_recommender
 from .runs import Run, step
@@ -268,7 +269,7 @@ def history_table(
 
 # %% ../../nbs/lib/sequence_results.ipynb #9c86d6ce
 def whole_test_table(
-    metrics: pl.DataFrame,  # records of metrics.json
+    metrics: pl.DataFrame,  # records of one fit
     models: list,  # names
 ) -> tuple:  # a table, and its caption
     "Tabulate NDCG@20 of all users, beside wide-deep and the paired difference from it."
@@ -338,7 +339,7 @@ def _feature_group_gain(
 @step(evaluate_wide_deep)
 def feature_ablation(
     run: Run,  # with wide-deep trained and evaluated
-    seeds: int = 5,  # at most two are used
+    seeds: PositiveInt = 5,  # at most two are used
 ):
     "Measure what recency and season add to Wide & Deep on the newest fold; write season.json."
     used_seeds = [seed for seed in run.read("training.json")["seeds"] if seed < min(seeds, 2)]

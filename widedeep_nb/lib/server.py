@@ -32,10 +32,12 @@ from .inference import RecommendService
 from .item_details import find_images, price_currency
 from .networks import has_class
 from .ranking_pipeline import RankingPipeline, load_pipeline
+from .release import describe_delivered, fit_info
 from .retrieval import TwoStageRetriever
-from .runs import Run, VerifiedRun
+from .runs import RELEASED_FIT, Run, VerifiedRun
 from .service_schemas import LIMITS
 from .verdict import default_models
+from ..preprocessing import run_target
 
 # %% ../../nbs/lib/server.ipynb #77dead3d
 REQUIRED_FILES = ("run.json", "interactions.parquet", "items.parquet", "users.parquet")
@@ -69,10 +71,11 @@ def use_two_stage_if_large(
 # %% ../../nbs/lib/server.ipynb #16a1002e
 def _served_models(
     run: Run,  # with fitted models
-    models: tuple,  # names that are asked for; empty: the verdict's, hybrid, item-knn and popularity
+    models: tuple,  # names that are asked for; empty: the delivered one, hybrid, item-knn and popularity
+    fit: str,  # of FITS
 ) -> list:  # names
     "Return the names of the models to serve; raise UserError if one is not fitted."
-    fitted = sorted(p.parent.name for p in (run.folder / "models").glob("*/model.json"))
+    fitted = run.model_names(fit)
     if not fitted:
         raise UserError(
             f"{run.folder} has no fitted model; run the chapters on training and baselines"
@@ -110,22 +113,24 @@ def _open_store(
 # %% ../../nbs/lib/server.ipynb #16a10054
 def open_service(
     folder: Path,  # of a run
-    models: tuple = (),  # names, the first is the default; empty: the verdict's, hybrid, item-knn and popularity
+    models: tuple = (),  # names, the first is the default; empty: the delivered one, hybrid, item-knn, popularity
     explore: float = 0.0,  # temperature of sampled lists; 0: sample on request only
     feedback_dir: str = "",  # folder of the feedback store; empty: service/ of the run
+    fit: str = RELEASED_FIT,  # TESTED_FIT: the fits that the report evaluates
     **queue_options,  # seed; max_size, wait, on_batch, n_threads of the BatchQueue
 ) -> RecommendService:
     "Verify a run and open it as a service; raise UserError if it cannot be served."
     run = VerifiedRun(folder)
-    names = _served_models(run, models)
+    names = _served_models(run, models, fit)
     files = [run.folder / name for name in REQUIRED_FILES]
-    for name in names:
-        model_folder = run.model_folder(name)
+    folders = {name: run.delivered_folder(name, fit) for name in names}
+    for model_folder in folders.values():
         files += [model_folder / "model.json", model_folder / "model.safetensors"]
     before = file_stats(files)
-    pipelines = {name: use_two_stage_if_large(load_pipeline(run, name)) for name in names}
+    pipelines = {name: use_two_stage_if_large(load_pipeline(run, name, fit=fit)) for name in names}
     tables = [run.read(f"{name}.parquet") for name in ("interactions", "items", "users")]
-    catalog = CatalogIndex(*tables, [pipeline.model for pipeline in pipelines.values()])
+    models_served = [pipeline.model for pipeline in pipelines.values()]
+    catalog = CatalogIndex(*tables, models_served, run_target(run))
     if file_stats(files) != before:
         raise UserError(f"{folder} changed while it was read; start again when it is complete")
     for pipeline in pipelines.values():  # warm up: caches are filled before the first request
@@ -134,9 +139,9 @@ def open_service(
     service = RecommendService(pipelines, catalog, store, run.data_name, explore, **queue_options)
     service.currency = price_currency(tables[1], run.manifest["dataset"])
     service.images = find_images(run, catalog.products["item"])
-    for name in names:
-        weights = run.model_folder(name) / "model.safetensors"
-        service.fitted_at[name] = weights.stat().st_mtime
+    for name, model_folder in folders.items():
+        service.fitted_at[name] = (model_folder / "model.safetensors").stat().st_mtime
+        service.fits[name] = fit_info(run, name, pipelines[name].model)
     service.changed_files = functools.partial(_describe_changes, run, before)
     return service
 
@@ -149,7 +154,7 @@ def freeze_gc():
 # %% ../../nbs/lib/server.ipynb #ddd5389c
 def worker_main(
     connection: Connection,  # receives jobs, sends answers; None ends the worker
-    *open_args,  # of `open_service`: folder, models, explore, feedback_dir
+    *open_args,  # of `open_service`: folder, models, explore, feedback_dir, fit
 ):
     "Answer jobs until the end; runs in a worker process."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the worker
@@ -177,7 +182,7 @@ class WorkerPool:
     def __init__(
         self,
         n_workers: int,  # processes
-        *open_args,  # of `open_service`: folder, models, explore, feedback_dir
+        *open_args,  # of `open_service`: folder, models, explore, feedback_dir, fit
     ):
         context = multiprocessing.get_context("spawn")
         self.failed = False
@@ -313,24 +318,25 @@ def serve(
     folder: Path,  # of a run
     port: int = 8000,  # 0: any free port
     host: str = "127.0.0.1",  # address to listen on; by default only this machine reaches it
-    models: tuple = (),  # names, the first is the default; empty: the verdict's, hybrid, item-knn and popularity
+    models: tuple = (),  # names, the first is the default; empty: the delivered one, hybrid, item-knn, popularity
     token: str = "",  # that a writer must send; empty: none
     explore: float = 0.0,  # temperature of sampled lists; 0: sample on request only
     wait: float = 0.0,  # seconds that a job waits for others
     feedback_dir: str = "",  # folder of the feedback store; empty: service/ of the run
+    fit: str = RELEASED_FIT,  # TESTED_FIT: the fits that the report evaluates
     workers: int = 1,  # processes that score, each with the models in memory
     echo: Callable = print,  # called with a line that has the address
 ):
     "Serve a run until stopped; raise UserError if a worker ends."
     listener = bind_socket(host, port)
     service_metrics = ServiceMetrics()
-    with WorkerPool(workers, folder, models, explore, feedback_dir) as pool:
+    with WorkerPool(workers, folder, models, explore, feedback_dir, fit) as pool:
         queue_options = {
             "wait": wait,
             "on_batch": service_metrics.batch.observe,
             "n_threads": workers,
         }
-        service = open_service(folder, models, explore, feedback_dir, **queue_options)
+        service = open_service(folder, models, explore, feedback_dir, fit, **queue_options)
         hosts = (*LOCAL_HOSTS, host) if host in LOCAL_HOSTS else ()
         server = _make_server(make_app(service, token, hosts, service_metrics))
         pool.attach(service, lambda: setattr(server, "should_exit", True))
@@ -339,6 +345,7 @@ def serve(
         names = ", ".join(service.pipelines)
         url = f"http://{address}:{listener.getsockname()[1]}"
         echo(f"{url} serves {names} of {service.dataset}; stop it with Ctrl-C")
+        echo(describe_delivered(service.default, service.fits[service.default]))
         server.run(sockets=[listener])
     if pool.failed:
         raise UserError("a worker process has ended, perhaps out of memory; the service stopped")

@@ -10,6 +10,8 @@ from typing import Annotated, Literal, Optional
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .protocols import FITS
+
 # %% ../../nbs/lib/service_schemas.ipynb #16a10002
 LIMITS = {  # of a request, and of all of them together
     "k": 100,
@@ -70,11 +72,12 @@ class RecommendRequest(StrictModel):
     order: Literal["score", "revenue"] = "score"
     candidates: Literal["known", "new", "all"] = "known"
     rules: RulesIn = Field(default_factory=RulesIn)
+    repeat: Optional[bool] = None  # suggest bought items that are due; null: as the run decides
     explore: Optional[bool] = None
 
 # %% ../../nbs/lib/service_schemas.ipynb #ccdb9293
 class FeedbackEvent(StrictModel):
-    "Feedback of a user on an item; `less` excludes the item, `view` is only stored."
+    "Feedback of a user on an item; `less` excludes the item, a `view` counts little."
 
     key: ShortText
     user: ShortText
@@ -106,7 +109,7 @@ class Explanation(BaseModel):
 
     item: str
     title: Optional[str] = None
-    liked: Optional[bool] = None  # rated at least the mean rating; null: not rated
+    liked: Optional[bool] = None  # whether the user liked it; null: not rated
 
 
 class RankedItem(Item):
@@ -191,12 +194,34 @@ class ErrorResponse(BaseModel):
     error: str
 
 # %% ../../nbs/lib/service_schemas.ipynb #16a10006
+class TestedFigure(BaseModel):
+    "Figure of the tested fit of a model, with its 95 % interval."
+
+    metric: str
+    part: str
+    value: float
+    lo: Optional[float]
+    hi: Optional[float]
+    n: int
+
+
+class FitInfo(BaseModel):
+    "Fit of a model: released (all rows) or tested; the figures are always of the tested fit."
+
+    fit: Literal[FITS]
+    rows: int
+    first: Optional[str] = None
+    last: Optional[str] = None
+    tested: list[TestedFigure]
+
+# %% ../../nbs/lib/service_schemas.ipynb #c8754b59
 class ServiceInfo(BaseModel):
     "Dataset, models and size of the service."
 
     dataset: str
     models: list[str]
     default: str
+    fits: dict[str, FitInfo] = {}
     items: int
     users: int
     categories: list[str]

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 # %% ../../nbs/lib/shop_checks.ipynb #5c0a0003
-from .datasets import parse_options
+from .datasets import generator_params, parse_options
 from .display import COLORS, plt, pluralize, sns
 from .shop import SyntheticShop, add_row_numbers, render_images
 from .simulator import CATEGORY_PATHS, OPENING_DATE, RATING_SHARES
@@ -22,11 +22,11 @@ from .simulator import CATEGORY_PATHS, OPENING_DATE, RATING_SHARES
 # %% ../../nbs/lib/shop_checks.ipynb #5c0a0005
 def shop_options(
     dataset: str,  # dataset of a run
-) -> dict:  # n_ratings and seed; those of the default shop for any other dataset
-    "Return the size and the seed of the demo shop of a run."
+) -> dict:  # arguments of `demo_shop`; those of the default shop for any other dataset
+    "Return the size, the seed and the options of the demo shop of a run."
     name, _, options = dataset.partition("?")
     parsed = parse_options("demo", options if name == "demo" else "")
-    return {"n_ratings": parsed["ratings"], "seed": parsed["seed"]}
+    return generator_params(parsed)
 
 # %% ../../nbs/lib/shop_checks.ipynb #5c0a0007
 def hill_exponent(

@@ -203,6 +203,7 @@ class GroundTruth:
     rating_thresholds: Optional[np.ndarray] = None  # utility between 1 and 2 stars, 2 and 3, ...
     n_follow_ups: int = 0  # events that followed a device, before repeated pairs were replaced
     corrupted_rows: dict = field(default_factory=dict)  # rows of `add_corruptions`, by kind
+    consumables: Optional[object] = None  # items that are bought again, and when; None: none
 
 # %% ../../nbs/lib/simulator.ipynb #94139111
 TASTE_DRIFT = 0.07  # radians per year

@@ -22,6 +22,7 @@ import polars as pl
 
 # %% ../../nbs/lib/sources.ipynb #0aefd9e0
 from .core import OPTIONAL_COLUMNS, SPLIT_NAMES, UserError, file_sha256
+from .json_values import to_str
 from .parsing import normalize_log, side_table
 from widedeep_nb.lib.readers import (
     ITEM_COLUMN_ALIASES,
@@ -31,9 +32,9 @@ from widedeep_nb.lib.readers import (
     frame_reader,
     open_table,
     sanitize,
-    to_str,
     translate_read_errors,
 )
+from .reading import Reading, ReadOptions, TableReading
 
 # %% ../../nbs/lib/sources.ipynb #cedfbb1b
 @dataclass
@@ -47,6 +48,7 @@ class RawSource:
     items: Optional[pl.DataFrame] = None  # side features of items
     users: Optional[pl.DataFrame] = None  # side features of users
     rejected: Counter = field(default_factory=Counter)  # malformed rows, by reason
+    reading: Reading = field(default_factory=Reading)  # how the log was read
 
 # %% ../../nbs/lib/sources.ipynb #12bd7d7e
 def checksum(
@@ -59,35 +61,93 @@ def checksum(
     names_and_sums = sorted(zip([f.name for f in files], sums))
     return hashlib.sha256(json.dumps(names_and_sums).encode()).hexdigest()
 
+# %% ../../nbs/lib/sources.ipynb #70ade32f
+def _part_text(
+    reading: Reading,  # of a part of a log
+) -> str:
+    "Describe how a part of a log was read."
+    columns = [f"{use.name} = {use.source}" for use in reading.columns]
+    delimiter = reading.delimiter and f"separated by {reading.delimiter!r}"
+    time = reading.time_unit and f"times as {reading.time_unit}"
+    texts = [reading.file_format, reading.encoding, delimiter, time, *columns]
+    return ", ".join(filter(None, texts))
+
+
+def merge_readings(
+    readings: list,  # `Reading` of each part of a log
+    files: tuple = (),  # their names
+) -> Reading:
+    "Merge how the parts of a log were read; what another part has differently is a note."
+    merged = readings[0]
+    first = _part_text(merged)
+    for name, reading in zip(files[1:], readings[1:]):
+        if _part_text(reading) != first:
+            merged.notes.append(
+                f"{files[0]} was read as {first}; but {name} as {_part_text(reading)}"
+            )
+    for reading in readings[1:]:
+        merged.notes += [note for note in reading.notes if note not in merged.notes]
+        merged.unused += [name for name in reading.unused if name not in merged.unused]
+        merged.examples = reading.examples | merged.examples
+        known = [use.name for use in merged.columns]
+        merged.columns += [use for use in reading.columns if use.name not in known]
+    return merged
+
+
+def mark_unrated_parts(
+    parts: list,  # names of the parts
+    frames: list,  # rows of each part
+    reading: Reading,  # gets a note
+) -> list:  # rows of each part
+    "Mark the rows of a part without ratings, where another part has ratings."
+    has_ratings = ["rating" in frame.collect_schema() for frame in frames]
+    if all(has_ratings) or not any(has_ratings):
+        return frames
+    names = ", ".join(part for part, has in zip(parts, has_ratings) if not has)
+    reading.notes.append(
+        f"the part without ratings ({names}) was read as purchases; "
+        "it can test lists, but no predicted ratings"
+    )
+    pairs = zip(frames, has_ratings)
+    return [frame.with_columns(is_unrated=pl.lit(not has)) for frame, has in pairs]
+
 # %% ../../nbs/lib/sources.ipynb #8abf136a
 def open_files(
     logs: dict,  # part ("train", "val", "test", or "" for an undivided log) -> file
     items: Optional[Path],  # table of items
     users: Optional[Path],  # table of users
     workdir: Path,  # folder for temporary files
-    column_map: Optional[dict] = None,  # our name -> column of the log
+    options: ReadOptions = ReadOptions(),  # what the user says about the log
 ) -> RawSource:
     "Read a log and its side tables from files."
-    column_map = column_map or {}
-    numbered = {column_map.get(c, "").isdecimal() for c in ("user", "item")} == {True}
+    numbered = {options.columns.get(c, "").isdecimal() for c in ("user", "item")} == {True}
     has_header = False if numbered else None
-    frames, notes, unit, rejected = [], [], None, Counter()
+    frames, notes, unit, rejected, readings = [], [], None, Counter(), []
     for part, path in logs.items():
-        table = open_table(path, has_header)
+        table = open_table(path, has_header, options)
         with translate_read_errors(path):
-            log, log_notes, unit = normalize_log(table, workdir / f"log{part}.parquet", column_map)
+            log, log_notes, unit = normalize_log(table, workdir / f"log{part}.parquet", options)
         if part:
             log = log.with_columns(part=pl.lit(part, OPTIONAL_COLUMNS["part"]))
         frames.append(log)
         notes += [note for note in log_notes if note not in notes]
         rejected += table.rejected
-    tables = []
-    for path, aliases in ((items, ITEM_COLUMN_ALIASES), (users, USER_COLUMN_ALIASES)):
-        with translate_read_errors(path):
-            tables.append(path and side_table(open_table(path, has_header=True), aliases))
+        readings.append(table.reading)
+    reading = merge_readings(readings, [path.name for path in logs.values()])
+    tables = {}
+    side_tables = {"items": (items, ITEM_COLUMN_ALIASES), "users": (users, USER_COLUMN_ALIASES)}
+    for name, (path, aliases) in side_tables.items():
+        if path:
+            reading.tables[name] = TableReading(file=path.name)
+            with translate_read_errors(path):
+                table = open_table(path, has_header=True)
+                tables[name] = side_table(table, aliases, reading.tables[name])
+            reading.notes += [f"{path.name}: {note}" for note in table.notes]
     files = [*logs.values(), *filter(None, (items, users))]
-    log = pl.concat(frames, how="diagonal")
-    return RawSource(log, notes, unit, checksum(files), *tables, rejected)
+    log = pl.concat(mark_unrated_parts(list(logs), frames, reading), how="diagonal")
+    return RawSource(
+        log, notes, unit, checksum(files), **tables, rejected=rejected, reading=reading
+    )
 
 # %% ../../nbs/lib/sources.ipynb #d031051c
 _LOG_FILE_NAMES = ("ratings", "feedback", "interactions")
@@ -106,9 +166,11 @@ def find_log_files(
     if not logs and {"train", "test"} <= files.keys():
         parts = [part for part in SPLIT_NAMES if part in files]
     if not logs + parts:
+        others = sorted(f.name for group in files.values() for f in group)
+        example = f"; to read one file, name it: {folder / others[0]}" if others else ""
         raise UserError(
             f"{folder} holds no log: there should be ratings.csv (or feedback, interactions; "
-            ".jsonl, .parquet, .gz, ...), or a fixed split in train.*, val.* and test.*"
+            f".jsonl, .parquet, .gz, ...), or a fixed split in train.*, val.* and test.*{example}"
         )
     groups = [[f for name in logs for f in files[name]]]
     groups += [files.get(name, []) for name in parts + ["items", "users"]]
@@ -124,7 +186,7 @@ def find_log_files(
 def open_database(
     address: str,  # such as sqlite:///shop.db?query=SELECT user, item FROM log
     workdir: Path,  # folder for temporary files
-    column_map: Optional[dict] = None,  # our name -> column of the query's result
+    options: ReadOptions = ReadOptions(),  # what the user says about the query's result
 ) -> RawSource:
     "Read a log from a database."
     parts = re.split(r"[?&]query=", os.path.expandvars(address), maxsplit=1)
@@ -140,10 +202,12 @@ def open_database(
             table = query_sqlite(Path(database.split(":///", 1)[-1]), query)
         else:
             table = frame_reader(query_db(engine, database, query))
-        log, notes, unit = normalize_log(table, workdir / "log.parquet", column_map)
+        log, notes, unit = normalize_log(table, workdir / "log.parquet", options)
     except (sqlite3.Error, sqlite3.Warning) as e:
         raise db_error(engine, e) from None
-    return RawSource(log, notes, unit, file_sha256(workdir / "log.parquet"))
+    table.reading.file_format = "SQL"
+    sha256 = file_sha256(workdir / "log.parquet")
+    return RawSource(log, notes, unit, sha256, reading=table.reading)
 
 # %% ../../nbs/lib/sources.ipynb #5b6e90d2
 def query_db(
@@ -194,10 +258,10 @@ def query_sqlite(
 
     def iter_frames(columns):
         schema = dict.fromkeys(columns, pl.String)
+        cursor = connection.execute(query)
         while chunk := cursor.fetchmany(1 << 16):
             # reversed: of columns with the same name the first is used
             values = dict(zip(reversed(names), reversed(list(zip(*chunk)))))
             yield pl.DataFrame({c: list(map(to_str, values[c])) for c in columns}, schema=schema)
-        connection.close()
 
     return ChunkedReader(names, iter_frames)

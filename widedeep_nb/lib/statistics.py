@@ -183,6 +183,6 @@ def spearman_with_ci(
     totals = np.tensordot(weights, sums, 1).transpose(1, 0, 2)
     a, b, aa, bb, ab = totals[1:] / totals[0]
     with np.errstate(invalid="ignore", divide="ignore"):
-        var_a = np.where(aa - a * a > 1e-12, aa - a * a, np.nan)
-        correlation = (ab - a * b) / np.sqrt(var_a * (bb - b * b))
+        var_a, var_b = [np.where(v > 1e-12, v, np.nan) for v in (aa - a * a, bb - b * b)]
+        correlation = (ab - a * b) / np.sqrt(var_a * var_b)
     return np.stack([correlation[0], *np.quantile(correlation[1:], (0.025, 0.975), axis=0)])

@@ -64,6 +64,7 @@ class TwoTower(Recommender):
     max_softmax_items: int = 4096  # items of a softmax, sampled from a larger catalog
     seed: int = 0
     uses_side_features = True
+    uses_event_types = True
 
     def _build(self):
         widths = {k: v.shape[1] for k, v in self.item_features.vectors.items()}
@@ -94,7 +95,8 @@ class TwoTower(Recommender):
         if not len(history.item):
             return torch.zeros_like(earlier), torch.zeros(earlier.shape)
         items = history.item[earlier].clamp(max=len(self.item_features.tag) - 1)
-        return items, is_event * self.decay ** torch.arange(self.length)
+        decayed = is_event * self.decay ** torch.arange(self.length)
+        return items, decayed * history.weight[earlier]
 
 # %% ../../nbs/lib/two_tower.ipynb #347c323b
 def content_val_loss(
@@ -104,7 +106,7 @@ def content_val_loss(
     max_rows: int = 4096,  # random rows, and random candidate items, at most
 ) -> Callable:  # returns the mean loss, lower is better
     "Return a function that computes the validation loss, given the histories before validation."
-    history = History.from_rows(split.rows_before("val"), len(split.users))
+    history = History.from_rows(split.events_before("val"), len(split.users))
     generator = torch.Generator().manual_seed(model.seed)
     rows = rows[torch.randperm(len(rows), generator=generator)[:max_rows].numpy()]
     user, item = to_index(rows["user"]), to_index(rows["item"])
@@ -188,7 +190,7 @@ def train_two_tower(
     history, net = model.train_history, model.net
     counts = torch.bincount(history.item, minlength=model.n_items)
     model._item_freq = counts / max(len(history.item), 1)
-    weight = time_decay(history.time, model.days)
+    weight = time_decay(history.time, model.days) * history.weight
     model._example_weight = weight / weight.mean()
     optimizer = torch.optim.AdamW(net.parameters(), lr=model.lr, weight_decay=0.01, fused=True)
     best_weights = net.state_dict()

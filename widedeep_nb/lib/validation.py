@@ -26,7 +26,7 @@ from widedeep_nb.lib.ensemble import (
 )
 from .eval_tasks import make_eval_task
 from .recommender import Recommender, make_recommender, recommender_class
-from .runs import Run
+from .runs import TESTED_FIT, Run
 from .verdict import MAIN_METRICS, RANKING_METRIC, RATING_METRIC, is_better_when_high
 
 # %% ../../nbs/lib/validation.ipynb #a1734c31
@@ -144,7 +144,7 @@ def ensemble_ranking_table(
         if group_scores is None:
             return None
         scores[rows] = group_scores.double()
-    warm = task.history.select(task.users).indptr.diff() > 0
+    warm = task.history.select(task.users).targets_only().indptr.diff() > 0
     columns = {"user": task.users, "warm": warm, RANKING_METRIC: scores}
     table = pl.DataFrame({name: column.numpy() for name, column in columns.items()})
     return user_codes_to_ids(table, split)
@@ -238,4 +238,4 @@ def add_validation_records(
         if tables:
             records.append(validation_records(tables, metric))
     if records:  # at once, because new records of a model replace its older ones
-        run.add_metrics(pl.concat(records, how="diagonal"))
+        run.add_metrics(pl.concat(records, how="diagonal"), TESTED_FIT)

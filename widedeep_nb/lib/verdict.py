@@ -8,7 +8,7 @@ __all__ = ['RATING_METRIC', 'RANKING_METRIC', 'MAIN_METRICS', 'REFERENCE_MODELS'
            'run_records', 'metric_group', 'run_metrics', 'rank_models', 'format_intervals', 'is_significant',
            'paired_comparisons', 'model_complexity', 'is_surely_better', 'ModelChoice', 'choose_model', 'short_text',
            'provisional_text', 'figures_text', 'long_text', 'headline', 'summary_text', 'preferred_models',
-           'default_models', 'winners_svg']
+           'default_models', 'models_to_release', 'winners_svg']
 
 # %% ../../nbs/lib/verdict.ipynb #0b15aa98
 import os
@@ -19,7 +19,7 @@ import polars as pl
 
 # %% ../../nbs/lib/verdict.ipynb #15b0ade9
 from ..evaluation import METRICS
-from .comparison import ABLATIONS, pooled_records
+from .comparison import ABLATIONS, deciding_records, pooled_records
 from .comparison_plots import plot_intervals
 from .display import fig_to_svg, join_names, plt, set_theme
 from .recommender import recommender_class, recommender_names
@@ -73,8 +73,9 @@ def select_records(
 def run_records(
     run: Run,  # with or without metrics
 ) -> pl.DataFrame:  # of metrics.json
-    "Select the records of a run that belong to its dataset and protocol."
-    return run.metrics().filter(dataset=run.manifest["dataset"], protocol=run.protocol.name)
+    "Select the records of a run that belong to its dataset and protocol, and to the fit that decides."
+    labels = {"dataset": run.manifest["dataset"], "protocol": run.protocol.name}
+    return deciding_records(run.metrics().filter(**labels))
 
 
 def metric_group(
@@ -229,6 +230,7 @@ def choose_model(
     users: str = "all",  # "all", "warm" or "cold"
 ) -> ModelChoice:  # false where nothing was evaluated
     "Choose the simplest model that is not significantly worse than the best on validation."
+    records = deciding_records(records)
     metric = next(m for m, (metric_task, *_) in MAIN_METRICS.items() if metric_task == task)
     tables = {
         part: select_records(records, metric_group(metric, part, users), metric)
@@ -279,6 +281,12 @@ _VERDICTS = {  # by what the comparison shows
 }
 
 
+def _is_constant(found):
+    "Return whether the mean predicts every rating without an error."
+    rmse = found.figures.get("mean", (1.0,))[0]
+    return found.metric == RATING_METRIC and rmse < 1e-4
+
+
 def _kind_of_verdict(found):
     if found.n_models == 1:
         return "alone"
@@ -295,6 +303,8 @@ def short_text(
     "Say which model to use for a task, and how sure that is."
     if not found:
         return ""
+    if _is_constant(found):
+        return "All ratings are the same, so there is nothing to predict."
     others = [model for model in found.level if model != found.model]
     n_others = found.n_models - 1
     words = _VERDICTS[_kind_of_verdict(found)].format(
@@ -330,7 +340,7 @@ def _figure_text(found, intervals):
 
 _METRIC_TEXTS = {
     RANKING_METRIC: f"{RANKING_METRIC} is the quality of a list of 20; 1 is perfect.",
-    RATING_METRIC: f"{RATING_METRIC} is the typical error in stars; lower is better.",
+    RATING_METRIC: f"{RATING_METRIC} is the typical error of a predicted rating; lower is better.",
 }
 _PART_TEXTS = {
     "val": "The choice was made on other data (validation), where {figures}.",
@@ -342,7 +352,7 @@ def figures_text(
     found: ModelChoice,  # from `choose_model`
 ) -> str:  # two or three sentences; empty where nothing was evaluated
     "Explain the metric, and quote the chosen and the best model on the test part and on validation."
-    if not found:
+    if not found or _is_constant(found):
         return ""
     sentences = [_METRIC_TEXTS[found.metric]]
     test_figures = _figure_text(found, found.test_figures)
@@ -387,13 +397,39 @@ def summary_text(
     return summary or nothing
 
 # %% ../../nbs/lib/verdict.ipynb #b62496d2
+def _chosen_on_validation(
+    run: Run,  # with or without metrics
+    task: str,  # "ranking" or "rating"
+) -> tuple:  # models, the one to use first; without validation figures the reference models
+    "Order the models of a task without a look at the test part."
+    found = choose_model(run_records(run), task)
+    if found.part == "val":
+        return tuple(dict.fromkeys((*found.level, *found.figures)))
+    return REFERENCE_MODELS
+
+# %% ../../nbs/lib/verdict.ipynb #19ec172b
+def _delivered_first(
+    run: Run,  # of the report, or with appended events
+) -> tuple:  # models, the one to use first
+    "Order the models to rank with: the released one, else by validation."
+    released = run.released_models()["chosen"].get("ranking")
+    return (released,) if released else _chosen_on_validation(run, "ranking")
+
+
+def _with_default_models(first: tuple, fitted: list) -> list:
+    "List the first of some models that is fitted, then the default models that are."
+    chosen = [model for model in first if model in fitted]
+    order = dict.fromkeys((*chosen[:1], *DEFAULT_MODELS))
+    return [model for model in order if model in fitted] or fitted[:1]
+
+# %% ../../nbs/lib/verdict.ipynb #b00a7f50
 def preferred_models(
     run: Run,  # with or without metrics
     fitted: list,  # names of its fitted models
 ) -> list:  # of `fitted`, the preferred ones first
-    "Order the fitted models of a run: the verdict, the others level with it, then the rest."
-    ranking = choose_model(run_records(run), "ranking")
-    order = dict.fromkeys((*ranking.level, *ranking.figures, *REFERENCE_MODELS, *fitted))
+    "Order the fitted models of a run: the delivered one, then by the verdict, then the rest."
+    chosen = (*_delivered_first(run), *_chosen_on_validation(run, "ranking"))
+    order = dict.fromkeys((*chosen, *REFERENCE_MODELS, *fitted))
     return [model for model in order if model in fitted]
 
 
@@ -401,10 +437,19 @@ def default_models(
     run: Run,  # of the report, with or without metrics
     fitted: list,  # names of fitted models
 ) -> list:  # at least one, if any is fitted
-    "Return the models to serve and to update where none is named: the verdict first."
-    choice = choose_model(run_records(run), "ranking").model
-    order = dict.fromkeys((choice, *DEFAULT_MODELS))
-    return [model for model in order if model in fitted] or fitted[:1]
+    "Return the models to serve and to update where none is named: the delivered one first."
+    return _with_default_models(_delivered_first(run), fitted)
+
+
+def models_to_release(
+    run: Run,  # with the records of chapter 13
+    fitted: list,  # names of its models
+) -> dict:  # task -> models; that of the first place is delivered, the others can be asked for
+    "Choose the models that are fitted on all rows, on validation only."
+    ranking = _with_default_models(_chosen_on_validation(run, "ranking"), fitted)
+    found = choose_model(run_records(run), "rating")
+    is_chosen = found.part == "val" and found.model in fitted
+    return {"ranking": ranking} | ({"rating": [found.model]} if is_chosen else {})
 
 # %% ../../nbs/lib/verdict.ipynb #5b0a71e5
 def top_models(
@@ -423,6 +468,7 @@ def plot_winners(
 ):  # yields the task and a figure
     "Plot the best models of each task on the test part, with intervals."
     set_theme()
+    records = deciding_records(records)
     for metric, (task, _, _) in MAIN_METRICS.items():
         models = without_ablations(select_records(records, metric_group(metric, "test"), metric))
         if not len(models):

@@ -429,8 +429,10 @@ async function start() {
   catch (wrong) { failed(wrong); return $("trouble").querySelector("button").onclick = () => { $("trouble").hidden = true; start(); }; }
   $("trouble").querySelector("button").onclick = null; $("trouble").hidden = true;
   $("shop").textContent = about.dataset; $("size").textContent = `${count(about.items, "product")} · ${count(about.users, "user")}`;
-  $("model").replaceChildren(...about.models.map(m => new Option(m)));
-  $("versus").replaceChildren(new Option("no other", ""), ...about.models.map(m => new Option(m)));
+  const fits = Object.values(about.fits || {}).map(f => f.fit), mixed = fits.includes("released") && fits.includes("tested");
+  const option = m => new Option(mixed && about.fits[m].fit === "tested" ? `${m} (tested fit)` : m, m);
+  $("model").replaceChildren(...about.models.map(option));
+  $("versus").replaceChildren(new Option("no other", ""), ...about.models.map(option));
   $("ordering").hidden = $("prices").hidden = !about.prices;
   document.querySelectorAll(".kinds").forEach(k => { k.hidden = !about.categories.length; });
   $("token-part").hidden = about.writing === "open"; keep();
