@@ -6,6 +6,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+QUICK_SETTINGS = {  # of a whole run in some minutes
+    "seeds": 1,
+    "epochs": 3,
+    "trials": 1,
+    "time_budget_min": 0.2,
+    "n_shops": 2,
+    "max_visitors": 60,
+    "bench_ratings": 2000,
+    "bench_rows": 20000,
+    "bench_repeats": 1,
+    "scaling_rows": 4000,
+    "distributed_rows": 2000,
+}
+QUICK = [word for name, value in QUICK_SETTINGS.items() for word in ("-p", f"{name}={value}")]
 CHROMIUM_OPTIONS = [
     "--headless",
     "--no-sandbox",

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from conftest import QUICK
 
 from widedeep_nb.data import load
 from widedeep_nb.lib import display
@@ -21,19 +22,6 @@ from widedeep_nb.preprocessing import prepare
 ROOT = Path(__file__).parents[1]
 HOUR, DAY, START = 3600, 86_400, 1_600_000_000
 STARS = (1, 2, 3, 4, 5)
-SETTINGS = {
-    "seeds": 1,
-    "epochs": 2,
-    "trials": 1,
-    "time_budget_min": 0.2,
-    "n_shops": 2,
-    "max_visitors": 60,
-    "bench_ratings": 2000,
-    "bench_rows": 20000,
-    "bench_repeats": 1,
-    "scaling_rows": 4000,
-    "distributed_rows": 2000,
-}
 
 
 def make_log(n_users=90, n_items=60, ratings=STARS, times="hours", events=None, shared=False):
@@ -109,9 +97,8 @@ def test_a_figure_without_data_says_so_in_its_place(monkeypatch):
 @pytest.mark.parametrize("odd_log", ODD_LOGS, indirect=True)
 def test_odd_logs_go_through_all_chapters(odd_log, tmp_path):
     "Check that the report of each log is written, without a number that is none."
-    settings = [word for name, value in SETTINGS.items() for word in ("-p", f"{name}={value}")]
     widedeep = Path(sys.executable).with_name("widedeep")
-    command = [widedeep, "run", "--out", tmp_path / "run", "--dataset", odd_log, *settings]
+    command = [widedeep, "run", "--out", tmp_path / "run", "--dataset", odd_log, *QUICK]
     environment = os.environ | {"COLUMNS": "200"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr + done.stdout

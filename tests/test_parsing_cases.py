@@ -13,6 +13,7 @@ from widedeep_nb.data import load
 from widedeep_nb.lib.core import UserError
 from widedeep_nb.lib.numbers import to_price
 from widedeep_nb.lib.readers import parse_read_options
+from widedeep_nb.lib.reading import ReadOptions
 from widedeep_nb.lib.times import looks_like_time, parse_dates
 
 T = 1_388_736_000  # 3 January 2014, 08:00
@@ -920,3 +921,12 @@ def test_faulty_times_at_the_start_do_not_hide_the_column_of_times(tmp_path):
     loaded = load(str(tmp_path / "log.csv"))
     assert loaded.report["reading"]["time_unit"] == "seconds"
     assert dropped(loaded) == {"timestamp before 1990 or in the future": 200}
+
+
+@pytest.mark.parametrize("options", [ReadOptions(columns={"item": "items"}), ReadOptions()])
+def test_a_list_of_items_is_no_item(tmp_path, options):
+    name = "items" if options.columns else "item"
+    rows = [json.dumps({"user": f"u{n}", name: ["a", "b"]}) for n in range(30)]
+    (tmp_path / "log.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UserError, match="is a list, such as .* a row should have one item"):
+        load(str(tmp_path / "log.jsonl"), options=options)

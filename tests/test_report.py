@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 from bs4 import BeautifulSoup
+from conftest import QUICK
 
 from widedeep_nb.lib.cli import main
 from widedeep_nb.lib.comparison import PARAM_GRIDS
@@ -21,20 +22,6 @@ from widedeep_nb.lib.runs import CHAPTER_FIT, METRIC_SCHEMA, TESTED_FIT
 from widedeep_nb.sequences import SEQUENCE_MODELS
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = {
-    "seeds": 1,
-    "epochs": 3,
-    "trials": 1,
-    "time_budget_min": 0.2,
-    "n_shops": 2,
-    "max_visitors": 60,
-    "bench_ratings": 2000,
-    "bench_rows": 20000,
-    "bench_repeats": 1,
-    "scaling_rows": 4000,
-    "distributed_rows": 2000,
-}
-QUICK = [word for name, value in SETTINGS.items() for word in ("-p", f"{name}={value}")]
 
 
 def widedeep(*args, cwd=ROOT):

@@ -35,7 +35,7 @@ from widedeep_nb.lib.verdict import (
     ModelChoice,
     headline,
     is_better_when_high,
-    is_surely_better,
+    is_significantly_better,
     long_text,
     model_complexity,
     paired_comparisons,
@@ -463,7 +463,7 @@ def show_cost_table(
 # %% ../../nbs/lib/leaderboard_plots.ipynb #b6f82a46
 def _score_is_lower(records, best, model):
     labels = {"metric": RANKING_METRIC, "users": "all", "items": "all", "relevant": "any"}
-    if is_surely_better(records.filter(**labels), RANKING_METRIC, best, model):
+    if is_significantly_better(records.filter(**labels), RANKING_METRIC, best, model):
         return "its score is significantly lower"
     return "its score is not clearly lower"
 

@@ -88,15 +88,6 @@ def rating_in_text(
     )
     return pl.coalesce(word.replace_strict(LIKED_WORDS, default=None), number, rating)
 
-
-_ratings = pl.DataFrame(
-    {"rating": ["4 stars", "3.5 out of 5", "4/5", "85%", "★★★☆☆", "***", "Thumbs up", "no"]}
-)
-assert (
-    _ratings.select(rating_in_text(pl.col("rating"))).to_series().to_list()
-    == "4 3.5 4 85 3 3 1 0".split()
-)
-
 # %% ../../nbs/lib/numbers.ipynb #pr1ce002
 def price_notes(
     prices: pl.Series,  # text

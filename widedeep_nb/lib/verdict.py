@@ -6,9 +6,9 @@
 __all__ = ['RATING_METRIC', 'RANKING_METRIC', 'MAIN_METRICS', 'REFERENCE_MODELS', 'COMPARISON_CHAPTER', 'DEFAULT_COMPLEXITY',
            'GROUP_WORDS', 'is_better_when_high', 'reference_model', 'without_ablations', 'select_records',
            'run_records', 'metric_group', 'run_metrics', 'rank_models', 'format_intervals', 'is_significant',
-           'paired_comparisons', 'model_complexity', 'is_surely_better', 'ModelChoice', 'choose_model', 'short_text',
-           'provisional_text', 'figures_text', 'long_text', 'headline', 'summary_text', 'preferred_models',
-           'default_models', 'models_to_release', 'winners_svg']
+           'paired_comparisons', 'model_complexity', 'is_significantly_better', 'ModelChoice', 'choose_model',
+           'short_text', 'provisional_text', 'figures_text', 'long_text', 'headline', 'summary_text',
+           'preferred_models', 'default_models', 'models_to_release', 'winners_svg']
 
 # %% ../../nbs/lib/verdict.ipynb #0b15aa98
 import os
@@ -182,7 +182,7 @@ def model_complexity(
     return recommender_class(max(registered, key=len)).complexity
 
 # %% ../../nbs/lib/verdict.ipynb #3b426c42
-def is_surely_better(
+def is_significantly_better(
     results: pl.DataFrame,  # records of one metric and one group of users
     metric: str,  # decides whether lower is better
     model: str,  # name
@@ -243,7 +243,7 @@ def choose_model(
     level = [
         model
         for model in models
-        if model == best or not is_surely_better(tables[part], metric, best, model)
+        if model == best or not is_significantly_better(tables[part], metric, best, model)
     ]
     level = tuple(sorted(level, key=model_complexity))  # stable: the better figure first
     return ModelChoice(
